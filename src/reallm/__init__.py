@@ -1,0 +1,113 @@
+"""Compress Hugging Face language models to a stated number of bits.
+
+    import reallm
+    reallm.compress("folder-or-hub-id", "out", bits=3)
+    model, tokenizer = reallm.load("out"), reallm.load_tokenizer("out")
+
+After `import reallm`, `AutoModelForCausalLM.from_pretrained("out")` works too, whichever of the two
+was imported first.
+"""
+
+import importlib
+import importlib.abc
+import importlib.metadata
+import importlib.util
+import sys
+import types
+import warnings
+
+try:
+    __version__ = importlib.metadata.version("reallm-compress")
+except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = ["__version__", "compress", "load", "load_tokenizer"]
+
+# Importing transformers' quantizers costs 4 s, so `import reallm` does not: it waits until somebody
+# else has imported what loads models, and only then tells it about our format. The module that holds
+# `from_pretrained` is the one to wait for: when it is complete, so is `transformers.quantizers`.
+_LOADS_MODELS = "transformers.modeling_utils"
+_OURS = "reallm.model.quantizer"
+
+
+def _loads_models_imported(module: types.ModuleType) -> None:
+    """Import our quantizer, which registers itself through `_ours_imported`.
+
+    A failure is a warning: code that imports transformers for another model must go on working.
+    """
+    try:
+        importlib.import_module(_OURS)
+    except ImportError as error:
+        warnings.warn(f"reallm: transformers cannot load compressed models: {error}", stacklevel=2)
+
+
+def _ours_imported(module: types.ModuleType) -> None:
+    module.register_with_transformers()
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Calls a function with a module once that module's own import is complete.
+
+    Two steps instead of one call, because either may come first: our quantizer imports transformers
+    itself, and while it does so it is half made and has no function to call yet.
+    """
+
+    def __init__(self, callbacks: dict):
+        self.callbacks = callbacks
+
+    def find_spec(self, name, path=None, target=None):
+        callback = self.callbacks.get(name)
+        if callback is None:
+            return None
+        spec = self._find_elsewhere(name, path, target)
+        if spec is not None and spec.loader is not None:
+            self._call_after(spec.loader, callback)
+        return spec
+
+    def _find_elsewhere(self, name, path, target):
+        # Not importlib.util.find_spec: it would ask us again, and forget hooks such as type checkers.
+        others = (finder for finder in sys.meta_path if finder is not self)
+        specs = (finder.find_spec(name, path, target) for finder in others)
+        return next((spec for spec in specs if spec is not None), None)
+
+    @staticmethod
+    def _call_after(loader, callback) -> None:
+        execute = loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            callback(module)
+
+        loader.exec_module = exec_module  # every import has a loader of its own: no other module is touched
+
+
+def _register() -> None:
+    callbacks = {_LOADS_MODELS: _loads_models_imported, _OURS: _ours_imported}
+    sys.meta_path.insert(0, _AfterImport(callbacks))
+    if _LOADS_MODELS in sys.modules:
+        _loads_models_imported(sys.modules[_LOADS_MODELS])
+
+
+def __getattr__(name: str):
+    if name in ("load", "load_tokenizer"):
+        return getattr(importlib.import_module("reallm.model"), name)
+    raise AttributeError(f"module 'reallm' has no attribute {name!r}")
+
+
+class _Package(types.ModuleType):
+    """`reallm.compress` is the function, also after `import reallm.compress` has loaded the file of that name.
+
+    The import system sets a package's attribute to the submodule; a property outranks it.
+    """
+
+    @property
+    def compress(self):
+        return importlib.import_module("reallm.compress").compress
+
+    @compress.setter
+    def compress(self, module):
+        pass
+
+
+sys.modules[__name__].__class__ = _Package
+_register()

@@ -1,0 +1,64 @@
+"""A plan: the format of every matrix to be compressed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reallm.errors import FormatError
+from reallm.formats import Shape, WeightFormat
+
+
+@dataclass(frozen=True)
+class MatrixInfo:
+    """What planning needs to know of a matrix: module path, (out, in), role (q, v, down, …), kind."""
+
+    name: str
+    shape: Shape
+    role: str
+    kind: str  # "block", "embedding" or "head"
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A matrix and the format it gets."""
+
+    matrix: MatrixInfo
+    fmt: WeightFormat
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes by the format's layout."""
+        return self.fmt.nbytes(self.matrix.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every matrix that is compressed, in model order; matrices left out are kept as they are."""
+
+    entries: tuple[Planned, ...]
+    recipe: str
+
+    @property
+    def block_bits(self) -> float:
+        """Stored bits per weight of the block matrices; 0 when there are none."""
+        blocks = [entry for entry in self.entries if entry.matrix.kind == "block"]
+        weights = sum(entry.matrix.weights for entry in blocks)
+        return 8 * sum(entry.nbytes for entry in blocks) / weights if weights else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of all planned matrices."""
+        return sum(entry.nbytes for entry in self.entries)
+
+    def check(self) -> None:
+        """Raise FormatError naming the matrix whose shape its format cannot store."""
+        for entry in self.entries:
+            try:
+                entry.fmt.check(entry.matrix.shape)
+            except FormatError as error:
+                raise FormatError(f"{entry.matrix.name}: {error}") from error

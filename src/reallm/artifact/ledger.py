@@ -1,0 +1,179 @@
+"""The ledger: where every byte of an artifact went. Read from the files, never from a formula."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from reallm.artifact.manifest import Manifest, StoredMatrix, read_manifest
+from reallm.errors import ArtifactError
+
+# A safetensors file: 8 bytes of header length, the header (JSON), the data section.
+_LENGTH_BYTES = 8
+_LARGEST_HEADER = 100_000_000
+
+_TOKENIZER_WORDS = ("token", "vocab", "merges", "chat_template", "spiece")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Some bytes of one file: a stored tensor, a header, or a whole companion file.
+
+    `role` says what the bytes are for (codes, scales, …), `matrix` whose they are; `kind` is block,
+    embedding or head for compressed matrices, `kept` for tensors left as they were, else `file`.
+    """
+
+    file: str
+    name: str
+    matrix: str | None
+    kind: str
+    role: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All rows of an artifact; they sum to the bytes on disk.
+
+    `compressed` are the manifest's matrices; `kept_weights` counts the elements of tensors left as they were.
+    """
+
+    rows: tuple[Row, ...]
+    compressed: tuple[StoredMatrix, ...]
+    kept_weights: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(row.nbytes for row in self.rows)
+
+    @property
+    def block_weights(self) -> int:
+        """Weights of the compressed block matrices."""
+        return sum(m.weights for m in self.compressed if m.kind == "block")
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model; tied matrices count once."""
+        return sum(m.weights for m in self.compressed) + self.kept_weights
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 · stored bytes / weights over the compressed block matrices, all side bytes included."""
+        stored = sum(row.nbytes for row in self.rows if row.kind == "block")
+        return 8 * stored / self.block_weights if self.block_weights else math.nan
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """8 · bytes of all files / parameters of the whole model."""
+        return 8 * self.total_bytes / self.parameters if self.parameters else math.nan
+
+    def by(self, field: str) -> dict[str, int]:
+        """Bytes summed by a field of the rows (`role`, `kind`, `matrix`, `file`), largest first."""
+        sums: dict[str, int] = defaultdict(int)
+        for row in self.rows:
+            sums[str(getattr(row, field))] += row.nbytes
+        return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values for `reallm info --json`; NaN, which JSON has not, becomes null."""
+        bits = self.bits_per_weight
+        return {
+            "total_bytes": self.total_bytes,
+            "bits_per_weight": None if math.isnan(bits) else bits,
+            "bits_per_parameter": self.bits_per_parameter,
+            "block_weights": self.block_weights,
+            "parameters": self.parameters,
+            "by_role": self.by("role"),
+            "by_kind": self.by("kind"),
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+
+def read_ledger(folder: Path) -> Ledger:
+    """The ledger of the artifact in `folder`, from file sizes and safetensors headers.
+
+    Errors: ArtifactError if it is not an artifact or a header is damaged.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    rows: list[Row] = []
+    kept_weights = 0
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if path.suffix == ".safetensors":
+            tensors, kept = _tensor_rows(path, folder, manifest)
+            rows += tensors
+            kept_weights += kept
+        else:
+            rows.append(_file_row(path, folder))
+    return Ledger(tuple(rows), manifest.matrices, kept_weights)
+
+
+def _file_row(path: Path, folder: Path) -> Row:
+    name = path.relative_to(folder).as_posix()
+    role = "tokenizer" if any(word in name for word in _TOKENIZER_WORDS) else "metadata"
+    return Row(name, name, None, "file", role, path.stat().st_size)
+
+
+def _tensor_rows(path: Path, folder: Path, manifest: Manifest) -> tuple[list[Row], int]:
+    """Rows of one safetensors file and the number of kept weights in it."""
+    header, header_bytes = read_header(path)
+    file = path.relative_to(folder).as_posix()
+    owners = {matrix.name: matrix for matrix in manifest.matrices}
+    rows = [Row(file, "header", None, "file", "headers", header_bytes)]
+    kept_weights, covered = 0, header_bytes
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        covered += end - start
+        matrix = _owner(name, owners)
+        role = _role(matrix, name) if matrix else None
+        if matrix is None or role is None:
+            rows.append(Row(file, name, None, "kept", "kept", end - start))
+            kept_weights += math.prod(entry["shape"])
+        else:
+            rows.append(Row(file, name, matrix.name, matrix.kind, role, end - start))
+    if gap := path.stat().st_size - covered:
+        raise ArtifactError(f"{path}: {gap} bytes belong to no tensor")
+    return rows, kept_weights
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """(tensor entries, bytes of length field and header) of a safetensors file.
+
+    Errors: ArtifactError if the header does not parse or says more than the file holds.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        if length > min(size - _LENGTH_BYTES, _LARGEST_HEADER):
+            raise ArtifactError(f"{path}: header of {length} bytes in a file of {size}; the file is damaged")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for entry in header.values():
+                start, end = entry["data_offsets"]
+                if not 0 <= start <= end <= size or not isinstance(entry["shape"], list):
+                    raise ValueError(entry)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ArtifactError(f"{path}: header is damaged ({error})") from error
+    return header, _LENGTH_BYTES + length
+
+
+def _owner(tensor: str, owners: dict[str, StoredMatrix]) -> StoredMatrix | None:
+    """The matrix whose name and a dot begin the tensor's name."""
+    prefix = tensor
+    while "." in prefix:
+        prefix = prefix.rpartition(".")[0]
+        if prefix in owners:
+            return owners[prefix]
+    return None
+
+
+def _role(matrix: StoredMatrix, tensor: str) -> str | None:
+    """What the bytes are for; None for a neighbour that is kept as it was, such as the module's bias."""
+    local = tensor.removeprefix(f"{matrix.name}.")
+    return matrix.fmt.role(local) if local in matrix.fmt.layout(matrix.shape) else None

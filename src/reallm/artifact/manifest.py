@@ -1,0 +1,122 @@
+"""What a loader must know: which matrix is stored in which format. Lives in config.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from reallm.errors import ArtifactError
+from reallm.formats import Shape, WeightFormat, from_spec, to_spec
+
+QUANT_METHOD = "reallm"
+VERSION = 1
+KINDS = ("block", "embedding", "head")
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """One compressed matrix: module path, format, (out, in) shape, and `kind` block, embedding or head."""
+
+    name: str
+    fmt: WeightFormat
+    shape: Shape
+    kind: str
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes by the format's layout."""
+        return self.fmt.nbytes(self.shape)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All compressed matrices of an artifact, in model order, and where they come from."""
+
+    matrices: tuple[StoredMatrix, ...]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    version: int = VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values. Matrices stored alike share one entry of `layouts`: hundreds of matrices, few lines."""
+        layouts: list[dict[str, Any]] = []
+        indices: dict[str, int] = {}
+        for matrix in self.matrices:
+            layout = {"kind": matrix.kind, "shape": list(matrix.shape), "format": to_spec(matrix.fmt)}
+            if layout not in layouts:
+                layouts.append(layout)
+            indices[matrix.name] = layouts.index(layout)
+        return {
+            "version": self.version,
+            "layouts": layouts,
+            "matrices": indices,
+            "provenance": self.provenance,
+        }
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Manifest:
+        """The inverse of `to_dict`; keys it does not know are left alone.
+
+        Errors: ArtifactError for an unknown version or a malformed entry, FormatError for an unknown format.
+        """
+        version = check_version(values.get("version"))
+        try:
+            layouts = [(entry["kind"], entry["shape"], entry["format"]) for entry in values["layouts"]]
+            named = {str(name): index for name, index in values["matrices"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"quantization_config in config.json is damaged: {error!r}") from error
+        for name, index in named.items():
+            if not isinstance(index, int) or not 0 <= index < len(layouts):
+                raise ArtifactError(f"quantization_config: {name} has layout {index!r} of {len(layouts)}; damaged")
+        matrices = tuple(_stored_matrix(name, *layouts[index]) for name, index in named.items())
+        return Manifest(matrices, values.get("provenance") or {}, version)
+
+
+def check_version(version: Any) -> int:
+    """A version this library reads.
+
+    Errors: ArtifactError for anything else.
+    """
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ArtifactError(f"artifact version {version!r} is not a version; config.json is damaged")
+    if version > VERSION:
+        raise ArtifactError(
+            f"artifact version {version} was written by a newer reallm (this one reads up to {VERSION}); "
+            "pip install -U reallm-compress"
+        )
+    return version
+
+
+def _stored_matrix(name: str, kind: Any, shape: Any, spec: Any) -> StoredMatrix:
+    ok = isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
+    if not ok or kind not in KINDS:
+        raise ArtifactError(f"{name}: kind={kind!r} shape={shape!r} is not a stored matrix")
+    fmt = from_spec(spec)
+    fmt.check((shape[0], shape[1]))
+    return StoredMatrix(name, fmt, (shape[0], shape[1]), kind)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the artifact in `folder`.
+
+    Errors: ArtifactError if there is no folder, no config.json, or it is not a reallm artifact.
+    """
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        raise ArtifactError(f"{folder}: no such folder")
+    if not path.is_file():
+        raise ArtifactError(f"{folder}: no config.json; is this a folder written by `reallm compress`?")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not readable as JSON ({error})") from error
+    section = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
+        raise ArtifactError(f"{folder}: not compressed by reallm (config.json names no quant_method 'reallm')")
+    return Manifest.from_dict(section)

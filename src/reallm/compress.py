@@ -1,0 +1,345 @@
+"""The pipeline: source → walk → plan → fit → write.
+
+Finished matrices are kept in a work folder beside the output as they come, so that an interrupted run goes
+on from there; the output folder appears by one rename when everything is in it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from reallm.allocate import MatrixInfo, Plan, Planned, load_recipe, plan_for_bits, plan_from_recipe, recipe_of_plan
+from reallm.allocate.recipe import DEFAULT_EMBEDDING, FormatSpec, dump_recipe
+from reallm.artifact import Manifest, StoredMatrix, save_tensors, write_shards
+from reallm.errors import ArtifactError, RecipeError, SourceError
+from reallm.fit import fit, gaussian_error
+from reallm.formats import WeightFormat, to_spec
+from reallm.model import Matrix, Source, Walk, open_source, read_matrix, walk
+
+Progress = Callable[[str, int, int], None]  # (matrix just finished, weights done, weights in all)
+
+PLAN_FILE = "plan.yaml"
+_STATE_FILE = "state.json"
+# Beside the largest matrix in float32 a fit holds its decoding, the error and a few chunks.
+_COPIES_WHILE_FITTING = 6
+_LIBRARY_BYTES = 600_000_000  # Python, torch and transformers once imported
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose. Exactly one of `bits` and `recipe` is given."""
+
+    bits: float | None = None
+    recipe: str | None = None
+    rank: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    embedding: FormatSpec | None = None  # None: the recipe's, or 8 bits
+    head: FormatSpec | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model and what will become of it; nothing is computed or written yet."""
+
+    source: Source
+    walk: Walk
+    plan: Plan
+    settings: Settings
+
+    @property
+    def compressed(self) -> list[tuple[Matrix, Planned]]:
+        """The matrices to compress, in model order, with their formats."""
+        planned = {entry.matrix.name: entry for entry in self.plan.entries}
+        return [(matrix, planned[matrix.name]) for matrix in self.walk.matrices if matrix.name in planned]
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """Tensors that stay as they are, with the reason."""
+        reasons = {kept.name: kept.reason for kept in self.walk.kept}
+        planned = {entry.matrix.name for entry in self.plan.entries}
+        left_out = {m.parameter: "left out by the plan" for m in self.walk.matrices if m.name not in planned}
+        return reasons | left_out
+
+    def manifest(self, fingerprint: str) -> Manifest:
+        """What the loader must know."""
+        matrices = tuple(StoredMatrix(m.name, p.fmt, m.shape, m.kind) for m, p in self.compressed)
+        return Manifest(matrices, provenance(self, fingerprint))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job will cost, before any work: exact bytes of tensors, the rest by measurement on samples."""
+
+    compressed_bytes: int
+    kept_bytes: int
+    bits_per_weight: float
+    seconds: float
+    peak_memory_bytes: int
+    disk_bytes: int
+
+
+def prepare(model: str | Path, settings: Settings) -> Job:
+    """Open the model and decide every matrix's format.
+
+    Errors: SourceError, RecipeError or FormatError, before anything is written.
+    """
+    if (settings.bits is None) == (settings.recipe is None):
+        raise RecipeError("give either --bits or --recipe")
+    if settings.rank is not None and settings.rank < 0:
+        raise RecipeError(f"--rank {settings.rank} is negative; 0 means no residual")
+    _check_device(settings.device)
+    source = open_source(model)
+    walked = walk(source.skeleton)
+    matrices = _selected(walked.matrices, settings)
+    infos = [MatrixInfo(m.name, m.shape, m.role, m.kind) for m in matrices]
+    return Job(source, walked, _plan(infos, settings), settings)
+
+
+def estimate(job: Job) -> Estimate:
+    """Cost of a job: timed on small samples of every format in the plan, some seconds in all."""
+    compressed = sum(planned.nbytes for _, planned in job.compressed)
+    shapes = job.source.shapes()
+    kept = sum(_numel(shapes[name]) for name in job.kept) * job.source.dtype.itemsize
+    largest = max((planned.matrix.weights for _, planned in job.compressed), default=0)
+    return Estimate(
+        compressed_bytes=compressed,
+        kept_bytes=kept,
+        bits_per_weight=job.plan.block_bits,
+        seconds=_predicted_seconds(job),
+        peak_memory_bytes=_LIBRARY_BYTES + job.source.loaded_nbytes + _COPIES_WHILE_FITTING * 4 * largest,
+        # The finished matrices wait in the work folder while the shards are written.
+        disk_bytes=2 * compressed + kept,
+    )
+
+
+def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = None) -> None:
+    """Compress every matrix of the job and put the artifact at `out`.
+
+    With `resume`, matrices finished by an interrupted run are taken over. The work folder `<out>.work` is
+    removed at the end.
+
+    Errors: ArtifactError if `out` exists, or a work folder does and `resume` is not set; RecipeError if the
+    interrupted run had another plan; SourceError for weights that are not finite.
+    """
+    out = Path(out)
+    check_output(out, resume)
+    fingerprint = job.source.fingerprint()
+    work = work_folder(out)
+    _open_work_folder(work, _state(job, fingerprint), resume)
+    _fit_all(job, work, progress)
+    staging = work / "artifact"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    write_shards(_tensors(job, work), staging)
+    _write_companions(job, fingerprint, staging)
+    os.rename(staging, out)
+    shutil.rmtree(work)
+
+
+def compress(model: str | Path, out: str | Path, *, resume: bool = False, **settings: Any) -> None:
+    """Compress `model` into the folder `out`: `prepare` and `run` in one call; settings as in `Settings`."""
+    run(prepare(model, Settings(**settings)), Path(out), resume)
+
+
+def check_output(out: Path, resume: bool = False) -> None:
+    """Refuse an output that is in the way, before any work."""
+    work = work_folder(out)
+    if out.exists():
+        raise ArtifactError(f"{out} exists; give another --output or remove it")
+    if not out.absolute().parent.is_dir():
+        raise ArtifactError(f"{out}: the folder {out.absolute().parent} does not exist")
+    if work.exists() and not resume:
+        raise ArtifactError(f"{work} is left from an interrupted run; add --resume to go on, or remove it")
+
+
+def work_folder(out: Path) -> Path:
+    """Where finished matrices wait: beside the output, so that a rename suffices at the end."""
+    return out.with_name(out.name + ".work")
+
+
+def provenance(job: Job, fingerprint: str) -> dict[str, Any]:
+    """Where the artifact comes from; no time and no path, so that equal runs give equal bytes."""
+    import reallm
+
+    return {
+        "reallm": reallm.__version__,
+        "source": Path(job.source.label).name,
+        "source_sha256": fingerprint,
+        "recipe": job.plan.recipe,
+        "seed": job.settings.seed,
+        "device": torch.device(job.settings.device).type,
+        "torch": torch.__version__,
+    }
+
+
+def _plan(infos: Sequence[MatrixInfo], settings: Settings) -> Plan:
+    ends = {"embedding": settings.embedding, "head": settings.head}
+    chosen = {kind: spec for kind, spec in ends.items() if spec is not None}
+    if settings.bits is not None:
+        specs = dict.fromkeys(ends, DEFAULT_EMBEDDING) | chosen
+        return plan_for_bits(settings.bits, infos, gaussian_error, settings.rank, **specs)
+    assert settings.recipe is not None
+    recipe = load_recipe(settings.recipe).model_copy(update=chosen)
+    return plan_from_recipe(recipe, infos, settings.rank)
+
+
+def _selected(matrices: Sequence[Matrix], settings: Settings) -> list[Matrix]:
+    """Matrices that --include and --exclude leave.
+
+    Errors: RecipeError for a pattern that fits nothing.
+    """
+    names = [matrix.name for matrix in matrices]
+    for option, patterns in (("--include", settings.include), ("--exclude", settings.exclude)):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise RecipeError(f"{option} {pattern!r} fits no matrix (one is {names[0] if names else 'none'})")
+
+    def wanted(name: str) -> bool:
+        included = not settings.include or any(fnmatch.fnmatchcase(name, p) for p in settings.include)
+        return included and not any(fnmatch.fnmatchcase(name, p) for p in settings.exclude)
+
+    return [matrix for matrix in matrices if wanted(matrix.name)]
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"--device {device!r} is not available ({reason}); use cpu") from error
+
+
+def _state(job: Job, fingerprint: str) -> dict[str, Any]:
+    """What must not change between an interrupted run and its resumption."""
+    return {
+        "source": fingerprint,
+        "seed": job.settings.seed,
+        "device": job.settings.device,
+        "plan": {m.name: to_spec(p.fmt) for m, p in job.compressed},
+    }
+
+
+def _open_work_folder(work: Path, state: dict[str, Any], resume: bool) -> None:
+    path = work / _STATE_FILE
+    if resume and path.is_file():
+        _check_state(json.loads(path.read_text(encoding="utf-8")), state)
+        return
+    try:
+        work.mkdir(exist_ok=resume)
+        partial = work / (_STATE_FILE + ".partial")
+        partial.write_text(json.dumps(state), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise ArtifactError(f"{work}: cannot be written ({error.strerror})") from error
+
+
+def _check_state(before: dict[str, Any], now: dict[str, Any]) -> None:
+    for key in ("source", "seed", "device"):
+        if before.get(key) != now[key]:
+            raise RecipeError(f"--resume: {key} was {before.get(key)!r} and is now {now[key]!r}; start anew")
+    for name in before["plan"] | now["plan"]:
+        old, new = before["plan"].get(name), now["plan"].get(name)
+        if old != new:
+            raise RecipeError(f"--resume: the plan for {name} was {old} and is now {new}; start anew")
+
+
+def _fit_all(job: Job, work: Path, progress: Progress | None) -> None:
+    total = sum(planned.matrix.weights for _, planned in job.compressed)
+    done = 0
+    for matrix, planned in job.compressed:
+        path = _finished(work, matrix)
+        if not path.is_file():
+            tensors = _compressed(job, matrix, planned.fmt)
+            save_tensors({f"{matrix.name}.{local}": tensor for local, tensor in tensors.items()}, path)
+        done += planned.matrix.weights
+        if progress:
+            progress(matrix.name, done, total)
+
+
+def _compressed(job: Job, matrix: Matrix, fmt: WeightFormat) -> dict[str, Tensor]:
+    weight = read_matrix(job.source, matrix).to(job.settings.device, torch.float32)
+    _check_finite(matrix.parameter, weight)
+    # Every matrix has its own seed, so that none depends on which were fitted before it.
+    seed = job.settings.seed + zlib.crc32(matrix.name.encode())
+    with torch.no_grad():
+        return fmt.pack(fit(fmt, weight, seed), matrix.shape)
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise SourceError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite; the model is damaged")
+
+
+def _finished(work: Path, matrix: Matrix) -> Path:
+    return work / f"{matrix.name}.safetensors"
+
+
+def _tensors(job: Job, work: Path) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the artifact in the order they are written: matrices, kept tensors, markers."""
+    from reallm.model import marker_tensors
+
+    for matrix, _ in job.compressed:
+        with safe_open(_finished(work, matrix), framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - a safetensors file, not a dict
+                yield name, file.get_tensor(name)
+    for name in job.kept:
+        tensor = job.source.read(name)
+        if tensor.is_floating_point():
+            _check_finite(name, tensor)
+        yield name, tensor
+    yield from marker_tensors([matrix for matrix, _ in job.compressed]).items()
+
+
+def _write_companions(job: Job, fingerprint: str, folder: Path) -> None:
+    """Config, tokenizer, generation settings, and the plan as run."""
+    from reallm.model import write_config
+
+    write_config(job.source, job.manifest(fingerprint), folder)
+    job.source.save_companions(folder)
+    recipe = recipe_of_plan(job.plan, [MatrixInfo(m.name, m.shape, m.role, m.kind) for m in job.walk.matrices])
+    (folder / PLAN_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def _predicted_seconds(job: Job) -> float:
+    """Time each format on two sample sizes, take a fixed and a per-weight cost from them, sum over the plan."""
+    costs = {planned.fmt: _fitting_cost(planned.fmt, job.settings.device) for _, planned in job.compressed}
+    return sum(costs[p.fmt][0] + costs[p.fmt][1] * p.matrix.weights for _, p in job.compressed)
+
+
+def _fitting_cost(fmt: WeightFormat, device: str) -> tuple[float, float]:
+    """(seconds a matrix, seconds a weight) of fitting."""
+    small, large = (128, 256), (128, 1024)
+    times = [_timed_fit(fmt, shape, device) for shape in (small, large)]
+    slope = max(0.0, (times[1] - times[0]) / (_numel(large) - _numel(small)))
+    return max(0.0, times[0] - slope * _numel(small)), slope
+
+
+def _timed_fit(fmt: WeightFormat, shape: tuple[int, int], device: str) -> float:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    start = time.perf_counter()
+    fmt.pack(fit(fmt, weight), shape)
+    return time.perf_counter() - start
+
+
+def _numel(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,25 @@
+"""What can go wrong through no fault of ours: each kind is one line for the user and exit code 2."""
+
+
+class ReallmError(ValueError):
+    """A mistake or a condition the user can mend; the message names the thing and the remedy."""
+
+
+class FormatError(ReallmError):
+    """A format does not exist, or its fields do not fit a matrix."""
+
+
+class RecipeError(ReallmError):
+    """A recipe, plan or budget that cannot be followed."""
+
+
+class SourceError(ReallmError):
+    """The model to read is missing, incomplete, unsafe or holds values that cannot be stored."""
+
+
+class ArtifactError(ReallmError):
+    """A compressed model that is damaged, of an unknown version, or in the way of a new one."""
+
+
+class TextError(ReallmError):
+    """Text for evaluation or calibration that is missing, empty or too short."""

@@ -1,0 +1,201 @@
+"""Text from a model, piece by piece as it is made."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from reallm.errors import ReallmError, SourceError, TextError
+
+# Tokens that are decoded anew for each piece: without a limit the cost of a piece would grow with the answer.
+DECODED_AGAIN = 64
+
+
+def generate_stream(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.1,
+    seed: int = 0,
+    chat: bool | None = None,
+    system: str | None = None,
+) -> Iterator[str]:
+    """Yield the answer to `prompt`; the pieces joined are the whole answer, special tokens left out.
+
+    `temperature` 0 takes the most likely token each time; above 0 it draws, from the most likely tokens
+    that together reach `top_p`, the same for the same `seed`. A `repetition_penalty` above 1 makes tokens
+    that were already used less likely: without it the most likely words of a small model soon go in
+    circles. `chat` wraps the prompt (and `system`) in the tokenizer's chat template; None does so when
+    there is one. Generation ends at the end-of-text token, after `max_new_tokens`, or where the model's
+    positions end. Leaving the iterator early stops the model.
+
+    SourceError if a chat template is asked for and missing; TextError if the prompt is empty or too long.
+    """
+    input_ids = encode_prompt(tokenizer, prompt, chat=chat, system=system)
+    settings = _sampling(temperature, top_p, repetition_penalty) | {
+        "max_new_tokens": _room_left(model, input_ids.shape[1], max_new_tokens),
+        "pad_token_id": _padding(model, tokenizer),
+    }
+    return _run(model, tokenizer, input_ids, settings, seed)
+
+
+def encode_prompt(
+    tokenizer: Any, prompt: str, *, chat: bool | None = None, system: str | None = None
+) -> Int[Tensor, "1 n"]:
+    """Token ids of the prompt as the model wants to see it, chat template and special tokens included."""
+    template = getattr(tokenizer, "chat_template", None)
+    if chat is None:
+        chat = template is not None
+    if chat and template is None:
+        raise SourceError("this tokenizer has no chat template: leave --chat out, or use --raw")
+    if system is not None and not chat:
+        raise TextError("a system message needs a chat template: leave --system out, or write it into the prompt")
+    text = _chat_text(tokenizer, prompt, system) if chat else prompt
+    # A chat template writes its own special tokens, <bos> included.
+    ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    if not ids:
+        raise TextError("the prompt is empty")
+    return torch.tensor([ids], dtype=torch.int64)
+
+
+def _chat_text(tokenizer: Any, prompt: str, system: str | None) -> str:
+    messages = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the model's author, and may refuse a role
+        raise SourceError(f"the model's chat template refuses this prompt ({error}): use --raw") from error
+
+
+def _sampling(temperature: float, top_p: float, repetition_penalty: float) -> dict[str, Any]:
+    """What `model.generate` is told. Every field is given, so that the defaults which a model brings along
+    in its own generation settings do not change the answer between it and its compressed twin."""
+    if temperature < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0:
+        raise TextError(
+            f"temperature {temperature}, top_p {top_p}, repetition_penalty {repetition_penalty}: "
+            "needed are temperature >= 0, 0 < top_p <= 1 and repetition_penalty > 0"
+        )
+    greedy = temperature == 0
+    return {
+        "do_sample": not greedy,
+        "temperature": None if greedy else temperature,
+        "top_p": None if greedy else top_p,
+        "top_k": None if greedy else 0,
+        "repetition_penalty": repetition_penalty,
+    }
+
+
+def _room_left(model: Any, used: int, wanted: int) -> int:
+    if wanted < 1:
+        raise TextError(f"max_new_tokens {wanted}: at least 1 is needed")
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return wanted
+    if used >= limit:
+        raise TextError(f"the prompt has {used} tokens, and the model's {limit} positions leave no room for an answer")
+    return min(wanted, limit - used)
+
+
+def _padding(model: Any, tokenizer: Any) -> int | None:
+    """Any id does, since one prompt is never padded; without one, transformers prints a notice each time."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, model.generation_config.eos_token_id):
+        if token is not None:
+            return token[0] if isinstance(token, list) else token
+    return None
+
+
+class _Stopped(Exception):
+    """Raised inside the generating thread when nobody reads any more."""
+
+
+class _Tokens:
+    """What `model.generate` calls a streamer: hands new token ids from its thread to the reader."""
+
+    def __init__(self):
+        self.queue: queue.Queue = queue.Queue()
+        self.stopped = threading.Event()
+        self.prompt_seen = False
+
+    def put(self, ids) -> None:
+        if self.stopped.is_set():
+            raise _Stopped
+        if self.prompt_seen:
+            self.queue.put(ids.flatten().tolist())
+        self.prompt_seen = True  # the first call brings the prompt
+
+    def end(self) -> None:
+        """Nothing to do: the thread itself tells when it ends, also when it ends in an error."""
+
+
+def _run(model: Any, tokenizer: Any, input_ids: Tensor, settings: dict, seed: int) -> Iterator[str]:
+    tokens = _Tokens()
+    thread = threading.Thread(target=_generate, args=(model, input_ids, settings, seed, tokens), daemon=True)
+    thread.start()
+    try:
+        yield from _pieces(tokenizer, _received(tokens.queue))
+    finally:
+        tokens.stopped.set()
+        thread.join()
+
+
+def _generate(model: Any, input_ids: Tensor, settings: dict, seed: int, tokens: _Tokens) -> None:
+    """The thread's work. Last into the queue goes None, or the error that ended it."""
+    try:
+        torch.manual_seed(seed)
+        input_ids = input_ids.to(_device(model))
+        mask = torch.ones_like(input_ids)
+        model.generate(input_ids=input_ids, attention_mask=mask, streamer=tokens, **settings)
+        tokens.queue.put(None)
+    except BaseException as error:
+        tokens.queue.put(error)
+
+
+def _device(model: Any) -> torch.device:
+    # The input embedding is where token ids go, also in a model spread over devices.
+    embedding = model.get_input_embeddings()
+    tensors = [*embedding.parameters(), *embedding.buffers(), *model.parameters(), *model.buffers()]
+    return tensors[0].device
+
+
+def _received(tokens: queue.Queue) -> Iterator[list[int]]:
+    while (item := tokens.get()) is not None:
+        if isinstance(item, ReallmError):
+            raise item
+        if isinstance(item, BaseException):
+            raise RuntimeError(f"generation failed: {item}") from item
+        yield item
+
+
+def _pieces(tokenizer: Any, batches: Iterator[list[int]]) -> Iterator[str]:
+    """Decode as tokens come. One character may be several tokens: its bytes are held back until complete."""
+    ids: list[int] = []
+    shown = ""  # what of the text of `ids` was yielded
+    for batch in batches:
+        ids += batch
+        text = _decode(tokenizer, ids)
+        whole = text.rstrip("\ufffd")
+        if len(whole) > len(shown):
+            yield whole[len(shown) :]
+            shown = whole
+        if len(ids) > DECODED_AGAIN and whole == text:
+            # The tokens kept are context: many tokenizers drop the space before the first word they decode.
+            ids = ids[-8:]
+            shown = _decode(tokenizer, ids)
+    rest = _decode(tokenizer, ids)[len(shown) :]
+    if rest:
+        yield rest
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    # Cleaning up would change text that was yielded before: "a ." becomes "a." when the full stop comes.
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

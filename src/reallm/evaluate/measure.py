@@ -1,0 +1,91 @@
+"""The whole of `reallm eval`: from paths to figures with their provenance."""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import reallm
+from reallm import model as models
+from reallm.errors import ReallmError, SourceError
+from reallm.evaluate import text as texts
+from reallm.evaluate.loading import load_options
+from reallm.evaluate.perplexity import evaluate
+
+
+def measure(
+    model: str,
+    text: str | Path,
+    *,
+    context: int = 2048,
+    max_windows: int | None = None,
+    reference: str | None = None,
+    batch_size: int = 1,
+    device: str = "auto",
+    dtype: str = "auto",
+    mode: str = models.DECODE_AT_LOAD,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate the model at a path or hub id on a text file, both models on `device` in `dtype`.
+
+    The result is ready for JSON: the fields of `Evaluation`, what was measured on what, with which
+    versions, and `seconds`, the time of scoring without that of loading. ReallmError as `evaluate`.
+    """
+    loading = load_options(device, dtype) | {"mode": mode}
+    documents = texts.load_text(text)  # first: it is cheap, and most often what is wrong
+    tokenizer = models.load_tokenizer(model)
+    token_ids = texts.tokenize(tokenizer, documents)
+    if reference is not None:
+        _check_tokenizers(tokenizer, reference)
+    loaded = models.load(model, **loading)
+    other = None if reference is None else models.load(reference, **loading)
+    start = time.perf_counter()
+    figures = evaluate(
+        loaded,
+        token_ids,
+        context,
+        bos=texts.leading_bos(tokenizer),
+        max_windows=max_windows,
+        reference=other,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    seconds = time.perf_counter() - start
+    return dataclasses.asdict(figures) | {
+        "model": str(model),
+        "reference": reference,
+        "text": str(text),
+        "text_sha256": texts.text_sha256(text),
+        "dtype": str(getattr(loaded, "dtype", "unknown")).removeprefix("torch."),
+        "seconds": round(seconds, 3),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a figure may depend on."""
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return {"reallm": reallm.__version__, "python": platform.python_version(), **packages}
+
+
+def to_json(result: dict[str, Any]) -> str:
+    """JSON text; a figure that is infinite or not a number becomes null, which JSON has no word for."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in result.items()
+    }
+    return json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _check_tokenizers(tokenizer: Any, reference: str) -> None:
+    """SourceError if the reference reads other tokens. Equal sizes do not show it: many vocabularies have 32,000."""
+    try:
+        other = models.load_tokenizer(reference)
+    except ReallmError:
+        return  # a reference may come without a tokenizer; the sizes are still compared
+    if tokenizer.get_vocab() != other.get_vocab():
+        raise SourceError(f"{reference}: its tokenizer is not the model's: KL and agreement need the same tokens")

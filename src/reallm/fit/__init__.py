@@ -1,0 +1,13 @@
+"""How a matrix's parts are found: one file per way of finding."""
+
+import importlib
+import pkgutil
+
+from reallm.fit.dispatch import fit, relative_error, squared_error
+from reallm.fit.quality import gaussian_error
+
+# Every file of this folder registers its ways of fitting when imported.
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["fit", "gaussian_error", "relative_error", "squared_error"]

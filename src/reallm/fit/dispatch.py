@@ -1,0 +1,45 @@
+"""`fit`: find the parts of a weight in a format. Each way of finding registers itself for its format."""
+
+from __future__ import annotations
+
+from functools import singledispatch
+
+from jaxtyping import Float
+from torch import Tensor
+
+from reallm.formats import Parts, Shape, WeightFormat
+
+
+@singledispatch
+def fit(
+    fmt: WeightFormat, weight: Float[Tensor, "out in"], seed: int = 0, start: Parts | None = None
+) -> Parts:
+    """Parts whose decoding is close to `weight` in squared error; float32, on the weight's device.
+
+    They are *stored* parts: scales and factors are already rounded to what the file keeps, and codes are
+    chosen against the rounded values. `start` is an earlier result for nearly the same weight: methods that
+    iterate begin there. The same weight, seed and device give the same parts.
+    """
+    raise NotImplementedError(f"no way to fit {type(fmt).__name__} is registered")
+
+
+def shape_of(weight: Float[Tensor, "out in"]) -> Shape:
+    """(out_features, in_features)."""
+    return weight.shape[0], weight.shape[1]
+
+
+def decoded(fmt: WeightFormat, parts: Parts, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    """The matrix that `parts` of `weight` stand for."""
+    return fmt.decode(parts, shape_of(weight))
+
+
+def squared_error(weight: Float[Tensor, "out in"], approximation: Float[Tensor, "out in"]) -> float:
+    """Sum of squared differences, accumulated in float64 so that iterates can be compared."""
+    return (weight - approximation).double().square().sum().item()
+
+
+def relative_error(weight: Float[Tensor, "out in"], approximation: Float[Tensor, "out in"]) -> float:
+    """Squared error over the sum of squared weights; 0 for a zero matrix that is met exactly."""
+    energy = weight.double().square().sum().item()
+    error = squared_error(weight, approximation)
+    return error / energy if energy else error

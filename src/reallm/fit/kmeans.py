@@ -1,0 +1,119 @@
+"""Seeded weighted k-means, and the codebook format fitted with it."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reallm.fit.dispatch import fit
+from reallm.fit.rounding import normalised, signed_largest
+from reallm.formats import Parts
+from reallm.formats import scales as scale_store
+from reallm.formats.codebook import Codebook, CodebookParts
+from reallm.formats.normal_float import normal_levels
+from reallm.kernels import nearest_entry, nearest_level
+
+_ITERATIONS = 30
+_WARM_ITERATIONS = 5
+# An entry is a mean: 64 samples place it to within an eighth of its cell; more samples only cost time.
+_SAMPLES_PER_ENTRY = 64
+_LEAST_SAMPLES, _MOST_SAMPLES = 1 << 15, 1 << 19
+# A coordinate this close to the largest weight of its group stands for it, and is kept exact.
+_OUTERMOST = 0.9
+
+
+@fit.register
+def fit_codebook(fmt: Codebook, weight: Tensor, seed: int = 0, start: Parts | None = None) -> CodebookParts:
+    """k-means over the group-normalised vectors, each weighted by its squared scale.
+
+    The weighting makes the sum k-means lowers the squared error of the weight itself, not of its normalised
+    form. A group is divided by its weight of largest magnitude *with its sign*, so that all outliers become
+    exactly 1, and entries near 1 are pinned there: a few outlier weights carry a model, and means of
+    neighbours would shrink them (docs/log.md, 2026-11-22).
+    """
+    scales = scale_store.stored(fmt.scales, signed_largest(weight, fmt.group_size), signed=True)
+    vectors = _vectors(normalised(weight, scales, fmt.group_size), fmt.vector_dim)
+    importance = _vectors(scale_store.spread(scales, weight.shape[1], fmt.group_size), fmt.vector_dim)
+    importance = importance.square().mean(1)
+    previous = start.codebook if isinstance(start, CodebookParts) else None
+    codebook = kmeans(vectors, importance, fmt.codebook_size, seed, previous)
+    codebook = codebook.to(torch.float16).to(torch.float32)
+    codes = nearest(vectors, codebook).view(weight.shape[0], -1)
+    return CodebookParts(codes, codebook, scales)
+
+
+def kmeans(
+    vectors: Float[Tensor, "n dim"],
+    importance: Float[Tensor, " n"],
+    size: int,
+    seed: int = 0,
+    start: Float[Tensor, "size dim"] | None = None,
+) -> Float[Tensor, "size dim"]:
+    """`size` entries of small importance-weighted squared distance, by Lloyd's iteration on a sample.
+
+    Vectors lie in [-1, 1]. Starts from `start`, else from the quantiles of a normal in one dimension and
+    from drawn vectors in more. Codebooks of more than two entries keep one entry at 0 and pin outermost
+    coordinates to ±1. An entry that no vector chooses is moved to the vector that is served worst.
+    One-dimensional entries come sorted.
+    """
+    generator = torch.Generator(device=vectors.device).manual_seed(seed)
+    count = min(max(_LEAST_SAMPLES, _SAMPLES_PER_ENTRY * size), _MOST_SAMPLES)
+    if len(vectors) > count:
+        chosen = torch.randint(len(vectors), (count,), generator=generator, device=vectors.device)
+        vectors, importance = vectors[chosen], importance[chosen]
+    codebook = _first_entries(vectors, importance, size, generator) if start is None else start
+    for _ in range(_ITERATIONS if start is None else _WARM_ITERATIONS):
+        codebook = _lloyd_step(vectors, importance, _anchored(codebook))
+    return _anchored(codebook)
+
+
+def nearest(vectors: Float[Tensor, "n dim"], codebook: Float[Tensor, "size dim"]) -> Int[Tensor, " n"]:
+    """Index of the nearest entry; one-dimensional codebooks must be sorted."""
+    if codebook.shape[1] == 1:
+        return nearest_level(vectors[:, 0], codebook[:, 0])
+    return nearest_entry(vectors, codebook)
+
+
+def _vectors(matrix: Float[Tensor, "out in"], dim: int) -> Float[Tensor, "n dim"]:
+    """Rows cut into vectors; a short last vector is filled with zeros."""
+    return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % dim)).reshape(-1, dim)
+
+
+def _first_entries(vectors: Tensor, importance: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    if vectors.shape[1] == 1:
+        return torch.tensor(normal_levels(size.bit_length() - 1), device=vectors.device)[:, None]
+    probable = importance + importance.mean() * 1e-3 + 1e-30  # zero groups stay possible: something must be drawn
+    # With fewer vectors than entries some are drawn twice; the copies die and are moved.
+    chosen = torch.multinomial(probable, size, replacement=len(vectors) < size, generator=generator)
+    return vectors[chosen].clone()
+
+
+def _anchored(codebook: Tensor) -> Tensor:
+    """Sorted if scalar, with outermost coordinates at ±1 and the entry nearest to 0 at 0.
+
+    Groups with one huge weight need the 0: without it all their small weights become noise of its size.
+    """
+    if len(codebook) > 2:
+        codebook = torch.where(codebook.abs() > _OUTERMOST, codebook.sign(), codebook)
+        codebook[codebook.square().sum(1).argmin()] = 0
+    return codebook.sort(0).values if codebook.shape[1] == 1 else codebook
+
+
+def _lloyd_step(vectors: Tensor, importance: Tensor, codebook: Tensor) -> Tensor:
+    codes = nearest(vectors, codebook).long()
+    mass = torch.zeros(len(codebook), device=vectors.device).index_add_(0, codes, importance)
+    sums = torch.zeros_like(codebook).index_add_(0, codes, vectors * importance[:, None])
+    means = torch.where(mass[:, None] > 0, sums / mass[:, None].clamp(min=1e-30), codebook)
+    return _revived(vectors, importance, means, codes, mass > 0)
+
+
+def _revived(vectors: Tensor, importance: Tensor, codebook: Tensor, codes: Tensor, alive: Tensor) -> Tensor:
+    """Dead entries take the place of the vectors with the largest weighted distance to their own entry."""
+    dead = (~alive).nonzero()[:, 0]
+    if not len(dead):
+        return codebook
+    distance = (vectors - codebook[codes]).square().sum(1) * importance
+    worst = distance.topk(min(len(dead), len(vectors))).indices
+    codebook[dead[: len(worst)]] = vectors[worst]
+    return codebook

@@ -1,0 +1,79 @@
+"""Best low-rank approximation, and the alternation of a low-rank residual with any base format."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reallm.fit.dispatch import decoded, fit, squared_error
+from reallm.formats import Parts
+from reallm.formats.low_rank_plus import LowRankPlus, LowRankPlusParts
+
+_ALTERNATIONS = 10
+# An iterate that gains less than 0.1 % does not pay for the next one.
+_LEAST_GAIN = 1e-3
+_POWER_STEPS = 6
+_OVERSAMPLING = 8
+
+
+@fit.register
+def fit_low_rank_plus(
+    fmt: LowRankPlus, weight: Tensor, seed: int = 0, start: Parts | None = None
+) -> LowRankPlusParts:
+    """Alternate base ← codec(W - left·rightᵀ), residual ← SVD(W - base); keep the best iterate.
+
+    LQ-LoRA's loop (Guo et al., arXiv:2311.12023), begun with the residual of W itself. It stops when the
+    error no longer falls; codec errors are not monotone, so the last iterate need not be the best.
+    """
+    best, least = None, float("inf")
+    base, right = None, None
+    left, right = _residual(fmt, weight, seed, right)
+    for _ in range(_ALTERNATIONS):
+        base = fit(fmt.base, weight - left @ right.T, seed, base)
+        approximation = decoded(fmt.base, base, weight)
+        left, right = _residual(fmt, weight - approximation, seed, right)
+        error = squared_error(weight, approximation + left @ right.T)
+        if best is not None and error > least * (1 - _LEAST_GAIN):
+            break
+        best, least = LowRankPlusParts(left, right, base), error
+    assert best is not None
+    return best
+
+
+def low_rank(
+    matrix: Float[Tensor, "out in"], rank: int, seed: int = 0, start: Float[Tensor, "in rank"] | None = None
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "in rank"]]:
+    """(left, right) with left · rightᵀ close to the best approximation of that rank, equal norms a column.
+
+    Subspace iteration with oversampling (Halko et al., arXiv:0909.4061), warm from `start`; matrices not
+    much larger than the rank are decomposed in full.
+    """
+    width = rank + _OVERSAMPLING
+    if min(matrix.shape) <= 2 * width:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        basis = _range_basis(matrix, width, seed, start)
+        u, s, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+        u = basis @ u
+    roots = s[:rank].clamp(min=0).sqrt()
+    return u[:, :rank] * roots, vh[:rank].T * roots
+
+
+def _range_basis(matrix: Tensor, width: int, seed: int, start: Tensor | None) -> Tensor:
+    """Orthonormal (out, width) basis that holds the leading left singular vectors."""
+    # The generator lives on the CPU: the same start whatever the device.
+    generator = torch.Generator().manual_seed(seed)
+    probe = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
+    if start is not None:
+        probe[:, : start.shape[1]] = torch.nn.functional.normalize(start, dim=0)
+    basis = torch.linalg.qr(matrix @ probe).Q
+    for _ in range(_POWER_STEPS):
+        probe = torch.linalg.qr(matrix.T @ basis).Q
+        basis = torch.linalg.qr(matrix @ probe).Q
+    return basis
+
+
+def _residual(fmt: LowRankPlus, matrix: Tensor, seed: int, start: Tensor | None) -> tuple[Tensor, Tensor]:
+    left, right = low_rank(matrix, fmt.rank, seed, start)
+    return fmt.stored_factor(left), fmt.stored_factor(right)

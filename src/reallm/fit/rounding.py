@@ -1,0 +1,102 @@
+"""Formats whose codes follow from the weight by rounding: dense, uniform, normal_float."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reallm.errors import FormatError
+from reallm.fit.dispatch import fit
+from reallm.formats import Parts
+from reallm.formats import scales as scale_store
+from reallm.formats.dense import Dense, DenseParts
+from reallm.formats.normal_float import NormalFloat, NormalFloatParts
+from reallm.formats.uniform import Uniform, UniformParts
+from reallm.kernels import nearest_level
+
+
+@fit.register
+def fit_dense(fmt: Dense, weight: Tensor, seed: int = 0, start: Parts | None = None) -> DenseParts:
+    """Round to the stored dtype.
+
+    Errors: FormatError if a weight is beyond the dtype's range.
+    """
+    largest = weight.abs().max().item()
+    if largest > torch.finfo(fmt.torch_dtype).max:
+        raise FormatError(f"dense: {fmt.dtype} cannot hold a weight of {largest:.3g}; use bfloat16")
+    return DenseParts(weight.to(fmt.torch_dtype).to(torch.float32))
+
+
+@fit.register
+def fit_uniform(fmt: Uniform, weight: Tensor, seed: int = 0, start: Parts | None = None) -> UniformParts:
+    """Levels span each group's range: no weight is clipped, because a few outliers carry a model."""
+    return _symmetric(fmt, weight) if fmt.symmetric else _asymmetric(fmt, weight)
+
+
+@fit.register
+def fit_normal_float(
+    fmt: NormalFloat, weight: Tensor, seed: int = 0, start: Parts | None = None
+) -> NormalFloatParts:
+    """The largest weight of a group takes the outermost level."""
+    span = mean_magnitude if fmt.bits == 1 else largest_magnitude
+    scales = scale_store.stored(fmt.scales, span(weight, fmt.group_size))
+    codes = nearest_level(normalised(weight, scales, fmt.group_size), fmt.levels(weight.device))
+    return NormalFloatParts(codes, scales)
+
+
+def largest_magnitude(weight: Float[Tensor, "out in"], group_size: int) -> Float[Tensor, "out groups"]:
+    """Largest |weight| of each group."""
+    return signed_largest(weight, group_size).abs()
+
+
+def signed_largest(weight: Float[Tensor, "out in"], group_size: int) -> Float[Tensor, "out groups"]:
+    """The weight of largest magnitude of each group, with its sign."""
+    groups = scale_store.grouped(weight, group_size)
+    return groups.gather(2, groups.abs().argmax(2, keepdim=True))[..., 0]
+
+
+def mean_magnitude(weight: Float[Tensor, "out in"], group_size: int) -> Float[Tensor, "out groups"]:
+    """Mean |weight| of each group: the best level of a 1-bit code, where the largest weight would double the error.
+
+    A short last group counts only the weights it holds.
+    """
+    sums = scale_store.grouped(weight.abs(), group_size).sum(2)
+    counts = scale_store.grouped(torch.ones_like(weight[:1]), group_size).sum(2)
+    return sums / counts
+
+
+def normalised(
+    weight: Float[Tensor, "out in"], scales: Float[Tensor, "out groups"], group_size: int
+) -> Float[Tensor, "out in"]:
+    """weight / scale of its group."""
+    return weight / scale_store.spread(divisors(scales), weight.shape[1], group_size)
+
+
+def divisors(scales: Float[Tensor, "out groups"]) -> Float[Tensor, "out groups"]:
+    """Scales with 1 for 0: a zero group (pruned heads), or one below the smallest stored scale, divides by it."""
+    return torch.where(scales != 0, scales, 1.0)
+
+
+def _symmetric(fmt: Uniform, weight: Tensor) -> UniformParts:
+    if fmt.bits == 1:
+        scales = 2 * mean_magnitude(weight, fmt.group_size)
+    else:
+        scales = -signed_largest(weight, fmt.group_size) / fmt.zero_code
+    scales = scale_store.stored(fmt.scales, scales, signed=True)
+    codes = _rounded(normalised(weight, scales, fmt.group_size) + fmt.zero_code, fmt.bits)
+    return UniformParts(codes, scales, None)
+
+
+def _asymmetric(fmt: Uniform, weight: Tensor) -> UniformParts:
+    groups = scale_store.grouped(weight, fmt.group_size)
+    # The range always holds 0, so that 0 (and the filling of a short group) is exact.
+    low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
+    scales = scale_store.stored(fmt.scales, (high - low) / (2**fmt.bits - 1))
+    zeros = _rounded(-low / divisors(scales), fmt.bits)
+    shifts = scale_store.spread(zeros, weight.shape[1], fmt.group_size)
+    return UniformParts(_rounded(normalised(weight, scales, fmt.group_size) + shifts, fmt.bits), scales, zeros)
+
+
+def _rounded(values: Tensor, bits: int) -> Int[Tensor, "..."]:
+    return values.round().clamp(0, 2**bits - 1).to(torch.int32)

@@ -1,0 +1,34 @@
+"""What a matrix is: the waist, and one file per format. To add one, see docs/add_a_format.md."""
+
+import importlib
+import pkgutil
+
+from reallm.formats.rows import decode_rows
+from reallm.formats.waist import (
+    Parts,
+    Shape,
+    Tensors,
+    WeightFormat,
+    from_spec,
+    known_formats,
+    map_tensors,
+    register,
+    to_spec,
+)
+
+# Every file of this folder is a format or serves one: importing them registers all.
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = [
+    "Parts",
+    "Shape",
+    "Tensors",
+    "WeightFormat",
+    "decode_rows",
+    "from_spec",
+    "known_formats",
+    "map_tensors",
+    "register",
+    "to_spec",
+]

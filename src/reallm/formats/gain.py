@@ -1,0 +1,52 @@
+"""`gain`: any format times one number an output row, the magnitude of DoRA (Liu et al., arXiv:2402.09353)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reallm.formats.waist import Parts, Shape, Tensors, WeightFormat, empty, inner, register, under
+
+
+@dataclass(frozen=True)
+class GainParts:
+    """weight = gain of the row · base."""
+
+    gain: Float[Tensor, " out"]
+    base: Parts
+
+
+@register
+@dataclass(frozen=True)
+class Gain(WeightFormat):
+    """`base` with every output row scaled by a bfloat16 number."""
+
+    base: WeightFormat
+
+    name: ClassVar[str] = "gain"
+    roles: ClassVar[dict[str, str]] = {"gain": "gains"}
+
+    def check(self, shape: Shape) -> None:
+        """Fits whatever the base fits."""
+        self.base.check(shape)
+
+    def layout(self, shape: Shape) -> Tensors:
+        """`gain` (out,) bfloat16; the base under `base.`"""
+        return {"gain": empty((shape[0],), torch.bfloat16), **under("base", self.base.layout(shape))}
+
+    def pack(self, parts: GainParts, shape: Shape) -> Tensors:
+        """Pack gain and base."""
+        gain = parts.gain.detach().to(torch.bfloat16)
+        return {"gain": gain, **under("base", self.base.pack(parts.base, shape))}
+
+    def unpack(self, tensors: Tensors, shape: Shape) -> GainParts:
+        """The inverse of `pack`."""
+        return GainParts(tensors["gain"].to(torch.float32), self.base.unpack(inner("base", tensors), shape))
+
+    def decode(self, parts: GainParts, shape: Shape) -> Float[Tensor, "out in"]:
+        """gain · base, row by row."""
+        return parts.gain[:, None] * self.base.decode(parts.base, shape)

@@ -1,0 +1,153 @@
+"""The waist of the library: a matrix in a format.
+
+format -> a frozen dataclass of plain numbers; parts -> tensors in natural units; tensors -> what is
+written. Everything above asks only the methods below; everything below knows only plain tensors.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reallm.errors import FormatError
+
+Shape: TypeAlias = tuple[int, int]  # (out_features, in_features), as nn.Linear.weight
+Tensors: TypeAlias = dict[str, Tensor]  # local names: "codes", "base.scales"
+Parts: TypeAlias = Any  # the format's own frozen dataclass of tensors
+
+_REGISTRY: dict[str, type[WeightFormat]] = {}
+
+
+class WeightFormat(abc.ABC):
+    """How one (out, in) matrix is stored. Final subclasses: `@register @dataclass(frozen=True)`."""
+
+    name: ClassVar[str]
+    # Ledger role of each stored tensor by local name: the ledger groups bytes by these words.
+    roles: ClassVar[dict[str, str]]
+
+    @abc.abstractmethod
+    def check(self, shape: Shape) -> None:
+        """Raise FormatError naming the field and its value if `shape` cannot be stored."""
+
+    @abc.abstractmethod
+    def layout(self, shape: Shape) -> Tensors:
+        """What `pack` writes for a matrix of `shape`, as empty tensors on the meta device."""
+
+    @abc.abstractmethod
+    def pack(self, parts: Parts, shape: Shape) -> Tensors:
+        """Parts -> stored tensors; lossless for parts that came from `fit` or `unpack`."""
+
+    @abc.abstractmethod
+    def unpack(self, tensors: Tensors, shape: Shape) -> Parts:
+        """Stored tensors -> parts; `pack` of the result gives the same tensors again."""
+
+    @abc.abstractmethod
+    def decode(self, parts: Parts, shape: Shape) -> Float[Tensor, "out in"]:
+        """The matrix in float32, differentiable in every float part."""
+
+    # One definition of size for the whole library: never overridden.
+    def nbytes(self, shape: Shape) -> int:
+        """Stored bytes of a matrix of `shape`, everything included."""
+        return sum(t.nbytes for t in self.layout(shape).values())
+
+    def bits_per_weight(self, shape: Shape) -> float:
+        """8 · stored bytes / weights, everything included."""
+        return 8 * self.nbytes(shape) / (shape[0] * shape[1])
+
+    def role(self, local_name: str) -> str:
+        """Ledger role of a stored tensor; a name under `base.` is the inner format's."""
+        head, _, rest = local_name.partition(".")
+        if rest and isinstance(inner := getattr(self, head, None), WeightFormat):
+            return inner.role(rest)
+        return self.roles[local_name]
+
+
+def register(cls: type[WeightFormat]) -> type[WeightFormat]:
+    """Make a format known by its name; a new format joins by this and edits no old file."""
+    if _REGISTRY.setdefault(cls.name, cls) is not cls:
+        raise AssertionError(f"format name {cls.name!r} is taken by {_REGISTRY[cls.name]}")
+    return cls
+
+
+def known_formats() -> dict[str, type[WeightFormat]]:
+    """Registered formats by name, sorted."""
+    return dict(sorted(_REGISTRY.items()))
+
+
+def to_spec(fmt: WeightFormat) -> dict[str, Any]:
+    """A format as plain JSON values: `{"format": name, field: value, ...}`, inner formats nested."""
+    spec: dict[str, Any] = {"format": fmt.name}
+    for field in dataclasses.fields(fmt):  # type: ignore[arg-type]
+        value = getattr(fmt, field.name)
+        spec[field.name] = to_spec(value) if isinstance(value, WeightFormat) else value
+    return spec
+
+
+def from_spec(spec: Any) -> WeightFormat:
+    """The inverse of `to_spec`; fields left out take their defaults.
+
+    Errors: FormatError for an unknown format (lists the known ones), an unknown field or a bad value.
+    """
+    if not isinstance(spec, dict) or "format" not in spec:
+        raise FormatError(f"a format is a mapping with the key 'format', not {spec!r}")
+    name = spec["format"]
+    cls = _REGISTRY.get(name) if isinstance(name, str) else None
+    if cls is None:
+        raise FormatError(f"unknown format {name!r}; known formats: {', '.join(known_formats())}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values = {k: v for k, v in spec.items() if k != "format"}
+    if unknown := sorted(set(values) - set(fields)):
+        raise FormatError(f"{name}: unknown field {unknown[0]!r}; its fields: {', '.join(fields) or 'none'}")
+    for key, value in values.items():
+        if fields[key].type in ("WeightFormat", WeightFormat):
+            values[key] = from_spec(value)
+        elif not _plain_type_matches(str(fields[key].type), value):
+            raise FormatError(f"{name}: {key}={value!r} is not of type {fields[key].type}")
+    try:
+        return cls(**values)
+    except TypeError as error:  # a field without default was left out
+        raise FormatError(f"{name}: {error}") from error
+
+
+def _plain_type_matches(annotation: str, value: Any) -> bool:
+    """Whether a JSON value fits an annotation; formats hold only ints, floats, bools, strings, None."""
+    allowed: tuple[type, ...] = tuple(
+        t for word, t in {"int": int, "float": float, "bool": bool, "str": str}.items() if word in annotation
+    )
+    if isinstance(value, bool):
+        return bool in allowed
+    if isinstance(value, int):
+        return int in allowed or float in allowed
+    return (value is None and "None" in annotation) or isinstance(value, allowed)
+
+
+def under(prefix: str, tensors: Tensors) -> Tensors:
+    """Put an inner format's tensors under `prefix.`"""
+    return {f"{prefix}.{name}": t for name, t in tensors.items()}
+
+
+def inner(prefix: str, tensors: Tensors) -> Tensors:
+    """The inverse of `under`: the tensors whose name starts with `prefix.`, without it."""
+    return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor on the meta device: shape and dtype, no memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def map_tensors(fn: Any, parts: Parts) -> Parts:
+    """Parts with `fn` applied to every tensor, inner parts included: parts are walked as a tree."""
+    changes = {}
+    for field in dataclasses.fields(parts):
+        value = getattr(parts, field.name)
+        if isinstance(value, Tensor):
+            changes[field.name] = fn(value)
+        elif dataclasses.is_dataclass(value):
+            changes[field.name] = map_tensors(fn, value)
+    return dataclasses.replace(parts, **changes)

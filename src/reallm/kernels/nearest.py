@@ -1,0 +1,25 @@
+"""Nearest entry of a codebook."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# Distances of one chunk: 2**22 floats are 16 MB, which a cache still half holds; larger is slower.
+_DISTANCES_PER_CHUNK = 1 << 22
+
+
+def nearest_level(values: Float[Tensor, "..."], levels: Float[Tensor, " levels"]) -> Int[Tensor, "..."]:
+    """Index of the nearest of `levels`, which rise; a value halfway between two takes the lower."""
+    between = (levels[1:] + levels[:-1]) / 2
+    return torch.bucketize(values, between, out_int32=True)
+
+
+def nearest_entry(vectors: Float[Tensor, "n dim"], codebook: Float[Tensor, "entries dim"]) -> Int[Tensor, " n"]:
+    """Index of the entry at the smallest squared distance."""
+    half_norms = codebook.square().sum(1) / 2
+    chunk = max(1, _DISTANCES_PER_CHUNK // len(codebook))
+    # argmin |v - c|² = argmin |c|²/2 - v·c: the term |v|² is the same for all entries.
+    codes = [torch.addmm(half_norms, part, codebook.T, alpha=-1).argmin(1) for part in vectors.split(chunk)]
+    return torch.cat(codes).to(torch.int32) if codes else vectors.new_empty(0, dtype=torch.int32)

@@ -1,0 +1,61 @@
+"""Families as data: what a matrix does in a block, told from the last parts of its module path."""
+
+from __future__ import annotations
+
+# Roles in the order a block uses them; recipes and reports speak of these words.
+ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "fc1", "fc2", "embedding", "head", "other")
+
+# Last part of the path, or the last two where one alone is ambiguous; the longer match wins.
+# The comment names a family that spells it so.
+ROLE_OF: dict[str, str] = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "qkv_proj": "qkv",  # Phi-3
+    "gate_up_proj": "gate_up",  # Phi-3, and fused experts
+    "out_proj": "o",  # OPT, GPT-Neo, GPT-J
+    "self_attn.dense": "o",  # Phi, Persimmon
+    "fc1": "fc1",  # OPT, Phi
+    "fc2": "fc2",
+    "fc_in": "fc1",  # GPT-J, CodeGen
+    "fc_out": "fc2",
+    "c_attn": "qkv",  # GPT-2, GPT-BigCode
+    "attn.c_proj": "o",
+    "c_fc": "fc1",
+    "mlp.c_proj": "fc2",
+    "query_key_value": "qkv",  # NeoX, Falcon, BLOOM
+    "attention.dense": "o",  # NeoX
+    "self_attention.dense": "o",  # Falcon, BLOOM
+    "dense_h_to_4h": "fc1",
+    "dense_4h_to_h": "fc2",
+    "Wqkv": "qkv",  # MPT, DBRX
+    "ffn.up_proj": "fc1",  # MPT has no gate
+    "ffn.down_proj": "fc2",
+    "w1": "gate",  # InternLM, Mixtral before fusing
+    "w3": "up",
+    "w2": "down",
+}
+
+# A linear of these names that answers one number per expert (or one in all) chooses experts.
+ROUTER_NAMES = frozenset({"gate", "router", "wg", "shared_expert_gate", "expert_gate"})
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+POSITION_WORDS = ("position", "wpe", "embed_pos")
+
+
+def role_of(path: str) -> str:
+    """Role of the matrix at a module path; numbers (experts, blocks) at the end do not count."""
+    parts = path.split(".")
+    while parts and parts[-1].isdigit():
+        parts.pop()
+    return ROLE_OF.get(".".join(parts[-2:])) or ROLE_OF.get(parts[-1] if parts else "", "other")
+
+
+def is_router(path: str, out_features: int, config: object) -> bool:
+    """Whether a linear chooses experts: by its name, and by answering one number per expert."""
+    counts = {1} | {n for key in EXPERT_COUNTS if isinstance(n := getattr(config, key, None), int)}
+    return path.rpartition(".")[2] in ROUTER_NAMES and out_features in counts

@@ -1,0 +1,89 @@
+"""Loading a model to use: an artifact of ours or an original, through one door."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from reallm.artifact.manifest import QUANT_METHOD
+from reallm.errors import ArtifactError, SourceError
+from reallm.model.headers import weight_files
+from reallm.model.modules import DECODE_AT_LOAD, check_mode
+from reallm.model.silence import quiet
+from reallm.model.source import device_options, open_source
+
+
+def load(
+    path: str | Path,
+    mode: str = DECODE_AT_LOAD,
+    device: str | torch.device | int | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """A model in eval mode: a compressed one in `mode`, or an original folder, hub id or GGUF file.
+
+    `dtype` is what it computes in, its own by default.
+    Errors: ArtifactError, FormatError or SourceError, one line with the remedy.
+    """
+    check_mode(mode)
+    if not is_artifact(path):
+        return open_source(path).load(dtype, device).eval()
+    folder = Path(path).expanduser()
+    weight_files(folder, ArtifactError)
+    return _load_artifact(folder, mode, device, dtype).eval()
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of an artifact or an original.
+
+    Errors: SourceError if there is none, or if it would run code from the folder.
+    """
+    from transformers import AutoTokenizer
+
+    from reallm.model.gguf import gguf_tokenizer, require_gguf
+
+    place = Path(path).expanduser()
+    try:
+        if place.suffix == ".gguf" and place.is_file():
+            require_gguf()
+            return gguf_tokenizer(place)
+        folder = place if place.is_dir() else open_source(path).folder
+        if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+            raise SourceError(f"{path}: has no tokenizer files; copy the tokenizer of the original model there")
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except SourceError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as problem:
+        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise SourceError(f"{path}: the tokenizer cannot be read ({reason})") from problem
+
+
+def is_artifact(path: str | Path) -> bool:
+    """Whether a path is a folder that reallm wrote, by its config alone."""
+    file = Path(path).expanduser() / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def _load_artifact(folder: Path, mode: str, device: Any, dtype: torch.dtype | None) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    from reallm.model.quantizer import register_with_transformers, with_mode
+    from reallm.model.source import read_config
+
+    options = device_options(device)
+    register_with_transformers()
+    config = read_config(folder, str(folder))
+    config.quantization_config = with_mode(config.quantization_config, mode)
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, **options
+        )

@@ -1,0 +1,247 @@
+"""Modules that hold a compressed matrix and act as the linear or embedding it replaces."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reallm.errors import ArtifactError
+from reallm.formats import Shape, Tensors, WeightFormat, decode_rows
+
+DECODE_AT_LOAD = "decode_at_load"
+DECODE_PER_USE = "decode_per_use"
+MODES = (DECODE_AT_LOAD, DECODE_PER_USE)
+
+# Names of the modules' own; a stored tensor of such a local name would hide one of them.
+RESERVED = frozenset({"weight", "bias", "dense", "shell"})
+
+
+class _Compressed(nn.Module):
+    """Stored tensors of one matrix as buffers under their local names, and its weight.
+
+    `dense` (not persistent) is the decoded weight in the compute dtype; while it is empty, the weight
+    is decoded at each use. Its dtype follows the model's; stored tensors keep theirs.
+    """
+
+    def __init__(self, fmt: WeightFormat, shape: Shape, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.fmt, self.shape = fmt, shape
+        self._local_names = tuple(layout := fmt.layout(shape))
+        for name, tensor in layout.items():
+            assert name.partition(".")[0] not in RESERVED, f"{fmt.name}: local name {name!r} is reserved"
+            parent, leaf = _descend(self, name)
+            parent.register_buffer(leaf, tensor)
+        self.register_buffer("dense", torch.empty(0, dtype=dtype, device="meta"), persistent=False)
+        # Nothing in here is for the model's random initialisation.
+        self._is_hf_initialized = True
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """dtype of the decoded weight."""
+        return self.dense.dtype
+
+    def stored(self) -> Tensors:
+        """The stored tensors by local name."""
+        return {name: self.get_buffer(name) for name in self._local_names}
+
+    def decode(self) -> Float[Tensor, "out in"]:
+        """The matrix from its stored tensors, in the compute dtype."""
+        return self.fmt.decode(self.fmt.unpack(self.stored(), self.shape), self.shape).to(self.compute_dtype)
+
+    def decode_once(self) -> None:
+        """Keep the decoded matrix from now on."""
+        with torch.no_grad():
+            self.dense = self.decode().contiguous()
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The decoded matrix: the kept one, or a fresh one."""
+        return self.dense if self.dense.numel() else self.decode()
+
+    def rows(self, ids: Int[Tensor, " ..."]) -> Float[Tensor, "... in"]:
+        """Rows of the matrix by number; decodes only those if the format can."""
+        if self.dense.numel():
+            return F.embedding(ids, self.dense)
+        # A token that occurs twice is decoded once.
+        rows, place = torch.unique(ids, return_inverse=True)
+        return F.embedding(place, decode_rows(self.fmt, self.stored(), self.shape, rows).to(self.compute_dtype))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Move stored tensors with the model, but never cast them: their dtype is the format's."""
+        stored = {id(tensor) for tensor in self.stored().values()}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in stored and moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(move, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[0]}, {self.shape[1]}, format={self.fmt.name}"
+
+
+class CompressedLinear(_Compressed):
+    """x @ weight.T + bias, also for Conv1D; `bias` is a normal parameter."""
+
+    def __init__(
+        self,
+        fmt: WeightFormat,
+        shape: Shape,
+        dtype: torch.dtype,
+        bias: nn.Parameter | None = None,
+        conv1d: bool = False,
+    ) -> None:
+        super().__init__(fmt, shape, dtype)
+        self.out_features, self.in_features = shape
+        self.register_parameter("bias", bias)
+        self.conv1d = conv1d  # what to turn into again when decompressed
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        return F.linear(x, self.weight, self.bias)
+
+    def dense_module(self, dtype: torch.dtype) -> nn.Module:
+        """The plain module it stands for, with the decoded weight."""
+        plain = _plain_linear(self.shape, self.conv1d)
+        weight = self.weight.to(dtype)
+        plain.weight = nn.Parameter(weight.T.contiguous() if self.conv1d else weight)
+        plain.bias = None if self.bias is None else nn.Parameter(self.bias.detach().to(dtype))
+        return plain
+
+
+class CompressedEmbedding(_Compressed):
+    """A look-up of rows.
+
+    `shell` is the module it replaces if that has a forward of its own (scaled or normed embeddings):
+    it is run on the rows that occur, so that whatever it does is done.
+    """
+
+    def __init__(self, fmt: WeightFormat, shape: Shape, dtype: torch.dtype, original: nn.Embedding) -> None:
+        super().__init__(fmt, shape, dtype)
+        self.num_embeddings, self.embedding_dim = shape
+        self.padding_idx = original.padding_idx
+        own_forward = type(original).forward is not nn.Embedding.forward
+        self.shell = _hollow(original, dtype) if own_forward else None
+
+    def forward(self, ids: Int[Tensor, " ..."]) -> Float[Tensor, "... in"]:
+        if self.shell is None:
+            return self.rows(ids)
+        rows, place = torch.unique(ids, return_inverse=True)
+        return torch.func.functional_call(self.shell, {"weight": self.rows(rows)}, (place,))
+
+    def dense_module(self, dtype: torch.dtype) -> nn.Module:
+        """The plain module it stands for, with the decoded weight."""
+        if self.shell is None:
+            return nn.Embedding(*self.shape, padding_idx=self.padding_idx, _weight=self.weight.to(dtype))
+        plain = copy.deepcopy(self.shell)
+        del plain._buffers["weight"]
+        plain.weight = nn.Parameter(self.weight.to(dtype))
+        plain.padding_idx = self.padding_idx
+        return plain
+
+
+class CompressedExpert(_Compressed):
+    """One expert's matrix; `CompressedExperts` hands it out."""
+
+
+class CompressedExperts(nn.Module):
+    """Stands for a fused (experts, ...) parameter: indexing decodes that expert's slice.
+
+    `transposed`: the model stores slices as (in, out).
+    """
+
+    def __init__(self, experts: list[CompressedExpert], transposed: bool) -> None:
+        super().__init__()
+        for number, expert in enumerate(experts):
+            self.add_module(str(number), expert)
+        self.transposed = transposed
+        self._is_hf_initialized = True
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getitem__(self, number: int | Tensor) -> Float[Tensor, "rows columns"]:
+        weight = self.get_submodule(str(int(number))).weight
+        return weight.T if self.transposed else weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the slices."""
+        return self.get_submodule("0").compute_dtype
+
+    def dense_parameter(self, dtype: torch.dtype) -> nn.Parameter:
+        """The fused parameter it stands for."""
+        return nn.Parameter(torch.stack([self[number] for number in range(len(self))]).to(dtype))
+
+
+class TiedLinear(nn.Module):
+    """A head that uses the matrix of another module, the input embedding's, and stores nothing of it."""
+
+    def __init__(self, owner: _Compressed, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        # In a tuple: a plain attribute would make the owner a child, and its tensors be listed twice.
+        self._owner = (owner,)
+        self.out_features, self.in_features = owner.shape
+        self.register_parameter("bias", bias)
+        self._is_hf_initialized = True
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The owner's decoded matrix."""
+        return self._owner[0].weight
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        # Spread over devices, the embedding may lie on another than the head's input.
+        return F.linear(x, self.weight.to(x.device), self.bias)
+
+    def dense_module(self, dtype: torch.dtype) -> nn.Module:
+        """The plain module; its weight is to be tied again."""
+        plain = _plain_linear(self._owner[0].shape, conv1d=False)
+        plain.bias = None if self.bias is None else nn.Parameter(self.bias.detach().to(dtype))
+        return plain
+
+
+def check_mode(mode: Any) -> str:
+    """A mode's name. Errors: ArtifactError listing the modes."""
+    if mode not in MODES:
+        raise ArtifactError(f"mode={mode!r} is not one of {', '.join(MODES)}")
+    return mode
+
+
+def _descend(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The submodule that holds a dotted local name, made where it is missing, and the last part."""
+    *parts, leaf = name.split(".")
+    for part in parts:
+        if part not in module._modules:
+            child = nn.Module()
+            child._is_hf_initialized = True
+            module.add_module(part, child)
+        module = module._modules[part]
+    return module, leaf
+
+
+def _hollow(original: nn.Embedding, dtype: torch.dtype) -> nn.Embedding:
+    """The module without its table; it will be lent one at each call."""
+    shell = copy.copy(original)
+    shell._parameters, shell._buffers = {}, dict(original._buffers)
+    shell._non_persistent_buffers_set = set(original._non_persistent_buffers_set)
+    # No rows, but a tensor: initialisation code reads the weight.
+    shell.register_buffer("weight", torch.empty((0, original.embedding_dim), dtype=dtype, device="meta"), False)
+    # The table lent holds only the rows that occur, so the number of the padding row means nothing.
+    shell.padding_idx = None
+    return shell
+
+
+def _plain_linear(shape: Shape, conv1d: bool) -> nn.Module:
+    """An empty linear (or Conv1D) of a shape (out, in)."""
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        return Conv1D(*shape) if conv1d else nn.Linear(shape[1], shape[0])

@@ -1,0 +1,36 @@
+"""Bytes that a model takes in memory: measured, and foretold from shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from reallm.formats import WeightFormat
+from reallm.model.modules import DECODE_AT_LOAD, DECODE_PER_USE
+from reallm.model.swap import compressed_modules, swap_in
+from reallm.model.walk import meta_model
+
+
+def resident_nbytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, each storage once; works on the meta device too."""
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = {storage._cdata: storage for tensor in tensors if (storage := tensor.untyped_storage()) is not None}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def expected_resident_nbytes(
+    config: Any, formats: dict[str, WeightFormat], dtype: torch.dtype | None = None
+) -> dict[str, int]:
+    """Resident bytes of a model in each mode, from shapes alone: `{mode: bytes}`.
+
+    `config` is the transformers config, `formats` the format of each compressed matrix by module path,
+    `dtype` the compute dtype (the config's by default). "decode_per_use" is all stored tensors and the
+    dense rest; "decode_at_load" adds the decoded matrices. What one decode needs for a moment is not in it.
+    """
+    model = meta_model(config, dtype or config.dtype)
+    swap_in(model, formats)
+    per_use = resident_nbytes(model)
+    decoded = sum(m.shape[0] * m.shape[1] * m.compute_dtype.itemsize for m in compressed_modules(model).values())
+    return {DECODE_PER_USE: per_use, DECODE_AT_LOAD: per_use + decoded}

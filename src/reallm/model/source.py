@@ -1,0 +1,472 @@
+"""Reading the model to compress: a Hugging Face folder, a hub id or a GGUF file, one tensor at a time."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reallm.artifact.manifest import QUANT_METHOD
+from reallm.errors import SourceError
+from reallm.model.gguf import fast_reader, gguf_arguments, gguf_tokenizer, require_gguf
+from reallm.model.headers import INDEX, SINGLE, read_headers, weight_files
+from reallm.model.silence import quiet
+from reallm.model.walk import meta_model, tied_names
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+# What travels with a model beside config and weights; globs, since tokenizers differ.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "*.model",
+    "chat_template.*",
+    "generation_config.json",
+)
+DOWNLOADS = ("config.json", INDEX, "*.safetensors", *COMPANIONS)
+# Copies of the same weights in other layouts, which would double a download.
+NOT_DOWNLOADED = ("*/*", "consolidated*")
+
+
+def open_source(model: str | Path, revision: str | None = None) -> Source:
+    """Open a model without reading any weights.
+
+    `model` is a local folder, a `.gguf` file or a hub id; `revision` is for a hub id.
+    Errors: SourceError, one line with the remedy, for whatever cannot be read or would run foreign code.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        return _open_file(path)
+    if path.is_dir():
+        return FolderSource(path)
+    if _looks_like_a_path(str(model), path):
+        raise SourceError(f"{model}: no such file or folder; MODEL is a model folder, a .gguf file or a hub id")
+    return FolderSource(_download(str(model), revision), label=str(model))
+
+
+def _open_file(path: Path) -> Source:
+    if path.suffix == ".gguf":
+        return GGUFSource(path)
+    if any(path.match(pattern) for pattern in PICKLES):
+        raise SourceError(f"{path}: is a pickle checkpoint, which can run code when read; {_CONVERT}")
+    raise SourceError(f"{path}: is a file; give the folder that holds the model, or a .gguf file")
+
+
+_CONVERT = "convert it with model.save_pretrained(FOLDER), which writes safetensors, and give that folder"
+
+
+def _looks_like_a_path(text: str, path: Path) -> bool:
+    """A hub id is `name` or `org/name`; anything else, or a name in an existing folder, was meant as a path."""
+    if text.startswith((".", "~", os.sep)) or text.endswith((os.sep, ".gguf", ".safetensors")):
+        return True
+    return text.count("/") > 1 or "\\" in text or " " in text or (path.parent != Path() and path.parent.is_dir())
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """Fetch a hub model to the local cache, without pickles; a cached copy serves when offline."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=list(DOWNLOADS), ignore_patterns=list(NOT_DOWNLOADED)
+        )
+    except Exception as problem:  # the network stack raises exceptions of many libraries
+        raise SourceError(
+            f"{name}: no such file or folder, and not to be had from the Hugging Face hub ({_first_line(problem)}); "
+            "check the name, the network, or HF_TOKEN for a gated model"
+        ) from problem
+    return Path(folder)
+
+
+class Source(abc.ABC):
+    """A model to read: names, shapes and tensors as the transformers model has them.
+
+    `config` has no trace of a former quantisation, and `config.dtype` is the dtype of the weights.
+    """
+
+    label: str
+    config: Any  # transformers' PreTrainedConfig
+
+    @abc.abstractmethod
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """A tensor of the state dict in its stored dtype on the CPU; `index` takes one slice of its first axis."""
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype that most weights have when read."""
+
+    @property
+    @abc.abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the original weights as they lie in their files."""
+
+    @abc.abstractmethod
+    def files(self) -> list[Path]:
+        """The weight files."""
+
+    @abc.abstractmethod
+    def save_companions(self, folder: Path) -> None:
+        """Write tokenizer, generation config and chat template into an existing folder."""
+
+    @abc.abstractmethod
+    def load(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:
+        """The original model, complete, in eval mode."""
+
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        """The model on the meta device; made once, not to be changed."""
+        with quiet():
+            return meta_model(self.config, self.dtype)
+
+    @property
+    def loaded_nbytes(self) -> int:
+        """Bytes that stay in memory from the first `read` on: 0 where tensors are read one by one."""
+        return 0 if self.lazy else self.total_parameters * self.dtype.itemsize
+
+    @property
+    @abc.abstractmethod
+    def lazy(self) -> bool:
+        """Whether `read` reads one tensor and no more."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of the state dict, tied ones under each of their names."""
+        return {name: tuple(tensor.shape) for name, tensor in self.skeleton.state_dict().items()}
+
+    def names(self) -> list[str]:
+        """The names of the state dict, in model order."""
+        return list(self.shapes())
+
+    @property
+    def total_parameters(self) -> int:
+        """Numbers in the model, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.skeleton.parameters())
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of names and bytes of the weight files; reads all of them."""
+        digest = hashlib.sha256()
+        for file in self.files():
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as stream:
+                while chunk := stream.read(1 << 23):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    def _from_pretrained(self, folder: Path, device: Any, **arguments: Any) -> nn.Module:
+        """The complete model through transformers, never running code of the folder.
+
+        Errors: SourceError for whatever transformers says is wrong, and for a tensor it made up.
+        """
+        from transformers import AutoModelForCausalLM
+
+        arguments |= device_options(device)
+        try:
+            with quiet():
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    folder, trust_remote_code=False, output_loading_info=True, **arguments
+                )
+        except (RuntimeError, ValueError, KeyError, OSError, NotImplementedError) as problem:
+            raise SourceError(f"{self.label}: transformers cannot load it ({_first_line(problem)})") from problem
+        if missing := sorted(info["missing_keys"]):
+            raise SourceError(f"{self.label}: tensor {missing[0]!r} is missing; copy or download the model again")
+        return model
+
+    def _check_config(self) -> None:
+        """Refuse what is not a plain causal language model, then tidy the config."""
+        from transformers import AutoModelForCausalLM
+
+        method = quantized_by(self.config)
+        if method == QUANT_METHOD:
+            raise SourceError(f"{self.label}: is already compressed by reallm; give the original model")
+        if method is not None:
+            raise SourceError(f"{self.label}: is quantized with {method}; give the original model")
+        if type(self.config) not in AutoModelForCausalLM._model_mapping:
+            raise SourceError(f"{self.label}: model type {self.config.model_type!r} is not a causal language model")
+
+    def _finish_config(self) -> None:
+        """What the config of a new model must say: dtype and class."""
+        self.config.dtype = self.dtype
+        if not self.config.architectures:
+            self.config.architectures = [type(self.skeleton).__name__]
+
+
+def quantized_by(config: Any) -> str | None:
+    """Name of the method a config says its weights are quantized with; None for plain weights."""
+    parts = (config, config.get_text_config(decoder=True))
+    found = next((q for part in parts if (q := getattr(part, "quantization_config", None))), None)
+    if found is None:
+        return None
+    method = found.get("quant_method", "an unknown method") if isinstance(found, dict) else found.quant_method
+    return str(getattr(method, "value", method))
+
+
+class FolderSource(Source):
+    """A Hugging Face folder with safetensors, read lazily through its headers.
+
+    Where transformers converts weights on load (tensors of other names or layouts), the complete
+    model is loaded at the first `read` instead.
+    """
+
+    def __init__(self, folder: Path, label: str | None = None) -> None:
+        self.folder, self.label = folder, label or str(folder)
+        self.config = read_config(folder, self.label)
+        self._check_config()
+        self._refuse_pickle()
+        self._headers = read_headers(weight_files(folder, SourceError), SourceError)
+        self._finish_config()
+        self._keys = self._match()
+
+    @property
+    def lazy(self) -> bool:
+        """Unless transformers must convert."""
+        return self._keys is not None
+
+    def files(self) -> list[Path]:
+        """The safetensors files."""
+        return weight_files(self.folder, SourceError)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype that holds most bytes."""
+        sizes: dict[torch.dtype, int] = {}
+        for header in self._headers.values():
+            if header.dtype.is_floating_point:
+                sizes[header.dtype] = sizes.get(header.dtype, 0) + header.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in the files."""
+        return sum(header.nbytes for header in self._headers.values())
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """A tensor of the state dict. Errors: SourceError for a name the model does not have."""
+        if self._keys is None:
+            return _pick(self._complete, name, index, self.label)
+        if name not in self._keys:
+            raise SourceError(f"{self.label}: the model has no tensor {name!r}")
+        handle = self._handle(self._headers[self._keys[name]].file)
+        if index is None:
+            return handle.get_tensor(self._keys[name])
+        return handle.get_slice(self._keys[name])[index]
+
+    def load(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:
+        """The original model through `from_pretrained`, safetensors only."""
+        return self._from_pretrained(self.folder, device, dtype=dtype or "auto", use_safetensors=True)
+
+    def save_companions(self, folder: Path) -> None:
+        """Copy the files byte for byte."""
+        for pattern in COMPANIONS:
+            for file in sorted(self.folder.glob(pattern)):
+                if file.is_file():
+                    shutil.copyfile(file, folder / file.name)
+
+    def _refuse_pickle(self) -> None:
+        if (self.folder / INDEX).is_file() or (self.folder / SINGLE).is_file():
+            return
+        for pattern in PICKLES:
+            if found := sorted(self.folder.glob(pattern)):
+                raise SourceError(f"{found[0]}: is a pickle checkpoint, which can run code when read; {_CONVERT}")
+        raise SourceError(f"{self.label}: holds no safetensors weights ({SINGLE} or {INDEX}); {_CONVERT}")
+
+    def _match(self) -> dict[str, str] | None:
+        """State-dict name -> tensor of the files; None where transformers must convert.
+
+        Errors: SourceError naming a tensor that is missing or has another shape than the config says.
+        """
+        prefix = self.skeleton.base_model_prefix
+        keys: dict[str, str] = {}
+        missing: list[str] = []
+        for name in self.names():
+            candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+            key = next((candidate for candidate in candidates if candidate in self._headers), None)
+            if key is None:
+                missing.append(name)
+            else:
+                keys[name] = key
+        missing = [name for name in missing if not self._tie(name, keys)]
+        if missing and self._converted():
+            return None
+        if missing:
+            raise SourceError(f"{self.label}: tensor {missing[0]!r} is missing; copy or download the model again")
+        self._check_shapes(keys)
+        return keys
+
+    def _tie(self, name: str, keys: dict[str, str]) -> bool:
+        """Give a name without a tensor the one of a name it is tied to, if there is one."""
+        groups = tied_names(self.skeleton)
+        owner = groups.get(name, name)
+        partners = [owner, *(other for other, its_owner in groups.items() if its_owner == owner)]
+        found = next((keys[partner] for partner in partners if partner in keys), None)
+        if found is not None:
+            keys[name] = found
+        return found is not None
+
+    def _converted(self) -> bool:
+        """Whether transformers renames or merges tensors of this family on load."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        return bool(get_model_conversion_mapping(self.skeleton))
+
+    def _check_shapes(self, keys: dict[str, str]) -> None:
+        for name, shape in self.shapes().items():
+            found = self._headers[keys[name]].shape
+            if found != shape:
+                raise SourceError(
+                    f"{self.label}: tensor {keys[name]!r} has shape {found}, config.json says {shape}; "
+                    "weights and config are of different models"
+                )
+
+    @cached_property
+    def _handles(self) -> dict[Path, Any]:
+        return {}
+
+    def _handle(self, file: Path) -> Any:
+        from safetensors import safe_open
+
+        if file not in self._handles:
+            self._handles[file] = safe_open(file, framework="pt")
+        return self._handles[file]
+
+    @cached_property
+    def _complete(self) -> dict[str, Tensor]:
+        return self.load().state_dict()
+
+
+class GGUFSource(Source):
+    """A GGUF file; its blocks are decoded to dense weights at the first `read`, not before."""
+
+    def __init__(self, path: Path) -> None:
+        require_gguf()
+        from transformers import AutoConfig
+
+        self.path, self.label = path, str(path)
+        try:
+            with quiet(), fast_reader():
+                self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        except (ValueError, KeyError, IndexError, OSError, NotImplementedError) as problem:
+            raise SourceError(
+                f"{path}: cannot be read as GGUF ({_first_line(problem)}); give the Hugging Face folder"
+            ) from problem
+        if hasattr(self.config, "quantization_config"):
+            del self.config.quantization_config
+        self._check_config()
+        self._finish_config()
+
+    @property
+    def lazy(self) -> bool:
+        """No: transformers decodes a GGUF file as a whole."""
+        return False
+
+    def files(self) -> list[Path]:
+        """The file."""
+        return [self.path]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32: what decoding a block gives."""
+        return torch.float32
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return self.path.stat().st_size
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """A tensor of the state dict; the first call decodes the whole file."""
+        return _pick(self._complete, name, index, self.label)
+
+    def load(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:
+        """The decoded model."""
+        arguments = gguf_arguments(self.path)
+        with fast_reader():
+            model = self._from_pretrained(
+                self.path.parent, device, config=self.config, dtype=dtype or self.dtype, **arguments
+            )
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        return model
+
+    def save_companions(self, folder: Path) -> None:
+        """Convert the tokenizer of the file and write it as Hugging Face files."""
+        from transformers import GenerationConfig
+
+        with quiet():
+            gguf_tokenizer(self.path).save_pretrained(folder)
+            GenerationConfig.from_model_config(self.config).save_pretrained(folder)
+
+    @cached_property
+    def _complete(self) -> dict[str, Tensor]:
+        return self.load().state_dict()
+
+
+def device_options(device: Any) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that put a model on a device; None is the CPU.
+
+    Errors: SourceError for a device that is not there, or accelerate missing.
+    """
+    if device is None:
+        return {}
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as problem:  # torch without CUDA asserts
+        raise SourceError(
+            f"device {str(device)!r} is not available here ({_first_line(problem)}); use cpu"
+        ) from problem
+    if torch.device(device).type == "cpu":
+        return {}
+    if importlib.util.find_spec("accelerate") is None:
+        raise SourceError(f"loading to device {str(device)!r} needs accelerate: pip install accelerate")
+    return {"device_map": {"": device}}
+
+
+def _first_line(problem: BaseException) -> str:
+    """What an exception of another library says, as part of one line."""
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+
+
+def _pick(state: dict[str, Tensor], name: str, index: int | None, label: str) -> Tensor:
+    if name not in state:
+        raise SourceError(f"{label}: the model has no tensor {name!r}")
+    return state[name] if index is None else state[name][index]
+
+
+def read_config(folder: Path, label: str) -> Any:
+    """The transformers config of a folder, never running code from it.
+
+    Errors: SourceError if config.json is missing, damaged, of an unknown model type or needs foreign code.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    file = folder / "config.json"
+    if not file.is_file():
+        raise SourceError(f"{label}: has no config.json, so it is not a Hugging Face model folder, or not a whole one")
+    try:
+        plain = json.loads(file.read_text())
+    except ValueError as problem:
+        raise SourceError(f"{file}: is not JSON ({problem}); copy or download the model again") from problem
+    kind = plain.get("model_type") if isinstance(plain, dict) else None
+    if kind not in CONFIG_MAPPING:
+        if isinstance(plain, dict) and "auto_map" in plain:
+            raise SourceError(f"{label}: needs model code from its own folder, which reallm never runs")
+        raise SourceError(
+            f"{label}: model type {kind!r} is not known to this transformers; pip install -U transformers"
+        )
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, OSError) as problem:
+        raise SourceError(f"{file}: cannot be read ({_first_line(problem)})") from problem

@@ -1,0 +1,203 @@
+"""The walk over a model: which parameters are matrices to compress, and why the others are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from reallm.formats import Shape
+from reallm.model.families import POSITION_WORDS, is_router, role_of
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """What `read_matrix` needs of a source."""
+
+    def read(self, name: str, index: int | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix to compress.
+
+    `name` is the module path (for an expert `<module path>.<parameter>.<number>`), `parameter` the
+    state-dict name to read, `shape` (out, in) as nn.Linear.weight whatever the model stores.
+    """
+
+    name: str
+    parameter: str
+    shape: Shape
+    role: str
+    kind: str  # "block" | "embedding" | "head"
+    block: int | None = None
+    transposed: bool = False  # stored (in, out): Conv1D of GPT-2, experts of gpt-oss
+    expert: int | None = None  # slice of a fused (experts, ...) parameter
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A parameter or persistent buffer that stays as it is, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass
+class Walk:
+    """All of a model's state dict: `matrices`, `kept`, and `tied` names that are another's tensor."""
+
+    matrices: list[Matrix] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
+    tied: dict[str, str] = field(default_factory=dict)  # state-dict name -> name of the tensor it is
+    tied_heads: list[str] = field(default_factory=list)  # module paths that use the embedding's matrix
+
+
+def walk(skeleton: nn.Module) -> Walk:
+    """Sort every parameter and persistent buffer of a model (on the meta device) in model order.
+
+    Nothing is skipped in silence: matrices, kept and tied together are the state dict.
+    """
+    place = _Place(skeleton)
+    result = Walk(tied=place.tied, tied_heads=place.tied_heads)
+    for path, module in skeleton.named_modules():
+        for name, tensor in _own_state(module):
+            full = f"{path}.{name}" if path else name
+            if full in place.tied:
+                continue
+            found = place.matrices_of(path, module, name, tensor)
+            if isinstance(found, str):
+                result.kept.append(Kept(full, tuple(tensor.shape), found))
+            else:
+                result.matrices.extend(found)
+    return result
+
+
+def read_matrix(source: Readable, matrix: Matrix) -> Tensor:
+    """A matrix of the walk as (out, in), on the CPU in its stored dtype."""
+    weight = source.read(matrix.parameter, matrix.expert)
+    return weight.T.contiguous() if matrix.transposed else weight
+
+
+def block_of(path: str) -> int | None:
+    """Number of the decoder block a path lies in: its first number."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, a linear that stores (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return type(module) is Conv1D
+
+
+def linear_shape(module: nn.Module) -> Shape | None:
+    """(out, in) of a module that acts exactly as a linear; None for any other."""
+    if is_conv1d(module):
+        return (module.weight.shape[1], module.weight.shape[0])
+    # A subclass with its own forward does something else with its weight.
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return (module.out_features, module.in_features)
+    return None
+
+
+def has_fused_experts(module: nn.Module) -> bool:
+    """Whether a module follows the experts interface of transformers: 3-D parameters, read one by one."""
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+
+
+def _own_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers that a module holds itself."""
+    yield from module.named_parameters(recurse=False)
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield name, buffer
+
+
+class _Place:
+    """Where things are in a model: embedding, head, decoder blocks, ties."""
+
+    def __init__(self, model: nn.Module) -> None:
+        paths = {id(module): path for path, module in model.named_modules()}
+        self.config = model.config.get_text_config(decoder=True)
+        self.embedding = paths.get(id(model.get_input_embeddings()))
+        self.head = paths.get(id(model.get_output_embeddings()))
+        self.decoder = paths.get(id(model.get_decoder()), "")
+        self.tied = tied_names(model)
+        self.tied_heads = [n.removesuffix(".weight") for n in self.tied if n == f"{self.head}.weight"]
+
+    def matrices_of(self, path: str, module: nn.Module, name: str, tensor: Tensor) -> list[Matrix] | str:
+        """The matrices that a parameter is, or the reason to keep it."""
+        full = f"{path}.{name}" if path else name
+        if name == "weight" and path == self.embedding and isinstance(module, nn.Embedding):
+            return [Matrix(path, full, tuple(tensor.shape), "embedding", "embedding")]
+        shape = linear_shape(module) if name == "weight" else None
+        if shape is not None and path == self.head:
+            return [Matrix(path, full, shape, "head", "head", transposed=is_conv1d(module))]
+        if shape is not None and self._in_block(path) and not is_router(path, shape[0], self.config):
+            return [Matrix(path, full, shape, role_of(path), "block", block_of(path), is_conv1d(module))]
+        if tensor.ndim == 3 and has_fused_experts(module) and self._in_block(path):
+            return self._experts(full, module, tensor)
+        return self._reason(path, module, name, tensor)
+
+    def _experts(self, full: str, module: nn.Module, tensor: Tensor) -> list[Matrix]:
+        """One matrix per slice of a fused (experts, ...) parameter."""
+        rows, columns = tensor.shape[1:]
+        transposed = bool(module.is_transposed)
+        shape = (columns, rows) if transposed else (rows, columns)
+        return [
+            Matrix(f"{full}.{e}", full, shape, role_of(full), "block", block_of(full), transposed, e)
+            for e in range(tensor.shape[0])
+        ]
+
+    def _in_block(self, path: str) -> bool:
+        inside = not self.decoder or path.startswith(f"{self.decoder}.")
+        return inside and block_of(path.removeprefix(self.decoder)) is not None
+
+    def _reason(self, path: str, module: nn.Module, name: str, tensor: Tensor) -> str:
+        """Why a parameter is kept, in a few words for the plan."""
+        kind = type(module).__name__
+        if name not in module._parameters:
+            return "buffer"
+        if name.endswith("bias"):
+            return "bias"
+        if "norm" in kind.lower() or "norm" in path.rpartition(".")[2].lower():
+            return "norm"
+        if isinstance(module, nn.Embedding):
+            position = any(word in f"{path} {kind}".lower() for word in POSITION_WORDS)
+            return "position embedding" if position else "embedding beside the input's"
+        if tensor.ndim == 1:
+            return "1-D"
+        if "router" in kind.lower() or is_router(path, tensor.shape[0], self.config):
+            return "router"
+        if linear_shape(module) is not None:
+            return "outside the decoder blocks"
+        return f"{tensor.ndim}-D parameter of {kind}"
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """State-dict names that are another's tensor -> that one; the input embedding is never the tied one."""
+    embedding = next((f"{p}.weight" for p, m in model.named_modules() if m is model.get_input_embeddings()), None)
+    tied: dict[str, str] = {}
+    for target, owner in dict(model.all_tied_weights_keys).items():
+        if target == embedding:
+            target, owner = owner, target
+        tied[target] = owner
+    return tied
+
+
+def meta_model(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
+    """A causal language model of a config on the meta device: names and shapes, no memory."""
+    import copy
+
+    from transformers import AutoModelForCausalLM
+
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(plain, dtype=dtype or torch.float32)

@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from reallm.kernels import nearest_entry, nearest_level, pack_bits, packed_nbytes, unpack_bits
+
+
+@pytest.mark.parametrize("bits", range(1, 18))
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000])
+def test_codes_come_back_from_exactly_the_announced_bytes(bits, count):
+    generator = torch.Generator().manual_seed(bits * 1000 + count)
+    codes = torch.randint(2**bits, (count,), generator=generator, dtype=torch.int32)
+    packed = pack_bits(codes, bits)
+    assert packed.nbytes == packed_nbytes(count, bits)
+    assert torch.equal(unpack_bits(packed, bits, count), codes)
+
+
+def test_packed_bytes_are_as_specified():
+    # docs/artifact.md: first code in the lowest bits, bytes in order. 3-bit codes 1..8 (mod 8):
+    codes = torch.tensor([1, 2, 3, 4, 5, 6, 7, 0], dtype=torch.int32)
+    word = sum(int(code) << (3 * i) for i, code in enumerate(codes))
+    assert pack_bits(codes, 3).tolist() == list(word.to_bytes(3, "little"))
+
+
+def test_twelve_bit_codes_are_a_plane_of_low_bytes_and_a_packed_plane_of_the_rest():
+    codes = torch.tensor([0xABC, 0x123], dtype=torch.int32)
+    assert pack_bits(codes, 12).tolist() == [0xBC, 0x23, 0x1A]
+
+
+def test_nearest_entry_is_the_brute_force_one():
+    generator = torch.Generator().manual_seed(0)
+    vectors, codebook = torch.randn(500, 3, generator=generator), torch.randn(37, 3, generator=generator)
+    brute = torch.cdist(vectors, codebook).argmin(1)
+    assert torch.equal(nearest_entry(vectors, codebook).long(), brute)
+
+
+def test_nearest_level_is_the_brute_force_one():
+    values, levels = torch.linspace(-2, 2, 101), torch.tensor([-1.0, -0.2, 0.0, 0.7])
+    brute = (values[:, None] - levels).abs().argmin(1)
+    assert torch.equal(nearest_level(values, levels).long(), brute)

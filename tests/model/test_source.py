@@ -1,0 +1,224 @@
+"""Reading models: lazily, safely, with one line for everything that is wrong."""
+
+import fnmatch
+import json
+import logging
+import shutil
+import socket
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from reallm.errors import SourceError
+from reallm.model import open_source, read_matrix, walk
+from reallm.model.source import DOWNLOADS
+
+
+@pytest.mark.parametrize("family", ["llama", "tied", "qwen2", "gpt2", "opt", "phi3", "mixtral", "gpt_oss"])
+def test_every_tensor_reads_as_the_model_has_it(original, family, build):
+    model, source = build(family), open_source(original(family))
+    state = model.state_dict()
+    assert source.names() == list(state)
+    assert source.shapes() == {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name, tensor in state.items():
+        assert torch.equal(source.read(name), tensor), name
+
+
+def test_matrices_read_as_out_in(original, build):
+    source, model = open_source(original("gpt2")), build("gpt2")
+    matrix = next(m for m in walk(source.skeleton).matrices if m.name == "transformer.h.1.mlp.c_fc")
+    assert torch.equal(read_matrix(source, matrix), model.transformer.h[1].mlp.c_fc.weight.T)
+
+
+def test_an_expert_reads_as_its_slice(original, build):
+    source, model = open_source(original("mixtral")), build("mixtral")
+    matrix = next(m for m in walk(source.skeleton).matrices if m.name == "model.layers.1.mlp.experts.down_proj.2")
+    assert torch.equal(read_matrix(source, matrix), model.model.layers[1].mlp.experts.down_proj[2])
+
+
+def test_the_stored_dtype_is_kept(tmp_path, build, save):
+    source = open_source(save(build("llama", torch.bfloat16), tmp_path))
+    assert source.dtype == torch.bfloat16 and source.config.dtype == torch.bfloat16
+    assert source.read("lm_head.weight").dtype == torch.bfloat16
+
+
+def test_shards_read_as_one_model(tmp_path, build):
+    model = build("llama")
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    source = open_source(tmp_path)
+    assert len(source.files()) > 2
+    assert all(torch.equal(source.read(name), tensor) for name, tensor in model.state_dict().items())
+
+
+def test_sizes_are_those_of_the_original(original, build):
+    source, model = open_source(original("tied")), build("tied")
+    assert source.total_parameters == sum(p.numel() for p in model.parameters())
+    assert source.nbytes == 4 * source.total_parameters
+
+
+def test_the_fingerprint_changes_with_one_weight(tmp_path, build, save):
+    model = build("tied")
+    before = open_source(save(model, tmp_path / "a")).fingerprint()
+    assert open_source(save(model, tmp_path / "b")).fingerprint() == before
+    model.model.norm.weight.data[3] += 1
+    assert open_source(save(model, tmp_path / "c")).fingerprint() != before
+
+
+def test_companions_are_copied_byte_for_byte(tiny_llama, tmp_path):
+    open_source(tiny_llama).save_companions(tmp_path)
+    names = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
+    assert {file.name for file in tmp_path.iterdir()} == names
+    assert all((tmp_path / name).read_bytes() == (tiny_llama / name).read_bytes() for name in names)
+
+
+def test_opening_changes_no_setting_of_transformers(original):
+    from transformers.utils import logging as theirs
+
+    before = (theirs.get_verbosity(), theirs.is_progress_bar_enabled(), logging.getLogger("transformers").level)
+    open_source(original("tied")).load()
+    assert (theirs.get_verbosity(), theirs.is_progress_bar_enabled(), logging.getLogger("transformers").level) == before
+
+
+def copied(original, tmp_path, family="llama"):
+    return shutil.copytree(original(family), tmp_path / "copy")
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("name", ["./nothing", "/no/such", "a/b/c", "nothing.gguf", "~/no-such-model", "two words"])
+def test_a_path_that_does_not_exist_is_said_so(name):
+    with pytest.raises(SourceError, match="no such file or folder; MODEL is"):
+        open_source(name)
+
+
+def test_a_mistyped_name_in_an_existing_folder_is_taken_for_a_path(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match="no such file or folder; MODEL is"):
+        open_source("models/smoll")
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_one_line(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SourceError, match="not to be had from the Hugging Face hub") as caught:
+        open_source("nobody/no-such-model")
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_that_can_run_code_is_downloaded():
+    dangerous = ("modeling_own.py", "pytorch_model.bin", "model.pt", "weights.pth", "model.ckpt", "x.pkl")
+    assert not [name for name in dangerous for pattern in DOWNLOADS if fnmatch.fnmatch(name, pattern)]
+
+
+def test_an_empty_folder_has_no_config(tmp_path):
+    with pytest.raises(SourceError, match="has no config.json"):
+        open_source(tmp_path)
+
+
+def test_a_config_that_is_not_json_is_named(original, tmp_path):
+    folder = copied(original, tmp_path)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(SourceError, match="config.json: is not JSON"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_a_pickle_checkpoint_is_refused_with_the_remedy(original, tmp_path, name):
+    folder = copied(original, tmp_path)
+    (folder / "model.safetensors").rename(folder / name)
+    for path in (folder, folder / name):
+        with pytest.raises(SourceError, match="pickle.*save_pretrained"):
+            open_source(path)
+
+
+def test_a_folder_without_weights_says_which_files_it_looked_for(original, tmp_path):
+    folder = copied(original, tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SourceError, match="holds no safetensors weights"):
+        open_source(folder)
+
+
+def test_a_missing_shard_is_named(tmp_path, build):
+    build("llama").save_pretrained(tmp_path, max_shard_size="100KB")
+    shard = sorted(tmp_path.glob("model-00002-*"))[0]
+    shard.unlink()
+    with pytest.raises(SourceError, match=f"{shard.name}: weight file is missing"):
+        open_source(tmp_path)
+
+
+def test_a_missing_tensor_is_named(original, tmp_path):
+    folder = copied(original, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(SourceError, match="'model.layers.1.mlp.up_proj.weight' is missing"):
+        open_source(folder).read("model.norm.weight")
+
+
+def test_a_tensor_of_another_shape_is_named(original, tmp_path):
+    folder = copied(original, tmp_path)
+    edit_config(folder, intermediate_size=128)
+    with pytest.raises(SourceError, match=r"shape \(96, 64\), config.json says \(128, 64\)"):
+        open_source(folder)
+
+
+def test_a_file_cut_short_is_named(original, tmp_path):
+    folder = copied(original, tmp_path)
+    data = (folder / "model.safetensors").read_bytes()
+    for kept in (4, 100, len(data) - 10):
+        (folder / "model.safetensors").write_bytes(data[:kept])
+        with pytest.raises(SourceError, match="model.safetensors: damaged"):
+            open_source(folder)
+
+
+def test_model_code_in_the_folder_is_never_run(original, tmp_path):
+    folder = copied(original, tmp_path)
+    edit_config(folder, model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
+    (folder / "own.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(SourceError, match="model code from its own folder, which reallm never runs"):
+        open_source(folder)
+
+
+def test_an_unknown_model_type_is_named(original, tmp_path):
+    folder = copied(original, tmp_path)
+    edit_config(folder, model_type="llama99")
+    with pytest.raises(SourceError, match="'llama99' is not known"):
+        open_source(folder)
+
+
+def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(SourceError, match="'vit' is not a causal language model"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(("method", "words"), [("reallm", "already compressed by reallm"), ("gptq", "with gptq")])
+def test_a_quantized_model_asks_for_the_original(original, tmp_path, method, words):
+    folder = copied(original, tmp_path)
+    edit_config(folder, quantization_config={"quant_method": method})
+    with pytest.raises(SourceError, match=f"{words}; give the original model"):
+        open_source(folder)
+
+
+def test_a_file_that_is_not_gguf_is_refused(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"nonsense" * 10)
+    with pytest.raises(SourceError, match="cannot be read as GGUF"):
+        open_source(tmp_path / "x.gguf")
+
+
+def test_a_missing_gguf_package_names_the_pip_command(tmp_path, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else find(name, *a))
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(SourceError, match="pip install gguf"):
+        open_source(tmp_path / "x.gguf")
