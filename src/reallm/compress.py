@@ -319,7 +319,8 @@ def _write_companions(job: Job, fingerprint: str, folder: Path) -> None:
 
 def _predicted_seconds(job: Job) -> float:
     """Time each format on two sample sizes, take a fixed and a per-weight cost from them, sum over the plan."""
-    costs = {planned.fmt: _fitting_cost(planned.fmt, job.settings.device) for _, planned in job.compressed}
+    formats = {planned.fmt for _, planned in job.compressed}
+    costs = {fmt: _fitting_cost(fmt, job.settings.device) for fmt in formats}
     return sum(costs[p.fmt][0] + costs[p.fmt][1] * p.matrix.weights for _, p in job.compressed)
 
 

@@ -14,6 +14,9 @@ from reallm.errors import ReallmError
 # One line a command, in the order of `reallm --help`: NAME is the function `command` of reallm/cli/NAME.py.
 # These files are imported for --help too, so that what is slow to import belongs inside the function.
 COMMANDS = (
+    "compress",
+    "info",
+    "recipes",
     "eval",
     "generate",
 )

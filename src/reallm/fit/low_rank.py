@@ -14,6 +14,7 @@ _ALTERNATIONS = 10
 # An iterate that gains less than 0.1 % does not pay for the next one.
 _LEAST_GAIN = 1e-3
 _POWER_STEPS = 6
+_WARM_POWER_STEPS = 2
 _OVERSAMPLING = 8
 
 
@@ -52,12 +53,16 @@ def low_rank(
     width = rank + _OVERSAMPLING
     if min(matrix.shape) <= 2 * width:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    else:
-        basis = _range_basis(matrix, width, seed, start)
-        u, s, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-        u = basis @ u
-    roots = s[:rank].clamp(min=0).sqrt()
-    return u[:, :rank] * roots, vh[:rank].T * roots
+        roots = s[:rank].sqrt()
+        return u[:, :rank] * roots, vh[:rank].T * roots
+    basis = _range_basis(matrix, width, seed, start)
+    inside = basis.T @ matrix
+    # Eigenvectors of the small Gram matrix in place of an SVD, which is twenty times slower on a GPU.
+    energies, rotation = torch.linalg.eigh(inside @ inside.T)
+    leading = rotation[:, -rank:].flip(1)
+    roots = energies[-rank:].flip(0).clamp(min=0).pow(0.25)
+    safe = torch.where(roots > 0, roots, 1.0)  # a matrix of lower rank has nothing to divide there
+    return basis @ leading * roots, inside.T @ leading / safe
 
 
 def _range_basis(matrix: Tensor, width: int, seed: int, start: Tensor | None) -> Tensor:
@@ -68,7 +73,7 @@ def _range_basis(matrix: Tensor, width: int, seed: int, start: Tensor | None) ->
     if start is not None:
         probe[:, : start.shape[1]] = torch.nn.functional.normalize(start, dim=0)
     basis = torch.linalg.qr(matrix @ probe).Q
-    for _ in range(_POWER_STEPS):
+    for _ in range(_POWER_STEPS if start is None else _WARM_POWER_STEPS):
         probe = torch.linalg.qr(matrix.T @ basis).Q
         basis = torch.linalg.qr(matrix @ probe).Q
     return basis

@@ -18,7 +18,7 @@ from reallm.model.modules import (
     CompressedLinear,
     TiedLinear,
 )
-from reallm.model.resident import expected_resident_nbytes, resident_nbytes
+from reallm.model.resident import expected_resident_nbytes, resident_nbytes, resident_of_artifact
 from reallm.model.silence import quiet
 from reallm.model.source import Source, open_source
 from reallm.model.walk import Kept, Matrix, Walk, meta_model, read_matrix, walk
@@ -46,6 +46,7 @@ __all__ = [
     "quiet",
     "read_matrix",
     "resident_nbytes",
+    "resident_of_artifact",
     "walk",
     *_WITH_TRANSFORMERS,
 ]

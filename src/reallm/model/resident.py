@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from reallm.artifact import read_manifest
 from reallm.formats import WeightFormat
 from reallm.model.modules import DECODE_AT_LOAD, DECODE_PER_USE
+from reallm.model.source import read_config
 from reallm.model.swap import compressed_modules, swap_in
 from reallm.model.walk import meta_model
 
@@ -34,3 +37,9 @@ def expected_resident_nbytes(
     per_use = resident_nbytes(model)
     decoded = sum(m.shape[0] * m.shape[1] * m.compute_dtype.itemsize for m in compressed_modules(model).values())
     return {DECODE_PER_USE: per_use, DECODE_AT_LOAD: per_use + decoded}
+
+
+def resident_of_artifact(folder: Path) -> dict[str, int]:
+    """`expected_resident_nbytes` of the artifact in `folder`; nothing is loaded."""
+    formats = {matrix.name: matrix.fmt for matrix in read_manifest(folder).matrices}
+    return expected_resident_nbytes(read_config(folder, str(folder)), formats)

@@ -1,0 +1,127 @@
+"""`reallm compress`: a model in fewer bytes."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+DEFAULT_RECIPE = "mixed"
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hugging Face folder with safetensors, hub id, or GGUF file.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to write; must not exist.")],
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            "--bits",
+            "-b",
+            metavar="B",
+            help="Stored bits per weight of the block matrices, all side bytes included; met within 1 %, never exceeded.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help=f"Shipped recipe (see: reallm recipes) or YAML file, in place of --bits. Without either: {DEFAULT_RECIPE}.",
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(metavar="R", help="Low-rank residual of this rank for every block matrix; 0 removes a recipe's."),
+    ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(metavar="BITS", help="Bits of the embedding: 1 to 8, or keep. Without: the recipe's, else 8."),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(metavar="BITS", help="Bits of the output head where it is not tied to the embedding: as above."),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything that is drawn.")] = 0,
+    device: Annotated[str, typer.Option(metavar="NAME", help="Where to fit: cpu, cuda, cuda:1 …")] = "cpu",
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Compress only matrices that fit; may be repeated.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Keep matrices that fit as they are; may be repeated.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print plan, bytes, time, memory and disk, and stop before any work.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the work folder of an interrupted run.")] = False,
+) -> None:
+    """Compress a model into a folder that from_pretrained loads."""
+    from reallm.compress import Settings, check_output, prepare, run
+    from reallm.report.cost import cost_table, plan_table
+    from reallm.report.ledger import summary
+
+    if not dry_run:
+        check_output(output, resume)
+    settings = Settings(
+        bits=bits,
+        recipe=recipe if bits is not None or recipe is not None else DEFAULT_RECIPE,
+        rank=rank,
+        seed=seed,
+        device=device,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        embedding=_end_format("--embedding", embedding),
+        head=_end_format("--head", head),
+    )
+    job = prepare(model, settings)
+    if dry_run:
+        print(plan_table(job), cost_table(job), sep="\n\n")
+        return
+    with _progress() as progress:
+        run(job, output, resume, progress)
+    print(summary(output))
+
+
+def _end_format(option: str, bits: str | None) -> Any:
+    """The format an option's value stands for.
+
+    Errors: RecipeError for anything but 1 to 8 and keep.
+    """
+    from reallm.allocate.recipe import DEFAULT_EMBEDDING, KEEP
+    from reallm.errors import RecipeError
+
+    if bits is None or bits == KEEP:
+        return bits
+    if bits not in tuple("12345678"):
+        raise RecipeError(f"{option} {bits!r} is neither a number from 1 to 8 nor keep")
+    return {**DEFAULT_EMBEDDING, "bits": int(bits)}
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A function (matrix, weights done, in all) that draws a bar with the time left, or plain lines in a log."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _plain_progress(console)
+        return
+    columns = BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+        yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
+
+
+def _plain_progress(console: Any) -> Callable[[str, int, int], None]:
+    """A line every tenth of the way."""
+    tenths = 0
+
+    def show(name: str, done: int, total: int) -> None:
+        nonlocal tenths
+        if done * 10 // total > tenths:
+            tenths = done * 10 // total
+            console.print(f"{10 * tenths:3d} %  {name}", highlight=False)
+
+    return show

@@ -1,0 +1,48 @@
+"""What a job will do and cost, printed before any work."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from reallm.compress import Job, estimate
+from reallm.report.names import short_name
+from reallm.report.text import duration, size, table
+
+
+def plan_table(job: Job) -> str:
+    """The plan, matrices of the same role, shape and format in one line, then what is kept."""
+    groups: dict[tuple[str, tuple[int, int], str], list[int]] = defaultdict(list)
+    for matrix, planned in job.compressed:
+        groups[matrix.role, matrix.shape, short_name(planned.fmt)].append(planned.nbytes)
+    rows = [
+        (role, fmt, len(sizes), f"{shape[0]}×{shape[1]}", f"{sum(sizes):,}", f"{_bits(sizes, shape):.3f}")
+        for (role, shape, fmt), sizes in groups.items()
+    ]
+    text = table(("role", "format", "matrices", "shape", "bytes", "bits/weight"), rows, left=2)
+    kept = defaultdict(int)
+    for reason in job.kept.values():
+        kept[reason] += 1
+    lines = [f"kept as they are: {count} tensors ({reason})" for reason, count in kept.items()]
+    lines += [f"tied, stored once: {head} is the embedding" for head in job.walk.tied_heads]
+    return "\n".join([text, *lines])
+
+
+def cost_table(job: Job) -> str:
+    """Bytes of tensors, exact; time, memory and disk, estimated."""
+    cost = estimate(job)
+    original = job.source.nbytes
+    stored = cost.compressed_bytes + cost.kept_bytes
+    rows = [
+        ("bits per block weight", f"{cost.bits_per_weight:.4f}"),
+        ("compressed tensors", f"{cost.compressed_bytes:,} bytes"),
+        ("kept tensors", f"{cost.kept_bytes:,} bytes"),
+        ("all tensors", f"{size(stored)} ({original / stored:.1f} times smaller than the {size(original)} of MODEL)"),
+        ("time", f"about {duration(cost.seconds)} on {job.settings.device} (samples timed; a busy machine takes longer)"),
+        ("peak memory", f"about {size(cost.peak_memory_bytes)}"),
+        ("disk while working", f"about {size(cost.disk_bytes)}"),
+    ]
+    return "\n".join(f"{name:<22} {value}" for name, value in rows)
+
+
+def _bits(sizes: list[int], shape: tuple[int, int]) -> float:
+    return 8 * sum(sizes) / (len(sizes) * shape[0] * shape[1])

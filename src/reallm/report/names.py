@@ -1,0 +1,13 @@
+"""Short names of formats."""
+
+from __future__ import annotations
+
+from reallm.formats import WeightFormat, to_spec
+
+
+def short_name(fmt: WeightFormat) -> str:
+    """A format in one word and its fields, inner formats in brackets: `codebook 6 2 64 two_level`."""
+    fields = [str(value) for key, value in to_spec(fmt).items() if key not in ("format", "base")]
+    text = " ".join([fmt.name, *fields])
+    base = getattr(fmt, "base", None)
+    return f"{text} [{short_name(base)}]" if isinstance(base, WeightFormat) else text
