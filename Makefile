@@ -44,6 +44,7 @@ lint: $(VENV)/.lint
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m reallm.cli.reference > docs/cli.md
+	$(BIN)/python -m reallm.report.results
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

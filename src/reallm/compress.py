@@ -7,11 +7,11 @@ on from there; the output folder appears by one rename when everything is in it.
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import shutil
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,18 +23,30 @@ from torch import Tensor
 
 from reallm.allocate import MatrixInfo, Plan, Planned, load_recipe, plan_for_bits, plan_from_recipe, recipe_of_plan
 from reallm.allocate.recipe import DEFAULT_EMBEDDING, FormatSpec, dump_recipe
-from reallm.artifact import Manifest, StoredMatrix, save_tensors, write_shards
-from reallm.errors import ArtifactError, RecipeError, SourceError
+from reallm.artifact import (
+    Manifest,
+    StoredMatrix,
+    check_finished,
+    check_output,
+    finished_file,
+    opened,
+    save_tensors,
+    work_folder,
+    write_shards,
+)
+from reallm.errors import RecipeError, SourceError
 from reallm.fit import fit, gaussian_error
 from reallm.formats import WeightFormat, to_spec
+from reallm.formats.waist import under
 from reallm.model import Matrix, Source, Walk, open_source, read_matrix, walk
 
 Progress = Callable[[str, int, int], None]  # (matrix just finished, weights done, weights in all)
 
 PLAN_FILE = "plan.yaml"
-_STATE_FILE = "state.json"
 # Beside the largest matrix in float32 a fit holds its decoding, the error and a few chunks.
 _COPIES_WHILE_FITTING = 6
+_SEEDS = 1 << 63  # torch's generators take no larger seed
+_LARGEST_WEIGHT = 1e15  # squares of larger ones, summed over a matrix, overflow float32
 _LIBRARY_BYTES = 600_000_000  # Python, torch and transformers once imported
 
 
@@ -42,7 +54,7 @@ _LIBRARY_BYTES = 600_000_000  # Python, torch and transformers once imported
 class Settings:
     """What the user chose. Exactly one of `bits` and `recipe` is given."""
 
-    bits: float | None = None
+    bits: float | int | None = None
     recipe: str | None = None
     rank: int | None = None
     seed: int = 0
@@ -100,15 +112,16 @@ def prepare(model: str | Path, settings: Settings) -> Job:
     Errors: SourceError, RecipeError or FormatError, before anything is written.
     """
     if (settings.bits is None) == (settings.recipe is None):
-        raise RecipeError("give either --bits or --recipe")
+        raise RecipeError("give either --bits or --recipe" + (", not both" if settings.recipe else ""))
     if settings.rank is not None and settings.rank < 0:
         raise RecipeError(f"--rank {settings.rank} is negative; 0 means no residual")
     _check_device(settings.device)
     source = open_source(model)
     walked = walk(source.skeleton)
-    matrices = _selected(walked.matrices, settings)
-    infos = [MatrixInfo(m.name, m.shape, m.role, m.kind) for m in matrices]
-    return Job(source, walked, _plan(infos, settings), settings)
+    chosen = [_info(matrix) for matrix in _selected(walked.matrices, settings)]
+    plan = _plan(chosen, [_info(matrix) for matrix in walked.matrices], settings)
+    _check_plan(plan, walked)
+    return Job(source, walked, plan, settings)
 
 
 def estimate(job: Job) -> Estimate:
@@ -141,36 +154,21 @@ def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = N
     check_output(out, resume)
     fingerprint = job.source.fingerprint()
     work = work_folder(out)
-    _open_work_folder(work, _state(job, fingerprint), resume)
-    _fit_all(job, work, progress)
-    staging = work / "artifact"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    write_shards(_tensors(job, work), staging)
-    _write_companions(job, fingerprint, staging)
-    os.rename(staging, out)
-    shutil.rmtree(work)
+    with opened(work, _state(job, fingerprint)):
+        _check_kept(job)
+        _fit_all(job, work, progress)
+        staging = work / "artifact"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        write_shards(_tensors(job, work), staging)
+        _write_companions(job, fingerprint, staging)
+        os.rename(staging, out)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def compress(model: str | Path, out: str | Path, *, resume: bool = False, **settings: Any) -> None:
     """Compress `model` into the folder `out`: `prepare` and `run` in one call; settings as in `Settings`."""
     run(prepare(model, Settings(**settings)), Path(out), resume)
-
-
-def check_output(out: Path, resume: bool = False) -> None:
-    """Refuse an output that is in the way, before any work."""
-    work = work_folder(out)
-    if out.exists():
-        raise ArtifactError(f"{out} exists; give another --output or remove it")
-    if not out.absolute().parent.is_dir():
-        raise ArtifactError(f"{out}: the folder {out.absolute().parent} does not exist")
-    if work.exists() and not resume:
-        raise ArtifactError(f"{work} is left from an interrupted run; add --resume to go on, or remove it")
-
-
-def work_folder(out: Path) -> Path:
-    """Where finished matrices wait: beside the output, so that a rename suffices at the end."""
-    return out.with_name(out.name + ".work")
 
 
 def provenance(job: Job, fingerprint: str) -> dict[str, Any]:
@@ -188,15 +186,20 @@ def provenance(job: Job, fingerprint: str) -> dict[str, Any]:
     }
 
 
-def _plan(infos: Sequence[MatrixInfo], settings: Settings) -> Plan:
+def _plan(infos: Sequence[MatrixInfo], model: Sequence[MatrixInfo], settings: Settings) -> Plan:
+    """The plan for `infos`, which are all or some of the model's matrices."""
     ends = {"embedding": settings.embedding, "head": settings.head}
     chosen = {kind: spec for kind, spec in ends.items() if spec is not None}
     if settings.bits is not None:
         specs = dict.fromkeys(ends, DEFAULT_EMBEDDING) | chosen
-        return plan_for_bits(settings.bits, infos, gaussian_error, settings.rank, **specs)
+        return plan_for_bits(float(settings.bits), infos, gaussian_error, settings.rank, **specs)
     assert settings.recipe is not None
     recipe = load_recipe(settings.recipe).model_copy(update=chosen)
-    return plan_from_recipe(recipe, infos, settings.rank)
+    return plan_from_recipe(recipe, infos, settings.rank, model)
+
+
+def _info(matrix: Matrix) -> MatrixInfo:
+    return MatrixInfo(matrix.name, matrix.shape, matrix.role, matrix.kind, matrix.block)
 
 
 def _selected(matrices: Sequence[Matrix], settings: Settings) -> list[Matrix]:
@@ -217,9 +220,26 @@ def _selected(matrices: Sequence[Matrix], settings: Settings) -> list[Matrix]:
     return [matrix for matrix in matrices if wanted(matrix.name)]
 
 
+def _check_plan(plan: Plan, walked: Walk) -> None:
+    """Errors: RecipeError if nothing would be compressed, or only some experts of one tensor."""
+    if not plan.entries:
+        raise RecipeError("the plan compresses nothing; loosen --include/--exclude, or keep less")
+    planned = {entry.matrix.name for entry in plan.entries}
+    experts: dict[str, list[bool]] = defaultdict(list)
+    for matrix in walked.matrices:
+        if matrix.expert is not None:
+            experts[matrix.parameter].append(matrix.name in planned)
+    for parameter, chosen in experts.items():
+        if any(chosen) and not all(chosen):
+            raise RecipeError(
+                f"{parameter}: {sum(chosen)} of {len(chosen)} experts would be compressed, but they are one tensor; "
+                f"take all or none ({parameter}.*)"
+            )
+
+
 def _check_device(device: str) -> None:
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise RecipeError(f"--device {device!r} is not available ({reason}); use cpu") from error
@@ -235,38 +255,15 @@ def _state(job: Job, fingerprint: str) -> dict[str, Any]:
     }
 
 
-def _open_work_folder(work: Path, state: dict[str, Any], resume: bool) -> None:
-    path = work / _STATE_FILE
-    if resume and path.is_file():
-        _check_state(json.loads(path.read_text(encoding="utf-8")), state)
-        return
-    try:
-        work.mkdir(exist_ok=resume)
-        partial = work / (_STATE_FILE + ".partial")
-        partial.write_text(json.dumps(state), encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise ArtifactError(f"{work}: cannot be written ({error.strerror})") from error
-
-
-def _check_state(before: dict[str, Any], now: dict[str, Any]) -> None:
-    for key in ("source", "seed", "device"):
-        if before.get(key) != now[key]:
-            raise RecipeError(f"--resume: {key} was {before.get(key)!r} and is now {now[key]!r}; start anew")
-    for name in before["plan"] | now["plan"]:
-        old, new = before["plan"].get(name), now["plan"].get(name)
-        if old != new:
-            raise RecipeError(f"--resume: the plan for {name} was {old} and is now {new}; start anew")
-
-
 def _fit_all(job: Job, work: Path, progress: Progress | None) -> None:
     total = sum(planned.matrix.weights for _, planned in job.compressed)
     done = 0
     for matrix, planned in job.compressed:
-        path = _finished(work, matrix)
-        if not path.is_file():
-            tensors = _compressed(job, matrix, planned.fmt)
-            save_tensors({f"{matrix.name}.{local}": tensor for local, tensor in tensors.items()}, path)
+        path = finished_file(work, matrix.name)
+        if path.is_file():
+            check_finished(path, under(matrix.name, planned.fmt.layout(matrix.shape)))
+        else:
+            save_tensors(under(matrix.name, _compressed(job, matrix, planned.fmt)), path)
         done += planned.matrix.weights
         if progress:
             progress(matrix.name, done, total)
@@ -275,10 +272,20 @@ def _fit_all(job: Job, work: Path, progress: Progress | None) -> None:
 def _compressed(job: Job, matrix: Matrix, fmt: WeightFormat) -> dict[str, Tensor]:
     weight = read_matrix(job.source, matrix).to(job.settings.device, torch.float32)
     _check_finite(matrix.parameter, weight)
+    if (largest := weight.abs().max().item()) > _LARGEST_WEIGHT:
+        raise SourceError(f"{matrix.parameter}: a weight of {largest:.3g}; the model is damaged")
     # Every matrix has its own seed, so that none depends on which were fitted before it.
-    seed = job.settings.seed + zlib.crc32(matrix.name.encode())
+    seed = (job.settings.seed + zlib.crc32(matrix.name.encode())) % _SEEDS
     with torch.no_grad():
         return fmt.pack(fit(fmt, weight, seed), matrix.shape)
+
+
+def _check_kept(job: Job) -> None:
+    """Tensors that are kept, before hours of fitting the others."""
+    for name in job.kept:
+        tensor = job.source.read(name)
+        if tensor.is_floating_point():
+            _check_finite(name, tensor)
 
 
 def _check_finite(name: str, weight: Tensor) -> None:
@@ -287,23 +294,16 @@ def _check_finite(name: str, weight: Tensor) -> None:
         raise SourceError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite; the model is damaged")
 
 
-def _finished(work: Path, matrix: Matrix) -> Path:
-    return work / f"{matrix.name}.safetensors"
-
-
 def _tensors(job: Job, work: Path) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the artifact in the order they are written: matrices, kept tensors, markers."""
     from reallm.model import marker_tensors
 
     for matrix, _ in job.compressed:
-        with safe_open(_finished(work, matrix), framework="pt") as file:
+        with safe_open(finished_file(work, matrix.name), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - a safetensors file, not a dict
                 yield name, file.get_tensor(name)
     for name in job.kept:
-        tensor = job.source.read(name)
-        if tensor.is_floating_point():
-            _check_finite(name, tensor)
-        yield name, tensor
+        yield name, job.source.read(name)
     yield from marker_tensors([matrix for matrix, _ in job.compressed]).items()
 
 
@@ -313,7 +313,7 @@ def _write_companions(job: Job, fingerprint: str, folder: Path) -> None:
 
     write_config(job.source, job.manifest(fingerprint), folder)
     job.source.save_companions(folder)
-    recipe = recipe_of_plan(job.plan, [MatrixInfo(m.name, m.shape, m.role, m.kind) for m in job.walk.matrices])
+    recipe = recipe_of_plan(job.plan, [_info(matrix) for matrix in job.walk.matrices])
     (folder / PLAN_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
 
 

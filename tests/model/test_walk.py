@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from reallm.allocate.plan import ROLES
 from reallm.model import meta_model, walk
-from reallm.model.families import ROLES, role_of
+from reallm.model.families import role_of
 
 FAMILIES = ["llama", "tied", "qwen2", "gemma3", "phi3", "gpt2", "opt", "neox", "mixtral", "qwen3_moe", "gpt_oss"]
 

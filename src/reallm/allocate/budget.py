@@ -6,40 +6,32 @@ from collections.abc import Callable, Sequence
 
 from reallm.allocate.plan import MatrixInfo, Plan, Planned
 from reallm.allocate.recipe import DEFAULT_EMBEDDING, KEEP, FormatSpec, with_rank
+from reallm.allocate.sensitivity import sensitivity
 from reallm.allocate.solver import Candidate, choose
 from reallm.errors import FormatError, RecipeError
 from reallm.formats import WeightFormat, from_spec
 from reallm.formats.codebook import Codebook
 from reallm.formats.dense import Dense
 from reallm.formats.normal_float import NormalFloat
+from reallm.formats.permuted import Permuted
 
 TOLERANCE = 0.01
 # Relative squared error of a format, however it was measured.
 ErrorOf = Callable[[WeightFormat], float]
 
-# Rise of log-perplexity per unit of relative squared error when one role alone is compressed, all blocks:
-# SmolLM2-135M, WikiText-2 validation, results/sensitivity.json. Fused roles take the larger of theirs.
-SENSITIVITY = {
-    "q": 2.2,
-    "k": 2.5,
-    "v": 8.2,
-    "o": 2.1,
-    "gate": 3.8,
-    "up": 5.0,
-    "down": 10.0,
-    "qkv": 8.2,
-    "gate_up": 5.0,
-    "fc1": 5.0,
-    "fc2": 10.0,
-}
-_OTHER_SENSITIVITY = 5.0
-
 
 def candidate_formats() -> list[WeightFormat]:
-    """What the budget chooses from: 1 to 8 bits and dense, in steps fine enough to land within 1 %."""
-    normal = [NormalFloat(bits=b, group_size=g) for b in range(1, 9) for g in (16, 32, 64, 128, 256)]
-    vectors = [Codebook(index_bits=i, vector_dim=2, group_size=g) for i in range(3, 9) for g in (32, 64, 128)]
-    return [*normal, *vectors, Dense()]
+    """What the budget chooses from: 1 to 8 bits and dense, in steps fine enough to land within 1 %.
+
+    Learned scalar codes in many group sizes, and vector codes on sorted columns (docs/log.md, 2026-11-22:
+    sorting takes a fifth off a vector code's KL and adds to a scalar code's).
+    """
+    signs = [NormalFloat(bits=1, group_size=g) for g in (64, 128, 256)]
+    scalars = [Codebook(index_bits=b, vector_dim=1, group_size=g) for b in range(2, 9) for g in (16, 32, 64, 128, 256)]
+    vectors = [
+        Permuted(base=Codebook(index_bits=i, vector_dim=2, group_size=g)) for i in range(3, 9) for g in (32, 64, 128)
+    ]
+    return [*signs, *scalars, *vectors, Dense()]
 
 
 def plan_for_bits(
@@ -52,7 +44,7 @@ def plan_for_bits(
 ) -> Plan:
     """The plan of least predicted loss whose block matrices take at most `bits` stored bits a weight.
 
-    Predicted loss of a matrix: its role's sensitivity times `error_of` its format, residual apart.
+    Predicted loss of a matrix: its sensitivity times `error_of` its format, residual apart.
     Everything stored counts: scales, codebooks, and the residual if `rank` asks for one.
 
     Errors: RecipeError naming the possible range if `bits` is beyond it or cannot be met within 1 %.
@@ -64,7 +56,7 @@ def plan_for_bits(
     tables = [[candidate for _, candidate in pairs] for pairs in options]
     _check_range(bits, tables, blocks)
     weights = sum(matrix.weights for matrix in blocks)
-    chosen = choose(tables, int(bits * weights / 8))
+    chosen = choose(tables, int(bits * weights / 8), int(bits * (1 - TOLERANCE) * weights / 8) + 1)
     picked = {matrix.name: pairs[i][0] for matrix, pairs, i in zip(blocks, options, chosen, strict=True)}
     ends = {"embedding": embedding, "head": head}
     entries = [
@@ -96,12 +88,13 @@ def _options(
     the matrix's spectrum, which nobody has looked at yet.
     """
     of_role = sum(other.weights for other in blocks if other.role == matrix.role)
-    sensitivity = SENSITIVITY.get(matrix.role, _OTHER_SENSITIVITY) * matrix.weights / of_role
+    share = matrix.weights / of_role
+    depth = 1 + max((other.block for other in blocks if other.block is not None), default=0)
     options = []
     for base in candidate_formats():
         fmt = with_rank(base, rank)
         if _fits(fmt, matrix):
-            options.append((fmt, Candidate(fmt.nbytes(matrix.shape), sensitivity * error_of(base))))
+            options.append((fmt, Candidate(fmt.nbytes(matrix.shape), share * sensitivity(matrix, base, depth) * error_of(base))))
     if not options:
         raise RecipeError(f"{matrix.name}: no candidate format stores a {matrix.shape} matrix; lower --rank")
     return options

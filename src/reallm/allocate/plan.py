@@ -7,15 +7,19 @@ from dataclasses import dataclass
 from reallm.errors import FormatError
 from reallm.formats import Shape, WeightFormat
 
+# What a matrix does in a block, in the order a block uses them; recipes and reports speak of these words.
+ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "fc1", "fc2", "embedding", "head", "other")
+
 
 @dataclass(frozen=True)
 class MatrixInfo:
-    """What planning needs to know of a matrix: module path, (out, in), role (q, v, down, …), kind."""
+    """What planning needs to know of a matrix: module path, (out, in), role (q, v, down, …), kind, block."""
 
     name: str
     shape: Shape
     role: str
     kind: str  # "block", "embedding" or "head"
+    block: int | None = None  # number of the decoder block
 
     @property
     def weights(self) -> int:

@@ -6,6 +6,7 @@
       - role: [v, k]
         format: {format: normal_float, bits: 6}
       - match: "*.mlp.down_proj"
+        block: [0, -1]           # the first and the last decoder block
         format: {format: normal_float, bits: 4}
       - match: "*"
         format: {format: normal_float, bits: 3}
@@ -26,7 +27,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from reallm.allocate.plan import MatrixInfo, Plan, Planned
+from reallm.allocate.plan import ROLES, MatrixInfo, Plan, Planned
 from reallm.errors import RecipeError
 from reallm.formats import WeightFormat, from_spec, to_spec
 from reallm.formats.low_rank_plus import LowRankPlus
@@ -40,23 +41,28 @@ FormatSpec = dict[str, Any] | Literal["keep"]
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return [value] if isinstance(value, str | int) else value
 
 
 class Rule(BaseModel):
-    """Which block matrices (by name pattern, by role, or both) get which format."""
+    """Which block matrices get which format: by name pattern, role, number of the block, or all of them.
+
+    Blocks may be counted from the end: -1 is the last.
+    """
 
     model_config = ConfigDict(extra="forbid")
     match: list[str] | None = None
     role: list[str] | None = None
+    block: list[int] | None = None
     format: FormatSpec
 
-    _lists = field_validator("match", "role", mode="before")(_as_list)
+    _lists = field_validator("match", "role", "block", mode="before")(_as_list)
 
-    def fits(self, matrix: MatrixInfo) -> bool:
-        """Every condition that is given holds."""
+    def fits(self, matrix: MatrixInfo, depth: int) -> bool:
+        """Every condition that is given holds; `depth` is the number of decoder blocks."""
         named = self.match is None or any(fnmatch.fnmatchcase(matrix.name, pattern) for pattern in self.match)
-        return named and (self.role is None or matrix.role in self.role)
+        placed = self.block is None or bool({matrix.block, (matrix.block or 0) - depth} & set(self.block))
+        return named and placed and (self.role is None or matrix.role in self.role)
 
     def unmatched(self, matrices: Sequence[MatrixInfo]) -> list[str]:
         """Name patterns that fit no matrix at all."""
@@ -82,6 +88,8 @@ def parse_recipe(text: str, origin: str) -> Recipe:
     """
     try:
         values = yaml.safe_load(text)
+        if not isinstance(values, dict):
+            raise RecipeError(f"{origin}: not a recipe, which is a mapping with the key 'rules'")
         recipe = Recipe.model_validate(values)
     except yaml.YAMLError as error:
         raise RecipeError(f"{origin}: not valid YAML ({' '.join(str(error).split())})") from error
@@ -89,6 +97,9 @@ def parse_recipe(text: str, origin: str) -> Recipe:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise RecipeError(f"{origin}: {where}: {first['msg'].lower()} (got {first['input']!r})") from error
+    for role in [role for rule in recipe.rules for role in rule.role or []]:
+        if role not in ROLES:
+            raise RecipeError(f"{origin}: unknown role {role!r}; known roles: {', '.join(ROLES)}")
     for spec in [rule.format for rule in recipe.rules] + [recipe.embedding, recipe.head]:
         _format(spec, origin)
     return recipe
@@ -119,20 +130,28 @@ def load_recipe(name_or_path: str) -> Recipe:
         raise RecipeError(f"{name_or_path}: not readable as text ({error})") from error
 
 
-def plan_from_recipe(recipe: Recipe, matrices: Sequence[MatrixInfo], rank: int | None = None) -> Plan:
+def plan_from_recipe(
+    recipe: Recipe,
+    matrices: Sequence[MatrixInfo],
+    rank: int | None = None,
+    model: Sequence[MatrixInfo] | None = None,
+) -> Plan:
     """The plan a recipe makes for a model; `rank` adds a low-rank residual to every block format (0: none).
+
+    `model` is all matrices of the model where `matrices` are only some: patterns and block numbers are its.
 
     Errors: RecipeError if a pattern fits nothing or a block matrix has no rule; FormatError if a shape
     cannot be stored.
     """
-    blocks = [matrix for matrix in matrices if matrix.kind == "block"]
+    blocks = [matrix for matrix in model or matrices if matrix.kind == "block"]
     for rule in recipe.rules:
         if unmatched := rule.unmatched(blocks):
             example = blocks[0].name if blocks else "none"
             raise RecipeError(f"recipe {recipe.name}: pattern {unmatched[0]!r} fits no matrix (one is {example})")
     entries = []
+    depth = 1 + max((matrix.block for matrix in blocks if matrix.block is not None), default=0)
     for matrix in matrices:
-        spec = _spec_for(recipe, matrix)
+        spec = _spec_for(recipe, matrix, depth)
         fmt = _format(spec, recipe.name)
         if fmt is not None:
             entries.append(Planned(matrix, with_rank(fmt, rank) if matrix.kind == "block" else fmt))
@@ -167,11 +186,11 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False, width=120)
 
 
-def _spec_for(recipe: Recipe, matrix: MatrixInfo) -> FormatSpec:
+def _spec_for(recipe: Recipe, matrix: MatrixInfo, depth: int) -> FormatSpec:
     if matrix.kind != "block":
         return recipe.embedding if matrix.kind == "embedding" else recipe.head
     for rule in recipe.rules:
-        if rule.fits(matrix):
+        if rule.fits(matrix, depth):
             return rule.format
     raise RecipeError(
         f"recipe {recipe.name}: no rule for {matrix.name} (role {matrix.role}); end with a rule for match: \"*\""

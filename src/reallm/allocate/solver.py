@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from reallm.errors import RecipeError
+
+_GRID = 4096  # steps of the budget in the search that must fill it
 
 
 @dataclass(frozen=True)
@@ -16,20 +20,21 @@ class Candidate:
     loss: float
 
 
-def choose(tables: Sequence[Sequence[Candidate]], budget: int) -> list[int]:
+def choose(tables: Sequence[Sequence[Candidate]], budget: int, least: int = 0) -> list[int]:
     """Index of the chosen candidate of every table: summed nbytes <= budget, summed loss small.
 
     Lagrangian relaxation (Everett 1963; Shoham & Gersho 1988): bisect the price of a byte, which is exact on
-    the convex hull, then spend what is left by the best affordable exchanges.
+    the convex hull, then spend what is left by the best affordable exchanges. If that leaves it below `least`
+    bytes, which only a handful of matrices can do, they are searched together.
 
     Errors: RecipeError if even the smallest candidates exceed the budget.
     """
     smallest = [min(range(len(t)), key=lambda i: (t[i].nbytes, t[i].loss)) for t in tables]
-    least = _bytes(tables, smallest)
-    if least > budget:
-        raise RecipeError(f"the smallest possible plan takes {least:,} bytes, the budget is {budget:,}")
+    if (fewest := _bytes(tables, smallest)) > budget:
+        raise RecipeError(f"the smallest possible plan takes {fewest:,} bytes, the budget is {budget:,}")
     chosen = _cheapest_affordable_price(tables, budget, smallest)
-    return _spend_rest(tables, chosen, budget)
+    chosen = _spend_rest(tables, chosen, budget)
+    return chosen if _bytes(tables, chosen) >= least else _filled(tables, budget, least) or chosen
 
 
 def _bytes(tables: Sequence[Sequence[Candidate]], chosen: Sequence[int]) -> int:
@@ -75,3 +80,35 @@ def _spend_rest(tables: Sequence[Sequence[Candidate]], chosen: list[int], budget
         _, matrix, index = max(exchanges)
         left -= tables[matrix][index].nbytes - tables[matrix][chosen[matrix]].nbytes
         chosen[matrix] = index
+
+
+def _filled(tables: Sequence[Sequence[Candidate]], budget: int, least: int) -> list[int] | None:
+    """Least loss with `least` <= bytes <= `budget`, sizes rounded up to a grid; None if there is no such choice.
+
+    Dynamic programming over the bytes taken by the matrices so far (the multiple-choice knapsack).
+    """
+    step = max(1, budget // _GRID)
+    room = budget // step
+    costs = [[-(-candidate.nbytes // step) for candidate in table] for table in tables]
+    loss = np.full(room + 1, np.inf)
+    loss[0] = 0.0
+    taken = []
+    for table, sizes in zip(tables, costs, strict=True):
+        following, choice = np.full(room + 1, np.inf), np.zeros(room + 1, np.int64)
+        for index, (candidate, size) in enumerate(zip(table, sizes, strict=True)):
+            if size <= room:
+                reached = loss[: room + 1 - size] + candidate.loss
+                better = reached < following[size:]
+                following[size:][better], choice[size:][better] = reached[better], index
+        loss = following
+        taken.append(choice)
+    # Every matrix was rounded up by less than a step.
+    first = min(room, -(-least // step) + len(tables))
+    place = first + int(loss[first:].argmin())
+    if not np.isfinite(loss[place]):
+        return None
+    chosen = []
+    for choice, sizes in zip(reversed(taken), reversed(costs), strict=True):
+        chosen.append(int(choice[place]))
+        place -= sizes[chosen[-1]]
+    return chosen[::-1]

@@ -110,7 +110,23 @@ def read_ledger(folder: Path) -> Ledger:
             kept_weights += kept
         else:
             rows.append(_file_row(path, folder))
+    _check_complete(folder, rows, manifest)
     return Ledger(tuple(rows), manifest.matrices, kept_weights)
+
+
+def _check_complete(folder: Path, rows: list[Row], manifest: Manifest) -> None:
+    """Every tensor that the manifest leads to is there, with the bytes it should have."""
+    found = {row.name: row.nbytes for row in rows if row.matrix is not None}
+    for matrix in manifest.matrices:
+        for local, tensor in matrix.fmt.layout(matrix.shape).items():
+            name = f"{matrix.name}.{local}"
+            if name not in found:
+                raise ArtifactError(f"{folder}: tensor {name!r} is missing; copy the artifact again")
+            if found[name] != tensor.nbytes:
+                raise ArtifactError(
+                    f"{folder}: tensor {name!r} has {found[name]:,} bytes, config.json says {tensor.nbytes:,}; "
+                    "copy the artifact again"
+                )
 
 
 def _file_row(path: Path, folder: Path) -> Row:
@@ -137,7 +153,8 @@ def _tensor_rows(path: Path, folder: Path, manifest: Manifest) -> tuple[list[Row
         else:
             rows.append(Row(file, name, matrix.name, matrix.kind, role, end - start))
     if gap := path.stat().st_size - covered:
-        raise ArtifactError(f"{path}: {gap} bytes belong to no tensor")
+        what = f"{gap} bytes belong to no tensor" if gap > 0 else f"{-gap} bytes are missing"
+        raise ArtifactError(f"{path}: {what}; the file is damaged, copy the artifact again")
     return rows, kept_weights
 
 

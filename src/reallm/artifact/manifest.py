@@ -108,6 +108,8 @@ def read_manifest(folder: Path) -> Manifest:
     Errors: ArtifactError if there is no folder, no config.json, or it is not a reallm artifact.
     """
     path = Path(folder) / "config.json"
+    if Path(folder).is_file():
+        raise ArtifactError(f"{folder}: is a file; give the folder written by `reallm compress`")
     if not Path(folder).is_dir():
         raise ArtifactError(f"{folder}: no such folder")
     if not path.is_file():

@@ -23,7 +23,14 @@ def save_tensors(tensors: Tensors, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     # transformers refuses files whose metadata does not name the framework.
     save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial, metadata={"format": "pt"})
+    partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
     os.replace(partial, path)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)  # the only way to ask for it is to set it
+    os.umask(mask)
+    return mask
 
 
 def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_bytes: int = MAX_SHARD_BYTES) -> None:

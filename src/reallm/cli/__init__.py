@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Typer's own complaints. Its versions take them from different modules; they share these two attributes.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             command = getattr(getattr(error, "ctx", None), "command_path", "reallm")
-            return _fail(f"{error.format_message()} See: {command} --help")
+            return _fail(f"{error.format_message().rstrip('.')}. See: {command} --help")
         raise
 
 

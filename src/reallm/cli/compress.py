@@ -1,6 +1,7 @@
 """`reallm compress`: a model in fewer bytes."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,14 +22,14 @@ def command(
             "--bits",
             "-b",
             metavar="B",
-            help="Stored bits per weight of the block matrices, all side bytes included; met within 1 %, never exceeded.",
+            help="Stored bits per block weight, all side bytes included; met within 1 %, never exceeded.",
         ),
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help=f"Shipped recipe (see: reallm recipes) or YAML file, in place of --bits. Without either: {DEFAULT_RECIPE}.",
+            help=f"Shipped recipe (see: reallm recipes) or YAML file, instead of --bits; default: {DEFAULT_RECIPE}.",
         ),
     ] = None,
     rank: Annotated[
@@ -57,7 +58,8 @@ def command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the work folder of an interrupted run.")] = False,
 ) -> None:
     """Compress a model into a folder that from_pretrained loads."""
-    from reallm.compress import Settings, check_output, prepare, run
+    from reallm.artifact import check_output, work_folder
+    from reallm.compress import Settings, prepare, run
     from reallm.report.cost import cost_table, plan_table
     from reallm.report.ledger import summary
 
@@ -78,8 +80,12 @@ def command(
     if dry_run:
         print(plan_table(job), cost_table(job), sep="\n\n")
         return
-    with _progress() as progress:
-        run(job, output, resume, progress)
+    try:
+        with _progress() as progress:
+            run(job, output, resume, progress)
+    except KeyboardInterrupt:
+        print(f"stopped; finished matrices are in {work_folder(output)}: add --resume to go on", file=sys.stderr)
+        raise
     print(summary(output))
 
 

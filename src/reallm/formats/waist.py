@@ -103,15 +103,15 @@ def from_spec(spec: Any) -> WeightFormat:
     values = {k: v for k, v in spec.items() if k != "format"}
     if unknown := sorted(set(values) - set(fields)):
         raise FormatError(f"{name}: unknown field {unknown[0]!r}; its fields: {', '.join(fields) or 'none'}")
+    required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    if absent := [name for name in required if name not in values]:
+        raise FormatError(f"{name}: field {absent[0]!r} is missing")
     for key, value in values.items():
         if fields[key].type in ("WeightFormat", WeightFormat):
             values[key] = from_spec(value)
         elif not _plain_type_matches(str(fields[key].type), value):
             raise FormatError(f"{name}: {key}={value!r} is not of type {fields[key].type}")
-    try:
-        return cls(**values)
-    except TypeError as error:  # a field without default was left out
-        raise FormatError(f"{name}: {error}") from error
+    return cls(**values)
 
 
 def _plain_type_matches(annotation: str, value: Any) -> bool:

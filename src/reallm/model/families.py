@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-# Roles in the order a block uses them; recipes and reports speak of these words.
-ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "fc1", "fc2", "embedding", "head", "other")
-
 # Last part of the path, or the last two where one alone is ambiguous; the longer match wins.
 # The comment names a family that spells it so.
 ROLE_OF: dict[str, str] = {

@@ -14,9 +14,10 @@ def plan_table(job: Job) -> str:
     groups: dict[tuple[str, tuple[int, int], str], list[int]] = defaultdict(list)
     for matrix, planned in job.compressed:
         groups[matrix.role, matrix.shape, short_name(planned.fmt)].append(planned.nbytes)
+    roles = list(dict.fromkeys(role for role, _, _ in groups))  # those of one role together, in model order
     rows = [
         (role, fmt, len(sizes), f"{shape[0]}×{shape[1]}", f"{sum(sizes):,}", f"{_bits(sizes, shape):.3f}")
-        for (role, shape, fmt), sizes in groups.items()
+        for (role, shape, fmt), sizes in sorted(groups.items(), key=lambda group: roles.index(group[0][0]))
     ]
     text = table(("role", "format", "matrices", "shape", "bytes", "bits/weight"), rows, left=2)
     kept = defaultdict(int)
@@ -37,7 +38,7 @@ def cost_table(job: Job) -> str:
         ("compressed tensors", f"{cost.compressed_bytes:,} bytes"),
         ("kept tensors", f"{cost.kept_bytes:,} bytes"),
         ("all tensors", f"{size(stored)} ({original / stored:.1f} times smaller than the {size(original)} of MODEL)"),
-        ("time", f"about {duration(cost.seconds)} on {job.settings.device} (samples timed; a busy machine takes longer)"),
+        ("time", f"about {duration(max(cost.seconds, 1))} on {job.settings.device} (samples; longer when busy)"),
         ("peak memory", f"about {size(cost.peak_memory_bytes)}"),
         ("disk while working", f"about {size(cost.disk_bytes)}"),
     ]

@@ -1,0 +1,202 @@
+"""Every data-free format at its true bits, with and without a residual, beside what the same bytes buy.
+
+    python benchmarks/data_free.py --model MODEL --data-dir DATA --jobs 4
+
+Block matrices only: embedding and head stay as they are, so that rows compare formats (the arm `embedding`
+shows what 8 bits there cost). Writes results/data_free.json. WikiText-2 raw test, all windows, nothing chosen on it.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import multiprocessing
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lab import Arm, FormatOf, Lab, arguments, save
+
+from reallm.allocate import Candidate, MatrixInfo, choose, load_recipe, plan_for_bits, plan_from_recipe
+from reallm.fit import gaussian_error
+from reallm.formats import WeightFormat, from_spec, to_spec
+
+RANKS = (16, 32, 64)
+BUDGETS = (2.0, 2.5, 3.0, 3.25, 3.5, 4.0)
+RECIPES = ("mixed", "rtn3", "rtn4", "qlora", "lq-lora", "reallm-vq", "reallm-lean")
+
+
+def uniform(bits: int, group_size: int = 64) -> dict[str, Any]:
+    return {"format": "uniform", "bits": bits, "group_size": group_size}
+
+
+def normal(bits: int) -> dict[str, Any]:
+    return {"format": "normal_float", "bits": bits, "group_size": 64}
+
+
+def vectors(dim: int, index_bits: int, group_size: int = 64) -> dict[str, Any]:
+    return {"format": "codebook", "index_bits": index_bits, "vector_dim": dim, "group_size": group_size}
+
+
+# Families without a residual, from which mixtures of the same bytes are made: neighbours on the ladder of bits.
+LADDERS = {
+    "uniform": [uniform(bits) for bits in range(2, 9)],
+    "normal_float": [normal(bits) for bits in range(2, 9)],
+    "codebook d=1": [vectors(1, bits) for bits in range(2, 9)],
+    "codebook d=2": [vectors(2, bits) for bits in range(4, 13)],
+    "codebook d=4": [vectors(4, bits) for bits in (8, 9, 10, 11, 12)] + [vectors(2, bits) for bits in range(7, 13)],
+}
+SINGLE = {
+    "uniform": [uniform(b, g) for b in (4, 3, 2) for g in (64, 128)],
+    "normal_float": [normal(b) for b in (4, 3, 2)],
+    "codebook d=1": [vectors(1, 3), vectors(1, 2)],
+    "codebook d=2": [vectors(2, 6), vectors(2, 4)],
+    "codebook d=4": [vectors(4, 12), vectors(4, 8)],
+}
+RANKED = {
+    "uniform": [uniform(4), uniform(3), uniform(2)],
+    "normal_float": [normal(4), normal(3), normal(2)],
+    "codebook d=1": [vectors(1, 3), vectors(1, 2)],
+    "codebook d=2": [vectors(2, 6), vectors(2, 4)],
+    "codebook d=4": [vectors(4, 8)],
+}
+
+
+INT8_TOO = [normal(3), vectors(1, 3), vectors(2, 6)]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One arm to run; exactly one of the last three says how matrices get their formats."""
+
+    group: str
+    name: str
+    spec: dict[str, Any] | None = None
+    recipe: str | None = None
+    budget: float | None = None
+    ladder: str | None = None  # with `budget`: a mixture of this family at that many bits
+
+    def format_of(self, infos: list[MatrixInfo]) -> FormatOf:
+        """The format of each matrix."""
+        if self.spec is not None:
+            fmt = from_spec(self.spec)
+            return lambda matrix: fmt
+        if self.ladder is not None:
+            assert self.budget is not None
+            return _mixture(self.ladder, self.budget, infos).get
+        if self.recipe is not None:
+            plan = plan_from_recipe(load_recipe(self.recipe), infos)
+        else:
+            assert self.budget is not None
+            plan = plan_for_bits(self.budget, infos, gaussian_error)
+        chosen = {entry.matrix: entry.fmt for entry in plan.entries}
+        return chosen.get
+
+
+def _mixture(ladder: str, bits: float, infos: list[MatrixInfo]) -> dict[MatrixInfo, WeightFormat]:
+    """Formats of one family, mixed over the matrices so that together they take `bits` a weight."""
+    formats = [from_spec(spec) for spec in LADDERS[ladder]]
+    blocks = [info for info in infos if info.kind == "block"]
+    tables = [
+        [Candidate(fmt.nbytes(info.shape), info.weights * gaussian_error(fmt)) for fmt in formats] for info in blocks
+    ]
+    chosen = choose(tables, int(bits * sum(info.weights for info in blocks) / 8))
+    return {info: formats[i] for info, i in zip(blocks, chosen, strict=True)}
+
+
+def true_bits(spec: dict[str, Any], infos: list[MatrixInfo]) -> float:
+    """Stored bits a weight over the block matrices."""
+    fmt = from_spec(spec)
+    blocks = [info for info in infos if info.kind == "block"]
+    return 8 * sum(fmt.nbytes(info.shape) for info in blocks) / sum(info.weights for info in blocks)
+
+
+def with_rank(spec: dict[str, Any], rank: int, factors: str = "bfloat16") -> dict[str, Any]:
+    return {"format": "low_rank_plus", "rank": rank, "factors": factors, "base": spec}
+
+
+def label(spec: dict[str, Any]) -> str:
+    """A short name of a format without residual."""
+    if spec["format"] == "codebook":
+        bits = spec["index_bits"] / spec["vector_dim"]
+        return f"codebook d={spec['vector_dim']} {bits:g} bit g{spec['group_size']}"
+    return f"{spec['format']} {spec['bits']} bit g{spec['group_size']}"
+
+
+def ranked_tasks(infos: list[MatrixInfo]) -> list[tuple[Task, Task]]:
+    """(with residual, the same bytes without) for every base and rank."""
+    pairs = []
+    for family, specs in RANKED.items():
+        for spec in specs:
+            for rank, factors in [(r, "bfloat16") for r in RANKS] + [(16, "int8")] * (spec in INT8_TOO):
+                name = f"{label(spec)} + rank {rank}" + (" int8" if factors == "int8" else "")
+                ranked = with_rank(spec, rank, factors)
+                bits = true_bits(ranked, infos)
+                same = Task(family, f"{family} mixed at {bits:.3f} bit", budget=bits, ladder=family)
+                pairs.append((Task(family, name, spec=ranked), same))
+    return pairs
+
+
+def permutation_tasks(infos: list[MatrixInfo]) -> list[Task]:
+    """No order, one order and an order per 64 rows, at equal bytes: `none` spends them on smaller groups."""
+    base = vectors(2, 6)
+    orders = [("sort", 0), ("greedy", 0), ("sort", 64), ("greedy", 64)]
+    tasks = [Task("permutation", "none, g64", spec=base)]
+    for method, rows in orders:
+        spec = {"format": "permuted", "method": method, "block_rows": rows, "base": base}
+        tasks.append(Task("permutation", f"{method}, {'one order' if not rows else 'per 64 rows'}, g64", spec=spec))
+    tasks.append(Task("permutation", "none, g57 (bytes of one order)", spec=vectors(2, 6, 57)))
+    tasks.append(Task("permutation", "none, g26 (bytes of orders per 64 rows)", spec=vectors(2, 6, 26)))
+    return tasks
+
+
+def _start(model: str, text: Any, device: str, windows: int | None) -> None:
+    global lab
+    lab = Lab(model, text, device, windows)
+
+
+def _run(task: Task, latest: float | None) -> Arm | None:
+    if latest is not None and time.time() > latest:
+        return None
+    return lab.arm(task.name, task.format_of(lab.infos), kl=False)
+
+
+def main() -> None:
+    begun = time.time()
+    args = arguments(__doc__, "wiki.test.raw", "results/data_free.json", jobs=True)
+    lab = Lab(args.model, args.text, args.device, args.windows)
+    original = lab.evaluate(kl=False)
+    singles = [Task(family, label(spec), spec=spec) for family, specs in SINGLE.items() for spec in specs]
+    others = permutation_tasks(lab.infos)
+    others += [Task("recipes", name, recipe=name) for name in RECIPES]
+    others += [Task("budget", f"--bits {bits:g}", budget=bits) for bits in BUDGETS]
+    pairs = ranked_tasks(lab.infos)
+    wanted = [task for task in singles + others if args.groups is None or task.group in args.groups]
+    pairs = [pair for pair in pairs if args.groups is None or pair[0].group in args.groups]
+    tasks = wanted + [task for pair in pairs for task in pair]
+    start = functools.partial(_start, args.model, args.text, args.device, args.windows)
+    run = functools.partial(_run, latest=args.deadline and begun + args.deadline)
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), start) as pool:
+        results = zip(map(key, tasks), pool.map(run, tasks), strict=True)
+        arms = {name: arm for name, arm in results if arm is not None}
+    same_of = {key(task): arms.get(key(same)) for task, same in pairs}
+    shown = [task for task in wanted + [task for task, _ in pairs] if key(task) in arms]
+    rows = [_row(task, arms[key(task)], same_of.get(key(task))) for task in shown]
+    left_out = [task.name for task in tasks if key(task) not in arms]
+    command = "python benchmarks/data_free.py --model MODEL --data-dir DATA --jobs N"
+    save(args.output, lab, command, original, jobs=args.jobs, left_out=left_out, arms=rows)
+
+
+def key(task: Task) -> tuple[str, str]:
+    """Tasks hold dicts and cannot be keys themselves."""
+    return task.group, task.name
+
+
+def _row(task: Task, arm: Arm, same: Arm | None) -> dict[str, Any]:
+    spec = to_spec(from_spec(task.spec)) if task.spec else None
+    beside = {"bits": same.bits, "perplexity": same.perplexity} if same else None
+    return {"group": task.group, "format": spec, "recipe": task.recipe, **asdict(arm), "same_bytes": beside}
+
+
+if __name__ == "__main__":
+    main()

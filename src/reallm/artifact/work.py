@@ -1,0 +1,114 @@
+"""The work folder: finished matrices wait beside the output until all are there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from reallm.errors import ArtifactError, FormatError, RecipeError, SourceError
+from reallm.formats import Tensors
+
+STATE_FILE = "state.json"
+
+
+def work_folder(out: Path) -> Path:
+    """Where finished matrices wait: beside the output, so that a rename suffices at the end."""
+    return out.with_name(out.name + ".work")
+
+
+def finished_file(work: Path, name: str) -> Path:
+    """The file of one finished matrix; it appears by a rename, so that it is there whole or not at all."""
+    return work / f"{name}.safetensors"
+
+
+def check_output(out: Path, resume: bool = False) -> None:
+    """Refuse an output that is in the way, before any work.
+
+    Errors: ArtifactError with the remedy.
+    """
+    if not out.name:
+        raise ArtifactError(f"--output {str(out)!r} is not the name of a new folder; give one")
+    if os.path.lexists(out):
+        raise ArtifactError(f"{out} exists; give another --output or remove it")
+    if not out.absolute().parent.is_dir():
+        raise ArtifactError(f"{out}: the folder {out.absolute().parent} does not exist; make it first")
+    work = work_folder(out)
+    if not os.path.lexists(work):
+        return
+    if not resume:
+        raise ArtifactError(f"{work} is left from an interrupted run; add --resume to go on, or remove it")
+    # It is removed at the end: never take a folder that is somebody else's.
+    if not work.is_dir() or (any(work.glob("[!.]*")) and not any(work.glob(f"{STATE_FILE}*"))):
+        raise ArtifactError(f"{work} is not the work folder of an interrupted run; give another --output or remove it")
+
+
+@contextlib.contextmanager
+def opened(work: Path, state: dict[str, Any]) -> Iterator[None]:
+    """Make the work folder, or go on in one whose `state` (source, seed, device, plan) is the same.
+
+    A run that fails leaves it for --resume, unless its own input is at fault: then nothing in it is of use.
+    Errors: RecipeError naming what has changed; ArtifactError for a disk that is full or cannot be written.
+    """
+    new = not work.exists()
+    try:
+        _check_or_write(work, state)
+        yield
+    except (SourceError, FormatError):
+        if new:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        place = getattr(error, "filename", None) or work
+        remedy = f"finished matrices are in {work}: mend it and add --resume" if work.exists() else "mend it"
+        raise ArtifactError(f"{place}: {reason}; {remedy}") from error
+
+
+def check_finished(path: Path, layout: Tensors) -> None:
+    """A finished matrix must be what its format writes.
+
+    Errors: ArtifactError naming the damaged file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
+    except SafetensorError as error:
+        raise ArtifactError(f"{path}: damaged ({error}); remove this file and add --resume") from error
+    if found != {name: tuple(tensor.shape) for name, tensor in layout.items()}:
+        raise ArtifactError(f"{path}: holds other tensors than the plan says; remove this file and add --resume")
+
+
+def _check_or_write(work: Path, state: dict[str, Any]) -> None:
+    path = work / STATE_FILE
+    if path.is_file():
+        _check_state(path, state)
+        return
+    work.mkdir(exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(state), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _check_state(path: Path, now: dict[str, Any]) -> None:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        old_plan, new_plan = dict(before["plan"]), now["plan"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: damaged; remove {path.parent} to start anew") from error
+    remedy = f"go back to that, or remove {path.parent} to start anew"
+    if before.get("source") != now["source"]:
+        raise RecipeError(f"--resume: the weights of the source are not those the run began with; {remedy}")
+    for key in ("seed", "device"):
+        if before.get(key) != now[key]:
+            raise RecipeError(f"--resume: {key} was {before.get(key)!r} and is now {now[key]!r}; {remedy}")
+    for name in old_plan | new_plan:
+        old, new = (plan.get(name, "not in the plan") for plan in (old_plan, new_plan))
+        if old != new:
+            raise RecipeError(f"--resume: the format of {name} was {old} and is now {new}; {remedy}")

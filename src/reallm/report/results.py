@@ -1,0 +1,142 @@
+"""Tables in README.md and docs/ that are not written by hand: `python -m reallm.report.results`.
+
+A page asks for a table by a pair of markers. Between `<!-- results:NAME -->` and `<!-- /results -->` comes the table
+of `results/NAME.json`, or nothing while that file does not exist; between `<!-- recipes -->` and `<!-- /recipes -->`
+the list of the shipped recipes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from reallm.allocate import shipped_recipes
+from reallm.errors import ReallmError
+
+_SECTION = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+_RECIPES = re.compile(r"(<!-- recipes -->\n).*?(<!-- /recipes -->)", re.DOTALL)
+_NOTHING = "–"
+
+Arm = dict[str, Any]
+
+
+def table(results: dict[str, Any]) -> str:
+    """One run as Markdown: what was measured, a table grouped by kind of arm, how to measure it again."""
+    return "\n\n".join([_heading(results), _arms(results["arms"]), _origin(results)])
+
+
+def updated(page: str, folder: Path) -> str:
+    """`page` with every marked section made anew from `folder`.
+
+    Errors: ReallmError naming a results file that is not what this module reads.
+    """
+
+    def section(found: re.Match[str]) -> str:
+        text = _table_of(folder / f"{found['name']}.json")
+        return f"{found[1]}{text}{found[3]}"
+
+    return _RECIPES.sub(lambda found: f"{found[1]}\n{recipes()}\n\n{found[2]}", _SECTION.sub(section, page))
+
+
+def recipes() -> str:
+    """The shipped recipes as Markdown, in their own words."""
+    rows = [[f"`{recipe.name}`", recipe.description] for recipe in shipped_recipes().values()]
+    return "\n".join(_row(cells) for cells in [["recipe", "what it does"], ["---", "---"], *rows])
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure to read: `digits` decimals, one from 100 on, and `1.2e3` from 1,000 on; a dash for none."""
+    if value is None:
+        return _NOTHING
+    if value < 999.95:
+        return f"{value:.{digits if value < 100 else min(1, digits)}f}"
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa  # infinity has no exponent
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Rewrite the pages named, by default README.md and docs/*.md here, from results/ here."""
+    root = Path.cwd()
+    named = sys.argv[1:] if arguments is None else arguments
+    for page in [Path(name) for name in named] or [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        if (new := updated(text, root / "results")) != text:
+            page.write_text(new, encoding="utf-8")
+            print(f"{page}: tables made anew", file=sys.stderr)
+
+
+def _table_of(file: Path) -> str:
+    if not file.is_file():
+        return ""
+    try:
+        return f"\n{table(json.loads(file.read_text(encoding='utf-8')))}\n\n"
+    except (ValueError, KeyError, TypeError) as error:
+        raise ReallmError(f"{file}: not a results file ({error!r}); measure it again") from error
+
+
+def _heading(results: dict[str, Any]) -> str:
+    original = number(results["original"]["perplexity"])
+    return (
+        f"{results['model']['name']} on {results['text']['name']}, {results['windows']} windows of "
+        f"{results['context']:,} tokens. The original: perplexity **{original}**."
+    )
+
+
+def _origin(results: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return (
+        f"Measured with `{results['command']}` at commit {results['commit'][:12]}, {results['machine']}, {versions}; "
+        f"sha256 of the model {results['model']['sha256'][:12]}…, of the text {results['text']['sha256'][:12]}…."
+    )
+
+
+# Heading of a column and its cell. A column that is empty in all rows is left out.
+_COLUMNS: tuple[tuple[str, Callable[[Arm], str]], ...] = (
+    ("bits/weight", lambda arm: f"{arm['bits']:.3f}"),
+    ("perplexity", lambda arm: number(arm["perplexity"])),
+    ("KL", lambda arm: number(arm.get("kl"), 3)),
+    ("the same bytes without residual", lambda arm: _same_bytes(arm.get("same_bytes"))),
+    ("relative error", lambda arm: number(arm.get("relative_error"), 4)),
+    ("fit, s", lambda arm: number(arm.get("fit_seconds"), 1)),
+    ("peak memory, MB", lambda arm: _megabytes(arm.get("peak_memory_bytes"))),
+)
+
+
+def _same_bytes(other: dict[str, Any] | None) -> str:
+    return _NOTHING if other is None else f"{number(other['perplexity'])} at {other['bits']:.3f}"
+
+
+def _megabytes(nbytes: int | None) -> str:
+    return _NOTHING if nbytes is None else f"{nbytes / 1e6:,.0f}"
+
+
+def _arms(arms: Sequence[Arm]) -> str:
+    used = [(name, cell) for name, cell in _COLUMNS if any(cell(arm) != _NOTHING for arm in arms)]
+    head = ["", *(name for name, _ in used)]
+    rule = [":---", *("---:" for _ in used)]
+    return "\n".join(_row(cells) for cells in [head, rule, *_rows(arms, [cell for _, cell in used])])
+
+
+def _rows(arms: Sequence[Arm], cells: Sequence[Callable[[Arm], str]]) -> Iterator[list[str]]:
+    """A bold row for each group, its arms below it in the order of the file; groups in order of appearance."""
+    order = list(dict.fromkeys(arm["group"] for arm in arms))
+    for group, members in groupby(sorted(arms, key=lambda arm: order.index(arm["group"])), lambda arm: arm["group"]):
+        yield [f"**{group}**", *("" for _ in cells)]
+        for arm in members:
+            yield [arm["name"], *(cell(arm) for cell in cells)]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ReallmError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,80 @@
+import json
+
+import pytest
+
+from reallm.errors import ReallmError
+from reallm.report.results import number, table, updated
+
+PAGE = "before\n<!-- results:run -->\nold\n<!-- /results -->\nafter\n"
+
+
+def arm(name: str, group: str, **figures) -> dict:
+    defaults = {"format": None, "recipe": None, "bits": 3.2971, "perplexity": 78.7, "kl": None, "relative_error": 0.04}
+    return defaults | {"name": name, "group": group, "fit_seconds": 1.24, "peak_memory_bytes": 10**9} | figures
+
+
+def sample() -> dict:
+    return {
+        "command": "python benchmarks/run.py",
+        "commit": "0123456789abcdef",
+        "machine": "2 cores",
+        "versions": {"torch": "2.13.0"},
+        "model": {"name": "Tiny", "sha256": "aa" * 32},
+        "text": {"name": "a text", "sha256": "bb" * 32},
+        "context": 2048,
+        "windows": 148,
+        "original": {"perplexity": 21.78},
+        "arms": [
+            arm("rtn 3", "round to nearest"),
+            arm("rank 16", "residual", same_bytes={"bits": 3.871, "perplexity": 40.0}, perplexity=48.91),
+            arm("rtn 2", "round to nearest", perplexity=1.13e6),
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(21.781, "21.78"), (182.34, "182.3"), (999.9, "999.9"), (1234.0, "1.2e3"), (1.13e6, "1.1e6"), (None, "–")],
+)
+def test_numbers_from_a_thousand_on_are_short(value, text):
+    assert number(value) == text
+
+
+def test_an_overflowed_perplexity_is_still_a_word():
+    assert number(float("inf")) == "inf"
+
+
+def test_rows_stand_under_their_group():
+    rows = [line.split(" | ")[0] for line in table(sample()).splitlines() if line.startswith("|")][2:]
+    assert rows == ["| **round to nearest**", "| rtn 3", "| rtn 2", "| **residual**", "| rank 16"]
+
+
+def test_an_arm_with_a_residual_says_what_its_bytes_buy_without():
+    line = next(line for line in table(sample()).splitlines() if line.startswith("| rank 16"))
+    assert "| 3.297 | 48.91 | 40.00 at 3.871 |" in line
+
+
+def test_a_column_that_nobody_fills_is_left_out():
+    assert "KL" not in table(sample())
+
+
+def test_the_command_and_the_machine_are_named():
+    assert "`python benchmarks/run.py` at commit 0123456789ab, 2 cores, torch 2.13.0" in table(sample())
+
+
+def test_only_what_stands_between_the_markers_changes(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(sample()), encoding="utf-8")
+    page = updated(PAGE, tmp_path)
+    assert page.startswith("before\n<!-- results:run -->\n\nTiny on a text") and "old" not in page
+    assert page.endswith("<!-- /results -->\nafter\n")
+    assert updated(page, tmp_path) == page
+
+
+def test_nothing_stands_between_the_markers_while_there_is_no_file(tmp_path):
+    assert updated(PAGE, tmp_path) == "before\n<!-- results:run -->\n<!-- /results -->\nafter\n"
+
+
+def test_a_broken_results_file_is_named(tmp_path):
+    (tmp_path / "run.json").write_text('{"arms": []}', encoding="utf-8")
+    with pytest.raises(ReallmError, match="run.json"):
+        updated(PAGE, tmp_path)

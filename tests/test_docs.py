@@ -1,0 +1,112 @@
+"""What docs/ shows is run: the decoder of artifact.md, the format of add_a_format.md; its tables are up to date."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+import reallm
+from reallm.artifact import VERSION, read_manifest
+from reallm.formats import known_formats
+from reallm.formats.waist import inner
+from reallm.report.results import updated
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+# Every setting that changes a stored byte of the two formats that the decoder knows.
+RECIPE = """
+rules:
+  - {role: q, format: {format: normal_float, bits: 3, group_size: 24}}
+  - {role: k, format: {format: normal_float, bits: 6, group_size: 0, scales: float16}}
+  - {role: v, format: {format: normal_float, bits: 1}}
+  - {role: o, format: {format: uniform, bits: 5, symmetric: true, scales: two_level}}
+  - {role: gate, format: {format: uniform, bits: 1, symmetric: true, group_size: 10}}
+  - {role: up, format: {format: uniform, bits: 2, symmetric: true, group_size: 0}}
+  - {match: "*", format: {format: normal_float, bits: 2, group_size: 16}}
+embedding: {format: uniform, bits: 8, symmetric: true}
+"""
+
+
+def code_blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_llama, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("artifact")
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    reallm.compress(tiny_llama, folder / "out", recipe=str(folder / "recipe.yaml"))
+    return folder / "out"
+
+
+def test_the_decoder_of_the_byte_specification_agrees_with_the_library(artifact):
+    (source,) = code_blocks(DOCS / "artifact.md", "python")
+    namespace: dict = {}
+    exec(compile(source, "docs/artifact.md", "exec"), namespace)
+    stored = load_file(artifact / "model.safetensors")
+    matrices = read_manifest(artifact).matrices
+    assert len({matrix.fmt for matrix in matrices}) == 8
+    for matrix in matrices:
+        tensors = inner(matrix.name, stored)
+        wanted = matrix.fmt.decode(matrix.fmt.unpack(tensors, matrix.shape), matrix.shape).numpy()
+        np.testing.assert_allclose(namespace["decode"](artifact, matrix.name), wanted, rtol=1e-6, atol=0)
+
+
+def test_the_byte_specification_knows_every_format_and_every_role():
+    page = (DOCS / "artifact.md").read_text(encoding="utf-8")
+    for name, cls in known_formats().items():
+        assert f"\n| `{name}`" in page, f"docs/artifact.md: no row for the format {name}"
+        assert all(f"`{role}`" in page for role in cls.roles.values())
+
+
+def test_the_byte_specification_is_of_this_version():
+    assert (DOCS / "artifact.md").read_text(encoding="utf-8").startswith(f"# The artifact, version {VERSION}\n")
+
+
+def test_the_example_format_of_the_guide_passes_the_contract(tmp_path):
+    page = DOCS / "add_a_format.md"
+    stored, found, example = code_blocks(page, "python")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "src" / "reallm", tmp_path / "reallm", ignore=ignored)
+    (tmp_path / "reallm" / "formats" / "sign.py").write_text(stored, encoding="utf-8")
+    (tmp_path / "reallm" / "fit" / "sign.py").write_text(found, encoding="utf-8")
+    contract = (ROOT / "tests" / "formats" / "test_contract.py").read_text(encoding="utf-8")
+    (tmp_path / "test_contract.py").write_text(contract.replace("EXAMPLES = [\n", f"EXAMPLES = [\n{example}", 1))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", "sign or every_registered", "test_contract.py"]
+        + ["-p", "no:cacheprovider", "--jaxtyping-packages=reallm,beartype.beartype"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 30
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_of_results_are_up_to_date(page):
+    text = page.read_text(encoding="utf-8")
+    assert updated(text, ROOT / "results") == text, "run: make docs"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_the_layout_names_every_room():
+    page = (DOCS / "layout.md").read_text(encoding="utf-8")
+    package = ROOT / "src" / "reallm"
+    rooms = [f"{path.name}/" for path in package.iterdir() if (path / "__init__.py").is_file()]
+    rooms += [path.name for path in package.glob("*.py") if path.name != "__init__.py"]
+    assert [room for room in rooms if f"| `{room}` |" not in page] == []
