@@ -16,7 +16,7 @@ ALL_3_BITS = 'rules: [{match: "*", format: {format: uniform, bits: 3}}]'
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """err = refused(model, *arguments): compressing exits with 2, one line, and leaves neither OUT nor a work folder."""
+    """err = refused(model, *arguments): exit code 2, one line, and neither OUT nor a work folder is left."""
 
     def run(model, *arguments, out=tmp_path / "out"):
         capsys.readouterr()
@@ -193,14 +193,16 @@ def test_a_gpu_that_is_not_there_names_the_remedy(tiny_llama, refused):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
+)
 def test_weights_that_are_not_finite_are_named_and_no_work_folder_stays(refused, damaged, name, value):
     folder = damaged(lambda tensors: tensors[name].view(-1)[3:5].fill_(value))
     assert f"{name}: 2 of " in refused(folder, "--recipe", "rtn3")
 
 
 def test_kept_weights_are_checked_before_anything_is_fitted(refused, damaged, monkeypatch):
-    monkeypatch.setattr("reallm.compress.fit", None)
+    monkeypatch.setattr(sys.modules["reallm.compress"], "fit", None)
     folder = damaged(lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
     assert "model.norm.weight" in refused(folder, "--recipe", "rtn3")
 

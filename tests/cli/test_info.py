@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from functools import partial
 
 import pytest
@@ -13,6 +14,15 @@ from reallm.cli import main
 from reallm.compress import Settings, prepare, run
 
 IDS = torch.arange(12)[None]
+ALL_ROLES = """
+rules:
+- format:
+    format: permuted
+    base:
+      format: low_rank_plus
+      rank: 4
+      base: {format: codebook, index_bits: 6, vector_dim: 2}
+"""
 
 
 def info(capsys, *arguments):
@@ -33,8 +43,10 @@ def bytes_on_disk(folder):
 
 
 @pytest.fixture(scope="module")
-def job(tiny_llama):
-    return prepare(tiny_llama, Settings(recipe="reallm-lean", rank=4))
+def job(tiny_llama, tmp_path_factory):
+    recipe = tmp_path_factory.mktemp("recipe") / "all_roles.yaml"
+    recipe.write_text(ALL_ROLES)
+    return prepare(tiny_llama, Settings(recipe=str(recipe)))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +60,8 @@ def out(job, tmp_path_factory):
 def sharded(job, tmp_path_factory):
     folder = tmp_path_factory.mktemp("info") / "sharded"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("reallm.compress.write_shards", partial(reallm.artifact.write_shards, max_bytes=20_000))
+        pipeline = sys.modules["reallm.compress"]  # reallm.compress is the function
+        patch.setattr(pipeline, "write_shards", partial(reallm.artifact.write_shards, max_bytes=20_000))
         run(job, folder)
     return folder
 
@@ -120,7 +133,7 @@ def test_the_text_shows_totals_bits_and_memory(out, capsys):
 
 def test_the_matrices_are_listed_with_format_and_bits(out, capsys):
     _, text, _ = info(capsys, out, "--matrices")
-    assert sum("_proj " in line and "low_rank_plus" in line for line in text.splitlines()) == 14
+    assert sum("_proj " in line and "permuted" in line for line in text.splitlines()) == 14
 
 
 def test_an_artifact_that_keeps_all_blocks_has_null_bits_per_weight(tiny_llama, tmp_path, capsys):
@@ -149,7 +162,7 @@ def truncate(folder, keep):
 
 def drop_tensor(folder):
     stored = load_file(folder / "model.safetensors")
-    del stored["model.layers.1.mlp.up_proj.left"]
+    del stored["model.layers.1.mlp.up_proj.base.left"]
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
 
 
@@ -165,7 +178,7 @@ def drop_tensor(folder):
         (lambda f: config(f, lambda c: c["quantization_config"].pop("layouts")), "is damaged"),
         (lambda f: config(f, lambda c: c.update(model_type="llama99")), "'llama99' is not known"),
         (lambda f: (f / "model.safetensors").unlink(), "is missing"),
-        (drop_tensor, "'model.layers.1.mlp.up_proj.left' is missing"),
+        (drop_tensor, "'model.layers.1.mlp.up_proj.base.left' is missing"),
         (lambda f: truncate(f, -10), "10 bytes are missing"),
         (lambda f: truncate(f, 100), "the file is damaged"),
         (lambda f: truncate(f, 3), "the file is damaged"),

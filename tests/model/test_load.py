@@ -1,6 +1,7 @@
 """Artifacts load, compute what the decoded matrices compute, save, and fail clearly."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -265,7 +266,9 @@ def test_keys_of_a_later_minor_version_survive_saving(artifact, tmp_path):
 
 
 def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # The command line, when tested in this process before, has silenced transformers.
+    environment = {key: value for key, value in os.environ.items() if key != "TRANSFORMERS_VERBOSITY"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
 
 def test_without_import_reallm_loading_fails_and_names_the_remedy(artifact):

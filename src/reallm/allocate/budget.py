@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from reallm.allocate.plan import MatrixInfo, Plan, Planned
@@ -104,4 +105,5 @@ def _check_range(bits: float, tables: Sequence[Sequence[Candidate]], blocks: Seq
     weights = sum(matrix.weights for matrix in blocks)
     least, most = (8 * sum(pick(c.nbytes for c in table) for table in tables) / weights for pick in (min, max))
     if not least <= bits <= most * (1 + TOLERANCE):
+        least, most = math.ceil(100 * least) / 100, math.floor(100 * most) / 100  # what is named must work
         raise RecipeError(f"--bits {bits:g} is not possible for this model; between {least:.2f} and {most:.2f} is")

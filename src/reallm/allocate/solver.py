@@ -9,7 +9,9 @@ import numpy as np
 
 from reallm.errors import RecipeError
 
-_GRID = 4096  # steps of the budget in the search that must fill it
+# The exact search rounds every matrix up to a step of the budget: good for few, wasteful for many.
+_GRID = 1 << 14
+_FEW = 32
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ def choose(tables: Sequence[Sequence[Candidate]], budget: int, least: int = 0) -
     """Index of the chosen candidate of every table: summed nbytes <= budget, summed loss small.
 
     Lagrangian relaxation (Everett 1963; Shoham & Gersho 1988): bisect the price of a byte, which is exact on
-    the convex hull, then spend what is left by the best affordable exchanges. If that leaves it below `least`
-    bytes, which only a handful of matrices can do, they are searched together.
+    the convex hull, then spend what is left by the best affordable exchanges. A handful of matrices, where the
+    hull is coarse, are also searched together; `least` bytes are then met if any choice meets them.
 
     Errors: RecipeError if even the smallest candidates exceed the budget.
     """
@@ -34,11 +36,19 @@ def choose(tables: Sequence[Sequence[Candidate]], budget: int, least: int = 0) -
         raise RecipeError(f"the smallest possible plan takes {fewest:,} bytes, the budget is {budget:,}")
     chosen = _cheapest_affordable_price(tables, budget, smallest)
     chosen = _spend_rest(tables, chosen, budget)
-    return chosen if _bytes(tables, chosen) >= least else _filled(tables, budget, least) or chosen
+    short = _bytes(tables, chosen) < least
+    if not short and len(tables) > _FEW:
+        return chosen
+    found = _searched(tables, budget, least)
+    return found if found and (short or _loss(tables, found) < _loss(tables, chosen)) else chosen
 
 
 def _bytes(tables: Sequence[Sequence[Candidate]], chosen: Sequence[int]) -> int:
     return sum(table[i].nbytes for table, i in zip(tables, chosen, strict=True))
+
+
+def _loss(tables: Sequence[Sequence[Candidate]], chosen: Sequence[int]) -> float:
+    return sum(table[i].loss for table, i in zip(tables, chosen, strict=True))
 
 
 def _at_price(tables: Sequence[Sequence[Candidate]], price: float) -> list[int]:
@@ -82,7 +92,7 @@ def _spend_rest(tables: Sequence[Sequence[Candidate]], chosen: list[int], budget
         chosen[matrix] = index
 
 
-def _filled(tables: Sequence[Sequence[Candidate]], budget: int, least: int) -> list[int] | None:
+def _searched(tables: Sequence[Sequence[Candidate]], budget: int, least: int) -> list[int] | None:
     """Least loss with `least` <= bytes <= `budget`, sizes rounded up to a grid; None if there is no such choice.
 
     Dynamic programming over the bytes taken by the matrices so far (the multiple-choice knapsack).
@@ -103,7 +113,7 @@ def _filled(tables: Sequence[Sequence[Candidate]], budget: int, least: int) -> l
         loss = following
         taken.append(choice)
     # Every matrix was rounded up by less than a step.
-    first = min(room, -(-least // step) + len(tables))
+    first = min(room, -(-least // step) + len(tables)) if least else 0
     place = first + int(loss[first:].argmin())
     if not np.isfinite(loss[place]):
         return None

@@ -38,7 +38,7 @@ def cost_table(job: Job) -> str:
         ("compressed tensors", f"{cost.compressed_bytes:,} bytes"),
         ("kept tensors", f"{cost.kept_bytes:,} bytes"),
         ("all tensors", f"{size(stored)} ({original / stored:.1f} times smaller than the {size(original)} of MODEL)"),
-        ("time", f"about {duration(max(cost.seconds, 1))} on {job.settings.device} (samples; longer when busy)"),
+        ("time", f"about {duration(max(cost.seconds, 1.0))} on {job.settings.device} (samples; longer when busy)"),
         ("peak memory", f"about {size(cost.peak_memory_bytes)}"),
         ("disk while working", f"about {size(cost.disk_bytes)}"),
     ]

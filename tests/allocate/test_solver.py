@@ -1,0 +1,95 @@
+"""The choice under a budget, against trying everything."""
+
+import itertools
+import random
+
+import pytest
+
+from reallm.allocate import Candidate, choose
+from reallm.errors import RecipeError
+
+
+def random_tables(seed, matrices=5, candidates=5):
+    """Losses that fall about four times a bit, with noise, in matrices of very different sizes."""
+    rng = random.Random(seed)
+    tables = []
+    for _ in range(matrices):
+        weights, sensitivity = rng.choice((1000, 3000, 9000)), rng.uniform(0.2, 5)
+        bits = sorted(rng.uniform(1, 8) for _ in range(candidates))
+        tables.append([Candidate(int(b * weights / 8), sensitivity * 4**-b * rng.uniform(0.8, 1.2)) for b in bits])
+    return tables
+
+
+def brute_force(tables, budget, least=0):
+    options = (picked for picked in itertools.product(*tables) if least <= sum(c.nbytes for c in picked) <= budget)
+    return min(sum(c.loss for c in picked) for picked in options)
+
+
+def cost(tables, chosen):
+    picked = [table[i] for table, i in zip(tables, chosen, strict=True)]
+    return sum(c.nbytes for c in picked), sum(c.loss for c in picked)
+
+
+def budgets(tables):
+    least, most = (sum(pick(c.nbytes for c in table) for table in tables) for pick in (min, max))
+    return [int(least + share * (most - least)) for share in (0, 0.1, 0.3, 0.5, 0.8, 1)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_budget_is_never_exceeded(seed):
+    tables = random_tables(seed)
+    assert all(cost(tables, choose(tables, budget))[0] <= budget for budget in budgets(tables))
+
+
+def test_the_loss_is_close_to_that_of_trying_everything():
+    ratios = []
+    for seed in range(40):
+        tables = random_tables(seed)
+        for budget in budgets(tables):
+            ratios.append(cost(tables, choose(tables, budget))[1] / brute_force(tables, budget))
+    assert min(ratios) >= 1 - 1e-9 and max(ratios) < 1.005
+
+
+def test_with_many_matrices_the_loss_is_within_half_a_percent_of_the_lower_bound():
+    tables = random_tables(0, matrices=200, candidates=20)
+    for budget in budgets(tables)[1:-1]:
+        loss = cost(tables, choose(tables, budget))[1]
+        # Any price of a byte bounds the optimum from below (weak duality).
+        prices = [10.0**-e for e in (e / 64 for e in range(128, 960))]
+        bound = max(sum(min(c.loss + p * c.nbytes for c in t) for t in tables) - p * budget for p in prices)
+        assert loss <= bound * 1.005
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_least_number_of_bytes_is_met_when_it_can_be_at_the_least_loss(seed):
+    tables = random_tables(seed, matrices=4)
+    for budget in budgets(tables)[2:]:
+        least = int(0.97 * budget)
+        try:
+            best = brute_force(tables, budget, least)
+        except ValueError:  # no choice lies between
+            continue
+        used, loss = cost(tables, choose(tables, budget, least))
+        assert least <= used <= budget and loss <= best * 1.005
+
+
+def test_everything_affordable_takes_the_best_of_each():
+    tables = random_tables(3)
+    assert cost(tables, choose(tables, 10**9))[1] == sum(min(c.loss for c in table) for table in tables)
+
+
+def test_the_exact_budget_of_the_smallest_plan_is_enough_and_one_byte_less_is_refused():
+    tables = random_tables(1)
+    least = budgets(tables)[0]
+    assert cost(tables, choose(tables, least))[0] == least
+    with pytest.raises(RecipeError, match=f"takes {least:,} bytes, the budget is {least - 1:,}"):
+        choose(tables, least - 1)
+
+
+def test_equal_candidates_and_zero_losses_are_no_problem():
+    tables = [[Candidate(10, 0.0), Candidate(10, 0.0)], [Candidate(5, 1.0)]]
+    assert cost(tables, choose(tables, 15)) == (15, 1.0)
+
+
+def test_no_matrices_is_no_choice():
+    assert choose([], 0) == []
