@@ -19,8 +19,8 @@ from lab import Lab, arguments, save
 from reallm.formats import from_spec
 
 FORMATS = {
-    "vector": {"format": "permuted", "base": {"format": "codebook", "index_bits": 6, "vector_dim": 2}},
-    "scalar": {"format": "codebook", "index_bits": 3, "vector_dim": 1},
+    "vector": {"format": "codebook", "index_bits": 6, "vector_dim": 2},
+    "scalar": {"format": "normal_float", "bits": 3},
 }
 TABLE = Path(__file__).parents[1] / "src" / "reallm" / "allocate" / "sensitivity.json"
 

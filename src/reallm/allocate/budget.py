@@ -14,7 +14,6 @@ from reallm.formats import WeightFormat, from_spec
 from reallm.formats.codebook import Codebook
 from reallm.formats.dense import Dense
 from reallm.formats.normal_float import NormalFloat
-from reallm.formats.permuted import Permuted
 
 TOLERANCE = 0.01
 # Relative squared error of a format, however it was measured.
@@ -24,14 +23,12 @@ ErrorOf = Callable[[WeightFormat], float]
 def candidate_formats() -> list[WeightFormat]:
     """What the budget chooses from: 1 to 8 bits and dense, in steps fine enough to land within 1 %.
 
-    Learned scalar codes in many group sizes, and vector codes on sorted columns (docs/log.md, 2026-11-22:
-    sorting takes a fifth off a vector code's KL and adds to a scalar code's).
+    Learned scalar codes in many group sizes, and vector codes of two. No permutations: sorting helps some
+    roles and harms others (docs/log.md, 2026-11-22), and the prediction cannot tell which.
     """
     signs = [NormalFloat(bits=1, group_size=g) for g in (64, 128, 256)]
     scalars = [Codebook(index_bits=b, vector_dim=1, group_size=g) for b in range(2, 9) for g in (16, 32, 64, 128, 256)]
-    vectors = [
-        Permuted(base=Codebook(index_bits=i, vector_dim=2, group_size=g)) for i in range(3, 9) for g in (32, 64, 128)
-    ]
+    vectors = [Codebook(index_bits=i, vector_dim=2, group_size=g) for i in range(3, 9) for g in (32, 64, 128)]
     return [*signs, *scalars, *vectors, Dense()]
 
 
@@ -95,7 +92,8 @@ def _options(
     for base in candidate_formats():
         fmt = with_rank(base, rank)
         if _fits(fmt, matrix):
-            options.append((fmt, Candidate(fmt.nbytes(matrix.shape), share * sensitivity(matrix, base, depth) * error_of(base))))
+            loss = share * sensitivity(matrix, base, depth) * error_of(base)
+            options.append((fmt, Candidate(fmt.nbytes(matrix.shape), loss)))
     if not options:
         raise RecipeError(f"{matrix.name}: no candidate format stores a {matrix.shape} matrix; lower --rank")
     return options

@@ -12,7 +12,7 @@ from reallm.formats import Parts
 from reallm.formats import scales as scale_store
 from reallm.formats.codebook import Codebook, CodebookParts
 from reallm.formats.normal_float import normal_levels
-from reallm.kernels import nearest_entry, nearest_level
+from reallm.kernels import nearest_entry, nearest_level, segment_sum
 
 _ITERATIONS = 30
 _WARM_ITERATIONS = 5
@@ -102,8 +102,8 @@ def _anchored(codebook: Tensor) -> Tensor:
 
 def _lloyd_step(vectors: Tensor, importance: Tensor, codebook: Tensor) -> Tensor:
     codes = nearest(vectors, codebook).long()
-    mass = torch.zeros(len(codebook), device=vectors.device).index_add_(0, codes, importance)
-    sums = torch.zeros_like(codebook).index_add_(0, codes, vectors * importance[:, None])
+    mass = segment_sum(importance, codes, len(codebook))
+    sums = segment_sum(vectors * importance[:, None], codes, len(codebook))
     means = torch.where(mass[:, None] > 0, sums / mass[:, None].clamp(min=1e-30), codebook)
     return _revived(vectors, importance, means, codes, mass > 0)
 

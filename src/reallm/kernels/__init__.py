@@ -2,5 +2,6 @@
 
 from reallm.kernels.nearest import nearest_entry, nearest_level
 from reallm.kernels.packing import pack_bits, packed_nbytes, unpack_bits
+from reallm.kernels.segments import segment_sum
 
-__all__ = ["nearest_entry", "nearest_level", "pack_bits", "packed_nbytes", "unpack_bits"]
+__all__ = ["nearest_entry", "nearest_level", "pack_bits", "packed_nbytes", "segment_sum", "unpack_bits"]

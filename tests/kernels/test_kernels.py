@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from reallm.kernels import nearest_entry, nearest_level, pack_bits, packed_nbytes, unpack_bits
+from reallm.kernels import nearest_entry, nearest_level, pack_bits, packed_nbytes, segment_sum, unpack_bits
 
 
 @pytest.mark.parametrize("bits", range(1, 18))
@@ -37,3 +37,9 @@ def test_nearest_level_is_the_brute_force_one():
     values, levels = torch.linspace(-2, 2, 101), torch.tensor([-1.0, -0.2, 0.0, 0.7])
     brute = (values[:, None] - levels).abs().argmin(1)
     assert torch.equal(nearest_level(values, levels).long(), brute)
+
+
+def test_sums_by_code_are_those_of_a_loop():
+    values, codes = torch.randn(50, 3), torch.randint(7, (50,))
+    expected = torch.stack([values[codes == code].sum(0) for code in range(9)])
+    torch.testing.assert_close(segment_sum(values, codes, 9), expected)
