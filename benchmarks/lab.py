@@ -112,7 +112,9 @@ class Lab:
         return arm
 
 
-def arguments(description: str, text: str, default_output: str, *, jobs: bool = False, update: bool = False) -> argparse.Namespace:
+def arguments(
+    description: str, text: str, default_output: str, *, jobs: bool = False, update: bool = False
+) -> argparse.Namespace:
     """The options every benchmark takes."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", required=True, help="original model: folder, hub id or GGUF file")

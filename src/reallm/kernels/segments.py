@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def segment_sum(values: Float[Tensor, "n *dim"], codes: Int[Tensor, " n"], size: int) -> Float[Tensor, "size *dim"]:
+def segment_sum(values: Float[Tensor, " n ..."], codes: Int[Tensor, " n"], size: int) -> Float[Tensor, " size ..."]:
     """Sum of the values of each code in 0 … size - 1; 0 for a code that nothing has.
 
     On a GPU the plain scatter adds in an order that changes from run to run, and k-means magnifies that: the
