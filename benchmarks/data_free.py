@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import json
 import multiprocessing
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
+import torch
 from lab import Arm, FormatOf, Lab, arguments, save
 
 from reallm.allocate import Candidate, MatrixInfo, choose, load_recipe, plan_for_bits, plan_from_recipe
@@ -150,8 +153,11 @@ def permutation_tasks(infos: list[MatrixInfo]) -> list[Task]:
     return tasks
 
 
-def _start(model: str, text: Any, device: str, windows: int | None) -> None:
+def _start(numbers: Any, model: str, text: Any, device: str, windows: int | None) -> None:
     global lab
+    if device == "cuda":  # a process for every GPU there is
+        device = f"cuda:{numbers.get() % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
     lab = Lab(model, text, device, windows)
 
 
@@ -167,29 +173,53 @@ def main() -> None:
     lab = Lab(args.model, args.text, args.device, args.windows)
     original = lab.evaluate(kl=False)
     singles = [Task(family, label(spec), spec=spec) for family, specs in SINGLE.items() for spec in specs]
-    others = permutation_tasks(lab.infos)
-    others += [Task("recipes", name, recipe=name) for name in RECIPES]
+    others = [Task("recipes", name, recipe=name) for name in RECIPES]
     others += [Task("budget", f"--bits {bits:g}", budget=bits) for bits in BUDGETS]
+    others += permutation_tasks(lab.infos)
     pairs = ranked_tasks(lab.infos)
     wanted = [task for task in singles + others if args.groups is None or task.group in args.groups]
     pairs = [pair for pair in pairs if args.groups is None or pair[0].group in args.groups]
     tasks = wanted + [task for pair in pairs for task in pair]
-    start = functools.partial(_start, args.model, args.text, args.device, args.windows)
+    arms = _finished(args.output) if args.resume else {}
+
+    def keep() -> None:
+        """After every arm: a run that is cut short has lost nothing."""
+        same_of = {key(task): arms.get(key(same)) for task, same in pairs}
+        shown = [task for task in wanted + [task for task, _ in pairs] if key(task) in arms]
+        rows = [_row(task, arms[key(task)], same_of.get(key(task))) for task in shown]
+        mixtures = [{"group": same.group, **asdict(arms[key(same)])} for _, same in pairs if key(same) in arms]
+        left_out = [task.name for task in tasks if key(task) not in arms]
+        command = "python benchmarks/data_free.py --model MODEL --data-dir DATA --jobs N"
+        save(args.output, lab, command, original, jobs=args.jobs, left_out=left_out, arms=rows, mixtures=mixtures)
+
+    context = multiprocessing.get_context("spawn")
+    numbers = context.Queue()
+    for number in range(args.jobs):
+        numbers.put(number)
+    start = (numbers, args.model, args.text, args.device, args.windows)
     run = functools.partial(_run, latest=args.deadline and begun + args.deadline)
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), start) as pool:
-        results = zip(map(key, tasks), pool.map(run, tasks), strict=True)
-        arms = {name: arm for name, arm in results if arm is not None}
-    same_of = {key(task): arms.get(key(same)) for task, same in pairs}
-    shown = [task for task in wanted + [task for task, _ in pairs] if key(task) in arms]
-    rows = [_row(task, arms[key(task)], same_of.get(key(task))) for task in shown]
-    left_out = [task.name for task in tasks if key(task) not in arms]
-    command = "python benchmarks/data_free.py --model MODEL --data-dir DATA --jobs N"
-    save(args.output, lab, command, original, jobs=args.jobs, left_out=left_out, arms=rows)
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, context, _start, start) as pool:
+        open_tasks = {pool.submit(run, task): task for task in tasks if key(task) not in arms}
+        for future in concurrent.futures.as_completed(open_tasks):
+            if (arm := future.result()) is not None:
+                arms[key(open_tasks[future])] = arm
+                keep()
+    keep()
 
 
 def key(task: Task) -> tuple[str, str]:
     """Tasks hold dicts and cannot be keys themselves."""
     return task.group, task.name
+
+
+def _finished(path: Path) -> dict[tuple[str, str], Arm]:
+    """Arms of an earlier run that was cut short."""
+    if not path.is_file():
+        return {}
+    result = json.loads(path.read_text(encoding="utf-8"))
+    names = {field.name for field in fields(Arm)}
+    rows = result["arms"] + result.get("mixtures", [])
+    return {(row["group"], row["name"]): Arm(**{k: v for k, v in row.items() if k in names}) for row in rows}
 
 
 def _row(task: Task, arm: Arm, same: Arm | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from reallm.allocate import MatrixInfo
 from reallm.evaluate.measure import versions
 from reallm.evaluate.perplexity import evaluate
 from reallm.evaluate.text import leading_bos, load_text, text_sha256, tokenize
-from reallm.fit import fit
+from reallm.fit import Objective, fit
 from reallm.formats import WeightFormat
 from reallm.model import load_tokenizer, open_source, walk
 
@@ -90,7 +90,7 @@ class Lab:
                 target.copy_(original)
                 continue
             with torch.no_grad():
-                target.copy_(fmt.decode(fit(fmt, original), info.shape))
+                target.copy_(fmt.decode(fit(fmt, original, Objective.relative_columns(original)), info.shape))
             stored, weights = stored + fmt.nbytes(info.shape), weights + info.weights
             error += (original - target).square().sum().double()
             energy += original.square().sum().double()
@@ -123,8 +123,9 @@ def arguments(
     parser.add_argument("--windows", type=int, default=None, help="score only the first N windows")
     parser.add_argument("--output", type=Path, default=Path(default_output))
     if jobs:
-        parser.add_argument("--jobs", type=int, default=1, help="processes side by side; times then disturb each other")
+        parser.add_argument("--jobs", type=int, default=1, help="processes side by side, best one a GPU")
         parser.add_argument("--deadline", type=float, default=None, help="begin no arm after so many seconds")
+        parser.add_argument("--resume", action="store_true", help="keep the arms that OUTPUT holds already")
         parser.add_argument("--groups", nargs="*", default=None, help="only these groups of arms")
     if update:
         parser.add_argument("--update", action="store_true", help="also renew the table that the library ships")

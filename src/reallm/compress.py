@@ -35,7 +35,7 @@ from reallm.artifact import (
     write_shards,
 )
 from reallm.errors import RecipeError, SourceError
-from reallm.fit import fit, gaussian_error
+from reallm.fit import Objective, fit, gaussian_error
 from reallm.formats import WeightFormat, to_spec
 from reallm.formats.waist import under
 from reallm.model import Matrix, Source, Walk, open_source, read_matrix, walk
@@ -277,7 +277,7 @@ def _compressed(job: Job, matrix: Matrix, fmt: WeightFormat) -> dict[str, Tensor
     # Every matrix has its own seed, so that none depends on which were fitted before it.
     seed = (job.settings.seed + zlib.crc32(matrix.name.encode())) % _SEEDS
     with torch.no_grad():
-        return fmt.pack(fit(fmt, weight, seed), matrix.shape)
+        return fmt.pack(fit(fmt, weight, Objective.relative_columns(weight), seed), matrix.shape)
 
 
 def _check_kept(job: Job) -> None:

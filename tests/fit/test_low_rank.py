@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import reallm.fit.low_rank as module
-from reallm.fit import fit, squared_error
+from reallm.fit import Objective, fit, squared_error
 from reallm.fit.low_rank import low_rank
 from reallm.formats.codebook import Codebook
 from reallm.formats.low_rank_plus import LowRankPlus
@@ -71,18 +71,18 @@ def test_a_residual_never_makes_a_format_worse(base, factors):
 
 def test_the_best_iterate_is_kept(monkeypatch):
     """Each error of the loop is recorded: what comes out has the least of them."""
-    errors, original = [], module.squared_error
+    errors, original = [], Objective.error
 
-    def recorded(weight, approximation):
-        errors.append(original(weight, approximation))
+    def recorded(objective, weight, approximation):
+        errors.append(original(objective, weight, approximation))
         return errors[-1]
 
-    monkeypatch.setattr(module, "squared_error", recorded)
+    monkeypatch.setattr(Objective, "error", recorded)
     for seed in range(4):
         errors.clear()
         weight, fmt = matrix(64, 96, seed, 0.99), LowRankPlus(base=NormalFloat(bits=2, group_size=32), rank=6)
-        parts = fit(fmt, weight, seed)
-        error = original(weight, fmt.decode(parts, (64, 96)))
+        parts = fit(fmt, weight, seed=seed)
+        error = squared_error(weight, fmt.decode(parts, (64, 96)))
         assert len(errors) >= 2
         assert error <= min(errors) * (1 + module._LEAST_GAIN) / (1 - module._LEAST_GAIN)
 

@@ -43,3 +43,19 @@ def test_sums_by_code_are_those_of_a_loop():
     values, codes = torch.randn(50, 3), torch.randint(7, (50,))
     expected = torch.stack([values[codes == code].sum(0) for code in range(9)])
     torch.testing.assert_close(segment_sum(values, codes, 9), expected)
+
+
+def test_the_nearest_entry_by_importance_is_the_brute_force_one():
+    generator = torch.Generator().manual_seed(0)
+    vectors, codebook = torch.randn(500, 4, generator=generator), torch.randn(17, 4, generator=generator)
+    importance = torch.rand(500, 4, generator=generator)
+    distances = ((vectors[:, None] - codebook) ** 2 * importance[:, None]).sum(2)
+    assert torch.equal(nearest_entry(vectors, codebook, importance).long(), distances.argmin(1))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_sums_by_code_do_not_depend_on_the_order(size):
+    generator = torch.Generator().manual_seed(0)
+    values, codes = torch.randn(5000, 2, generator=generator) * size, torch.randint(7, (5000,), generator=generator)
+    shuffled = torch.randperm(5000, generator=generator)
+    assert torch.equal(segment_sum(values, codes, 7), segment_sum(values[shuffled], codes[shuffled], 7))

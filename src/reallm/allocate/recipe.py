@@ -193,7 +193,7 @@ def _spec_for(recipe: Recipe, matrix: MatrixInfo, depth: int) -> FormatSpec:
         if rule.fits(matrix, depth):
             return rule.format
     raise RecipeError(
-        f"recipe {recipe.name}: no rule for {matrix.name} (role {matrix.role}); end with a rule for match: \"*\""
+        f'recipe {recipe.name}: no rule for {matrix.name} (role {matrix.role}); end with a rule for match: "*"'
     )
 
 

@@ -4,10 +4,11 @@ import importlib
 import pkgutil
 
 from reallm.fit.dispatch import fit, relative_error, squared_error
+from reallm.fit.objective import Objective
 from reallm.fit.quality import gaussian_error
 
 # Every file of this folder registers its ways of fitting when imported.
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["fit", "gaussian_error", "relative_error", "squared_error"]
+__all__ = ["Objective", "fit", "gaussian_error", "relative_error", "squared_error"]

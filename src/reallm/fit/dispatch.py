@@ -7,14 +7,19 @@ from functools import singledispatch
 from jaxtyping import Float
 from torch import Tensor
 
+from reallm.fit.objective import Objective
 from reallm.formats import Parts, Shape, WeightFormat
 
 
 @singledispatch
 def fit(
-    fmt: WeightFormat, weight: Float[Tensor, "out in"], seed: int = 0, start: Parts | None = None
+    fmt: WeightFormat,
+    weight: Float[Tensor, "out in"],
+    objective: Objective | None = None,
+    seed: int = 0,
+    start: Parts | None = None,
 ) -> Parts:
-    """Parts whose decoding is close to `weight` in squared error; float32, on the weight's device.
+    """Parts whose decoding is close to `weight` by `objective`, or in squared error; float32, on its device.
 
     They are *stored* parts: scales and factors are already rounded to what the file keeps, and codes are
     chosen against the rounded values. `start` is an earlier result for nearly the same weight: methods that

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.fit.dispatch import fit
+from reallm.fit.objective import Objective
 from reallm.fit.rounding import normalised, signed_largest
 from reallm.formats import Parts
 from reallm.formats import scales as scale_store
@@ -21,31 +22,36 @@ _SAMPLES_PER_ENTRY = 64
 _LEAST_SAMPLES, _MOST_SAMPLES = 1 << 15, 1 << 19
 # A coordinate this close to the largest weight of its group stands for it, and is kept exact.
 _OUTERMOST = 0.9
+_TINY = 1e-30
 
 
 @fit.register
-def fit_codebook(fmt: Codebook, weight: Tensor, seed: int = 0, start: Parts | None = None) -> CodebookParts:
-    """k-means over the group-normalised vectors, each weighted by its squared scale.
+def fit_codebook(
+    fmt: Codebook, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Parts | None = None
+) -> CodebookParts:
+    """k-means over the group-normalised vectors, every coordinate weighted by its squared scale and importance.
 
-    The weighting makes the sum k-means lowers the squared error of the weight itself, not of its normalised
-    form. A group is divided by its weight of largest magnitude *with its sign*, so that all outliers become
-    exactly 1, and entries near 1 are pinned there: a few outlier weights carry a model, and means of
-    neighbours would shrink them (docs/log.md, 2026-11-22).
+    The weighting makes the sum k-means lowers the objective of the weight itself, not of its normalised form.
+    A group is divided by its weight of largest magnitude *with its sign*, so that all outliers become exactly
+    1, and entries near 1 are pinned there: a few outlier weights carry a model, and means of neighbours would
+    shrink them (docs/log.md, 2026-11-22).
     """
     scales = scale_store.stored(fmt.scales, signed_largest(weight, fmt.group_size), signed=True)
     vectors = _vectors(normalised(weight, scales, fmt.group_size), fmt.vector_dim)
-    importance = _vectors(scale_store.spread(scales, weight.shape[1], fmt.group_size), fmt.vector_dim)
-    importance = importance.square().mean(1)
+    importance = scale_store.spread(scales.square(), weight.shape[1], fmt.group_size)
+    if objective is not None:
+        importance = importance * objective.importance
+    importance = _vectors(importance, fmt.vector_dim)
     previous = start.codebook if isinstance(start, CodebookParts) else None
     codebook = kmeans(vectors, importance, fmt.codebook_size, seed, previous)
     codebook = codebook.to(torch.float16).to(torch.float32)
-    codes = nearest(vectors, codebook).view(weight.shape[0], -1)
+    codes = nearest(vectors, codebook, importance).view(weight.shape[0], -1)
     return CodebookParts(codes, codebook, scales)
 
 
 def kmeans(
     vectors: Float[Tensor, "n dim"],
-    importance: Float[Tensor, " n"],
+    importance: Float[Tensor, "n dim"],
     size: int,
     seed: int = 0,
     start: Float[Tensor, "size dim"] | None = None,
@@ -62,17 +68,20 @@ def kmeans(
     if len(vectors) > count:
         chosen = torch.randint(len(vectors), (count,), generator=generator, device=vectors.device)
         vectors, importance = vectors[chosen], importance[chosen]
+    importance = importance / importance.mean().clamp(min=_TINY)
     codebook = _first_entries(vectors, importance, size, generator) if start is None else start
     for _ in range(_ITERATIONS if start is None else _WARM_ITERATIONS):
         codebook = _lloyd_step(vectors, importance, _anchored(codebook))
     return _anchored(codebook)
 
 
-def nearest(vectors: Float[Tensor, "n dim"], codebook: Float[Tensor, "size dim"]) -> Int[Tensor, " n"]:
-    """Index of the nearest entry; one-dimensional codebooks must be sorted."""
+def nearest(
+    vectors: Float[Tensor, "n dim"], codebook: Float[Tensor, "size dim"], importance: Float[Tensor, "n dim"]
+) -> Int[Tensor, " n"]:
+    """Index of the nearest entry by the weighted distance; one-dimensional codebooks must be sorted."""
     if codebook.shape[1] == 1:
         return nearest_level(vectors[:, 0], codebook[:, 0])
-    return nearest_entry(vectors, codebook)
+    return nearest_entry(vectors, codebook, importance)
 
 
 def _vectors(matrix: Float[Tensor, "out in"], dim: int) -> Float[Tensor, "n dim"]:
@@ -83,7 +92,8 @@ def _vectors(matrix: Float[Tensor, "out in"], dim: int) -> Float[Tensor, "n dim"
 def _first_entries(vectors: Tensor, importance: Tensor, size: int, generator: torch.Generator) -> Tensor:
     if vectors.shape[1] == 1:
         return torch.tensor(normal_levels(size.bit_length() - 1), device=vectors.device)[:, None]
-    probable = importance + importance.mean() * 1e-3 + 1e-30  # zero groups stay possible: something must be drawn
+    # Groups of zeros stay possible: something must be drawn.
+    probable = importance.mean(1) + importance.mean() * 1e-3 + _TINY
     # With fewer vectors than entries some are drawn twice; the copies die and are moved.
     chosen = torch.multinomial(probable, size, replacement=len(vectors) < size, generator=generator)
     return vectors[chosen].clone()
@@ -101,11 +111,11 @@ def _anchored(codebook: Tensor) -> Tensor:
 
 
 def _lloyd_step(vectors: Tensor, importance: Tensor, codebook: Tensor) -> Tensor:
-    codes = nearest(vectors, codebook).long()
+    codes = nearest(vectors, codebook, importance).long()
     mass = segment_sum(importance, codes, len(codebook))
-    sums = segment_sum(vectors * importance[:, None], codes, len(codebook))
-    means = torch.where(mass[:, None] > 0, sums / mass[:, None].clamp(min=1e-30), codebook)
-    return _revived(vectors, importance, means, codes, mass > 0)
+    sums = segment_sum(vectors * importance, codes, len(codebook))
+    means = torch.where(mass > 0, sums / mass.clamp(min=_TINY), codebook)
+    return _revived(vectors, importance, means, codes, (mass > 0).any(1))
 
 
 def _revived(vectors: Tensor, importance: Tensor, codebook: Tensor, codes: Tensor, alive: Tensor) -> Tensor:
@@ -113,7 +123,7 @@ def _revived(vectors: Tensor, importance: Tensor, codebook: Tensor, codes: Tenso
     dead = (~alive).nonzero()[:, 0]
     if not len(dead):
         return codebook
-    distance = (vectors - codebook[codes]).square().sum(1) * importance
+    distance = ((vectors - codebook[codes]).square() * importance).sum(1)
     worst = distance.topk(min(len(dead), len(vectors))).indices
     codebook[dead[: len(worst)]] = vectors[worst]
     return codebook

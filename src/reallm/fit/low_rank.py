@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reallm.fit.dispatch import decoded, fit, squared_error
+from reallm.fit.dispatch import decoded, fit
+from reallm.fit.objective import Objective
 from reallm.formats import Parts
 from reallm.formats.low_rank_plus import LowRankPlus, LowRankPlusParts
 
@@ -20,21 +21,22 @@ _OVERSAMPLING = 8
 
 @fit.register
 def fit_low_rank_plus(
-    fmt: LowRankPlus, weight: Tensor, seed: int = 0, start: Parts | None = None
+    fmt: LowRankPlus, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Parts | None = None
 ) -> LowRankPlusParts:
     """Alternate base ← codec(W - left·rightᵀ), residual ← SVD(W - base); keep the best iterate.
 
     LQ-LoRA's loop (Guo et al., arXiv:2311.12023), begun with the residual of W itself. It stops when the
     error no longer falls; codec errors are not monotone, so the last iterate need not be the best.
     """
+    objective = objective or Objective.plain(weight)
     best, least = None, float("inf")
-    base, right = None, None
-    left, right = _residual(fmt, weight, seed, right)
+    base = None
+    left, right = _residual(fmt, weight, objective, seed, None)
     for _ in range(_ALTERNATIONS):
-        base = fit(fmt.base, weight - left @ right.T, seed, base)
+        base = fit(fmt.base, weight - left @ right.T, objective, seed, base)
         approximation = decoded(fmt.base, base, weight)
-        left, right = _residual(fmt, weight - approximation, seed, right)
-        error = squared_error(weight, approximation + left @ right.T)
+        left, right = _residual(fmt, weight - approximation, objective, seed, right)
+        error = objective.error(weight, approximation + left @ right.T)
         if best is not None and error > least * (1 - _LEAST_GAIN):
             break
         best, least = LowRankPlusParts(left, right, base), error
@@ -79,6 +81,11 @@ def _range_basis(matrix: Tensor, width: int, seed: int, start: Tensor | None) ->
     return basis
 
 
-def _residual(fmt: LowRankPlus, matrix: Tensor, seed: int, start: Tensor | None) -> tuple[Tensor, Tensor]:
-    left, right = low_rank(matrix, fmt.rank, seed, start)
-    return fmt.stored_factor(left), fmt.stored_factor(right)
+def _residual(
+    fmt: LowRankPlus, matrix: Tensor, objective: Objective, seed: int, start: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The best residual by column importance: the plain one of the weighted matrix, weighted back."""
+    roots = objective.by_column.sqrt()
+    start = start if start is None else start * roots[:, None]
+    left, right = low_rank(matrix * roots, fmt.rank, seed, start)
+    return fmt.stored_factor(left), fmt.stored_factor(right / roots[:, None])

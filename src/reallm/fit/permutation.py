@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.fit.dispatch import fit
+from reallm.fit.objective import Objective
 from reallm.formats import Parts
 from reallm.formats.permuted import Permuted, PermutedParts
 
@@ -17,14 +18,23 @@ _GRAM_FLOATS = 1 << 26
 
 
 @fit.register
-def fit_permuted(fmt: Permuted, weight: Tensor, seed: int = 0, start: Parts | None = None) -> PermutedParts:
+def fit_permuted(
+    fmt: Permuted, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Parts | None = None
+) -> PermutedParts:
     """Order once, then fit the base to the reordered weight; a `start` keeps its order."""
     if isinstance(start, PermutedParts):
         order, base_start = start.order, start.base
     else:
         order, base_start = column_orders(fmt, weight), None
-    base = fit(fmt.base, fmt.gather(weight, order), seed, base_start)
+    inner = objective and _rearranged(fmt, objective, weight, order)
+    base = fit(fmt.base, fmt.gather(weight, order), inner, seed, base_start)
     return PermutedParts(order, base)
+
+
+def _rearranged(fmt: Permuted, objective: Objective, weight: Tensor, order: Tensor) -> Objective:
+    """Importance goes with its weight; one row of it is enough where all rows have one order."""
+    importance = objective.importance
+    return Objective(fmt.gather(importance if len(order) == 1 else importance.expand_as(weight), order))
 
 
 def column_orders(fmt: Permuted, weight: Float[Tensor, "out in"]) -> Int[Tensor, "blocks in"]:

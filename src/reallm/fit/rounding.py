@@ -8,6 +8,7 @@ from torch import Tensor
 
 from reallm.errors import FormatError
 from reallm.fit.dispatch import fit
+from reallm.fit.objective import Objective
 from reallm.formats import Parts
 from reallm.formats import scales as scale_store
 from reallm.formats.dense import Dense, DenseParts
@@ -17,7 +18,9 @@ from reallm.kernels import nearest_level
 
 
 @fit.register
-def fit_dense(fmt: Dense, weight: Tensor, seed: int = 0, start: Parts | None = None) -> DenseParts:
+def fit_dense(
+    fmt: Dense, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Parts | None = None
+) -> DenseParts:
     """Round to the stored dtype.
 
     Errors: FormatError if a weight is beyond the dtype's range.
@@ -29,14 +32,16 @@ def fit_dense(fmt: Dense, weight: Tensor, seed: int = 0, start: Parts | None = N
 
 
 @fit.register
-def fit_uniform(fmt: Uniform, weight: Tensor, seed: int = 0, start: Parts | None = None) -> UniformParts:
+def fit_uniform(
+    fmt: Uniform, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Parts | None = None
+) -> UniformParts:
     """Levels span each group's range: no weight is clipped, because a few outliers carry a model."""
     return _symmetric(fmt, weight) if fmt.symmetric else _asymmetric(fmt, weight)
 
 
 @fit.register
 def fit_normal_float(
-    fmt: NormalFloat, weight: Tensor, seed: int = 0, start: Parts | None = None
+    fmt: NormalFloat, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Parts | None = None
 ) -> NormalFloatParts:
     """The largest weight of a group takes the outermost level."""
     span = mean_magnitude if fmt.bits == 1 else largest_magnitude

@@ -15,9 +15,7 @@ from reallm.kernels import unpack_bits
 
 
 @singledispatch
-def decode_rows(
-    fmt: WeightFormat, tensors: Tensors, shape: Shape, rows: Int[Tensor, " n"]
-) -> Float[Tensor, "n in"]:
+def decode_rows(fmt: WeightFormat, tensors: Tensors, shape: Shape, rows: Int[Tensor, " n"]) -> Float[Tensor, "n in"]:
     """The named rows of the decoded matrix, float32; formats without a shorter way decode everything."""
     return fmt.decode(fmt.unpack(tensors, shape), shape)[rows]
 

@@ -16,10 +16,21 @@ def nearest_level(values: Float[Tensor, "..."], levels: Float[Tensor, " levels"]
     return torch.bucketize(values, between, out_int32=True)
 
 
-def nearest_entry(vectors: Float[Tensor, "n dim"], codebook: Float[Tensor, "entries dim"]) -> Int[Tensor, " n"]:
-    """Index of the entry at the smallest squared distance."""
-    half_norms = codebook.square().sum(1) / 2
+def nearest_entry(
+    vectors: Float[Tensor, "n dim"],
+    codebook: Float[Tensor, "entries dim"],
+    importance: Float[Tensor, "n dim"] | None = None,
+) -> Int[Tensor, " n"]:
+    """Index of the entry at the smallest squared distance, each coordinate weighted by `importance`."""
     chunk = max(1, _DISTANCES_PER_CHUNK // len(codebook))
-    # argmin |v - c|² = argmin |c|²/2 - v·c: the term |v|² is the same for all entries.
-    codes = [torch.addmm(half_norms, part, codebook.T, alpha=-1).argmin(1) for part in vectors.split(chunk)]
+    # argmin Σ h (v - c)² = argmin Σ h c²/2 - h v c: the term h v² is the same for all entries.
+    if importance is None:
+        half_norms = codebook.square().sum(1) / 2
+        codes = [torch.addmm(half_norms, part, codebook.T, alpha=-1).argmin(1) for part in vectors.split(chunk)]
+    else:
+        table = torch.cat([codebook.square() / 2, -codebook], 1).T
+        codes = [
+            (torch.cat([weight, weight * part], 1) @ table).argmin(1)
+            for part, weight in zip(vectors.split(chunk), importance.split(chunk), strict=True)
+        ]
     return torch.cat(codes).to(torch.int32) if codes else vectors.new_empty(0, dtype=torch.int32)
