@@ -66,6 +66,8 @@ RANKED = {
 
 
 INT8_TOO = [normal(3), vectors(1, 3), vectors(2, 6)]
+# In this order, so that a run that is cut short has the arms of interest: at 2 bits a scalar code is lost anyway.
+FIRST = [vectors(2, 6), vectors(4, 8), normal(3), uniform(3), vectors(1, 3)]
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,11 @@ def ranked_tasks(infos: list[MatrixInfo]) -> list[tuple[Task, Task]]:
                 bits = true_bits(ranked, infos)
                 same = Task(family, f"{family} mixed at {bits:.3f} bit", budget=bits, ladder=family)
                 pairs.append((Task(family, name, spec=ranked), same))
-    return pairs
+    return sorted(pairs, key=lambda pair: _position((pair[0].spec or {})["base"]))
+
+
+def _position(base: dict[str, Any]) -> int:
+    return FIRST.index(base) if base in FIRST else len(FIRST)
 
 
 def permutation_tasks(infos: list[MatrixInfo]) -> list[Task]:

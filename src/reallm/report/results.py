@@ -88,7 +88,9 @@ def _heading(results: dict[str, Any]) -> str:
 
 
 def _origin(results: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    # A source tree that is not installed has no version; its commit is named anyway.
+    known = {name: version for name, version in results["versions"].items() if not version.endswith("unknown")}
+    versions = ", ".join(f"{name} {version}" for name, version in known.items())
     return (
         f"Measured with `{results['command']}` at commit {results['commit'][:12]}, {results['machine']}, {versions}; "
         f"sha256 of the model {results['model']['sha256'][:12]}…, of the text {results['text']['sha256'][:12]}…."
