@@ -25,6 +25,9 @@ EXAMPLES = [
     {"format": "permuted", "base": CODEBOOK},
     {"format": "permuted", "base": NORMAL, "method": "greedy", "block_rows": 7},
     {"format": "gain", "base": CODEBOOK},
+    {"format": "rotated", "base": CODEBOOK},
+    {"format": "rotated", "sides": "inputs", "seed": 7, "base": NORMAL},
+    {"format": "rotated", "sides": "outputs", "base": {"format": "low_rank_plus", "rank": 2, "base": NORMAL}},
     {"format": "gain", "base": {"format": "low_rank_plus", "rank": 2, "base": {"format": "permuted", "base": NORMAL}}},
 ]
 SHAPES = [(24, 64), (13, 37), (1, 5), (40, 3)]
