@@ -40,6 +40,7 @@ class Rotated(WeightFormat):
     seed: int = 0
 
     name: ClassVar[str] = "rotated"
+    examples: ClassVar[tuple[dict, ...]] = ({"base": {"format": "codebook", "index_bits": 6}},)
     roles: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
