@@ -20,6 +20,8 @@ EXAMPLES = [
     *({"format": "codebook", "index_bits": 5, "vector_dim": dim, "group_size": 8} for dim in (1, 2, 4, 8)),
     {"format": "codebook", "index_bits": 1, "vector_dim": 1, "scales": "float16"},
     {"format": "codebook", "index_bits": 11, "vector_dim": 8, "group_size": 20},
+    *({"format": "e8", "bits": bits} for bits in (2, 3, 4)),
+    {"format": "gain", "base": {"format": "e8", "bits": 2}},
     {"format": "low_rank_plus", "rank": 3, "base": CODEBOOK},
     {"format": "low_rank_plus", "rank": 3, "factors": "int8", "base": NORMAL},
     {"format": "permuted", "base": CODEBOOK},
