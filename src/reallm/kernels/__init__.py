@@ -4,8 +4,12 @@ from reallm.kernels.hadamard import rotate, rotate_back
 from reallm.kernels.nearest import nearest_entry, nearest_level
 from reallm.kernels.packing import pack_bits, packed_nbytes, unpack_bits
 from reallm.kernels.segments import segment_sum
+from reallm.kernels.trellis import closest_codes, quantile_of_state, states_of
 
 __all__ = [
+    "closest_codes",
+    "quantile_of_state",
+    "states_of",
     "nearest_entry",
     "nearest_level",
     "pack_bits",
