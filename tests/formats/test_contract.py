@@ -20,11 +20,15 @@ EXAMPLES = [
     *({"format": "codebook", "index_bits": 5, "vector_dim": dim, "group_size": 8} for dim in (1, 2, 4, 8)),
     {"format": "codebook", "index_bits": 1, "vector_dim": 1, "scales": "float16"},
     {"format": "codebook", "index_bits": 11, "vector_dim": 8, "group_size": 20},
+    {"format": "entropy_coded", "bits": 3},
+    {"format": "entropy_coded", "bits": 12.5, "largest": 5},
+    {"format": "entropy_coded", "bits": 4.5, "largest": 15, "classes": 3},
     {"format": "low_rank_plus", "rank": 3, "base": CODEBOOK},
     {"format": "low_rank_plus", "rank": 3, "factors": "int8", "base": NORMAL},
     {"format": "permuted", "base": CODEBOOK},
     {"format": "permuted", "base": NORMAL, "method": "greedy", "block_rows": 7},
     {"format": "gain", "base": CODEBOOK},
+    {"format": "gain", "base": {"format": "entropy_coded", "bits": 4, "largest": 15}},
     {"format": "gain", "base": {"format": "low_rank_plus", "rank": 2, "base": {"format": "permuted", "base": NORMAL}}},
 ]
 SHAPES = [(24, 64), (13, 37), (1, 5), (40, 3)]

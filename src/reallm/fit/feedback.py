@@ -7,7 +7,7 @@ a vector or a tile.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,7 @@ _DAMPING = 0.01
 _PANEL = 128
 
 
+@runtime_checkable
 class Coder(Protocol):
     """Rounds columns with scales and codebooks that are already chosen."""
 
