@@ -21,10 +21,10 @@ import torch
 from reallm.allocate import MatrixInfo
 from reallm.evaluate.measure import versions
 from reallm.evaluate.perplexity import evaluate
-from reallm.evaluate.text import leading_bos, load_text, text_sha256, tokenize
 from reallm.fit import Objective, fit
 from reallm.formats import WeightFormat
 from reallm.model import load_tokenizer, open_source, walk
+from reallm.model.text import leading_bos, load_text, text_sha256, tokenize
 
 FormatOf = Callable[[MatrixInfo], WeightFormat | None]
 

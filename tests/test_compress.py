@@ -244,4 +244,4 @@ def test_ctrl_c_says_where_the_finished_matrices_are_and_how_to_go_on(tiny_llama
 
 def test_the_work_folder_holds_the_state_that_must_not_change(interrupted):
     state = json.loads((work_folder(interrupted) / "state.json").read_text())
-    assert set(state) == {"source", "seed", "device", "plan"} and len(state["plan"]) == MATRICES
+    assert set(state) == {"source", "seed", "device", "calibration", "plan"} and len(state["plan"]) == MATRICES

@@ -20,9 +20,12 @@ from reallm.report.results import updated
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-# Every setting that changes a stored byte of the two formats that the decoder knows.
+# Every setting that changes a stored byte of the three formats that the decoder knows.
 RECIPE = """
 rules:
+  - {match: "*.1.*.q_proj", format: {format: e8, bits: 2}}
+  - {match: "*.1.*.k_proj", format: {format: e8, bits: 3}}
+  - {match: "*.1.*.v_proj", format: {format: e8, bits: 4}}
   - {role: q, format: {format: normal_float, bits: 3, group_size: 24}}
   - {role: k, format: {format: normal_float, bits: 6, group_size: 0, scales: float16}}
   - {role: v, format: {format: normal_float, bits: 1}}
@@ -52,7 +55,7 @@ def test_the_decoder_of_the_byte_specification_agrees_with_the_library(artifact)
     exec(compile(source, "docs/artifact.md", "exec"), namespace)
     stored = load_file(artifact / "model.safetensors")
     matrices = read_manifest(artifact).matrices
-    assert len({matrix.fmt for matrix in matrices}) == 8
+    assert len({matrix.fmt for matrix in matrices}) == 11
     for matrix in matrices:
         tensors = inner(matrix.name, stored)
         wanted = matrix.fmt.decode(matrix.fmt.unpack(tensors, matrix.shape), matrix.shape).numpy()

@@ -34,11 +34,14 @@ from reallm.artifact import (
     work_folder,
     write_shards,
 )
-from reallm.errors import RecipeError, SourceError
+from reallm.errors import FormatError, RecipeError, SourceError
 from reallm.fit import Objective, fit, gaussian_error
 from reallm.formats import WeightFormat, to_spec
-from reallm.formats.waist import under
-from reallm.model import Matrix, Source, Walk, open_source, read_matrix, walk
+from reallm.formats.waist import inner, under
+from reallm.model import Matrix, Source, Walk, load_tokenizer, open_source, read_matrix, walk
+from reallm.model.calibration import SELF, windows_of_files, windows_written
+from reallm.model.stream import Moments, Stream
+from reallm.model.text import load_text, text_sha256
 
 Progress = Callable[[str, int, int], None]  # (matrix just finished, weights done, weights in all)
 
@@ -47,6 +50,7 @@ PLAN_FILE = "plan.yaml"
 _COPIES_WHILE_FITTING = 6
 _SEEDS = 1 << 63  # torch's generators take no larger seed
 _LARGEST_WEIGHT = 1e15  # squares of larger ones, summed over a matrix, overflow float32
+_STREAM_IN_FLOAT32 = 2_000_000_000  # parameters
 _LIBRARY_BYTES = 600_000_000  # Python, torch and transformers once imported
 
 
@@ -63,6 +67,9 @@ class Settings:
     exclude: tuple[str, ...] = ()
     embedding: FormatSpec | None = None  # None: the recipe's, or 8 bits
     head: FormatSpec | None = None
+    calibration: tuple[str, ...] = ()  # text files, or "self"; without any, fits know the weights alone
+    calibration_windows: int = 128
+    calibration_context: int = 2048
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,7 @@ def prepare(model: str | Path, settings: Settings) -> Job:
     """
     if (settings.bits is None) == (settings.recipe is None):
         raise RecipeError("give either --bits or --recipe" + (", not both" if settings.recipe else ""))
+    _check_calibration(settings)
     if settings.rank is not None and settings.rank < 0:
         raise RecipeError(f"--rank {settings.rank} is negative; 0 means no residual")
     _check_device(settings.device)
@@ -134,8 +142,10 @@ def estimate(job: Job) -> Estimate:
         compressed_bytes=compressed,
         kept_bytes=kept,
         bits_per_weight=job.plan.block_bits,
-        seconds=_predicted_seconds(job),
-        peak_memory_bytes=_LIBRARY_BYTES + job.source.loaded_nbytes + _COPIES_WHILE_FITTING * 4 * largest,
+        seconds=_predicted_seconds(job) + _stream_seconds(job),
+        peak_memory_bytes=(
+            _LIBRARY_BYTES + job.source.loaded_nbytes + _COPIES_WHILE_FITTING * 4 * largest + _stream_bytes(job)
+        ),
         # The finished matrices wait in the work folder while the shards are written.
         disk_bytes=2 * compressed + kept,
     )
@@ -182,8 +192,17 @@ def provenance(job: Job, fingerprint: str) -> dict[str, Any]:
         "recipe": job.plan.recipe,
         "seed": job.settings.seed,
         "device": torch.device(job.settings.device).type,
+        "calibration": calibration_of(job.settings),
         "torch": torch.__version__,
     }
+
+
+def calibration_of(settings: Settings) -> dict[str, Any] | None:
+    """Text, windows and context of the calibration as provenance keeps them; None without."""
+    if not settings.calibration:
+        return None
+    texts = [SELF if path == SELF else text_sha256(path) for path in settings.calibration]
+    return {"texts": texts, "windows": settings.calibration_windows, "context": settings.calibration_context}
 
 
 def _plan(infos: Sequence[MatrixInfo], model: Sequence[MatrixInfo], settings: Settings) -> Plan:
@@ -237,6 +256,19 @@ def _check_plan(plan: Plan, walked: Walk) -> None:
             )
 
 
+def _check_calibration(settings: Settings) -> None:
+    """Errors: RecipeError or TextError for a calibration that cannot be."""
+    if SELF in settings.calibration and len(settings.calibration) > 1:
+        raise RecipeError("--calibration self cannot be mixed with files")
+    for option in ("windows", "context"):
+        value, least = getattr(settings, f"calibration_{option}"), {"windows": 1, "context": 2}[option]
+        if value < least:
+            raise RecipeError(f"--calibration-{option} {value} is below {least}")
+    for path in settings.calibration:
+        if path != SELF:
+            load_text(path)
+
+
 def _check_device(device: str) -> None:
     try:
         torch.empty(1, device=device).item()
@@ -251,25 +283,96 @@ def _state(job: Job, fingerprint: str) -> dict[str, Any]:
         "source": fingerprint,
         "seed": job.settings.seed,
         "device": job.settings.device,
+        "calibration": calibration_of(job.settings),
         "plan": {m.name: to_spec(p.fmt) for m, p in job.compressed},
     }
 
 
 def _fit_all(job: Job, work: Path, progress: Progress | None) -> None:
-    total = sum(planned.matrix.weights for _, planned in job.compressed)
-    done = 0
+    done = _counted(job, progress)
+    if job.settings.calibration:
+        _fit_along_the_stream(job, work, done)
+    else:
+        for matrix, planned in job.compressed:
+            _fit_or_keep(job, work, matrix, planned.fmt, None)
+            done(matrix)
+
+
+def _fit_along_the_stream(job: Job, work: Path, done: Callable[[Matrix], None]) -> None:
+    """Block by block: sum up its inputs, fit it, and let the compressed block carry the inputs on.
+
+    Embedding and head come first, by their weights alone: the stream begins behind the compressed embedding.
+    """
+    by_block: dict[int | None, list[tuple[Matrix, Planned]]] = defaultdict(list)
     for matrix, planned in job.compressed:
-        path = finished_file(work, matrix.name)
-        if path.is_file():
-            check_finished(path, under(matrix.name, planned.fmt.layout(matrix.shape)))
-        else:
-            save_tensors(under(matrix.name, _compressed(job, matrix, planned.fmt)), path)
-        done += planned.matrix.weights
+        by_block[matrix.block].append((matrix, planned))
+    with torch.no_grad():
+        model = job.source.load(_stream_dtype(job), "cpu").eval()
+        windows = _calibration_windows(job, model)
+        for matrix, planned in by_block.pop(None, []):
+            _put(model, matrix, planned.fmt, _fit_or_keep(job, work, matrix, planned.fmt, None))
+            done(matrix)
+        stream = Stream(model, windows, job.settings.device)
+        for number in range(len(stream.blocks)):
+            of_block = by_block.pop(number, [])
+            open_ones = [matrix for matrix, _ in of_block if not finished_file(work, matrix.name).is_file()]
+            moments = stream.moments(open_ones) if open_ones else Moments()
+            for matrix, planned in of_block:
+                _put(model, matrix, planned.fmt, _fit_or_keep(job, work, matrix, planned.fmt, moments))
+                done(matrix)
+            stream.advance()
+        assert not by_block, f"blocks {list(by_block)} are not decoder blocks"
+
+
+def _fit_or_keep(job: Job, work: Path, matrix: Matrix, fmt: WeightFormat, moments: Moments | None) -> Path:
+    """The file of a fitted matrix, made now unless it is there already."""
+    path = finished_file(work, matrix.name)
+    if path.is_file():
+        check_finished(path, under(matrix.name, fmt.layout(matrix.shape)))
+    else:
+        save_tensors(under(matrix.name, _compressed(job, matrix, fmt, moments)), path)
+    return path
+
+
+def _counted(job: Job, progress: Progress | None) -> Callable[[Matrix], None]:
+    """Tells `progress` of each matrix that is done, and of the weights so far."""
+    total = sum(_numel(matrix.shape) for matrix, _ in job.compressed)
+    so_far = 0
+
+    def done(matrix: Matrix) -> None:
+        nonlocal so_far
+        so_far += _numel(matrix.shape)
         if progress:
-            progress(matrix.name, done, total)
+            progress(matrix.name, so_far, total)
+
+    return done
 
 
-def _compressed(job: Job, matrix: Matrix, fmt: WeightFormat) -> dict[str, Tensor]:
+def _calibration_windows(job: Job, model: torch.nn.Module) -> Tensor:
+    settings, tokenizer = job.settings, load_tokenizer(job.source.label)
+    limit = getattr(job.source.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = min(settings.calibration_context, limit or settings.calibration_context)
+    if settings.calibration == (SELF,):
+        return windows_written(model, tokenizer, settings.calibration_windows, context, settings.seed, settings.device)
+    return windows_of_files(settings.calibration, tokenizer, settings.calibration_windows, context)
+
+
+def _stream_dtype(job: Job) -> torch.dtype:
+    """float32 for all that a workstation holds twice; 16 bits beyond."""
+    return torch.float32 if job.source.total_parameters < _STREAM_IN_FLOAT32 else torch.bfloat16
+
+
+def _put(model: torch.nn.Module, matrix: Matrix, fmt: WeightFormat, file: Path) -> None:
+    """Replace a matrix of the dense model by its decoded self."""
+    with safe_open(file, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no dict
+    decoded = fmt.decode(fmt.unpack(inner(matrix.name, tensors), matrix.shape), matrix.shape)
+    target = model.get_parameter(matrix.parameter)
+    target = target if matrix.expert is None else target[matrix.expert]
+    target.copy_(decoded.T if matrix.transposed else decoded)
+
+
+def _compressed(job: Job, matrix: Matrix, fmt: WeightFormat, moments: Moments | None) -> dict[str, Tensor]:
     weight = read_matrix(job.source, matrix).to(job.settings.device, torch.float32)
     _check_finite(matrix.parameter, weight)
     if (largest := weight.abs().max().item()) > _LARGEST_WEIGHT:
@@ -277,7 +380,18 @@ def _compressed(job: Job, matrix: Matrix, fmt: WeightFormat) -> dict[str, Tensor
     # Every matrix has its own seed, so that none depends on which were fitted before it.
     seed = (job.settings.seed + zlib.crc32(matrix.name.encode())) % _SEEDS
     with torch.no_grad():
-        return fmt.pack(fit(fmt, weight, Objective.relative_columns(weight), seed), matrix.shape)
+        return fmt.pack(fit(fmt, weight, _objective(matrix, weight, moments), seed), matrix.shape)
+
+
+def _objective(matrix: Matrix, weight: Tensor, moments: Moments | None) -> Objective:
+    """By the inputs that calibration saw; by the weight alone without calibration, and for experts."""
+    hessian = moments and moments.of(matrix.name)
+    if hessian is None:
+        return Objective.relative_columns(weight)
+    try:
+        return Objective.of_outputs(hessian.to(weight.device))
+    except FormatError as error:
+        raise SourceError(f"{matrix.name}: {error}") from error
 
 
 def _check_kept(job: Job) -> None:
@@ -322,6 +436,32 @@ def _predicted_seconds(job: Job) -> float:
     formats = {planned.fmt for _, planned in job.compressed}
     costs = {fmt: _fitting_cost(fmt, job.settings.device) for fmt in formats}
     return sum(costs[p.fmt][0] + costs[p.fmt][1] * p.matrix.weights for _, p in job.compressed)
+
+
+def _stream_bytes(job: Job) -> int:
+    """Memory of the dense model and of the hidden states of all windows. They are never on disk."""
+    if not job.settings.calibration:
+        return 0
+    hidden = job.source.config.get_text_config(decoder=True).hidden_size
+    numbers = job.source.total_parameters + _stream_tokens(job) * hidden
+    return numbers * _stream_dtype(job).itemsize
+
+
+def _stream_tokens(job: Job) -> int:
+    return job.settings.calibration_windows * job.settings.calibration_context if job.settings.calibration else 0
+
+
+def _stream_seconds(job: Job) -> float:
+    """Two passes of all tokens through every block and the sums of their inputs, at the speed of one product."""
+    if not job.settings.calibration:
+        return 0.0
+    sample = torch.randn(1024, 1024, dtype=_stream_dtype(job)).to(job.settings.device)
+    begun = time.perf_counter()
+    (sample @ sample).sum().item()
+    per_operation = (time.perf_counter() - begun) / (2 * 1024**3)
+    shapes = [matrix.shape for matrix, _ in job.compressed if matrix.block is not None]
+    operations = sum(2 * 2 * out * columns + columns**2 for out, columns in shapes)
+    return _stream_tokens(job) * operations * per_operation
 
 
 def _fitting_cost(fmt: WeightFormat, device: str) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import typer
 import reallm
 from reallm import cli
 from reallm.cli import main
-from reallm.evaluate.text import text_sha256
+from reallm.model.text import text_sha256
 
 
 def run(capsys, *arguments):

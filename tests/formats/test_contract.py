@@ -23,12 +23,17 @@ EXAMPLES = [
     {"format": "entropy_coded", "bits": 3},
     {"format": "entropy_coded", "bits": 12.5, "largest": 5},
     {"format": "entropy_coded", "bits": 4.5, "largest": 15, "classes": 3},
+    *({"format": "e8", "bits": bits} for bits in (2, 3, 4)),
+    {"format": "gain", "base": {"format": "e8", "bits": 2}},
     {"format": "low_rank_plus", "rank": 3, "base": CODEBOOK},
     {"format": "low_rank_plus", "rank": 3, "factors": "int8", "base": NORMAL},
     {"format": "permuted", "base": CODEBOOK},
     {"format": "permuted", "base": NORMAL, "method": "greedy", "block_rows": 7},
     {"format": "gain", "base": CODEBOOK},
     {"format": "gain", "base": {"format": "entropy_coded", "bits": 4, "largest": 15}},
+    {"format": "rotated", "base": CODEBOOK},
+    {"format": "rotated", "sides": "inputs", "seed": 7, "base": NORMAL},
+    {"format": "rotated", "sides": "outputs", "base": {"format": "low_rank_plus", "rank": 2, "base": NORMAL}},
     {"format": "gain", "base": {"format": "low_rank_plus", "rank": 2, "base": {"format": "permuted", "base": NORMAL}}},
 ]
 SHAPES = [(24, 64), (13, 37), (1, 5), (40, 3)]

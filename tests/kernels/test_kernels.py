@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from reallm.kernels import nearest_entry, nearest_level, pack_bits, packed_nbytes, segment_sum, unpack_bits
+from reallm.kernels import (
+    nearest_entry,
+    nearest_level,
+    pack_bits,
+    packed_nbytes,
+    rotate,
+    rotate_back,
+    segment_sum,
+    unpack_bits,
+)
 
 
 @pytest.mark.parametrize("bits", range(1, 18))
@@ -59,3 +68,27 @@ def test_sums_by_code_do_not_depend_on_the_order(size):
     values, codes = torch.randn(5000, 2, generator=generator) * size, torch.randint(7, (5000,), generator=generator)
     shuffled = torch.randperm(5000, generator=generator)
     assert torch.equal(segment_sum(values, codes, 7), segment_sum(values[shuffled], codes[shuffled], 7))
+
+
+SIZES = [1, 2, 3, 5, 12, 37, 64, 576, 1536, 11008]
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_rotating_keeps_lengths_and_can_be_undone(n):
+    values = torch.randn(3, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    turned = rotate(values, seed=5)
+    torch.testing.assert_close(turned.norm(dim=1), values.norm(dim=1))
+    torch.testing.assert_close(rotate_back(turned, seed=5), values)
+
+
+@pytest.mark.parametrize("n", [64, 576, 1536, 11008])
+def test_rotating_spreads_an_outlier(n):
+    one = torch.zeros(1, n)
+    one[0, n // 3] = 1
+    assert rotate(one, seed=1).abs().max() < 2 / n**0.5
+
+
+def test_another_seed_rotates_otherwise():
+    values = torch.randn(1, 96, generator=torch.Generator().manual_seed(0))
+    assert not torch.allclose(rotate(values, 1), rotate(values, 2))
+    assert not torch.allclose(rotate(values, 1), rotate_back(values, 1))

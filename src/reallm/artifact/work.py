@@ -105,7 +105,7 @@ def _check_state(path: Path, now: dict[str, Any]) -> None:
     remedy = f"go back to that, or remove {path.parent} to start anew"
     if before.get("source") != now["source"]:
         raise RecipeError(f"--resume: the weights of the source are not those the run began with; {remedy}")
-    for key in ("seed", "device"):
+    for key in ("seed", "device", "calibration"):
         if before.get(key) != now[key]:
             raise RecipeError(f"--resume: {key} was {before.get(key)!r} and is now {now[key]!r}; {remedy}")
     for name in old_plan | new_plan:

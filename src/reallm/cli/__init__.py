@@ -17,6 +17,7 @@ COMMANDS = (
     "compress",
     "info",
     "recipes",
+    "formats",
     "eval",
     "generate",
 )

@@ -52,6 +52,19 @@ def command(
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Keep matrices that fit as they are; may be repeated.")
     ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|self",
+            help="Text to calibrate on (.txt, .raw, .jsonl; may be repeated), or self: text the model writes itself.",
+        ),
+    ] = None,
+    calibration_windows: Annotated[
+        int, typer.Option(metavar="N", help="Windows of calibration text; fewer if the text is shorter.")
+    ] = 128,
+    calibration_context: Annotated[
+        int, typer.Option(metavar="N", help="Tokens a window; at most what the model was made for.")
+    ] = 2048,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print plan, bytes, time, memory and disk, and stop before any work.")
     ] = False,
@@ -75,6 +88,9 @@ def command(
         exclude=tuple(exclude or ()),
         embedding=_end_format("--embedding", embedding),
         head=_end_format("--head", head),
+        calibration=tuple(calibration or ()),
+        calibration_windows=calibration_windows,
+        calibration_context=calibration_context,
     )
     job = prepare(model, settings)
     if dry_run:

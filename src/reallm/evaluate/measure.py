@@ -13,9 +13,9 @@ from typing import Any
 import reallm
 from reallm import model as models
 from reallm.errors import ReallmError, SourceError
-from reallm.evaluate import text as texts
 from reallm.evaluate.loading import load_options
 from reallm.evaluate.perplexity import evaluate
+from reallm.model import text as texts
 
 
 def measure(

@@ -7,6 +7,7 @@ a vector or a tile.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -76,16 +77,26 @@ def feedback(
 
 
 def inverse_factor(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    """Upper triangular U with UᵀU = (H + damping)⁻¹; damping grows tenfold until that exists."""
+    """Upper triangular U with UᵀU = (H + damping)⁻¹."""
+    return _damped(hessian, lambda lower: torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True))
+
+
+def damped_root(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """Lower triangular L with LLᵀ = H + damping."""
+    return _damped(hessian, lambda lower: (lower, torch.zeros(())))
+
+
+def _damped(hessian: Tensor, derived: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """What `derived` makes of the Cholesky factor of H + damping, which grows tenfold until both exist."""
     exact = hessian.double()
     identity = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
     damping = _DAMPING * exact.diagonal().mean()
     for _ in range(8):
         lower, failed = torch.linalg.cholesky_ex(exact + damping * identity)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and torch.isfinite(upper).all():
-                return upper.float()
+            result, failed = derived(lower)
+            if not failed and torch.isfinite(result).all():
+                return result.float()
         damping = damping * 10
     raise AssertionError("a symmetric matrix that 1e6 times its mean diagonal does not make positive definite")
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.fit.dispatch import fit
+from reallm.fit.feedback import coded
 from reallm.fit.objective import Objective
-from reallm.fit.rounding import normalised, signed_largest
+from reallm.fit.rounding import divisors, normalised, signed_largest
 from reallm.formats import Parts
 from reallm.formats import scales as scale_store
 from reallm.formats.codebook import Codebook, CodebookParts
@@ -45,8 +48,29 @@ def fit_codebook(
     previous = start.codebook if isinstance(start, CodebookParts) else None
     codebook = kmeans(vectors, importance, fmt.codebook_size, seed, previous)
     codebook = codebook.to(torch.float16).to(torch.float32)
-    codes = nearest(vectors, codebook, importance).view(weight.shape[0], -1)
+    codes = coded(weight, _CodebookCoder(fmt, codebook, scales), objective)
     return CodebookParts(codes, codebook, scales)
+
+
+@dataclass(frozen=True)
+class _CodebookCoder:
+    """Nearest entries of a codebook, for vectors of neighbouring columns."""
+
+    fmt: Codebook
+    codebook: Float[Tensor, "size dim"]
+    scales: Float[Tensor, "out groups"]
+
+    @property
+    def width(self) -> int:
+        return self.fmt.vector_dim
+
+    def encode(self, columns: Tensor, start: int, importance: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest by the error of the weights themselves: coordinates weighted by squared scale and importance."""
+        scales = scale_store.of_columns(self.scales, start, columns.shape[1], self.fmt.group_size)
+        vectors = _vectors(columns / divisors(scales), self.fmt.vector_dim)
+        codes = nearest(vectors, self.codebook, _vectors(scales.square() * importance, self.fmt.vector_dim))
+        decoded = self.codebook[codes].view(len(columns), -1)[:, : columns.shape[1]] * scales
+        return codes.view(len(columns), -1), decoded
 
 
 def kmeans(

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reallm.fit.dispatch import decoded, fit
+from reallm.fit.feedback import damped_root
 from reallm.fit.objective import Objective
 from reallm.formats import Parts
 from reallm.formats.low_rank_plus import LowRankPlus, LowRankPlusParts
@@ -84,8 +85,18 @@ def _range_basis(matrix: Tensor, width: int, seed: int, start: Tensor | None) ->
 def _residual(
     fmt: LowRankPlus, matrix: Tensor, objective: Objective, seed: int, start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The best residual by column importance: the plain one of the weighted matrix, weighted back."""
-    roots = objective.by_column.sqrt()
-    start = start if start is None else start * roots[:, None]
-    left, right = low_rank(matrix * roots, fmt.rank, seed, start)
-    return fmt.stored_factor(left), fmt.stored_factor(right / roots[:, None])
+    """The best residual by the objective: the plain one of matrix · root, taken back through the root.
+
+    The root is the Cholesky factor of the hessian, tr(D H Dᵀ) = |D root|², or the root of the importance.
+    """
+    if objective.hessian is not None:
+        root = damped_root(objective.hessian)
+        start = start if start is None else root.T @ start
+        left, right = low_rank(matrix @ root, fmt.rank, seed, start)
+        right = torch.linalg.solve_triangular(root.T, right, upper=True)
+    else:
+        roots = objective.by_column.sqrt()[:, None]
+        start = start if start is None else start * roots
+        left, right = low_rank(matrix * roots.T, fmt.rank, seed, start)
+        right = right / roots
+    return fmt.stored_factor(left), fmt.stored_factor(right)

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reallm.errors import FormatError
+
 # A column that is (nearly) zero counts at most 1,000 times as much as the mean column.
 _LEAST_ENERGY = 1e-3
 # Inputs that calibration never saw (dead ones) count a millionth of the mean: rounding to nearest decides there.
@@ -54,10 +56,10 @@ class Objective:
         """The squared error of the layer's outputs; `hessian` is XᵀX / n_tokens, symmetric, any rank, float32.
 
         It is divided by its mean diagonal: only ratios matter, and no input size over- or underflows.
-        Errors: ValueError if it is not finite.
+        Errors: FormatError if it is not finite.
         """
         if not torch.isfinite(hessian).all():
-            raise ValueError("hessian: not finite; the calibration inputs overflowed")
+            raise FormatError("hessian: not finite; the calibration inputs overflowed")
         mean = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         scaled = hessian / mean
         floor = (_LEAST_INPUT - scaled.diagonal()).clamp(min=0)

@@ -32,9 +32,13 @@ def fit_permuted(
 
 
 def _rearranged(fmt: Permuted, objective: Objective, weight: Tensor, order: Tensor) -> Objective:
-    """Importance goes with its weight; one row of it is enough where all rows have one order."""
-    importance = objective.importance
-    return Objective(fmt.gather(importance if len(order) == 1 else importance.expand_as(weight), order))
+    """The objective in the new order; where row blocks have orders of their own only its importance is left.
+
+    One hessian serves rows that share an order: feedback for every block would need a codebook for every block.
+    """
+    if len(order) == 1:
+        return objective.with_columns(order[0].long())
+    return Objective(fmt.gather(objective.importance.expand_as(weight), order))
 
 
 def column_orders(fmt: Permuted, weight: Float[Tensor, "out in"]) -> Int[Tensor, "blocks in"]:

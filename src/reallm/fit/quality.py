@@ -3,11 +3,71 @@
 from __future__ import annotations
 
 import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from reallm.fit.dispatch import fit, relative_error
-from reallm.formats import WeightFormat
+from reallm.formats import Shape, WeightFormat
+
+Result = TypeVar("Result")
+
+# The least of so many decodings: what else the processor does only ever adds time.
+_DECODINGS = 5
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A format on a Gaussian source: what it stores, what it loses, and how long that takes."""
+
+    bits_per_weight: float  # everything stored included
+    relative_error: float
+    fit_seconds_per_million: float  # seconds per 10⁶ weights
+    decode_seconds_per_million: float  # the same, from stored tensors to float32
+
+    @property
+    def shannon_error(self) -> float:
+        """The least relative error of any code at this rate R: 2^(-2R) (Shannon, 1959)."""
+        return 2.0 ** (-2 * self.bits_per_weight)
+
+    @property
+    def gap_bits(self) -> float:
+        """Bits a weight above those that the best code needs for the same error; -inf for no error at all.
+
+        R - ½ log2(1/D). Below 0 by no more than sampling noise, as long as D > 0: a lossless format has an
+        error of 0 because the source is not real numbers but float32, for which the bound does not hold.
+        """
+        if self.relative_error == 0:
+            return -math.inf
+        return self.bits_per_weight + 0.5 * math.log2(self.relative_error)
+
+
+def gaussian_quality(fmt: WeightFormat, shape: Shape, device: str | torch.device = "cpu", seed: int = 0) -> Quality:
+    """Fit, store and decode an i.i.d. Gaussian matrix drawn from `seed`, the same on every device.
+
+    Errors: FormatError if the format cannot store `shape`.
+    """
+    fmt.check(shape)
+    weight = gaussian(shape, seed).to(device)
+    millions = weight.numel() / 1e6
+    with torch.no_grad():
+        parts, fit_seconds = _timed(lambda: fit(fmt, weight, seed=seed), weight.device)
+        tensors = fmt.pack(parts, shape)
+        decodings = [
+            _timed(lambda: fmt.decode(fmt.unpack(tensors, shape), shape), weight.device) for _ in range(_DECODINGS)
+        ]
+    return Quality(
+        bits_per_weight=fmt.bits_per_weight(shape),
+        relative_error=relative_error(weight, decodings[0][0]),
+        fit_seconds_per_million=fit_seconds / millions,
+        decode_seconds_per_million=min(seconds for _, seconds in decodings) / millions,
+    )
 
 
 @functools.cache
@@ -15,5 +75,24 @@ def gaussian_error(fmt: WeightFormat) -> float:
     """Relative squared error on a seeded Gaussian matrix."""
     # 8,192 vectors of two: 32 for each entry of the largest candidate codebook, and 60 fits in two seconds.
     shape = (32, 512)
-    sample = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    sample = gaussian(shape)
     return relative_error(sample, fmt.decode(fit(fmt, sample), shape))
+
+
+def gaussian(shape: Shape, seed: int = 0) -> Float[Tensor, "out in"]:
+    """Independent normal weights of variance 1."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _timed(work: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """What `work` gives and the seconds until the device has done it."""
+    _wait(device)
+    start = time.perf_counter()
+    result = work()
+    _wait(device)
+    return result, time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

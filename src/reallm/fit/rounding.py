@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 from reallm.errors import FormatError
 from reallm.fit.dispatch import fit
+from reallm.fit.feedback import coded
 from reallm.fit.objective import Objective
 from reallm.formats import Parts
 from reallm.formats import scales as scale_store
@@ -36,7 +40,9 @@ def fit_uniform(
     fmt: Uniform, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Parts | None = None
 ) -> UniformParts:
     """Levels span each group's range: no weight is clipped, because a few outliers carry a model."""
-    return _symmetric(fmt, weight) if fmt.symmetric else _asymmetric(fmt, weight)
+    scales, zeros = _symmetric(fmt, weight) if fmt.symmetric else _asymmetric(fmt, weight)
+    codes = coded(weight, _GridCoder(fmt, scales, zeros), objective)
+    return UniformParts(codes, scales, None if fmt.symmetric else zeros)
 
 
 @fit.register
@@ -46,8 +52,43 @@ def fit_normal_float(
     """The largest weight of a group takes the outermost level."""
     span = mean_magnitude if fmt.bits == 1 else largest_magnitude
     scales = scale_store.stored(fmt.scales, span(weight, fmt.group_size))
-    codes = nearest_level(normalised(weight, scales, fmt.group_size), fmt.levels(weight.device))
+    codes = coded(weight, _LevelCoder(fmt, scales), objective)
     return NormalFloatParts(codes, scales)
+
+
+@dataclass(frozen=True)
+class _LevelCoder:
+    """Nearest levels of a NormalFloat."""
+
+    fmt: NormalFloat
+    scales: Float[Tensor, "out groups"]
+    width: ClassVar[int] = 1
+
+    def encode(self, columns: Tensor, start: int, importance: Tensor) -> tuple[Tensor, Tensor]:
+        """Rounding is best for any importance: weights do not share a code."""
+        levels = self.fmt.levels(columns.device)
+        scales = scale_store.of_columns(self.scales, start, columns.shape[1], self.fmt.group_size)
+        codes = nearest_level(columns / divisors(scales), levels)
+        return codes, levels[codes] * scales
+
+
+@dataclass(frozen=True)
+class _GridCoder:
+    """Nearest steps of an even grid; `zeros` is the code that stands for 0."""
+
+    fmt: Uniform
+    scales: Float[Tensor, "out groups"]
+    zeros: Real[Tensor, "out groups"]
+    width: ClassVar[int] = 1
+
+    def encode(self, columns: Tensor, start: int, importance: Tensor) -> tuple[Tensor, Tensor]:
+        """Rounding, clamped to the codes there are."""
+        scales, zeros = (
+            scale_store.of_columns(values, start, columns.shape[1], self.fmt.group_size)
+            for values in (self.scales, self.zeros)
+        )
+        codes = _rounded(columns / divisors(scales) + zeros, self.fmt.bits)
+        return codes, (codes - zeros) * scales
 
 
 def largest_magnitude(weight: Float[Tensor, "out in"], group_size: int) -> Float[Tensor, "out groups"]:
@@ -83,24 +124,24 @@ def divisors(scales: Float[Tensor, "out groups"]) -> Float[Tensor, "out groups"]
     return torch.where(scales != 0, scales, 1.0)
 
 
-def _symmetric(fmt: Uniform, weight: Tensor) -> UniformParts:
+def _symmetric(fmt: Uniform, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(scales, zero codes) of a grid around 0."""
     if fmt.bits == 1:
         scales = 2 * mean_magnitude(weight, fmt.group_size)
     else:
         scales = -signed_largest(weight, fmt.group_size) / fmt.zero_code
     scales = scale_store.stored(fmt.scales, scales, signed=True)
-    codes = _rounded(normalised(weight, scales, fmt.group_size) + fmt.zero_code, fmt.bits)
-    return UniformParts(codes, scales, None)
+    return scales, torch.full_like(scales, fmt.zero_code)
 
 
-def _asymmetric(fmt: Uniform, weight: Tensor) -> UniformParts:
+def _asymmetric(fmt: Uniform, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(scales, zero codes) of a grid from the smallest to the largest weight."""
     groups = scale_store.grouped(weight, fmt.group_size)
     # The range always holds 0, so that 0 (and the filling of a short group) is exact.
     low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
     scales = scale_store.stored(fmt.scales, (high - low) / (2**fmt.bits - 1))
     zeros = _rounded(-low / divisors(scales), fmt.bits)
-    shifts = scale_store.spread(zeros, weight.shape[1], fmt.group_size)
-    return UniformParts(_rounded(normalised(weight, scales, fmt.group_size) + shifts, fmt.bits), scales, zeros)
+    return scales, zeros
 
 
 def _rounded(values: Tensor, bits: int) -> Int[Tensor, "..."]:

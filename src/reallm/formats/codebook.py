@@ -46,6 +46,11 @@ class Codebook(WeightFormat):
 
     name: ClassVar[str] = "codebook"
     roles: ClassVar[dict[str, str]] = {"codes": "codes", "codebook": "codebooks", **scale_store.ROLES}
+    examples: ClassVar[tuple[dict, ...]] = (
+        {"index_bits": 3, "vector_dim": 1},
+        {"index_bits": 6, "vector_dim": 2},
+        {"index_bits": 8, "vector_dim": 4},
+    )
 
     def __post_init__(self) -> None:
         if self.vector_dim not in VECTOR_DIMS:

@@ -31,6 +31,7 @@ class Dense(WeightFormat):
 
     name: ClassVar[str] = "dense"
     roles: ClassVar[dict[str, str]] = {"values": "dense"}
+    examples: ClassVar[tuple[dict, ...]] = ({},)
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:

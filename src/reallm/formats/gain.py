@@ -29,6 +29,7 @@ class Gain(WeightFormat):
 
     name: ClassVar[str] = "gain"
     roles: ClassVar[dict[str, str]] = {"gain": "gains"}
+    examples: ClassVar[tuple[dict, ...]] = ({"base": {"format": "codebook", "index_bits": 6}},)
 
     def check(self, shape: Shape) -> None:
         """Fits whatever the base fits."""

@@ -41,6 +41,10 @@ class LowRankPlus(WeightFormat):
 
     name: ClassVar[str] = "low_rank_plus"
     roles: ClassVar[dict[str, str]] = dict.fromkeys(("left", "right", "left_scales", "right_scales"), "residual")
+    examples: ClassVar[tuple[dict, ...]] = (
+        {"rank": 16, "base": {"format": "codebook", "index_bits": 6}},
+        {"rank": 16, "factors": "int8", "base": {"format": "normal_float", "bits": 3}},
+    )
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -62,6 +62,7 @@ class NormalFloat(WeightFormat):
 
     name: ClassVar[str] = "normal_float"
     roles: ClassVar[dict[str, str]] = {"codes": "codes", **scale_store.ROLES}
+    examples: ClassVar[tuple[dict, ...]] = ({"bits": 2}, {"bits": 3}, {"bits": 4})
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:

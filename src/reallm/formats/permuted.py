@@ -39,6 +39,7 @@ class Permuted(WeightFormat):
 
     name: ClassVar[str] = "permuted"
     roles: ClassVar[dict[str, str]] = {"order": "permutation"}
+    examples: ClassVar[tuple[dict, ...]] = ({"base": {"format": "codebook", "index_bits": 6}},)
 
     def __post_init__(self) -> None:
         if self.block_rows < 0:

@@ -50,6 +50,14 @@ def spread(values: Shaped[Tensor, "out groups"], in_features: int, group_size: i
     return values.repeat_interleave(width, dim=1)[:, :in_features]
 
 
+def of_columns(
+    scales: Shaped[Tensor, "out groups"], start: int, count: int, group_size: int
+) -> Shaped[Tensor, "out count"]:
+    """The scales of `count` columns from column `start` on, one a weight."""
+    columns = torch.arange(start, start + count, device=scales.device)
+    return scales[:, columns // group_size if group_size else columns * 0]
+
+
 def scaled(
     values: Float[Tensor, "out in"], scales: Float[Tensor, "out groups"], group_size: int
 ) -> Float[Tensor, "out in"]:

@@ -42,6 +42,7 @@ class Uniform(WeightFormat):
 
     name: ClassVar[str] = "uniform"
     roles: ClassVar[dict[str, str]] = {"codes": "codes", "zeros": "scales", **scale_store.ROLES}
+    examples: ClassVar[tuple[dict, ...]] = ({"bits": 2}, {"bits": 3}, {"bits": 4})
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:

@@ -29,6 +29,8 @@ class WeightFormat(abc.ABC):
     name: ClassVar[str]
     # Ledger role of each stored tensor by local name: the ledger groups bytes by these words.
     roles: ClassVar[dict[str, str]]
+    # Settings worth comparing, each the fields of a spec: `reallm formats` rates and measures them.
+    examples: ClassVar[tuple[dict, ...]] = ()
 
     @abc.abstractmethod
     def check(self, shape: Shape) -> None:
@@ -79,6 +81,18 @@ def known_formats() -> dict[str, type[WeightFormat]]:
     return dict(sorted(_REGISTRY.items()))
 
 
+def known_format(name: Any) -> type[WeightFormat]:
+    """The format registered as `name`; FormatError that lists the known ones if there is none."""
+    if not isinstance(name, str) or name not in _REGISTRY:
+        raise FormatError(f"unknown format {name!r}; known formats: {', '.join(known_formats())}")
+    return _REGISTRY[name]
+
+
+def example_formats(cls: type[WeightFormat]) -> list[WeightFormat]:
+    """The format in each of its `examples`."""
+    return [from_spec({"format": cls.name, **fields}) for fields in cls.examples]
+
+
 def to_spec(fmt: WeightFormat) -> dict[str, Any]:
     """A format as plain JSON values: `{"format": name, field: value, ...}`, inner formats nested."""
     spec: dict[str, Any] = {"format": fmt.name}
@@ -96,9 +110,7 @@ def from_spec(spec: Any) -> WeightFormat:
     if not isinstance(spec, dict) or "format" not in spec:
         raise FormatError(f"a format is a mapping with the key 'format', not {spec!r}")
     name = spec["format"]
-    cls = _REGISTRY.get(name) if isinstance(name, str) else None
-    if cls is None:
-        raise FormatError(f"unknown format {name!r}; known formats: {', '.join(known_formats())}")
+    cls = known_format(name)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = {k: v for k, v in spec.items() if k != "format"}
     if unknown := sorted(set(values) - set(fields)):

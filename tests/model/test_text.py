@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from reallm.errors import TextError
-from reallm.evaluate.text import leading_bos, load_text, text_sha256, tokenize, wikitext_rows
+from reallm.model.text import leading_bos, load_text, text_sha256, tokenize, wikitext_rows
 
 
 class Letters:

@@ -1,0 +1,21 @@
+"""The rotated format: fit the base to the transformed matrix, by the transformed objective."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from reallm.fit.dispatch import fit
+from reallm.fit.objective import Objective
+from reallm.formats import Parts
+from reallm.formats.rotated import Rotated, RotatedParts
+
+
+@fit.register
+def fit_rotated(
+    fmt: Rotated, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Parts | None = None
+) -> RotatedParts:
+    """tr(D H Dᵀ) is the same for the turned error and the turned hessian: outputs may be turned freely."""
+    if objective is not None and fmt.sides != "outputs":
+        objective = objective.rotated(fmt.turn_inputs)
+    base = start.base if isinstance(start, RotatedParts) else None
+    return RotatedParts(fit(fmt.base, fmt.transformed(weight).contiguous(), objective, seed, base))

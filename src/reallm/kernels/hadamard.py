@@ -1,0 +1,66 @@
+"""Randomised Hadamard transforms of any size.
+
+A size n = 2^a · m with m odd is turned by (Hadamard of 2^a) ⊗ (an orthogonal matrix of m) after random signs:
+2^a additions a value for the first, m products for the second (576 = 64 · 9, 11008 = 256 · 43). The odd part is
+the type-II discrete cosine transform, which has a formula for every m. What it is for: after it the weights
+of a matrix look like independent Gaussians, whatever they were before (QuIP#, Tseng et al., arXiv:2402.04396).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+
+
+def rotate(values: Float[Tensor, "*rows n"], seed: int) -> Float[Tensor, "*rows n"]:
+    """The last axis times signs of `seed`, then transformed: an orthogonal map."""
+    return _mixed(values * signs(values.shape[-1], seed).to(values), transposed=False)
+
+
+def rotate_back(values: Float[Tensor, "*rows n"], seed: int) -> Float[Tensor, "*rows n"]:
+    """The inverse of `rotate`."""
+    return _mixed(values, transposed=True) * signs(values.shape[-1], seed).to(values)
+
+
+@functools.lru_cache(maxsize=256)
+def signs(n: int, seed: int) -> Float[Tensor, " n"]:
+    """n signs by the top bit of splitmix64 (Steele, Lea, Flood 2014): the same on every machine."""
+    state, found = seed & _MASK, []
+    for _ in range(n):
+        state = (state + 0x9E3779B97F4A7C15) & _MASK
+        mixed = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
+        found.append(-1.0 if (mixed ^ (mixed >> 31)) >> 63 else 1.0)
+    return torch.tensor(found)
+
+
+def _mixed(values: Tensor, transposed: bool) -> Tensor:
+    """(H ⊗ C) of the last axis, seen as (2^a, m); H is symmetric, C goes by its transpose on the way back."""
+    n = values.shape[-1]
+    power = n & -n
+    shape = values.shape
+    flat = values.reshape(-1, power, n // power)
+    if n > power:
+        cosines = _cosines(n // power).to(values)
+        flat = flat @ (cosines if transposed else cosines.T)
+    half = 1
+    while half < power:
+        pairs = flat.reshape(len(flat), power // (2 * half), 2, half, n // power)
+        flat = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], 2)
+        half *= 2
+    return flat.reshape(shape) / math.sqrt(power)
+
+
+@functools.lru_cache(maxsize=64)
+def _cosines(m: int) -> Float[Tensor, "m m"]:
+    """Orthonormal type-II cosine transform: row k is cos(π k (2 j + 1) / 2 m), scaled."""
+    angles = torch.arange(m, dtype=torch.float64)[:, None] * (2 * torch.arange(m, dtype=torch.float64) + 1)
+    matrix = torch.cos(angles * (math.pi / (2 * m))) * math.sqrt(2 / m)
+    matrix[0] = 1 / math.sqrt(m)
+    return matrix

@@ -1,0 +1,65 @@
+"""Windows of text that a model is calibrated on: from files, or written by the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from reallm.errors import TextError
+from reallm.model.silence import quiet
+from reallm.model.text import leading_bos, load_text, tokenize
+
+SELF = "self"
+_WRITTEN_AT_ONCE = 16  # sequences: their key-value caches are what a small machine has to hold
+
+
+def windows_of_files(
+    paths: Sequence[str | Path], tokenizer: Any, windows: int, context: int
+) -> Int[Tensor, "windows context"]:
+    """The first `windows` windows of `context` tokens: documents joined by the end-of-text token, then cut.
+
+    A tokenizer that begins texts with a token of its own begins every window with it. A text that is too
+    short gives fewer windows.
+    Errors: TextError if it does not fill one.
+    """
+    bos = leading_bos(tokenizer)
+    body = context - (bos is not None)
+    documents = [document for path in paths for document in load_text(path)]
+    ids = tokenize(tokenizer, documents)
+    count = min(windows, len(ids) // body)
+    if count == 0:
+        names = ", ".join(str(path) for path in paths)
+        raise TextError(f"{names}: {len(ids)} tokens do not fill one window of {body}; lower --calibration-context")
+    cut = ids[: count * body].view(count, body)
+    return cut if bos is None else torch.cat([torch.full((count, 1), bos), cut], 1)
+
+
+def windows_written(
+    model: nn.Module, tokenizer: Any, windows: int, context: int, seed: int, device: str | torch.device
+) -> Int[Tensor, "windows context"]:
+    """Text that the model writes itself: sampled at temperature 1 from its begin-of-text token, or end-of-text.
+
+    The idea of LLM-QAT (Liu et al., arXiv:2305.17888): what a model writes is what it was trained on.
+    Errors: TextError for a tokenizer that has neither token.
+    """
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise TextError("--calibration self: the tokenizer has no token that begins a text; give --calibration FILE")
+    home = next(model.parameters()).device
+    model.to(device)
+    written = []
+    with torch.no_grad(), torch.random.fork_rng(), quiet():
+        torch.manual_seed(seed)
+        for start in range(0, windows, _WRITTEN_AT_ONCE):
+            prompt = torch.full((min(_WRITTEN_AT_ONCE, windows - start), 1), first, device=device)
+            options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+            lengths = {"min_new_tokens": context - 1, "max_new_tokens": context - 1}
+            mask = torch.ones_like(prompt)
+            written.append(model.generate(prompt, attention_mask=mask, pad_token_id=first, **options, **lengths).cpu())
+    model.to(home)
+    return torch.cat(written)

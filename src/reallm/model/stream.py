@@ -1,0 +1,190 @@
+"""Calibration inputs on their way through a model, one decoder block after the other.
+
+The hidden states of all windows stand before one block at a time. What its matrices are fed is summed up
+there; then the block, compressed by now, carries the states on. So every block is calibrated on the inputs
+that it will really see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from reallm.errors import SourceError
+from reallm.model.walk import Matrix, linear_shape
+
+# Tokens a pass: 8,192 of 4,096 hidden numbers are 128 MB in float32, and keep a processor's products large.
+_TOKENS_PER_PASS = 8192
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the block whose inputs were wanted."""
+
+
+@dataclass
+class Moments:
+    """XᵀX / n_tokens of the inputs of modules; those that are fed the same tensor share one."""
+
+    leader_of: dict[str, str] = field(default_factory=dict)  # module path -> the one whose sum serves
+    sums: dict[str, Float[Tensor, "in in"]] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def of(self, name: str) -> Float[Tensor, "in in"] | None:
+        """XᵀX / n_tokens, float32; None for a module that calibration never reached."""
+        leader = self.leader_of.get(name)
+        if leader is None or not self.tokens[leader]:
+            return None
+        return self.sums[leader] / self.tokens[leader]
+
+    def add(self, name: str, inputs: Float[Tensor, "*tokens in"], alike: dict[str, Tensor]) -> None:
+        """Count the inputs of one forward pass. `alike`: leaders of this pass with the very tensor they got."""
+        twin = next((leader for leader, tensor in alike.items() if tensor is inputs), None)
+        if self.leader_of.setdefault(name, twin or name) != name:
+            return
+        alike[name] = inputs
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        if name not in self.sums:
+            self.sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+            self.tokens[name] = 0
+        self.sums[name].addmm_(rows.T, rows)
+        self.tokens[name] += len(rows)
+
+
+class Stream:
+    """Windows of token ids inside a dense model, whose weights its owner replaces block by block."""
+
+    def __init__(self, model: nn.Module, windows: Int[Tensor, "windows context"], device: str | torch.device) -> None:
+        """Stands before the first block. The model may lie on the CPU: only one block at a time is on `device`.
+
+        Errors: SourceError for a model whose blocks cannot be told apart.
+        """
+        self.model, self.device = model, torch.device(device)
+        self.batches = list(windows.split(max(1, _TOKENS_PER_PASS // windows.shape[1])))
+        self.blocks = _blocks(model)
+        self.position = 0
+        self._arguments: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        with torch.no_grad(), _plain_arithmetic(self.device):
+            for size in {len(batch): batch for batch in self.batches}.values():
+                self._record_arguments(size)
+            self.states = [self._embedded(batch) for batch in self.batches]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the hidden states take."""
+        return sum(state.nbytes for state in self.states)
+
+    def moments(self, matrices: Sequence[Matrix]) -> Moments:
+        """What the given matrices of the present block are fed; the states stay where they are."""
+        moments, block = Moments(), self.blocks[self.position]
+        alike: dict[str, Tensor] = {}
+        hooks = []
+        for matrix in matrices:
+            module = self.model.get_submodule(matrix.name) if matrix.expert is None else None
+            if module is not None and linear_shape(module) is not None:
+                hooks.append(
+                    module.register_forward_pre_hook(
+                        lambda _, inputs, name=matrix.name: moments.add(name, inputs[0], alike)
+                    )
+                )
+        with self._on_device(block):
+            for state in self.states:
+                alike.clear()
+                self._through(block, state)
+        for hook in hooks:
+            hook.remove()
+        return moments
+
+    def advance(self) -> None:
+        """Carry the states through the present block, as it is now, to the next."""
+        block = self.blocks[self.position]
+        with self._on_device(block):
+            for number, state in enumerate(self.states):
+                self.states[number] = self._through(block, state).to(state.device)
+        self.position += 1
+
+    @contextlib.contextmanager
+    def _on_device(self, block: nn.Module) -> Iterator[None]:
+        home = next(block.parameters()).device
+        with torch.no_grad(), _plain_arithmetic(self.device):
+            block.to(self.device)
+            yield
+            block.to(home)
+
+    def _through(self, block: nn.Module, state: Tensor) -> Tensor:
+        rest, named = self._arguments[self.position, len(state)]
+        output = block(state.to(self.device), *_moved(rest, self.device), **_moved(named, self.device))
+        return output if isinstance(output, Tensor) else output[0]
+
+    def _record_arguments(self, batch: Tensor) -> None:
+        """What the model hands each block beside the hidden states (positions, masks): one real forward pass."""
+
+        def note(number: int, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if not arguments:
+                raise SourceError(f"block {number} is called without positional hidden states; it cannot be calibrated")
+            self._arguments[number, len(batch)] = arguments[1:], named
+
+        hooks = [
+            block.register_forward_pre_hook(lambda _, a, k, n=number: note(n, a, k), with_kwargs=True)
+            for number, block in enumerate(self.blocks)
+        ]
+        self._run(batch)
+        for hook in hooks:
+            hook.remove()
+
+    def _embedded(self, batch: Tensor) -> Tensor:
+        found: list[Tensor] = []
+
+        def stop(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            found.append(arguments[0])
+            raise _Reached
+
+        hook = self.blocks[0].register_forward_pre_hook(stop)
+        with contextlib.suppress(_Reached):
+            self._run(batch)
+        hook.remove()
+        return found[0]
+
+    def _run(self, batch: Tensor) -> None:
+        decoder = self.model.get_decoder()
+        decoder(input_ids=batch.to(next(decoder.parameters()).device), use_cache=False)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The decoder blocks in order: the longest list of modules in the decoder.
+
+    Errors: SourceError if there is none.
+    """
+    lists = [module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        raise SourceError(f"{type(model).__name__} has no list of decoder blocks; compress it without --calibration")
+    first = max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()))
+    return list(first)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors inside tuples, lists and dicts on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(inner, device) for key, inner in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_moved(inner, device) for inner in value)
+    return value
+
+
+@contextlib.contextmanager
+def _plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """No autocast and no TF32: sums over 100,000 tokens must keep their small entries."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

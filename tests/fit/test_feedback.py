@@ -1,0 +1,139 @@
+import pytest
+import torch
+
+from reallm.errors import FormatError
+from reallm.fit import Objective, fit
+from reallm.fit.feedback import damped_root, feedback, inverse_factor
+from reallm.formats import from_spec
+
+SHAPE = (48, 96)
+CODEBOOK = {"format": "codebook", "index_bits": 6, "vector_dim": 2, "group_size": 32}
+FORMATS = [
+    {"format": "uniform", "bits": 3, "group_size": 32},
+    {"format": "uniform", "bits": 3, "group_size": 32, "symmetric": True},
+    {"format": "normal_float", "bits": 3, "group_size": 0},
+    CODEBOOK,
+    {**CODEBOOK, "vector_dim": 8, "index_bits": 6},
+    {"format": "low_rank_plus", "rank": 4, "base": CODEBOOK},
+    {"format": "permuted", "base": CODEBOOK},
+    {"format": "gain", "base": CODEBOOK},
+    {"format": "rotated", "base": CODEBOOK},
+]
+
+
+def weight(shape=SHAPE):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def hessian_of(columns=SHAPE[1], tokens=400, rank=24):
+    """Inputs as layers have them: a few strong directions, and columns of different size."""
+    generator = torch.Generator().manual_seed(1)
+    mixed = torch.randn(tokens, rank, generator=generator) @ torch.randn(rank, columns, generator=generator)
+    inputs = (mixed + torch.randn(tokens, columns, generator=generator)) * (
+        0.2 + torch.rand(columns, generator=generator)
+    )
+    return inputs.T @ inputs / tokens
+
+
+@pytest.mark.parametrize("spec", FORMATS)
+def test_feedback_lowers_the_error_of_the_outputs(spec):
+    fmt, objective = from_spec(spec), Objective.of_outputs(hessian_of())
+    errors = [
+        objective.error(weight(), fmt.decode(fit(fmt, weight(), given), SHAPE))
+        for given in (objective, Objective(objective.importance))
+    ]
+    assert errors[0] < 0.75 * errors[1]
+
+
+@pytest.mark.parametrize("columns", [1, 7, 96, 130, 257])
+@pytest.mark.parametrize("dim", [1, 4])
+def test_any_number_of_columns_has_feedback(columns, dim):
+    fmt = from_spec({**CODEBOOK, "vector_dim": dim, "index_bits": 5})
+    objective = Objective.of_outputs(hessian_of(columns))
+    parts = fit(fmt, weight((8, columns)), objective)
+    assert parts.codes.shape == (8, -(-columns // dim))
+    assert objective.error(weight((8, columns)), fmt.decode(parts, (8, columns))) < objective.error(
+        weight((8, columns)), torch.zeros(8, columns)
+    )
+
+
+def test_feedback_is_the_textbook_loop():
+    """GPTQ as it is written down: the inverse hessian, updated by elimination after every column."""
+    values, hessian = weight((8, 20)), hessian_of(20).double()
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(20, dtype=torch.float64)
+    moving, inverse = values.double().clone(), torch.linalg.inv(hessian)
+    expected = torch.zeros(8, 20)
+    for j in range(20):
+        expected[:, j] = moving[:, j].round()
+        error = (moving[:, j] - moving[:, j].round()) / inverse[j, j]
+        moving -= error[:, None] * inverse[j]
+        inverse -= inverse[:, j, None] * inverse[j] / inverse[j, j]
+    found = feedback(values, Rounding(), hessian_of(20))
+    assert torch.equal(found.float(), expected)
+
+
+class Rounding:
+    width = 1
+
+    def encode(self, columns, start, importance):
+        return columns.round().int(), columns.round()
+
+
+def test_without_correlation_feedback_is_rounding():
+    assert torch.equal(feedback(weight(), Rounding(), torch.eye(96)), weight().round().int())
+
+
+@pytest.mark.parametrize(
+    "hessian",
+    [
+        torch.zeros(96, 96),
+        torch.ones(96, 96),  # rank 1
+        hessian_of() * 1e-25,
+        hessian_of() * 1e25,
+        torch.diag(torch.tensor([1e8, *[1.0] * 95])),  # one channel with huge activations
+        torch.diag(torch.tensor([0.0] * 40 + [1.0] * 56)),  # dead inputs
+        hessian_of(tokens=3),  # far fewer tokens than columns
+    ],
+)
+def test_no_hessian_breaks_a_fit(hessian):
+    for spec in FORMATS:
+        fmt = from_spec(spec)
+        decoded = fmt.decode(fit(fmt, weight(), Objective.of_outputs(hessian)), SHAPE)
+        assert torch.isfinite(decoded).all()
+        assert (weight() - decoded).square().mean() < 4
+
+
+def test_a_huge_channel_does_not_spoil_the_others():
+    """Damping is a share of the mean diagonal: one channel must not switch feedback off for the rest."""
+    hessian = hessian_of()
+    hessian[0, 0] = 1e6
+    fmt, others = from_spec(FORMATS[0]), Objective.of_outputs(hessian[1:, 1:].clone())
+    found = fmt.decode(fit(fmt, weight(), Objective.of_outputs(hessian)), SHAPE)
+    rounded = fmt.decode(fit(fmt, weight()), SHAPE)
+    assert others.error(weight()[:, 1:], found[:, 1:]) < 0.75 * others.error(weight()[:, 1:], rounded[:, 1:])
+
+
+def test_inputs_that_overflowed_are_named():
+    with pytest.raises(FormatError, match="calibration inputs"):
+        Objective.of_outputs(torch.full((4, 4), float("inf")))
+
+
+def test_factors_are_those_of_the_damped_hessian():
+    hessian = hessian_of(rank=4).double()
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(96)
+    upper, lower = inverse_factor(hessian_of(rank=4)).double(), damped_root(hessian_of(rank=4)).double()
+    torch.testing.assert_close(lower @ lower.T, damped, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(96).double(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_residual_in_closed_form_is_the_best_one():
+    """Its error by the hessian is that of the truncated SVD of W·root, which no other factors beat."""
+    objective = Objective.of_outputs(hessian_of())
+    zeros = {"format": "low_rank_plus", "rank": 4, "base": {"format": "uniform", "bits": 1, "group_size": 0}}
+    fmt = from_spec(zeros)
+    parts = fit(fmt, weight(), objective)
+    remainder = weight() - fmt.base.decode(parts.base, SHAPE)
+    root = damped_root(objective.hessian)
+    best = torch.linalg.svdvals(remainder @ root)[4:].square().sum()
+    found = ((remainder - parts.left @ parts.right.T) @ root).square().sum()
+    assert found < 1.01 * best

@@ -1,0 +1,55 @@
+import math
+
+import pytest
+import torch
+
+from reallm.errors import FormatError
+from reallm.fit import Quality, gaussian_quality, relative_error
+from reallm.fit.quality import gaussian
+from reallm.formats import example_formats, from_spec, known_formats
+from reallm.report.names import short_name
+
+SHAPE = (64, 512)
+# ½ log2 of how far the mean square of so many normal weights may be from 1, at four standard deviations.
+NOISE_BITS = 0.5 * math.log2(1 + 4 * math.sqrt(2 / (SHAPE[0] * SHAPE[1])))
+EXAMPLES = [fmt for cls in known_formats().values() for fmt in example_formats(cls)]
+
+
+@pytest.mark.parametrize("fmt", EXAMPLES, ids=short_name)
+def test_no_format_beats_the_shannon_bound(fmt):
+    quality = gaussian_quality(fmt, SHAPE)
+    assert quality.bits_per_weight == fmt.bits_per_weight(SHAPE)
+    assert 0 < quality.relative_error < 1
+    assert quality.gap_bits > -NOISE_BITS
+
+
+def test_a_code_on_the_bound_has_no_gap():
+    quality = Quality(3.0, 2.0**-6, 1.0, 1.0)
+    assert quality.shannon_error == 2.0**-6 and quality.gap_bits == 0
+
+
+def test_a_sign_has_the_error_that_theory_gives():
+    # One bit a weight with the best level, E|x| = sqrt(2/π): the error is 1 - 2/π.
+    fmt = from_spec({"format": "codebook", "index_bits": 1, "vector_dim": 1, "group_size": 0})
+    weight = gaussian((64, 1024))
+    best = weight.sign() * math.sqrt(2 / math.pi)
+    assert relative_error(weight, best) == pytest.approx(1 - 2 / math.pi, rel=0.02)
+    assert gaussian_quality(fmt, (64, 1024)).relative_error == pytest.approx(1 - 2 / math.pi, rel=0.05)
+
+
+def test_the_same_seed_draws_the_same_error_and_another_another():
+    fmt = from_spec({"format": "uniform", "bits": 3})
+    first, again, other = (gaussian_quality(fmt, SHAPE, seed=seed).relative_error for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_what_is_measured_is_what_was_stored():
+    fmt = from_spec({"format": "normal_float", "bits": 8})
+    assert gaussian_quality(fmt, SHAPE).relative_error < 1e-3
+    assert torch.equal(gaussian(SHAPE), gaussian(SHAPE, seed=0))
+
+
+def test_a_shape_that_does_not_fit_says_so():
+    fmt = from_spec({"format": "low_rank_plus", "rank": 16, "base": {"format": "dense"}})
+    with pytest.raises(FormatError, match="rank=16 exceeds"):
+        gaussian_quality(fmt, (8, 64))

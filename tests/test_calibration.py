@@ -1,0 +1,142 @@
+"""Compression along the stream of calibration text."""
+
+import filecmp
+import sys
+
+import pytest
+import torch
+
+import reallm
+from reallm.artifact import work_folder
+from reallm.cli import main
+from reallm.compress import Settings, prepare, run
+from reallm.errors import RecipeError, TextError
+from reallm.model import load, load_tokenizer, open_source
+from reallm.model.calibration import windows_of_files, windows_written
+from reallm.model.text import load_text, tokenize
+
+RECIPE = """
+rules:
+- {role: [v], format: {format: low_rank_plus, rank: 2, base: {format: normal_float, bits: 3}}}
+- {role: [q, up], format: {format: codebook, index_bits: 6, vector_dim: 2}}
+- {match: "*", format: {format: uniform, bits: 3}}
+"""
+CALIBRATION = {"calibration_windows": 8, "calibration_context": 64}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "mine.yaml"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def job(tiny_llama, recipe, text_file):
+    return prepare(tiny_llama, Settings(recipe=recipe, calibration=(str(text_file),), **CALIBRATION))
+
+
+@pytest.fixture(scope="module")
+def calibrated(job, tmp_path_factory):
+    out = tmp_path_factory.mktemp("calibrated") / "out"
+    run(job, out)
+    return out
+
+
+def divergence(original, compressed, ids):
+    with torch.no_grad():
+        logits = [load(folder)(ids).logits.log_softmax(-1) for folder in (original, compressed)]
+    return (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean().item()
+
+
+def test_calibration_brings_the_model_nearer_to_the_original(tiny_llama, recipe, calibrated, text_file, tmp_path):
+    reallm.compress(tiny_llama, tmp_path / "plain", recipe=recipe)
+    ids = tokenize(load_tokenizer(tiny_llama), load_text(text_file))[600:856].view(4, 64)  # behind the windows used
+    assert divergence(tiny_llama, calibrated, ids) < 0.9 * divergence(tiny_llama, tmp_path / "plain", ids)
+
+
+def test_a_calibrated_artifact_is_as_large_as_an_uncalibrated_one(tiny_llama, recipe, calibrated, tmp_path):
+    reallm.compress(tiny_llama, tmp_path / "plain", recipe=recipe)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (calibrated, tmp_path / "plain")]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("matrices", [1, 3, 8, 15])
+def test_a_resumed_calibrated_run_gives_the_same_bytes(job, calibrated, tmp_path, matrices):
+    class Killed(Exception):
+        pass
+
+    left = iter(range(matrices - 1))
+
+    def kill(*_):
+        if next(left, None) is None:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(job, tmp_path / "out", progress=kill)
+    run(job, tmp_path / "out", resume=True)
+    assert filecmp.cmp(calibrated / "model.safetensors", tmp_path / "out" / "model.safetensors", shallow=False)
+    assert filecmp.cmp(calibrated / "config.json", tmp_path / "out" / "config.json", shallow=False)
+
+
+def test_another_calibration_is_refused_on_resume(tiny_llama, recipe, job, tmp_path):
+    (work_folder(tmp_path / "out")).mkdir()
+    with pytest.raises(ZeroDivisionError):
+        run(job, tmp_path / "out", resume=True, progress=lambda *_: 1 / 0)
+    with pytest.raises(RecipeError, match="--resume: calibration was .*and is now None"):
+        run(prepare(tiny_llama, Settings(recipe=recipe)), tmp_path / "out", resume=True)
+
+
+def test_a_model_can_be_calibrated_on_what_it_writes(tiny_llama, recipe, tmp_path):
+    for name in ("one", "two"):
+        settings = {"calibration_windows": 3, "calibration_context": 24}
+        reallm.compress(tiny_llama, tmp_path / name, recipe=recipe, calibration=("self",), **settings)
+    assert filecmp.cmp(tmp_path / "one" / "model.safetensors", tmp_path / "two" / "model.safetensors", shallow=False)
+
+
+def test_written_windows_begin_a_text_and_differ(tiny_llama):
+    model, tokenizer = open_source(tiny_llama).load(torch.float32, "cpu"), load_tokenizer(tiny_llama)
+    written = windows_written(model, tokenizer, 20, 16, seed=0, device="cpu")
+    assert written.shape == (20, 16) and (written[:, 0] == tokenizer.bos_token_id).all()
+    assert len({tuple(row) for row in written.tolist()}) == 20
+
+
+def test_windows_are_the_text_in_order(tiny_llama, text_file):
+    tokenizer = load_tokenizer(tiny_llama)
+    ids = tokenize(tokenizer, load_text(text_file))
+    assert torch.equal(windows_of_files([text_file], tokenizer, 3, 50), ids[:150].view(3, 50))
+    assert len(windows_of_files([text_file], tokenizer, 10_000, 50)) == len(ids) // 50
+
+
+def test_several_files_are_joined_by_the_end_of_text(tiny_llama, text_file, jsonl_file):
+    tokenizer = load_tokenizer(tiny_llama)
+    joined = windows_of_files([jsonl_file, text_file], tokenizer, 1, 400)[0].tolist()
+    assert joined.count(tokenizer.eos_token_id) == 3
+
+
+def test_a_text_that_fills_no_window_says_so(tiny_llama, jsonl_file):
+    with pytest.raises(TextError, match=r"tokens do not fill one window of 9999; lower --calibration-context"):
+        windows_of_files([jsonl_file], load_tokenizer(tiny_llama), 1, 9999)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--calibration", "missing.txt"], "missing.txt: no such file"),
+        (["--calibration", "self", "--calibration", "README.md"], "self cannot be mixed with files"),
+        (["--calibration", "self", "--calibration-windows", "0"], "--calibration-windows 0 is below 1"),
+        (["--calibration", "self", "--calibration-context", "1"], "--calibration-context 1 is below 2"),
+    ],
+)
+def test_a_bad_calibration_is_one_line_and_exit_2(tiny_llama, tmp_path, capsys, monkeypatch, options, says):
+    monkeypatch.setattr(sys, "argv", ["reallm", "compress", str(tiny_llama), "-o", str(tmp_path / "out"), *options])
+    assert main() == 2
+    assert says in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_dry_run_counts_what_calibration_takes(tiny_llama, recipe, job):
+    from reallm.compress import estimate
+
+    plain = prepare(tiny_llama, Settings(recipe=recipe))
+    assert estimate(job).peak_memory_bytes > estimate(plain).peak_memory_bytes
+    assert estimate(job).disk_bytes == estimate(plain).disk_bytes
