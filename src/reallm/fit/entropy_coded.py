@@ -1,0 +1,238 @@
+"""Lattice codes by rate and distortion, at a step whose coded words fill the budget.
+
+Codes minimise importance · (error / step)² + λ · bits, bits by the histogram of the codes themselves: code, count,
+code again. The step follows from the rate: a step twice as wide takes about one bit a weight less.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reallm.fit.dispatch import fit, shape_of
+from reallm.fit.feedback import coded, inverse_factor
+from reallm.fit.objective import Objective
+from reallm.formats import Parts
+from reallm.formats.entropy_coded import EntropyCoded, EntropyCodedParts
+from reallm.kernels.ans import RAW_BITS
+from reallm.kernels.e8_stream import DIM, largest_code
+
+# Squared steps that one bit is worth. Theory at high rates says 2 ln 2 · D = 0.40, D = 4 · 0.0717 (E8 of spacing 2).
+# 0.44 is best at 2 bits, 0.40 at 3 and 4, where the error hardly changes from 0.36 to 0.48 (docs/log.md, 2026-11-22).
+_BIT = 0.42
+_ROUNDS = 3
+# The step is sought on so many weights, and corrected on all.
+_SAMPLE = 1 << 18
+_SEARCHES = 12
+_NEAR = 2e-3
+# Passes over the whole matrix after the search: rounding is cheap, error feedback is not.
+_PASSES, _FEEDBACK_PASSES = 6, 3
+# Words that the budget has and the codes do not use.
+_SLACK = 5e-4
+_CHUNK = 1 << 18
+_LARGEST_EXPONENT = 127.0
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """What a code costs in squared steps, by class of its column; `parities` is charged to a point as a whole."""
+
+    codes: Float[Tensor, "classes codes"]
+    parities: Float[Tensor, "2 classes"]
+    column_classes: Int[Tensor, " in"]
+
+
+@dataclass(frozen=True)
+class _Coder:
+    """E8 points of eight rows of a column: error feedback still goes column by column."""
+
+    step: float
+    costs: _Costs
+    mean_importance: float
+    largest: int
+
+    width = 1
+
+    def encode(
+        self, columns: Float[Tensor, "out columns"], start: int, importance: Float[Tensor, "rows columns"]
+    ) -> tuple[Int[Tensor, "out columns"], Float[Tensor, "out columns"]]:
+        """Codes and code · step."""
+        chunk = max(1, _CHUNK // len(columns))
+        relative = importance / self.mean_importance
+        parts = [
+            self._codes(part / self.step, weight, self.costs.column_classes[start + chunk * number :][: part.shape[1]])
+            for number, (part, weight) in enumerate(zip(columns.split(chunk, 1), relative.split(chunk, 1), strict=True))
+        ]
+        codes = torch.cat(parts, 1)
+        return codes.to(torch.int32), codes * self.step
+
+    def _codes(self, target: Tensor, importance: Tensor, classes: Tensor) -> Float[Tensor, "out columns"]:
+        limit = largest_code(self.largest) - DIM
+        target = target.clamp(-limit, limit)
+        whole = len(target) // DIM * DIM
+        # The best code of every residue modulo 4: the lattice asks for residues alone.
+        residues = torch.arange(4, device=target.device, dtype=target.dtype)[:, None, None]
+        below = ((target - residues) / 4).floor() * 4 + residues
+        costs, higher = (self._cost(codes, target, importance, classes) for codes in (below, below + 4))
+        codes = torch.where(higher < costs, below + 4, below)
+        costs = torch.minimum(costs, higher)
+        rest = torch.where(costs[2, whole:] < costs[0, whole:], codes[2, whole:], codes[0, whole:])
+        if not whole:
+            return rest
+        blocks = (4, whole // DIM, DIM, target.shape[1])
+        points = _points(codes[:, :whole].view(blocks), costs[:, :whole].view(blocks), self.costs.parities[:, classes])
+        return torch.cat([points.reshape(whole, -1), rest])
+
+    def _cost(self, codes: Tensor, target: Tensor, importance: Tensor, classes: Tensor) -> Tensor:
+        place = codes.clamp(-self.largest, self.largest).long() + self.largest
+        place = place + classes * self.costs.codes.shape[1]
+        return torch.addcmul(self.costs.codes.view(-1)[place], importance, (codes - target).square())
+
+
+def _points(
+    codes: Float[Tensor, "4 blocks 8 columns"],
+    costs: Float[Tensor, "4 blocks 8 columns"],
+    parities: Float[Tensor, "2 columns"],
+) -> Float[Tensor, "blocks 8 columns"]:
+    """The cheapest point of E8 for each block, from the cheapest code of each residue modulo 4.
+
+    Codes are all even or all odd, and then the number of those with the upper of the two residues is even: if it
+    comes out odd, the code that loses least takes its other residue (Conway and Sloane's decoding of D8).
+    """
+    found, totals = [], []
+    for parity in range(2):
+        gap = costs[parity + 2] - costs[parity]
+        upper = gap < 0
+        least, place = gap.abs().min(1, keepdim=True)
+        odd = upper.sum(1, keepdim=True) % 2 == 1
+        upper = upper.scatter(1, place, upper.gather(1, place) ^ odd)
+        found.append(torch.where(upper, codes[parity + 2], codes[parity]))
+        best = torch.minimum(costs[parity], costs[parity + 2]).sum(1, keepdim=True)
+        totals.append(best + least * odd + parities[parity])
+    return torch.where(totals[1] < totals[0], found[1], found[0])
+
+
+@fit.register
+def fit_entropy_coded(
+    fmt: EntropyCoded, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Parts | None = None
+) -> EntropyCodedParts:
+    """The smallest step found whose codes fit the budget; a sample of the matrix tells about where it lies."""
+    objective = objective or Objective.plain(weight)
+    largest = weight.abs().max().item()
+    if largest < torch.finfo(torch.float32).tiny * 2**20:  # a step could be 0
+        return EntropyCodedParts(torch.zeros_like(weight, dtype=torch.int32), weight.new_zeros(1))
+    sample = _Sample.of(fmt, weight, objective, largest)
+    # Squares of tiny weights would be 0.
+    size = largest * (weight / largest).square().mean().sqrt().item()
+    exponent, costs = sample.search(math.log2(size) + 1 - sample.budget)
+    return _filled(weight, objective, sample, exponent, costs)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Some eights of rows, and all that a coder needs beside its step."""
+
+    fmt: EntropyCoded
+    weight: Float[Tensor, "rows in"]
+    importance: Float[Tensor, "weighted in"]
+    budget: float  # bits a weight that the words have
+    least_step: float  # a finer one would clip the largest weight
+
+    @staticmethod
+    def of(fmt: EntropyCoded, weight: Tensor, objective: Objective, largest: float) -> _Sample:
+        importance = objective.importance
+        if objective.hessian is not None:
+            # What error feedback will weigh errors by.
+            importance = inverse_factor(objective.hessian).diagonal().reciprocal().square()[None]
+        eights = -(-len(weight) // DIM)
+        wanted = min(eights, max(1, _SAMPLE // (DIM * weight.shape[1])))
+        chosen = torch.linspace(0, eights - 1, wanted, device=weight.device).round().long()
+        rows = (chosen[:, None] * DIM + torch.arange(DIM, device=weight.device)).view(-1)
+        rows = rows[rows < len(weight)]
+        if len(importance) > 1:
+            importance = importance[rows]
+        budget = 32 * fmt.words(shape_of(weight)) / weight.numel()
+        return _Sample(fmt, weight[rows], importance, budget, largest / (largest_code(fmt.largest) - 2 * DIM))
+
+    def step(self, exponent: float) -> float:
+        """2^exponent in float32, neither too fine nor too large for it."""
+        return torch.tensor(max(2.0 ** min(exponent, _LARGEST_EXPONENT), self.least_step)).item()
+
+    def coder(self, step: float, costs: _Costs) -> _Coder:
+        return _Coder(step, costs, self.importance.mean().item(), self.fmt.largest)
+
+    def costs(self, codes: Int[Tensor, "rows in"] | None = None) -> _Costs:
+        """By the histogram of codes; nothing costs anything without one."""
+        columns, classes, size = self.weight.shape[1], self.fmt.classes, 2 * self.fmt.largest + 1
+        if codes is None:
+            zeros = self.weight.new_zeros
+            return _Costs(zeros(classes, size), zeros(2, classes), zeros(columns, dtype=torch.int64))
+        column_classes = torch.from_numpy(self.fmt.classes_of(codes.cpu().numpy())).to(codes.device).long()
+        place = codes.clamp(-self.fmt.largest, self.fmt.largest) + self.fmt.largest + column_classes * size
+        counts = torch.bincount(place.view(-1), minlength=classes * size).view(classes, size) + 0.5
+        share = counts / counts.sum(1, keepdim=True)
+        bits = -share.log2()
+        bits[:, [0, -1]] += RAW_BITS
+        # Seven of eight codes know their parity from the first.
+        odd = share[:, (self.fmt.largest + 1) % 2 :: 2].sum(1)
+        parities = (DIM - 1) * torch.stack([1 - odd, odd]).log2()
+        return _Costs((_BIT * bits).to(self.weight), (_BIT * parities).to(self.weight), column_classes)
+
+    def search(self, exponent: float) -> tuple[float, _Costs]:
+        """log2(step) that about meets the budget, and the costs there; `exponent` is a first guess."""
+        costs = self.costs()
+
+        def rate(exponent: float) -> float:
+            nonlocal costs
+            costs = self.costs()
+            for _ in range(_ROUNDS):
+                codes = self.coder(self.step(exponent), costs).encode(self.weight, 0, self.importance)[0]
+                costs = self.costs(codes)
+            return _rate(self.fmt, codes)
+
+        tried = None
+        for _ in range(_SEARCHES):
+            missed = rate(exponent) - self.budget
+            if abs(missed) < _NEAR * self.budget:
+                break
+            tried, slope = (exponent, missed), _slope(tried, (exponent, missed))
+            exponent += missed / slope
+        return exponent, costs
+
+
+def _filled(weight: Tensor, objective: Objective, sample: _Sample, exponent: float, costs: _Costs) -> EntropyCodedParts:
+    """Codes of the whole matrix that fill the budget: a few steps near `exponent`, the smallest that fits."""
+    passes = _PASSES if objective.hessian is None else _FEEDBACK_PASSES
+    best, best_exponent, number, tried = None, float("inf"), 0, None
+    while number < passes or best is None:
+        step = sample.step(exponent)
+        codes = coded(weight, sample.coder(step, costs), objective)
+        missed = _rate(sample.fmt, codes) - sample.budget
+        if missed <= 0 and exponent < best_exponent:
+            best, best_exponent = EntropyCodedParts(codes, weight.new_tensor([step])), exponent
+            if missed > -_SLACK * sample.budget:
+                break
+        number += 1
+        slope = _slope(tried, (exponent, missed))
+        tried = (exponent, missed)
+        # Aim within the slack. If that goes on to miss, ever wider steps must end in codes that fit.
+        exponent += (missed + _SLACK / 2 * sample.budget) / slope
+        if number >= passes:
+            exponent = max(exponent, tried[0]) + 0.01 * 2.0 ** (number - passes)
+    return best
+
+
+def _slope(before: tuple[float, float] | None, now: tuple[float, float]) -> float:
+    """Bits a weight that an exponent higher by 1 takes away, from two tries (exponent, rate); about 1 at high rates."""
+    if before is None or before[0] == now[0]:
+        return 1.0
+    return min(max((before[1] - now[1]) / (now[0] - before[0]), 0.2), 2.0)
+
+
+def _rate(fmt: EntropyCoded, codes: Int[Tensor, "rows in"]) -> float:
+    """Bits a weight of the coded words."""
+    return 32 * len(fmt.coded(codes.cpu().numpy())[0]) / codes.numel()
