@@ -50,6 +50,7 @@ class EntropyCoded(WeightFormat):
     classes: int = 1
 
     name: ClassVar[str] = "entropy_coded"
+    examples: ClassVar[tuple[dict, ...]] = ({"bits": 2.0}, {"bits": 3.0})
     roles: ClassVar[dict[str, str]] = {
         "codes": "codes",
         "frequencies": "tables",
