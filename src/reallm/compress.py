@@ -6,6 +6,7 @@ on from there; the output folder appears by one rename when everything is in it.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import os
 import shutil
@@ -433,9 +434,15 @@ def _write_companions(job: Job, fingerprint: str, folder: Path) -> None:
 
 def _predicted_seconds(job: Job) -> float:
     """Time each format on two sample sizes, take a fixed and a per-weight cost from them, sum over the plan."""
-    formats = {planned.fmt for _, planned in job.compressed}
+    formats = {_timed_as(planned.fmt) for _, planned in job.compressed}
     costs = {fmt: _fitting_cost(fmt, job.settings.device) for fmt in formats}
-    return sum(costs[p.fmt][0] + costs[p.fmt][1] * p.matrix.weights for _, p in job.compressed)
+    of_each = [(costs[_timed_as(p.fmt)], p.matrix.weights) for _, p in job.compressed]
+    return sum(fixed + slope * weights for (fixed, slope), weights in of_each)
+
+
+def _timed_as(fmt: WeightFormat) -> WeightFormat:
+    """The format that is timed in place of one that differs in the size of its groups only."""
+    return dataclasses.replace(fmt, group_size=64) if hasattr(fmt, "group_size") else fmt
 
 
 def _stream_bytes(job: Job) -> int:
@@ -466,7 +473,8 @@ def _stream_seconds(job: Job) -> float:
 
 def _fitting_cost(fmt: WeightFormat, device: str) -> tuple[float, float]:
     """(seconds a matrix, seconds a weight) of fitting."""
-    small, large = (128, 256), (128, 1024)
+    # From 32,768 vectors on k-means works on a sample: both sizes lie there, so that the slope is the right one.
+    small, large = (64, 1024), (96, 1024)
     times = [_timed_fit(fmt, shape, device) for shape in (small, large)]
     slope = max(0.0, (times[1] - times[0]) / (_numel(large) - _numel(small)))
     return max(0.0, times[0] - slope * _numel(small)), slope

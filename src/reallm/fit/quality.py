@@ -73,8 +73,8 @@ def gaussian_quality(fmt: WeightFormat, shape: Shape, device: str | torch.device
 @functools.cache
 def gaussian_error(fmt: WeightFormat) -> float:
     """Relative squared error on a seeded Gaussian matrix."""
-    # 8,192 vectors of two: 32 for each entry of the largest candidate codebook, and 60 fits in two seconds.
-    shape = (32, 512)
+    # 6,144 vectors of two: 24 for each entry of the largest candidate codebook, and 60 fits in two seconds.
+    shape = (24, 512)
     sample = gaussian(shape)
     return relative_error(sample, fmt.decode(fit(fmt, sample), shape))
 
