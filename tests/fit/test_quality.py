@@ -1,12 +1,15 @@
+import json
 import math
 
 import pytest
 import torch
 
+import reallm.fit.quality as quality_module
+from reallm.allocate.budget import candidate_formats
 from reallm.errors import FormatError
-from reallm.fit import Quality, gaussian_quality, relative_error
-from reallm.fit.quality import gaussian
-from reallm.formats import example_formats, from_spec, known_formats
+from reallm.fit import Quality, gaussian_error, gaussian_quality, relative_error
+from reallm.fit.quality import gaussian, measured_gaussian_error
+from reallm.formats import example_formats, from_spec, known_formats, to_spec
 from reallm.report.names import short_name
 
 SHAPE = (64, 512)
@@ -53,3 +56,12 @@ def test_a_shape_that_does_not_fit_says_so():
     fmt = from_spec({"format": "low_rank_plus", "rank": 16, "base": {"format": "dense"}})
     with pytest.raises(FormatError, match="rank=16 exceeds"):
         gaussian_quality(fmt, (8, 64))
+
+
+def test_the_table_of_candidates_is_what_would_be_measured_now():
+    for fmt in candidate_formats()[::9]:
+        assert gaussian_error(fmt) == pytest.approx(measured_gaussian_error(fmt), rel=0.02)
+
+
+def test_every_candidate_of_a_budget_is_in_the_table():
+    assert {json.dumps(to_spec(fmt)) for fmt in candidate_formats()} == set(quality_module._table())
