@@ -68,7 +68,7 @@ def test_feedback_is_the_textbook_loop():
         error = (moving[:, j] - moving[:, j].round()) / inverse[j, j]
         moving -= error[:, None] * inverse[j]
         inverse -= inverse[:, j, None] * inverse[j] / inverse[j, j]
-    found = feedback(values, Rounding(), hessian_of(20))
+    found = feedback(values, Rounding(), hessian_of(20), falling=False)
     assert torch.equal(found.float(), expected)
 
 
@@ -77,6 +77,15 @@ class Rounding:
 
     def encode(self, columns, start, importance):
         return columns.round().int(), columns.round()
+
+
+def test_blocks_go_by_falling_importance_and_leave_their_codes_in_place():
+    """The order is that of the hessian's diagonal: rounding reordered columns from left to right is the same."""
+    values, hessian = weight((8, 20)), hessian_of(20)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    found = feedback(values, Rounding(), hessian)
+    expected = feedback(values[:, order], Rounding(), hessian[order][:, order], falling=False)
+    assert torch.equal(found[:, order], expected)
 
 
 def test_without_correlation_feedback_is_rounding():

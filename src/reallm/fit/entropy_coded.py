@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.fit.dispatch import fit, shape_of
-from reallm.fit.feedback import coded, inverse_factor
+from reallm.fit.feedback import coded, importance_in_feedback
 from reallm.fit.objective import Objective
 from reallm.formats import Parts
 from reallm.formats.entropy_coded import EntropyCoded, EntropyCodedParts
@@ -147,7 +147,7 @@ class _Sample:
         importance = objective.importance
         if objective.hessian is not None:
             # What error feedback will weigh errors by.
-            importance = inverse_factor(objective.hessian).diagonal().reciprocal().square()[None]
+            importance = importance_in_feedback(objective.hessian, _Coder.width)[None]
         eights = -(-len(weight) // DIM)
         wanted = min(eights, max(1, _SAMPLE // (DIM * weight.shape[1])))
         chosen = torch.linspace(0, eights - 1, wanted, device=weight.device).round().long()

@@ -1,4 +1,4 @@
-"""Codes by error feedback: every column block is rounded after it has taken over the errors of those before it.
+"""Codes by error feedback: every block of columns takes over the errors of those before it, and is rounded then.
 
 The rounding itself is a `Coder`'s, so that feedback works with any codec: GPTQ (Frantar et al.,
 arXiv:2210.17323) with one column at a time, LDLQ of QuIP (Chee et al., arXiv:2307.13304) with blocks as wide as
@@ -7,7 +7,7 @@ a vector or a tile.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -47,33 +47,69 @@ def coded(weight: Float[Tensor, "out in"], coder: Coder, objective: Objective | 
 
 
 def feedback(
-    weight: Float[Tensor, "out in"], coder: Coder, hessian: Float[Tensor, "in in"]
+    weight: Float[Tensor, "out in"], coder: Coder, hessian: Float[Tensor, "in in"], *, falling: bool = True
 ) -> Int[Tensor, "coded codes"]:
-    """Codes whose decoding nearly minimises tr(D H Dᵀ), block by block from left to right.
+    """Codes whose decoding nearly minimises tr(D H Dᵀ), block by block.
 
-    After a block J is rounded, the columns behind it move by -(error of J) · U_JJ⁻¹ U_J, U the upper Cholesky
-    factor of H⁻¹: the best answer to that error as long as they can still move.
+    After a block J is rounded, the columns that are still to come move by -(error of J) · U_JJ⁻¹ U_J, U the upper
+    Cholesky factor of H⁻¹: the best answer to that error as long as they can still move. With `falling` the
+    blocks go by falling diagonal of H, so that the inputs that matter most are rounded before errors pile up; else
+    from left to right. The order leaves no trace in the codes.
     """
-    factor = inverse_factor(hessian)
-    columns, width = weight.shape[1], coder.width
-    panel = max(width, _PANEL // width * width)
-    moving = weight.clone()
-    codes = []
-    for left in range(0, columns, panel):
-        right = min(left + panel, columns)
+    blocks = _blocks(hessian.diagonal(), coder.width, falling)
+    order = torch.cat([torch.arange(start, end) for start, end in blocks]).to(weight.device)
+    factor = inverse_factor(hessian[order][:, order])
+    moving = weight[:, order]
+    codes: dict[int, Tensor] = {}
+    left = 0
+    for panel in _panels(blocks):
+        right = left + sum(end - start for start, end in panel)
         answers = torch.zeros_like(moving[:, left:right])
-        for start in range(left, right, width):
-            end = min(start + width, right)
-            own = factor[start:end, start:end]
+        at = left
+        for start, end in panel:
+            to = at + end - start
+            own = factor[at:to, at:to]
             # What an error in each column of this block costs once all later ones have answered.
             importance = own.diagonal().reciprocal().square()[None]
-            found, decoded = coder.encode(moving[:, start:end], start, importance)
-            codes.append(found)
-            answer = _solved(moving[:, start:end] - decoded, own)
-            answers[:, start - left : end - left] = answer
-            moving[:, end:right] -= answer @ factor[start:end, end:right]
+            codes[start], decoded = coder.encode(moving[:, at:to], start, importance)
+            answer = _solved(moving[:, at:to] - decoded, own)
+            answers[:, at - left : to - left] = answer
+            moving[:, to:right] -= answer @ factor[at:to, to:right]
+            at = to
         moving[:, right:] -= answers @ factor[left:right, right:]
-    return torch.cat(codes, 1)
+        left = right
+    return torch.cat([codes[start] for start in sorted(codes)], 1)
+
+
+def importance_in_feedback(hessian: Float[Tensor, "in in"], width: int) -> Float[Tensor, " in"]:
+    """What an error in each column costs once all columns that come after it have answered: U_jj⁻²."""
+    blocks = _blocks(hessian.diagonal(), width, falling=True)
+    order = torch.cat([torch.arange(start, end) for start, end in blocks]).to(hessian.device)
+    found = torch.empty_like(hessian[0])
+    found[order] = inverse_factor(hessian[order][:, order]).diagonal().reciprocal().square()
+    return found
+
+
+def _blocks(importance: Float[Tensor, " in"], width: int, falling: bool) -> list[tuple[int, int]]:
+    """(first column, one past the last) of every block, in the order of rounding."""
+    columns = len(importance)
+    blocks = [(start, min(start + width, columns)) for start in range(0, columns, width)]
+    if not falling:
+        return blocks
+    means = torch.stack([importance[start:end].mean() for start, end in blocks]) if width > 1 else importance
+    return [blocks[i] for i in means.argsort(descending=True, stable=True).tolist()]
+
+
+def _panels(blocks: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Neighbouring blocks of about _PANEL columns together."""
+    panel: list[tuple[int, int]] = []
+    for block in blocks:
+        panel.append(block)
+        if sum(end - start for start, end in panel) >= _PANEL:
+            yield panel
+            panel = []
+    if panel:
+        yield panel
 
 
 def inverse_factor(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
