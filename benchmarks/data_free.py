@@ -186,7 +186,7 @@ def main() -> None:
     wanted = [task for task in singles + others if args.groups is None or task.group in args.groups]
     pairs = [pair for pair in pairs if args.groups is None or pair[0].group in args.groups]
     tasks = wanted + [task for pair in pairs for task in pair]
-    arms = _finished(args.output) if args.resume else {}
+    arms = finished(args.output) if args.resume else {}
 
     def keep() -> None:
         """After every arm: a run that is cut short has lost nothing."""
@@ -218,7 +218,7 @@ def key(task: Task) -> tuple[str, str]:
     return task.group, task.name
 
 
-def _finished(path: Path) -> dict[tuple[str, str], Arm]:
+def finished(path: Path) -> dict[tuple[str, str], Arm]:
     """Arms of an earlier run that was cut short."""
     if not path.is_file():
         return {}

@@ -113,7 +113,13 @@ class Lab:
 
 
 def arguments(
-    description: str, text: str, default_output: str, *, jobs: bool = False, update: bool = False
+    description: str,
+    text: str,
+    default_output: str,
+    *,
+    jobs: bool = False,
+    update: bool = False,
+    calibration: bool = False,
 ) -> argparse.Namespace:
     """The options every benchmark takes."""
     parser = argparse.ArgumentParser(description=description)
@@ -127,6 +133,9 @@ def arguments(
         parser.add_argument("--deadline", type=float, default=None, help="begin no arm after so many seconds")
         parser.add_argument("--resume", action="store_true", help="keep the arms that OUTPUT holds already")
         parser.add_argument("--groups", nargs="*", default=None, help="only these groups of arms")
+    if calibration:
+        parser.add_argument("--calibration-windows", type=int, default=128)
+        parser.add_argument("--calibration-context", type=int, default=2048)
     if update:
         parser.add_argument("--update", action="store_true", help="also renew the table that the library ships")
     args = parser.parse_args()

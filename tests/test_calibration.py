@@ -124,6 +124,8 @@ def test_a_text_that_fills_no_window_says_so(tiny_llama, jsonl_file):
     [
         (["--calibration", "missing.txt"], "missing.txt: no such file"),
         (["--calibration", "self", "--calibration", "README.md"], "self cannot be mixed with files"),
+        (["--objective", "guided"], "--objective guided needs text"),
+        (["--objective", "hessian"], "--objective 'hessian' is not one of outputs, guided, fisher"),
         (["--calibration", "self", "--calibration-windows", "0"], "--calibration-windows 0 is below 1"),
         (["--calibration", "self", "--calibration-context", "1"], "--calibration-context 1 is below 2"),
     ],
@@ -132,6 +134,16 @@ def test_a_bad_calibration_is_one_line_and_exit_2(tiny_llama, tmp_path, capsys, 
     monkeypatch.setattr(sys, "argv", ["reallm", "compress", str(tiny_llama), "-o", str(tmp_path / "out"), *options])
     assert main() == 2
     assert says in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("objective", ["guided", "fisher"])
+def test_an_objective_of_the_end_loss_brings_the_model_nearer_too(tiny_llama, recipe, text_file, tmp_path, objective):
+    settings = {"recipe": recipe, "calibration": (str(text_file),), **CALIBRATION}
+    reallm.compress(tiny_llama, tmp_path / "plain", recipe=recipe)
+    reallm.compress(tiny_llama, tmp_path / objective, objective=objective, **settings)
+    ids = tokenize(load_tokenizer(tiny_llama), load_text(text_file))[600:856].view(4, 64)
+    plain = divergence(tiny_llama, tmp_path / "plain", ids)
+    assert divergence(tiny_llama, tmp_path / objective, ids) < (0.9 if objective == "guided" else 1.1) * plain
 
 
 def test_the_dry_run_counts_what_calibration_takes(tiny_llama, recipe, job):

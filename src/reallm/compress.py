@@ -41,9 +41,16 @@ from reallm.formats import WeightFormat, to_spec
 from reallm.formats.waist import inner, under
 from reallm.model import Matrix, Source, Walk, load_tokenizer, open_source, read_matrix, walk
 from reallm.model.calibration import SELF, windows_of_files, windows_written
-from reallm.model.stream import Moments, Stream
+from reallm.model.gradients import fisher, token_weights
+from reallm.model.stream import Stream
 from reallm.model.text import load_text, text_sha256
 
+OUTPUTS, GUIDED, FISHER = "outputs", "guided", "fisher"
+OBJECTIVES = {
+    OUTPUTS: "squared error of every matrix's outputs",
+    GUIDED: "the same, tokens weighted by the gradient of the end loss",
+    FISHER: "squared error of the weights, each weighted by its Fisher information",
+}
 Progress = Callable[[str, int, int], None]  # (matrix just finished, weights done, weights in all)
 
 PLAN_FILE = "plan.yaml"
@@ -71,6 +78,7 @@ class Settings:
     calibration: tuple[str, ...] = ()  # text files, or "self"; without any, fits know the weights alone
     calibration_windows: int = 128
     calibration_context: int = 2048
+    objective: str = OUTPUTS  # what calibration makes of its inputs: OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -203,7 +211,12 @@ def calibration_of(settings: Settings) -> dict[str, Any] | None:
     if not settings.calibration:
         return None
     texts = [SELF if path == SELF else text_sha256(path) for path in settings.calibration]
-    return {"texts": texts, "windows": settings.calibration_windows, "context": settings.calibration_context}
+    return {
+        "texts": texts,
+        "windows": settings.calibration_windows,
+        "context": settings.calibration_context,
+        "objective": settings.objective,
+    }
 
 
 def _plan(infos: Sequence[MatrixInfo], model: Sequence[MatrixInfo], settings: Settings) -> Plan:
@@ -259,6 +272,10 @@ def _check_plan(plan: Plan, walked: Walk) -> None:
 
 def _check_calibration(settings: Settings) -> None:
     """Errors: RecipeError or TextError for a calibration that cannot be."""
+    if settings.objective not in OBJECTIVES:
+        raise RecipeError(f"--objective {settings.objective!r} is not one of {', '.join(OBJECTIVES)}")
+    if settings.objective != OUTPUTS and not settings.calibration:
+        raise RecipeError(f"--objective {settings.objective} needs text: give --calibration FILE or self")
     if SELF in settings.calibration and len(settings.calibration) > 1:
         raise RecipeError("--calibration self cannot be mixed with files")
     for option in ("windows", "context"):
@@ -310,6 +327,7 @@ def _fit_along_the_stream(job: Job, work: Path, done: Callable[[Matrix], None]) 
     with torch.no_grad():
         model = job.source.load(_stream_dtype(job), "cpu").eval()
         windows = _calibration_windows(job, model)
+        knowledge = _end_loss(job, model, windows, work)
         for matrix, planned in by_block.pop(None, []):
             _put(model, matrix, planned.fmt, _fit_or_keep(job, work, matrix, planned.fmt, None))
             done(matrix)
@@ -317,21 +335,22 @@ def _fit_along_the_stream(job: Job, work: Path, done: Callable[[Matrix], None]) 
         for number in range(len(stream.blocks)):
             of_block = by_block.pop(number, [])
             open_ones = [matrix for matrix, _ in of_block if not finished_file(work, matrix.name).is_file()]
-            moments = stream.moments(open_ones) if open_ones else Moments()
+            objectives = knowledge.objectives(stream, open_ones)
             for matrix, planned in of_block:
-                _put(model, matrix, planned.fmt, _fit_or_keep(job, work, matrix, planned.fmt, moments))
+                objective = objectives.get(matrix.name)
+                _put(model, matrix, planned.fmt, _fit_or_keep(job, work, matrix, planned.fmt, objective))
                 done(matrix)
             stream.advance()
         assert not by_block, f"blocks {list(by_block)} are not decoder blocks"
 
 
-def _fit_or_keep(job: Job, work: Path, matrix: Matrix, fmt: WeightFormat, moments: Moments | None) -> Path:
+def _fit_or_keep(job: Job, work: Path, matrix: Matrix, fmt: WeightFormat, objective: Objective | None) -> Path:
     """The file of a fitted matrix, made now unless it is there already."""
     path = finished_file(work, matrix.name)
     if path.is_file():
         check_finished(path, under(matrix.name, fmt.layout(matrix.shape)))
     else:
-        save_tensors(under(matrix.name, _compressed(job, matrix, fmt, moments)), path)
+        save_tensors(under(matrix.name, _compressed(job, matrix, fmt, objective)), path)
     return path
 
 
@@ -373,7 +392,7 @@ def _put(model: torch.nn.Module, matrix: Matrix, fmt: WeightFormat, file: Path) 
     target.copy_(decoded.T if matrix.transposed else decoded)
 
 
-def _compressed(job: Job, matrix: Matrix, fmt: WeightFormat, moments: Moments | None) -> dict[str, Tensor]:
+def _compressed(job: Job, matrix: Matrix, fmt: WeightFormat, objective: Objective | None) -> dict[str, Tensor]:
     weight = read_matrix(job.source, matrix).to(job.settings.device, torch.float32)
     _check_finite(matrix.parameter, weight)
     if (largest := weight.abs().max().item()) > _LARGEST_WEIGHT:
@@ -381,18 +400,46 @@ def _compressed(job: Job, matrix: Matrix, fmt: WeightFormat, moments: Moments | 
     # Every matrix has its own seed, so that none depends on which were fitted before it.
     seed = (job.settings.seed + zlib.crc32(matrix.name.encode())) % _SEEDS
     with torch.no_grad():
-        return fmt.pack(fit(fmt, weight, _objective(matrix, weight, moments), seed), matrix.shape)
+        objective = objective.to(weight.device) if objective else Objective.relative_columns(weight)
+        return fmt.pack(fit(fmt, weight, objective, seed), matrix.shape)
 
 
-def _objective(matrix: Matrix, weight: Tensor, moments: Moments | None) -> Objective:
-    """By the inputs that calibration saw; by the weight alone without calibration, and for experts."""
-    hessian = moments and moments.of(matrix.name)
-    if hessian is None:
-        return Objective.relative_columns(weight)
-    try:
-        return Objective.of_outputs(hessian.to(weight.device))
-    except FormatError as error:
-        raise SourceError(f"{matrix.name}: {error}") from error
+@dataclass(frozen=True)
+class _EndLoss:
+    """What the end loss says of tokens (guided) or of weights (fisher); nothing for plain outputs."""
+
+    weights: dict[str, Tensor] | None = None
+    fisher: dict[str, Tensor] | None = None
+
+    def objectives(self, stream: Stream, matrices: Sequence[Matrix]) -> dict[str, Objective]:
+        """By matrix of the present block; those that calibration tells nothing of, experts too, are left out."""
+        if not matrices:
+            return {}
+        if self.fisher is not None:
+            return {m.name: Objective(self.fisher[m.name]) for m in matrices if m.name in self.fisher}
+        moments = stream.moments(matrices, self.weights)
+        found = {}
+        for matrix in matrices:
+            if (hessian := moments.of(matrix.name)) is not None:
+                try:
+                    found[matrix.name] = Objective.of_outputs(hessian)
+                except FormatError as error:
+                    raise SourceError(f"{matrix.name}: {error}") from error
+        return found
+
+
+def _end_loss(job: Job, model: torch.nn.Module, windows: Tensor, work: Path) -> _EndLoss:
+    """Asks the original model, unless everything is fitted already."""
+    open_ones = [
+        matrix
+        for matrix, _ in job.compressed
+        if matrix.block is not None and not finished_file(work, matrix.name).is_file()
+    ]
+    if job.settings.objective == OUTPUTS or not open_ones:
+        return _EndLoss()
+    if job.settings.objective == GUIDED:
+        return _EndLoss(weights=token_weights(model, windows, open_ones, job.settings.device))
+    return _EndLoss(fisher=fisher(model, windows, open_ones, job.settings.device))
 
 
 def _check_kept(job: Job) -> None:
@@ -451,7 +498,13 @@ def _stream_bytes(job: Job) -> int:
         return 0
     hidden = job.source.config.get_text_config(decoder=True).hidden_size
     numbers = job.source.total_parameters + _stream_tokens(job) * hidden
-    return numbers * _stream_dtype(job).itemsize
+    in_blocks = [matrix.shape for matrix, _ in job.compressed if matrix.block is not None]
+    of_end_loss = {
+        OUTPUTS: 0,
+        GUIDED: 4 * _stream_tokens(job) * len(in_blocks),
+        FISHER: 4 * sum(_numel(shape) for shape in in_blocks),
+    }
+    return numbers * _stream_dtype(job).itemsize + of_end_loss[job.settings.objective]
 
 
 def _stream_tokens(job: Job) -> int:
@@ -459,7 +512,10 @@ def _stream_tokens(job: Job) -> int:
 
 
 def _stream_seconds(job: Job) -> float:
-    """Two passes of all tokens through every block and the sums of their inputs, at the speed of one product."""
+    """Two passes of all tokens through every block and the sums of their inputs, at the speed of one product.
+
+    The end loss takes three more: one forward and, twice as long, one back.
+    """
     if not job.settings.calibration:
         return 0.0
     sample = torch.randn(1024, 1024, dtype=_stream_dtype(job)).to(job.settings.device)
@@ -467,7 +523,8 @@ def _stream_seconds(job: Job) -> float:
     (sample @ sample).sum().item()
     per_operation = (time.perf_counter() - begun) / (2 * 1024**3)
     shapes = [matrix.shape for matrix, _ in job.compressed if matrix.block is not None]
-    operations = sum(2 * 2 * out * columns + columns**2 for out, columns in shapes)
+    passes = 2 if job.settings.objective == OUTPUTS else 5
+    operations = sum(passes * 2 * out * columns + 2 * columns**2 for out, columns in shapes)
     return _stream_tokens(job) * operations * per_operation
 
 

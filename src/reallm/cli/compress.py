@@ -65,6 +65,14 @@ def command(
     calibration_context: Annotated[
         int, typer.Option(metavar="N", help="Tokens a window; at most what the model was made for.")
     ] = 2048,
+    objective: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What calibration minimises: outputs (squared error of every matrix's outputs), guided (tokens "
+            "weighted by the gradient of the end loss) or fisher (weights weighted by their Fisher information).",
+        ),
+    ] = "outputs",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print plan, bytes, time, memory and disk, and stop before any work.")
     ] = False,
@@ -90,6 +98,7 @@ def command(
         head=_end_format("--head", head),
         calibration=tuple(calibration or ()),
         calibration_windows=calibration_windows,
+        objective=objective,
         calibration_context=calibration_context,
     )
     job = prepare(model, settings)

@@ -91,6 +91,10 @@ class Objective:
         hessian = (hessian + hessian.T) / 2
         return Objective(hessian.diagonal()[None].clone(), hessian)
 
+    def to(self, device: torch.device) -> Objective:
+        """The same on another device."""
+        return Objective(self.importance.to(device), None if self.hessian is None else self.hessian.to(device))
+
     @property
     def by_column(self) -> Float[Tensor, " in"]:
         """One importance a column, for methods that cannot tell rows apart."""

@@ -42,13 +42,25 @@ class Moments:
             return None
         return self.sums[leader] / self.tokens[leader]
 
-    def add(self, name: str, inputs: Float[Tensor, "*tokens in"], alike: dict[str, Tensor]) -> None:
-        """Count the inputs of one forward pass. `alike`: leaders of this pass with the very tensor they got."""
+    def add(
+        self,
+        name: str,
+        inputs: Float[Tensor, "*tokens in"],
+        alike: dict[str, Tensor],
+        weights: Float[Tensor, "windows context"] | None = None,
+    ) -> None:
+        """Count the inputs of one forward pass. `alike`: leaders of this pass with the very tensor they got.
+
+        With `weights` of the tokens a module has a sum of its own.
+        """
         twin = next((leader for leader, tensor in alike.items() if tensor is inputs), None)
         if self.leader_of.setdefault(name, twin or name) != name:
             return
-        alike[name] = inputs
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        if weights is None:
+            alike[name] = inputs
+        else:
+            rows = rows * weights.reshape(-1, 1).to(rows).sqrt()
         if name not in self.sums:
             self.sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
             self.tokens[name] = 0
@@ -79,22 +91,31 @@ class Stream:
         """Memory that the hidden states take."""
         return sum(state.nbytes for state in self.states)
 
-    def moments(self, matrices: Sequence[Matrix]) -> Moments:
-        """What the given matrices of the present block are fed; the states stay where they are."""
+    def moments(
+        self, matrices: Sequence[Matrix], weights: dict[str, Float[Tensor, "windows context"]] | None = None
+    ) -> Moments:
+        """What the given matrices of the present block are fed; the states stay where they are.
+
+        `weights` of every window's tokens by module, where tokens do not count alike.
+        """
         moments, block = Moments(), self.blocks[self.position]
         alike: dict[str, Tensor] = {}
-        hooks = []
+        hooks, span = [], slice(0, 0)
+
+        def count(name: str, inputs: Tensor) -> None:
+            own = weights.get(name) if weights else None
+            moments.add(name, inputs, alike, None if own is None else own[span])
+
         for matrix in matrices:
             module = self.model.get_submodule(matrix.name) if matrix.expert is None else None
             if module is not None and linear_shape(module) is not None:
                 hooks.append(
-                    module.register_forward_pre_hook(
-                        lambda _, inputs, name=matrix.name: moments.add(name, inputs[0], alike)
-                    )
+                    module.register_forward_pre_hook(lambda _, inputs, name=matrix.name: count(name, inputs[0]))
                 )
         with self._on_device(block):
             for state in self.states:
                 alike.clear()
+                span = slice(span.stop, span.stop + len(state))
                 self._through(block, state)
         for hook in hooks:
             hook.remove()

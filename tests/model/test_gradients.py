@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from reallm.model import walk
+from reallm.model.gradients import fisher, token_weights
+from reallm.model.stream import Stream
+
+
+def windows(count=3, context=12):
+    return torch.randint(2, 250, (count, context), generator=torch.Generator().manual_seed(0))
+
+
+def blocks_of(model):
+    return [matrix for matrix in walk(model).matrices if matrix.kind == "block"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3_moe"])
+def test_token_weights_are_squared_gradients_of_the_loss(family, build):
+    model = build(family)
+    matrix = next(m for m in blocks_of(model) if m.expert is None)
+    found = token_weights(model, windows(), blocks_of(model), "cpu")
+    outputs = []
+
+    def keep(_module, _inputs, output):
+        output.retain_grad()
+        outputs.append(output)
+
+    hook = model.get_submodule(matrix.name).register_forward_hook(keep)
+    model(windows(), labels=windows(), use_cache=False).loss.backward()
+    hook.remove()
+    expected = outputs[0].grad.square().mean(-1)
+    torch.testing.assert_close(found[matrix.name], expected / expected.mean(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_last_token_of_a_window_predicts_nothing_and_counts_nothing(build):
+    model = build("llama")
+    found = token_weights(model, windows(), blocks_of(model), "cpu")
+    assert len(found) == len(blocks_of(model))
+    assert all((weight[:, -1] == 0).all() for name, weight in found.items() if "layers.1.mlp" in name)
+
+
+def test_fisher_of_one_token_is_the_squared_gradient_of_every_weight(build):
+    model = build("llama")
+    matrix = next(m for m in blocks_of(model) if m.role == "v")
+    ids = torch.tensor([[5, 9]])  # the last token predicts nothing: the gradient is that of the first alone
+    found = fisher(model, ids, [matrix], "cpu")[matrix.name]
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    expected = model.get_parameter(matrix.parameter).grad.square()
+    torch.testing.assert_close(found, expected / expected.mean(), rtol=1e-3, atol=1e-5)
+
+
+def test_nothing_of_the_model_is_changed(build):
+    model = build("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    token_weights(model, windows(), blocks_of(model), "cpu")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_weighted_moments_are_sums_of_weighted_tokens(build):
+    model = build("llama")
+    matrices = [m for m in blocks_of(model) if m.block == 0]
+    weights = token_weights(model, windows(), matrices, "cpu")
+    moments = Stream(model, windows(), "cpu").moments(matrices, weights)
+    seen = []
+    hook = model.get_submodule(matrices[0].name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(windows(), use_cache=False)
+    hook.remove()
+    rows = seen[0].reshape(-1, 64) * weights[matrices[0].name].reshape(-1, 1).sqrt()
+    torch.testing.assert_close(moments.of(matrices[0].name), rows.T @ rows / len(rows), rtol=1e-3, atol=1e-4)
+    assert moments.leader_of[matrices[1].name] == matrices[1].name  # weights differ, so that nothing is shared
