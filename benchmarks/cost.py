@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,11 @@ FORMATS = [
     vectors(2, 6),
     vectors(4, 8),
     with_rank(normal(3), 16),
-    with_rank(normal(3), 64),
     with_rank(vectors(2, 6), 16),
-    with_rank(vectors(2, 6), 32),
-    with_rank(vectors(2, 6), 64),
     {"format": "permuted", "method": "sort", "base": vectors(2, 6)},
+    with_rank(vectors(2, 6), 32),
+    with_rank(normal(3), 64),
+    with_rank(vectors(2, 6), 64),
     {"format": "permuted", "method": "greedy", "base": vectors(2, 6)},
     {"format": "permuted", "method": "greedy", "block_rows": 64, "base": vectors(2, 6)},
 ]
@@ -71,24 +72,23 @@ def name_of(spec: dict[str, Any]) -> str:
     return label(spec)
 
 
-def rows(model: str, folder: Path) -> list[dict[str, Any]]:
+def rows(model: str, folder: Path) -> Iterator[dict[str, Any]]:
     """Every command once; the first only warms the file cache."""
 
     def compress(name: str, *options: str) -> list[str]:
         return [*COMMAND, "compress", model, "-o", str(folder / name), *options]
 
     measured("(warm-up)", compress("warm", "--dry-run"))
-    found = [measured("compress --dry-run", compress("dry", "--dry-run"))]
-    found.append(measured("compress --bits 3 --dry-run", compress("dry3", "--bits", "3", "--dry-run")))
-    found.append(measured("compress", compress("mixed")))
-    found.append(measured("compress --bits 3", compress("three", "--bits", "3")))
+    yield measured("compress --dry-run", compress("dry", "--dry-run"))
+    yield measured("compress --bits 3 --dry-run", compress("dry3", "--bits", "3", "--dry-run"))
+    yield measured("compress", compress("mixed"))
+    yield measured("compress --bits 3", compress("three", "--bits", "3"))
     for mode in ("decode_at_load", "decode_per_use"):
-        found.append(measured(f"load, {mode}", [sys.executable, "-c", LOAD, str(folder / "mixed"), mode]))
+        yield measured(f"load, {mode}", [sys.executable, "-c", LOAD, str(folder / "mixed"), mode])
     for number, spec in enumerate(FORMATS):
         recipe = folder / f"{number}.yaml"
         recipe.write_text(yaml.safe_dump({"name": "one", "rules": [{"match": "*", "format": spec}]}), encoding="utf-8")
-        found.append(measured(f"compress, {name_of(spec)}", compress(f"out{number}", "--recipe", str(recipe))))
-    return found
+        yield measured(f"compress, {name_of(spec)}", compress(f"out{number}", "--recipe", str(recipe)))
 
 
 def main() -> None:
@@ -96,17 +96,18 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="original model: folder, hub id or GGUF file")
     parser.add_argument("--output", type=Path, default=Path("results/cost.json"))
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        found = rows(args.model, Path(folder))
-    result = {
+    provenance = {
         "command": "python benchmarks/cost.py --model MODEL",
         "commit": commit(),
         "machine": f"{machine(torch.device('cpu'))}, {os.cpu_count()} cores",
         "versions": versions(),
         "model": {"name": Path(args.model).name, "sha256": open_source(args.model).fingerprint()},
-        "rows": found,
     }
-    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for row in rows(args.model, Path(folder)):  # kept one by one: the last ones take minutes each
+            found.append(row)
+            args.output.write_text(json.dumps(provenance | {"rows": found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
