@@ -514,7 +514,7 @@ def _stream_tokens(job: Job) -> int:
 def _stream_seconds(job: Job) -> float:
     """Two passes of all tokens through every block and the sums of their inputs, at the speed of one product.
 
-    The end loss takes three more: one forward and, twice as long, one back.
+    The end loss takes three more through the whole model: one forward and, twice as long, one back.
     """
     if not job.settings.calibration:
         return 0.0
@@ -522,9 +522,10 @@ def _stream_seconds(job: Job) -> float:
     begun = time.perf_counter()
     (sample @ sample).sum().item()
     per_operation = (time.perf_counter() - begun) / (2 * 1024**3)
-    shapes = [matrix.shape for matrix, _ in job.compressed if matrix.block is not None]
-    passes = 2 if job.settings.objective == OUTPUTS else 5
-    operations = sum(passes * 2 * out * columns + 2 * columns**2 for out, columns in shapes)
+    in_blocks = sum(_numel(matrix.shape) for matrix in job.walk.matrices if matrix.block is not None)
+    sums = sum(matrix.shape[1] ** 2 for matrix, _ in job.compressed if matrix.block is not None)
+    of_end_loss = 0 if job.settings.objective == OUTPUTS else 3 * job.source.total_parameters
+    operations = 2 * (2 * in_blocks + sums + of_end_loss)
     return _stream_tokens(job) * operations * per_operation
 
 
