@@ -12,7 +12,6 @@ import json
 import os
 import shlex
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from lab import commit, machine
 
 from reallm.evaluate.measure import versions
 from reallm.fit.quality import gaussian_quality
-from reallm.formats import WeightFormat, from_spec, to_spec
-from reallm.report.formats import SHAPE, formats_text, measured_formats
+from reallm.formats import WeightFormat, from_spec
+from reallm.report.formats import SHAPE, formats_dict, formats_text, measured_formats, setting_of
+from reallm.report.names import short_name
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -30,12 +30,12 @@ def shape(text: str) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def measured_row(fmt: WeightFormat, size: tuple[int, int], device: str) -> dict[str, Any]:
-    """A row like those of the examples, for a setting that takes too long to be one."""
-    print(fmt, file=sys.stderr)
-    quality = asdict(gaussian_quality(fmt, size, device))
-    print(f"{quality['bits_per_weight']:.3f} b  error {quality['relative_error']:.4f}")
-    return {"format": fmt.name, "spec": to_spec(fmt), "nbytes": fmt.nbytes(size), **quality}
+def add(entries: dict[str, Any], fmt: WeightFormat, size: tuple[int, int], device: str) -> None:
+    """Measure a setting that takes too long to be an example, and put it beside those of its format."""
+    print(short_name(fmt), file=sys.stderr)
+    entry = formats_dict([fmt.name], size)["formats"][fmt.name]
+    settings = entries.setdefault(fmt.name, entry | {"settings": []})["settings"]
+    settings.append(setting_of(fmt, size, lambda fmt, size: gaussian_quality(fmt, size, device)))
 
 
 def main() -> None:
@@ -47,6 +47,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/gaussian.json"))
     args = parser.parse_args()
     found = measured_formats(args.names, args.shape, args.device, lambda setting: print(setting, file=sys.stderr))
+    for spec in args.spec:
+        add(found["formats"], from_spec(spec), args.shape, args.device)
     result = {
         "command": shlex.join(["python", "benchmarks/gaussian.py", *sys.argv[1:]]),
         "commit": commit(),
@@ -60,8 +62,6 @@ def main() -> None:
             for setting in entry["settings"]
         ],
     }
-    for spec in args.spec:
-        result["rows"].append(measured_row(from_spec(spec), args.shape, args.device))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print(formats_text(found))

@@ -59,8 +59,7 @@ def _entry(
     for fmt in example_formats(cls):
         if progress and measure:
             progress(short_name(fmt))
-        fmt.check(shape)
-        settings.append(_setting(fmt, shape, measure(fmt, shape) if measure else None))
+        settings.append(setting_of(fmt, shape, measure))
     return {
         "description": _first_line(cls.__doc__),
         "fields": [_field(field) for field in dataclasses.fields(cls)],  # type: ignore[arg-type]
@@ -70,7 +69,13 @@ def _entry(
     }
 
 
-def _setting(fmt: WeightFormat, shape: Shape, quality: Quality | None) -> Entry:
+def setting_of(fmt: WeightFormat, shape: Shape, measure: Measure | None = None) -> Entry:
+    """One setting as JSON values; with `measure` what it finds.
+
+    Errors: FormatError if it cannot store `shape`.
+    """
+    fmt.check(shape)
+    quality = measure(fmt, shape) if measure else None
     return {
         "name": short_name(fmt),
         "spec": to_spec(fmt),
