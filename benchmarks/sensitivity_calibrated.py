@@ -10,6 +10,7 @@ is measured. Validation text. Writes results/sensitivity_calibrated.json.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -76,10 +77,10 @@ def _row(bench: Bench, label: str, keys: dict[str, Any], chosen: list[Fitted], w
     result = bench.lab.evaluate(windows)
     for one in chosen:
         bench.target(one.matrix).copy_(bench.original(one.matrix))
-    weights = sum(one.matrix.weights for one in chosen)
+    weights = sum(math.prod(one.matrix.shape) for one in chosen)
 
     def mean(value: Callable[[Fitted], float]) -> float:
-        return sum(value(one) * one.matrix.weights for one in chosen) / weights
+        return sum(value(one) * math.prod(one.matrix.shape) for one in chosen) / weights
 
     return {
         "format": label,
