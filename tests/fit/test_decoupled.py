@@ -120,3 +120,10 @@ def test_what_cannot_be_kept_is_named():
         decoupled("rows", precision="int4")
     with pytest.raises(FormatError, match=r"kind='rows' leaves nothing of a \(1, 8\) matrix"):
         decoupled("rows").check((1, 8))
+
+
+def test_so_many_columns_are_kept_that_vectors_of_eight_fill_the_rest():
+    counts = [decoupled("columns", share=share).kept((576, 576)) for share in (0.001, 0.005, 0.01, 0.03)]
+    assert counts == [1, 3, 8, 16]
+    assert decoupled("entries", share=0.01).kept((576, 576)) == 3318
+    assert decoupled("columns", share=0.9).kept((3, 4)) == 3

@@ -66,9 +66,14 @@ class Decoupled(WeightFormat):
         return {COLUMNS: shape[1], ROWS: shape[0], ENTRIES: shape[0] * shape[1]}[self.kind]
 
     def kept(self, shape: Shape) -> int:
-        """How many of them are kept: the share, rounded, but at least one, and not all."""
+        """How many of them are kept: the share, rounded, but at least one, and not all.
+
+        Columns and rows are rounded to eights if that leaves any: 570 columns would fill the words of `e8` as 576 do.
+        """
         places = self.places(shape)
-        return min(max(1, int(self.share * places + 0.5)), places - 1)
+        wanted = self.share * places
+        eights = 0 if self.kind == ENTRIES else 8 * int(wanted / 8 + 0.5)
+        return min(eights or max(1, int(wanted + 0.5)), places - 1)
 
     def rest_shape(self, shape: Shape) -> Shape:
         """Shape of the base."""
