@@ -79,12 +79,13 @@ def kmeans(
     size: int,
     seed: int = 0,
     start: Float[Tensor, "size dim"] | None = None,
+    anchored: bool = True,
 ) -> Float[Tensor, "size dim"]:
     """`size` entries of small importance-weighted squared distance, by Lloyd's iteration on a sample.
 
     Vectors lie in [-1, 1]. Starts from `start`, else from the quantiles of a normal in one dimension and
     from drawn vectors in more. Codebooks of more than two entries keep one entry at 0 and pin outermost
-    coordinates to ±1. An entry that no vector chooses is moved to the vector that is served worst.
+    coordinates to ±1; with `anchored` off they do not, and vectors may have any size but one dimension. An entry that no vector chooses is moved to the vector that is served worst.
     One-dimensional entries come sorted.
     """
     generator = torch.Generator(device=vectors.device).manual_seed(seed)
@@ -95,8 +96,8 @@ def kmeans(
     importance = importance / importance.mean().clamp(min=_TINY)
     codebook = _first_entries(vectors, importance, size, generator) if start is None else start
     for _ in range(_ITERATIONS if start is None else _WARM_ITERATIONS):
-        codebook = _lloyd_step(vectors, importance, _anchored(codebook))
-    return _anchored(codebook)
+        codebook = _lloyd_step(vectors, importance, _anchored(codebook) if anchored else codebook)
+    return _anchored(codebook) if anchored else codebook
 
 
 def nearest(

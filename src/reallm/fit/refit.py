@@ -1,0 +1,158 @@
+"""Float parts of a format refitted while its codes stay, and codes and float parts in turn.
+
+With the codes fixed the decoded matrix of most formats is linear in a codebook, a table or the scales, so that the best
+ones are a least-squares problem. Its normal equations need nothing but the decoder and its transpose, which autograd
+has for every format. Refitting all codewords at once after each assignment is AQLM's (Egiazarian et al.,
+arXiv:2401.06118); entries that move while codes stay are the codebook of ClusComp (arXiv:2503.13089).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reallm.fit.dispatch import decoded, shape_of
+from reallm.fit.objective import Objective
+from reallm.formats import Parts, WeightFormat
+
+_STEPS = 30
+# Steps end when the squared gradient, in units of the preconditioner, has fallen by this factor.
+_SOLVED = 1e-8
+# A round that gains less does not pay for the next one.
+_LEAST_GAIN = 2e-3
+
+
+def refitted(
+    fmt: WeightFormat,
+    parts: Parts,
+    weight: Float[Tensor, "out in"],
+    objective: Objective,
+    names: Sequence[str],
+    steps: int = _STEPS,
+) -> Parts:
+    """`parts` with the float parts `names` at their best for the codes, as stored; never worse by the objective.
+
+    `names` are fields of the parts, those of an inner format as "base.codebook". The decoded matrix must be linear
+    in them together (or affine, beside a residual). At most `steps` of conjugate gradients from the present
+    values, in float64: sums of gradients by code come out the same in every run then. Parts are returned as they are
+    where what the file would keep of the solution has no smaller error.
+    """
+    with torch.enable_grad():
+        moved = _solved(fmt, parts, weight, objective, names, steps)
+    shape = shape_of(weight)
+    stored = fmt.unpack(fmt.pack(moved, shape), shape)
+    kept = _with(parts, {name: _at(stored, name) for name in names})
+    errors = [objective.error(weight, decoded(fmt, some, weight)) for some in (kept, parts)]
+    return kept if errors[0] < errors[1] else parts
+
+
+def alternated(
+    fmt: WeightFormat,
+    parts: Parts,
+    weight: Float[Tensor, "out in"],
+    objective: Objective,
+    names: Sequence[Sequence[str]],
+    recoded: Callable[[Parts], Parts],
+    rounds: int,
+) -> Parts:
+    """Refits of each group of `names` and new codes in turn; the error falls from round to round.
+
+    `recoded` gives parts with codes chosen anew for their float parts. Codes by feedback are not the best ones, so
+    each row (or row of tiles) keeps its old codes where they serve it better. Ends before `rounds` when one gains
+    little.
+    """
+    error = objective.error(weight, decoded(fmt, parts, weight))
+    for number in range(rounds + 1):
+        for group in names:
+            parts = refitted(fmt, parts, weight, objective, group)
+        now = objective.error(weight, decoded(fmt, parts, weight))
+        if number == rounds or (number and now > error * (1 - _LEAST_GAIN)):
+            break
+        error = now
+        parts = better_rows(fmt, weight, objective, parts, recoded(parts))
+    return parts
+
+
+def better_rows(
+    fmt: WeightFormat, weight: Float[Tensor, "out in"], objective: Objective, one: Parts, other: Parts
+) -> Parts:
+    """`one` with the codes of `other` in those rows of codes where they have the smaller error."""
+    errors = [objective.row_errors(weight, decoded(fmt, parts, weight)) for parts in (one, other)]
+    rows = -(-weight.shape[0] // len(one.codes))
+    better = torch.nn.functional.pad(errors[0] - errors[1], (0, rows * len(one.codes) - len(weight)))
+    chosen = better.view(-1, rows).sum(1) > 0
+    broad = chosen.view(-1, *[1] * (one.codes.ndim - 1))
+    return dataclasses.replace(one, codes=torch.where(broad, other.codes, one.codes))
+
+
+def _solved(
+    fmt: WeightFormat, parts: Parts, weight: Tensor, objective: Objective, names: Sequence[str], steps: int
+) -> Parts:
+    """Preconditioned conjugate gradients on Lᵀ H L x = Lᵀ H (weight - decoded), L the decoder's linear part."""
+    shape = shape_of(weight)
+    leaves = [_at(parts, name).detach().double().requires_grad_() for name in names]
+    image = fmt.decode(_with(parts, dict(zip(names, leaves, strict=True))), shape)
+    seed = torch.zeros_like(image, requires_grad=True)
+    pulled = torch.autograd.grad(image, leaves, seed, create_graph=True)
+
+    def forward(values: list[Tensor]) -> Tensor:
+        return torch.autograd.grad(pulled, seed, values, retain_graph=True)[0]
+
+    def backward(errors: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(image, leaves, errors, retain_graph=True))
+
+    importance = objective.importance.double()
+    weighted = (lambda d: d * importance) if objective.hessian is None else _product_with(objective.hessian)
+    scale = [_positive(d) for d in backward(importance * forward([torch.ones_like(leaf) for leaf in leaves]))]
+    residual = backward(weighted(weight - image.detach()))
+    found = [torch.zeros_like(leaf) for leaf in leaves]
+    direction = preconditioned = [r / s for r, s in zip(residual, scale, strict=True)]
+    size = first = _dot(residual, preconditioned)
+    for _ in range(steps):
+        if not size > first * _SOLVED:
+            break
+        step = backward(weighted(forward(direction)))
+        length = size / _dot(direction, step).clamp(min=torch.finfo(torch.float64).tiny)
+        found = [f + length * d for f, d in zip(found, direction, strict=True)]
+        residual = [r - length * s for r, s in zip(residual, step, strict=True)]
+        preconditioned = [r / s for r, s in zip(residual, scale, strict=True)]
+        before, size = size, _dot(residual, preconditioned)
+        direction = [p + size / before * d for p, d in zip(preconditioned, direction, strict=True)]
+    moved = {n: (leaf.detach() + f).float() for n, leaf, f in zip(names, leaves, found, strict=True)}
+    return _with(parts, moved)
+
+
+def _product_with(hessian: Tensor) -> Callable[[Tensor], Tensor]:
+    """D -> D H in float32: an error of 1e-7 only slows the steps, and many GPUs are slow in float64."""
+    return lambda errors: (errors.float() @ hessian).double()
+
+
+def _positive(diagonal: Tensor) -> Tensor:
+    """Row sums of the normal matrix as its diagonal: the same up to a factor where all terms have one sign.
+
+    Entries that no code uses have 0 there, and no gradient either.
+    """
+    return torch.where(diagonal > diagonal.abs().mean() * 1e-6, diagonal, diagonal.abs().mean().clamp(min=1e-30))
+
+
+def _dot(one: list[Tensor], other: list[Tensor]) -> Tensor:
+    return torch.stack([(a * b).sum() for a, b in zip(one, other, strict=True)]).sum()
+
+
+def _at(parts: Parts, name: str) -> Tensor:
+    """A part by its name, "base.codebook" for one of an inner format."""
+    for step in name.split("."):
+        parts = getattr(parts, step)
+    return parts
+
+
+def _with(parts: Parts, values: dict[str, Tensor]) -> Parts:
+    """Parts with some replaced, by the names of `_at`."""
+    for name, value in values.items():
+        head, _, rest = name.partition(".")
+        parts = dataclasses.replace(parts, **{head: _with(getattr(parts, head), {rest: value}) if rest else value})
+    return parts
