@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +26,8 @@ _ROUNDS = 4
 # Scores of one chunk.
 _SCORES_PER_CHUNK = {"cpu": 1 << 22}
 _SCORES_PER_CHUNK_ELSEWHERE = 1 << 27
+# Codebooks with up to 2^8 sums are searched as one: exact, and fewer steps.
+_SUMS_BITS = 8
 _NAMES = (("codebooks",), ("scales",))
 
 
@@ -38,10 +42,11 @@ def fit_additive(
     objective = objective or Objective.plain(weight)
     parts = start if isinstance(start, AdditiveParts) else _first(fmt, weight, objective, seed)
 
-    def recoded(parts: AdditiveParts) -> AdditiveParts:
-        return dataclasses.replace(parts, codes=coded(weight, AdditiveCoder(fmt, parts.codebooks, parts.scales), objective))
+    def coder_of(parts: AdditiveParts) -> AdditiveCoder:
+        return AdditiveCoder(fmt, parts.codebooks, parts.scales)
 
-    return alternated(fmt, recoded(parts), weight, objective, _NAMES, recoded, _ROUNDS)
+    parts = dataclasses.replace(parts, codes=coded(weight, coder_of(parts), objective))
+    return alternated(fmt, parts, weight, objective, _NAMES, coder_of, _ROUNDS if start is None else 1)
 
 
 def _first(fmt: Additive, weight: Tensor, objective: Objective, seed: int) -> AdditiveParts:
@@ -59,7 +64,7 @@ def _first(fmt: Additive, weight: Tensor, objective: Objective, seed: int) -> Ad
         entries = kmeans(remainders, importance, 2**fmt.index_bits, seed + book, anchored=False)
         codebooks.append(entries.to(torch.float16).to(torch.float32))
         if book + 1 < fmt.books:
-            codes = beam_search(remainders, codebooks[-1][None], importance, width=1)
+            codes = beam_search(remainders, codebooks[-1:], importance, width=1)
             remainders = remainders - codebooks[-1][codes[:, 0]]
     return AdditiveParts(torch.zeros(0), torch.stack(codebooks), scales)
 
@@ -78,85 +83,129 @@ class AdditiveCoder:
         """Columns of a vector."""
         return self.fmt.vector_dim
 
+    @functools.cached_property
+    def tables(self) -> list[Float[Tensor, "entries dim"]]:
+        """The codebooks as they are searched: neighbours whose sums are few are one table of all of them."""
+        return [_all_sums(group) for group in self.codebooks.split(_books_at_once(self.fmt.index_bits))]
+
     def encode(
         self, columns: Float[Tensor, "out columns"], start: int, importance: Float[Tensor, "rows columns"]
     ) -> tuple[Int[Tensor, "out codes"], Float[Tensor, "out columns"]]:
         """Codes of small error of the weights themselves: coordinates weighted by squared scale and importance."""
-        scales = scale_store.of_columns(self.scales, start, columns.shape[1], self.fmt.group_size)
-        weights = importance
-        if self.fmt.group_size % self.width:  # else a vector has one scale, and ratios inside a vector are all that counts
-            weights = importance * scales.square()
-        vectors, weights = self._vectors(columns / divisors(scales)), self._vectors(weights)
-        if len(weights) not in (1, len(vectors)):  # one row of importance for all
-            weights = weights.repeat(len(columns), 1)
-        codes = beam_search(vectors, self.codebooks, weights, self.beam)
-        return self._decoded(codes, scales)
+        scales = self._scales(start, columns.shape[1])
+        vectors = self._vectors(columns / divisors(scales))
+        weights = self._vectors((importance if self._one_scale else importance * scales.square()).expand_as(columns))
+        return self._found(beam_search(vectors, self.tables, weights, self.beam), scales, columns.shape[1])
 
     def encode_by(
         self, columns: Float[Tensor, "out columns"], start: int, root: Float[Tensor, "columns columns"]
     ) -> tuple[Int[Tensor, "out codes"], Float[Tensor, "out columns"]]:
         """The same for one vector a row, its errors weighed together: in space turned by `root` distance is plain."""
-        if self.fmt.group_size % self.width:
+        if not self._one_scale:
             return self.encode(columns, start, root.square().sum(1)[None])
-        scales = scale_store.of_columns(self.scales, start, columns.shape[1], self.fmt.group_size)
-        turned = self.codebooks[..., : columns.shape[1]] @ root
-        codes = beam_search((columns / divisors(scales)) @ root, turned, root.new_ones(1, len(root)), self.beam)
-        return self._decoded(codes, scales)
+        scales = self._scales(start, columns.shape[1])
+        turned = [table[:, : len(root)] @ root for table in self.tables]
+        codes = beam_search((columns / divisors(scales)) @ root, turned, None, self.beam)
+        return self._found(codes, scales, columns.shape[1])
+
+    @property
+    def _one_scale(self) -> bool:
+        """Whether all of a vector has one scale: it is a factor of all distances then, and no matter."""
+        return self.fmt.group_size % self.width == 0
+
+    def _scales(self, start: int, count: int) -> Float[Tensor, "out columns"]:
+        if not self.fmt.group_size:
+            return self.scales
+        return scale_store.of_columns(self.scales, start, count, self.fmt.group_size)
 
     def _vectors(self, matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "n dim"]:
         return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % self.width)).reshape(-1, self.width)
 
-    def _decoded(self, codes: Tensor, scales: Float[Tensor, "out columns"]) -> tuple[Tensor, Tensor]:
-        vectors = sum_of_entries(codes, self.codebooks).view(len(scales), -1)
-        return codes.view(len(scales), -1), vectors[:, : scales.shape[1]] * scales
+    def _found(self, codes: Int[Tensor, "n tables"], scales: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Codes of single codebooks and decoded values, by rows."""
+        codes = self._apart(codes)
+        vectors = sum_of_entries(codes, self.codebooks).view(len(self.scales), -1)
+        return codes.view(len(self.scales), -1), vectors[:, :count] * scales
+
+    def _apart(self, codes: Int[Tensor, "n tables"]) -> Int[Tensor, "n books"]:
+        bits, joined = self.fmt.index_bits, _books_at_once(self.fmt.index_bits)
+        if joined == 1:
+            return codes
+        columns = []
+        for book in range(self.fmt.books):
+            together = min(joined, self.fmt.books - book // joined * joined)
+            shift = bits * (together - 1 - book % joined)
+            columns.append(codes[:, book // joined] >> shift & (1 << bits) - 1)
+        return torch.stack(columns, 1)
 
 
 def beam_search(
     vectors: Float[Tensor, "n dim"],
-    codebooks: Float[Tensor, "books entries dim"],
-    importance: Float[Tensor, "rows dim"],
+    tables: Sequence[Float[Tensor, "_ dim"]],
+    importance: Float[Tensor, "n dim"] | None,
     width: int,
-) -> Int[Tensor, "n books"]:
-    """Codes whose sum of entries is at a small weighted squared distance; `importance` for each vector, or one for all.
+) -> Int[Tensor, "n tables"]:
+    """Codes whose sum of entries is at a small squared distance, each coordinate weighted by `importance`.
 
-    Codebook by codebook the `width` best partial sums go on; then every code of the survivors is chosen anew, the others
-    fixed. One codebook is searched exactly.
+    Table by table the `width` best partial sums go on; then every code of the survivors is chosen anew, the others
+    fixed. One table is searched exactly.
     """
-    chunk = max(1, _SCORES_PER_CHUNK.get(vectors.device.type, _SCORES_PER_CHUNK_ELSEWHERE) // (width * codebooks.shape[1]))
-    if len(importance) == 1:
-        importance = importance.expand(len(vectors), -1)[:1]
-    found = []
-    for at in range(0, len(vectors), chunk):
-        own = importance if len(importance) == 1 else importance[at : at + chunk]
-        found.append(_searched(vectors[at : at + chunk], codebooks, own, width))
-    return torch.cat(found).to(torch.int32)
+    scores = _SCORES_PER_CHUNK.get(vectors.device.type, _SCORES_PER_CHUNK_ELSEWHERE)
+    chunk = max(1, scores // (width * max(len(table) for table in tables)))
+    if len(vectors) <= chunk:
+        return _searched(vectors, tables, importance, width).to(torch.int32)
+    weights = [None] * -(-len(vectors) // chunk) if importance is None else importance.split(chunk)
+    pairs = zip(vectors.split(chunk), weights, strict=True)
+    return torch.cat([_searched(part, tables, weight, width) for part, weight in pairs]).to(torch.int32)
 
 
-def _searched(vectors: Tensor, codebooks: Tensor, importance: Tensor, width: int) -> Tensor:
-    energies = [importance @ book.square().T for book in codebooks]  # (n or 1, entries)
-    codes = torch.zeros(len(vectors), 1, 0, dtype=torch.int64, device=vectors.device)
-    remainders, scores = vectors[:, None], vectors.new_zeros(len(vectors), 1)
-    for book, energy in zip(codebooks, energies, strict=True):
-        total = scores[..., None] + _scores(remainders, book, importance, energy)
+def _searched(
+    vectors: Tensor, tables: Sequence[Tensor], importance: Tensor | None, width: int
+) -> Int[Tensor, "n tables"]:
+    if importance is None:
+        energies = [table.square().sum(1)[None] for table in tables]
+    else:
+        energies = [importance @ table.square().T for table in tables]
+        importance = importance[:, None]
+    scores = _scores(vectors[:, None], tables[0], importance, energies[0])[:, 0]
+    if len(tables) == 1:
+        return scores.argmin(1, keepdim=True)
+    scores, first = scores.topk(min(width, len(tables[0])), largest=False)
+    codes, remainders = [first], vectors[:, None] - tables[0][first]
+    for table, energy in zip(tables[1:], energies[1:], strict=True):
+        total = scores[..., None] + _scores(remainders, table, importance, energy)
         scores, places = total.flatten(1).topk(min(width, total[0].numel()), largest=False)
-        parents, chosen = places // len(book), places % len(book)
-        codes = torch.cat([_of(codes, parents), chosen[..., None]], 2)
-        remainders = _of(remainders, parents) - book[chosen]
-    if len(codebooks) == 1:
-        return codes[:, 0]
-    for number, (book, energy) in enumerate(zip(codebooks, energies, strict=True)):
-        freed = remainders + book[codes[..., number]]
-        codes[..., number] = _scores(freed, book, importance, energy).argmin(2)
-        remainders = freed - book[codes[..., number]]
-    best = (remainders.square() * importance[:, None]).sum(2).argmin(1)
-    return codes[torch.arange(len(codes), device=codes.device), best]
+        parents, chosen = places // len(table), places % len(table)
+        codes = [*(earlier.gather(1, parents) for earlier in codes), chosen]
+        remainders = remainders.gather(1, parents[..., None].expand(-1, -1, vectors.shape[1])) - table[chosen]
+    for number, (table, energy) in enumerate(zip(tables, energies, strict=True)):
+        freed = remainders + table[codes[number]]
+        codes[number] = _scores(freed, table, importance, energy).argmin(2)
+        remainders = freed - table[codes[number]]
+    squares = remainders.square() if importance is None else remainders.square() * importance
+    best = squares.sum(2).argmin(1, keepdim=True)
+    return torch.cat([codes_of_table.gather(1, best) for codes_of_table in codes], 1)
 
 
-def _scores(remainders: Tensor, book: Tensor, importance: Tensor, energy: Tensor) -> Float[Tensor, "n beam entries"]:
+def _scores(
+    remainders: Float[Tensor, "n beam dim"],
+    table: Float[Tensor, "entries dim"],
+    importance: Float[Tensor, "n 1 dim"] | None,
+    energy: Float[Tensor, "_ entries"],
+) -> Float[Tensor, "n beam entries"]:
     """Weighted squared distance of every entry, less that of 0."""
-    return energy[:, None] - 2 * (remainders * importance[:, None]) @ book.T
+    weighted = remainders if importance is None else remainders * importance
+    return torch.add(energy[:, None], weighted @ table.T, alpha=-2)
 
 
-def _of(values: Tensor, parents: Int[Tensor, "n beam"]) -> Tensor:
-    """The values of each new candidate's parent."""
-    return values.gather(1, parents[..., None].expand(-1, -1, values.shape[2]))
+def _books_at_once(index_bits: int) -> int:
+    """Codebooks that are searched as one table."""
+    return max(1, _SUMS_BITS // index_bits)
+
+
+def _all_sums(books: Float[Tensor, "books entries dim"]) -> Float[Tensor, "sums dim"]:
+    """The sums of one entry of each; the code of the first one is the highest part of the index."""
+    total = books[0]
+    for book in books[1:]:
+        total = (total[:, None] + book).flatten(0, 1)
+    return total

@@ -105,27 +105,39 @@ def swept(
     blocks = _blocks(hessian.diagonal(), coder.width, falling=True)
     codes, decoded = codes.clone(), decoded.clone()
     per_block = codes.shape[1] // len(blocks)
+    rows_per_code = -(-len(weight) // len(codes))
+    roots, inverses = _own_roots(hessian, coder.width)
     slopes = (weight - decoded) @ hessian
     for start, end in blocks:
-        own = hessian[start:end, start:end]
-        # Lower triangular: |D · root|² is the cost of D in the block.
-        root = damped_root(own)
-        present = decoded[:, start:end]
-        target = present + torch.cholesky_solve(slopes[:, start:end].T, root).T
-        number = start // coder.width * per_block
-        found, rounded = _encoded(coder, target, start, root)
-        gains = ((2 * slopes[:, start:end] - (rounded - present) @ own) * (rounded - present)).sum(1)
-        chosen = _by_code_row(gains, len(codes)) > 0
-        place = slice(number, number + per_block)
-        codes[:, place] = torch.where(chosen[:, None], found, codes[:, place])
-        rows = chosen.repeat_interleave(-(-len(weight) // len(codes)))[: len(weight), None]
-        step = torch.where(rows, rounded - present, 0.0)
+        number, span = start // coder.width, slice(0, end - start)
+        slope, present = slopes[:, start:end], decoded[:, start:end]
+        target = present + slope @ inverses[number, span, span]
+        found, rounded = _encoded(coder, target, start, roots[number, span, span])
+        step = rounded - present
+        gains = by_code_row(((2 * slope - step @ hessian[start:end, start:end]) * step).sum(1), len(codes))
+        place = slice(number * per_block, (number + 1) * per_block)
+        codes[:, place] = torch.where(gains[:, None] > 0, found, codes[:, place])
+        kept = (gains > 0).repeat_interleave(rows_per_code)[: len(weight), None]
+        step = torch.where(kept, step, 0.0)
         decoded[:, start:end] += step
         slopes -= step @ hessian[start:end]
     return codes, decoded
 
 
-def _by_code_row(values: Float[Tensor, " out"], count: int) -> Float[Tensor, " coded"]:
+def _own_roots(hessian: Tensor, width: int) -> tuple[Float[Tensor, "blocks w w"], Float[Tensor, "blocks w w"]]:
+    """Lower Cholesky factors and inverses of all diagonal blocks of H + damping, in two calls; filled up with ones."""
+    missing = -len(hessian) % width
+    filled = torch.nn.functional.pad(hessian.double(), (0, missing, 0, missing))
+    filled[range(len(hessian), len(filled)), range(len(hessian), len(filled))] = 1
+    count = len(filled) // width
+    own = filled.view(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    damping = _DAMPING * own.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
+    damped = own + damping[:, None, None] * torch.eye(width, dtype=own.dtype, device=own.device)
+    roots = torch.linalg.cholesky(damped)
+    return roots.float(), torch.cholesky_inverse(roots).float()
+
+
+def by_code_row(values: Float[Tensor, " out"], count: int) -> Float[Tensor, " coded"]:
     """Sums over the output rows that share one of `count` rows of codes (rows of tiles)."""
     rows = -(-len(values) // count)
     return torch.nn.functional.pad(values, (0, rows * count - len(values))).view(count, rows).sum(1)

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reallm.fit.dispatch import decoded, shape_of
+from reallm.fit.feedback import Coder, by_code_row, swept
 from reallm.fit.objective import Objective
 from reallm.formats import Parts, WeightFormat
 
@@ -23,7 +24,7 @@ _STEPS = 30
 # Steps end when the squared gradient, in units of the preconditioner, has fallen by this factor.
 _SOLVED = 1e-8
 # A round that gains less does not pay for the next one.
-_LEAST_GAIN = 2e-3
+_LEAST_GAIN = 5e-3
 
 
 def refitted(
@@ -56,37 +57,39 @@ def alternated(
     weight: Float[Tensor, "out in"],
     objective: Objective,
     names: Sequence[Sequence[str]],
-    recoded: Callable[[Parts], Parts],
+    coder_of: Callable[[Parts], Coder],
     rounds: int,
 ) -> Parts:
-    """Refits of each group of `names` and new codes in turn; the error falls from round to round.
+    """Refits of each group of `names` and new codes in turn, from codes that are there; the error never rises.
 
-    `recoded` gives parts with codes chosen anew for their float parts. Codes by feedback are not the best ones, so
-    each row (or row of tiles) keeps its old codes where they serve it better. Ends before `rounds` when one gains
-    little.
+    New codes come from a sweep over the blocks if the objective has a hessian, else from rounding, and each row takes
+    those that serve it better. Ends with a refit, after `rounds` or when one gains little. Sweeps do more than
+    codes found anew by feedback, which are often worse than the refitted old ones (docs/log.md, 2026-11-24).
     """
-    error = objective.error(weight, decoded(fmt, parts, weight))
+    error = None
     for number in range(rounds + 1):
         for group in names:
             parts = refitted(fmt, parts, weight, objective, group)
-        now = objective.error(weight, decoded(fmt, parts, weight))
-        if number == rounds or (number and now > error * (1 - _LEAST_GAIN)):
+        approximation = decoded(fmt, parts, weight)
+        before, error = error, objective.error(weight, approximation)
+        if number == rounds or (before is not None and error > before * (1 - _LEAST_GAIN)):
             break
-        error = now
-        parts = better_rows(fmt, weight, objective, parts, recoded(parts))
+        if objective.hessian is None:
+            codes = coder_of(parts).encode(weight, 0, objective.importance)[0]
+            parts = _better_rows(fmt, weight, objective, parts, dataclasses.replace(parts, codes=codes))
+        else:
+            codes, _ = swept(weight, coder_of(parts), objective.hessian, parts.codes, approximation)
+            parts = dataclasses.replace(parts, codes=codes)
     return parts
 
 
-def better_rows(
+def _better_rows(
     fmt: WeightFormat, weight: Float[Tensor, "out in"], objective: Objective, one: Parts, other: Parts
 ) -> Parts:
     """`one` with the codes of `other` in those rows of codes where they have the smaller error."""
     errors = [objective.row_errors(weight, decoded(fmt, parts, weight)) for parts in (one, other)]
-    rows = -(-weight.shape[0] // len(one.codes))
-    better = torch.nn.functional.pad(errors[0] - errors[1], (0, rows * len(one.codes) - len(weight)))
-    chosen = better.view(-1, rows).sum(1) > 0
-    broad = chosen.view(-1, *[1] * (one.codes.ndim - 1))
-    return dataclasses.replace(one, codes=torch.where(broad, other.codes, one.codes))
+    better = by_code_row(errors[0] - errors[1], len(one.codes)) > 0
+    return dataclasses.replace(one, codes=torch.where(better[:, None], other.codes, one.codes))
 
 
 def _solved(

@@ -1,6 +1,7 @@
 """`additive`: a vector of neighbouring inputs is a sum of entries, one of each codebook.
 
-The format of AQLM (Egiazarian et al., arXiv:2401.06118): M codebooks of K entries stand for K^M vectors and store M · K.
+The format of AQLM (Egiazarian et al., arXiv:2401.06118): M codebooks of K entries stand for K^M vectors, and store
+M · K.
 
     codes (M numbers of `index_bits` bits) -> Σ_m codebooks[m, code_m] -> times the scale of the row or group
 
