@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,17 +39,20 @@ def fit_additive(
     Scales begin as root mean squares of their groups.
     """
     objective = objective or Objective.plain(weight)
-    parts = start if isinstance(start, AdditiveParts) else _first(fmt, weight, objective, seed)
+    if isinstance(start, AdditiveParts):
+        codebooks, scales = start.codebooks, start.scales
+    else:
+        codebooks, scales = _first(fmt, weight, objective, seed)
 
     def coder_of(parts: AdditiveParts) -> AdditiveCoder:
         return AdditiveCoder(fmt, parts.codebooks, parts.scales)
 
-    parts = dataclasses.replace(parts, codes=coded(weight, coder_of(parts), objective))
+    parts = AdditiveParts(coded(weight, AdditiveCoder(fmt, codebooks, scales), objective), codebooks, scales)
     return alternated(fmt, parts, weight, objective, _NAMES, coder_of, _ROUNDS if start is None else 1)
 
 
-def _first(fmt: Additive, weight: Tensor, objective: Objective, seed: int) -> AdditiveParts:
-    """Residual k-means: each codebook for what those before it leave."""
+def _first(fmt: Additive, weight: Tensor, objective: Objective, seed: int) -> tuple[Tensor, Tensor]:
+    """(codebooks, scales) by residual k-means: each codebook for what those before it leave."""
     sizes = scale_store.grouped(weight, fmt.group_size).square()
     counts = scale_store.grouped(torch.ones_like(weight[:1]), fmt.group_size).sum(2)
     scales = scale_store.stored(fmt.scales, (sizes.sum(2) / counts).sqrt())
@@ -66,7 +68,7 @@ def _first(fmt: Additive, weight: Tensor, objective: Objective, seed: int) -> Ad
         if book + 1 < fmt.books:
             codes = beam_search(remainders, codebooks[-1:], importance, width=1)
             remainders = remainders - codebooks[-1][codes[:, 0]]
-    return AdditiveParts(torch.zeros(0), torch.stack(codebooks), scales)
+    return torch.stack(codebooks), scales
 
 
 @dataclass(frozen=True)

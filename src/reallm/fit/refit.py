@@ -18,7 +18,7 @@ from torch import Tensor
 from reallm.fit.dispatch import decoded, shape_of
 from reallm.fit.feedback import Coder, by_code_row, swept
 from reallm.fit.objective import Objective
-from reallm.formats import Parts, WeightFormat
+from reallm.formats import Parts, WeightFormat, map_tensors
 
 _STEPS = 30
 # Steps end when the squared gradient, in units of the preconditioner, has fallen by this factor.
@@ -97,8 +97,9 @@ def _solved(
 ) -> Parts:
     """Preconditioned conjugate gradients on Lᵀ H L x = Lᵀ H (weight - decoded), L the decoder's linear part."""
     shape = shape_of(weight)
-    leaves = [_at(parts, name).detach().double().requires_grad_() for name in names]
-    image = fmt.decode(_with(parts, dict(zip(names, leaves, strict=True))), shape)
+    exact = map_tensors(lambda t: t.detach().double() if t.is_floating_point() else t, parts)
+    leaves = [_at(exact, name).requires_grad_() for name in names]
+    image = fmt.decode(exact, shape)
     seed = torch.zeros_like(image, requires_grad=True)
     pulled = torch.autograd.grad(image, leaves, seed, create_graph=True)
 
