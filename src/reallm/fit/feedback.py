@@ -125,15 +125,21 @@ def swept(
 
 
 def _own_roots(hessian: Tensor, width: int) -> tuple[Float[Tensor, "blocks w w"], Float[Tensor, "blocks w w"]]:
-    """Lower Cholesky factors and inverses of all diagonal blocks of H + damping, in two calls; filled up with ones."""
+    """Lower Cholesky factors and inverses of all diagonal blocks of H + damping, filled up with ones.
+
+    In a few calls for all: on a GPU each block by itself would have to wait for the answer whether it can be factored.
+    """
     missing = -len(hessian) % width
     filled = torch.nn.functional.pad(hessian.double(), (0, missing, 0, missing))
     filled[range(len(hessian), len(filled)), range(len(hessian), len(filled))] = 1
     count = len(filled) // width
     own = filled.view(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    damping = _DAMPING * own.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
+    sizes = own.diagonal(dim1=1, dim2=2)
+    damping = _DAMPING * sizes.mean(1) + torch.finfo(torch.float32).tiny
     damped = own + damping[:, None, None] * torch.eye(width, dtype=own.dtype, device=own.device)
-    roots = torch.linalg.cholesky(damped)
+    roots, failed = torch.linalg.cholesky_ex(damped)
+    # Where float32 sums have left a block indefinite beyond the damping, its columns are taken apart.
+    roots = torch.where(failed[:, None, None] > 0, torch.diag_embed((sizes.abs() + damping[:, None]).sqrt()), roots)
     return roots.float(), torch.cholesky_inverse(roots).float()
 
 

@@ -118,7 +118,7 @@ def nearest(
 ) -> Int[Tensor, " n"]:
     """Index of the nearest entry by the weighted distance."""
     if codebook.shape[1] == 1:
-        levels, order = codebook[:, 0].sort()  # entries that were refitted may have passed each other
+        levels, order = codebook[:, 0].sort(stable=True)  # entries that were refitted may have passed each other
         return order.to(torch.int32)[nearest_level(vectors[:, 0], levels)]
     return nearest_entry(vectors, codebook, importance)
 
