@@ -7,7 +7,9 @@ Bytes are those of the packed tensors. The artifact on disk is left out on purpo
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
 import platform
 import subprocess
 import time
@@ -110,6 +112,32 @@ class Lab:
         kl_text = f"{arm.kl:8.4f}" if arm.kl is not None else ""
         print(f"{name:44s} {arm.bits:7.4f} b  ppl {arm.perplexity:12.3f}  KL {kl_text}  {seconds:6.1f} s", flush=True)
         return arm
+
+
+class Workers:
+    """A pool of processes, each with `make(device)` as `Workers.state`, spread over the GPUs there are."""
+
+    state: Any = None
+
+    def __init__(self, jobs: int, device: str, make: Callable[[str], Any]) -> None:
+        context = multiprocessing.get_context("spawn")
+        numbers = context.Queue()
+        for number in range(jobs):
+            numbers.put(number)
+        self._pool = concurrent.futures.ProcessPoolExecutor(jobs, context, _start_worker, (numbers, device, make))
+
+    def __enter__(self) -> concurrent.futures.Executor:
+        return self._pool.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._pool.__exit__(*error)
+
+
+def _start_worker(numbers: Any, device: str, make: Callable[[str], Any]) -> None:
+    if device == "cuda":
+        device = f"cuda:{numbers.get() % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+    Workers.state = make(device)
 
 
 def arguments(

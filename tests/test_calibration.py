@@ -9,11 +9,11 @@ import torch
 import reallm
 from reallm.artifact import work_folder
 from reallm.cli import main
-from reallm.compress import Settings, prepare, run
 from reallm.errors import RecipeError, TextError
 from reallm.model import load, load_tokenizer, open_source
 from reallm.model.calibration import windows_of_files, windows_written
 from reallm.model.text import load_text, tokenize
+from reallm.pipeline import Settings, prepare, run
 
 RECIPE = """
 rules:
@@ -147,7 +147,7 @@ def test_an_objective_of_the_end_loss_brings_the_model_nearer_too(tiny_llama, re
 
 
 def test_the_dry_run_counts_what_calibration_takes(tiny_llama, recipe, job):
-    from reallm.compress import estimate
+    from reallm.pipeline import estimate
 
     plain = prepare(tiny_llama, Settings(recipe=recipe))
     assert estimate(job).peak_memory_bytes > estimate(plain).peak_memory_bytes

@@ -16,15 +16,14 @@ from safetensors.torch import load_file, save_file
 import reallm
 import reallm.artifact.writer
 from reallm.artifact import work_folder
-from reallm.compress import Settings, prepare, run
 from reallm.errors import ArtifactError, RecipeError, SourceError
+from reallm.pipeline import Settings, fitting, prepare, run, running
 
 RECIPE = """
 rules:
 - {role: [q, up], format: {format: codebook, index_bits: 4, vector_dim: 2}}
 - {match: "*", format: {format: uniform, bits: 3}}
 """
-PIPELINE = sys.modules["reallm.compress"]  # reallm.compress is the function
 MATRICES = 15  # of the tiny Llama: 14 in blocks and the embedding
 
 
@@ -72,8 +71,8 @@ def interrupted(job, tmp_path):
 
 
 def count_fits(monkeypatch):
-    names, original = [], PIPELINE._compressed
-    monkeypatch.setattr(PIPELINE, "_compressed", lambda *a: names.append(a[1].name) or original(*a))
+    names, original = [], fitting._compressed
+    monkeypatch.setattr(fitting, "_compressed", lambda *a: names.append(a[1].name) or original(*a))
     return names
 
 
@@ -194,8 +193,8 @@ def full_in_rust(*_, **__):
     ("module", "name", "failing"),
     [
         (reallm.artifact.writer, "save_file", full_in_rust),
-        (PIPELINE, "_write_companions", full),
-        (PIPELINE, "write_shards", full_in_rust),
+        (running, "_write_companions", full),
+        (running, "write_shards", full_in_rust),
         (os, "rename", full),
         (os, "replace", full),
     ],
@@ -228,7 +227,7 @@ def test_a_damaged_source_leaves_no_work_folder_but_never_removes_an_older_one(t
 
 def test_ctrl_c_says_where_the_finished_matrices_are_and_how_to_go_on(tiny_llama, recipe, whole, tmp_path):
     code = "import sys; from reallm.cli import main; sys.exit(main(sys.argv[1:]))"
-    slow = "import time, reallm.compress as c, sys; m = sys.modules['reallm.compress']; f = m._compressed;"
+    slow = "import time, reallm.pipeline.fitting as m, sys; f = m._compressed;"
     slow += "m._compressed = lambda *a: (time.sleep(0.5), f(*a))[1];"
     arguments = ["compress", str(tiny_llama), "-o", str(tmp_path / "out"), "--recipe", recipe]
     running = subprocess.Popen([sys.executable, "-c", slow + code, *arguments], stderr=subprocess.PIPE, text=True)

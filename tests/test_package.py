@@ -39,7 +39,7 @@ def test_import_reallm_alone_loads_nothing_heavy():
 
 def test_the_exported_names_are_functions_also_after_their_files_were_imported():
     run_clean(
-        "import reallm, reallm.compress, reallm.model.load, inspect\n"
+        "import reallm, reallm.pipeline, reallm.model.load, inspect\n"
         "assert all(inspect.isfunction(f) for f in (reallm.compress, reallm.load, reallm.load_tokenizer))"
     )
 

@@ -88,26 +88,13 @@ def _register() -> None:
         _loads_models_imported(sys.modules[_LOADS_MODELS])
 
 
+_ROOM_OF = {"compress": "reallm.pipeline", "load": "reallm.model", "load_tokenizer": "reallm.model"}
+
+
 def __getattr__(name: str):
-    if name in ("load", "load_tokenizer"):
-        return getattr(importlib.import_module("reallm.model"), name)
+    if name in _ROOM_OF:
+        return getattr(importlib.import_module(_ROOM_OF[name]), name)
     raise AttributeError(f"module 'reallm' has no attribute {name!r}")
 
 
-class _Package(types.ModuleType):
-    """`reallm.compress` is the function, also after `import reallm.compress` has loaded the file of that name.
-
-    The import system sets a package's attribute to the submodule; a property outranks it.
-    """
-
-    @property
-    def compress(self):
-        return importlib.import_module("reallm.compress").compress
-
-    @compress.setter
-    def compress(self, module):
-        pass
-
-
-sys.modules[__name__].__class__ = _Package
 _register()

@@ -67,7 +67,7 @@ def test_bits_that_are_no_number_name_the_option(tiny_llama, refused):
 
 
 def test_the_range_that_is_named_is_one_that_works(tiny_llama, refused):
-    from reallm.compress import Settings, prepare
+    from reallm.pipeline import Settings, prepare
 
     words = refused(tiny_llama, "--bits", "0").split()
     for word in (words[words.index("between") + 1], words[words.index("and") + 1]):
@@ -202,7 +202,7 @@ def test_weights_that_are_not_finite_are_named_and_no_work_folder_stays(refused,
 
 
 def test_kept_weights_are_checked_before_anything_is_fitted(refused, damaged, monkeypatch):
-    monkeypatch.setattr(sys.modules["reallm.compress"], "fit", None)
+    monkeypatch.setattr(sys.modules["reallm.pipeline.fitting"], "fit", None)
     folder = damaged(lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
     assert "model.norm.weight" in refused(folder, "--recipe", "rtn3")
 

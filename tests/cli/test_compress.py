@@ -19,8 +19,8 @@ import reallm
 from reallm.allocate import shipped_recipes
 from reallm.artifact import read_ledger, read_manifest
 from reallm.cli import main
-from reallm.compress import Settings, estimate, prepare
 from reallm.model import MODES, load_tokenizer, walk
+from reallm.pipeline import Settings, estimate, prepare
 
 IDS = torch.randint(2, 500, (2, 12), generator=torch.Generator().manual_seed(0))
 # Rows of an artifact of the tiny Llama that are cheap to fit.
@@ -173,7 +173,7 @@ def test_a_dry_run_prints_plan_and_cost_and_writes_nothing(tiny_llama, tmp_path,
 
 
 def test_the_dry_run_foretells_bytes_and_bits_exactly(tiny_llama, out3, monkeypatch):
-    monkeypatch.setattr(sys.modules["reallm.compress"], "_predicted_seconds", lambda job: 1.0)
+    monkeypatch.setattr(sys.modules["reallm.pipeline.cost"], "_predicted_seconds", lambda job: 1.0)
     cost, ledger = estimate(prepare(tiny_llama, Settings(bits=3))), read_ledger(out3)
     kinds = ledger.by("kind")
     assert cost.compressed_bytes == kinds["block"] + kinds["embedding"]

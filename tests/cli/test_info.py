@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from functools import partial
 
 import pytest
@@ -11,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import reallm.artifact
 from reallm.cli import main
-from reallm.compress import Settings, prepare, run
+from reallm.pipeline import Settings, prepare, run, running
 
 IDS = torch.arange(12)[None]
 ALL_ROLES = """
@@ -60,8 +59,7 @@ def out(job, tmp_path_factory):
 def sharded(job, tmp_path_factory):
     folder = tmp_path_factory.mktemp("info") / "sharded"
     with pytest.MonkeyPatch.context() as patch:
-        pipeline = sys.modules["reallm.compress"]  # reallm.compress is the function
-        patch.setattr(pipeline, "write_shards", partial(reallm.artifact.write_shards, max_bytes=20_000))
+        patch.setattr(running, "write_shards", partial(reallm.artifact.write_shards, max_bytes=20_000))
         run(job, folder)
     return folder
 

@@ -80,7 +80,7 @@ def command(
 ) -> None:
     """Compress a model into a folder that from_pretrained loads."""
     from reallm.artifact import check_output, work_folder
-    from reallm.compress import Settings, prepare, run
+    from reallm.pipeline import Settings, prepare, run
     from reallm.report.cost import cost_table, plan_table
     from reallm.report.ledger import summary
 

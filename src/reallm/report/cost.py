@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from reallm.compress import Job, estimate
+from reallm.pipeline import Job, estimate
 from reallm.report.names import short_name
 from reallm.report.text import duration, size, table
 

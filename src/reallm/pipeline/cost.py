@@ -1,0 +1,117 @@
+"""What a job will cost, before any work: bytes, seconds, memory, disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from reallm.fit import fit
+from reallm.formats import WeightFormat
+from reallm.pipeline.fitting import stream_dtype
+from reallm.pipeline.job import Job
+from reallm.pipeline.settings import FISHER, GUIDED, OUTPUTS
+
+# Beside the largest matrix in float32 a fit holds its decoding, the error and a few chunks.
+_COPIES_WHILE_FITTING = 6
+_LIBRARY_BYTES = 600_000_000  # Python, torch and transformers once imported
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job will cost, before any work: exact bytes of tensors, the rest by measurement on samples."""
+
+    compressed_bytes: int
+    kept_bytes: int
+    bits_per_weight: float
+    seconds: float
+    peak_memory_bytes: int
+    disk_bytes: int
+
+
+def estimate(job: Job) -> Estimate:
+    """Cost of a job: timed on small samples of every format in the plan, some seconds in all."""
+    compressed = sum(planned.nbytes for _, planned in job.compressed)
+    shapes = job.source.shapes()
+    kept = sum(math.prod(shapes[name]) for name in job.kept) * job.source.dtype.itemsize
+    largest = max((planned.matrix.weights for _, planned in job.compressed), default=0)
+    return Estimate(
+        compressed_bytes=compressed,
+        kept_bytes=kept,
+        bits_per_weight=job.plan.block_bits,
+        seconds=_predicted_seconds(job) + _stream_seconds(job),
+        peak_memory_bytes=(
+            _LIBRARY_BYTES + job.source.loaded_nbytes + _COPIES_WHILE_FITTING * 4 * largest + _stream_bytes(job)
+        ),
+        # The finished matrices wait in the work folder while the shards are written.
+        disk_bytes=2 * compressed + kept,
+    )
+
+
+def _predicted_seconds(job: Job) -> float:
+    """Time each format on two sample sizes, take a fixed and a per-weight cost from them, sum over the plan."""
+    formats = {_timed_as(planned.fmt) for _, planned in job.compressed}
+    costs = {fmt: _fitting_cost(fmt, job.settings.device) for fmt in formats}
+    of_each = [(costs[_timed_as(p.fmt)], p.matrix.weights) for _, p in job.compressed]
+    return sum(fixed + slope * weights for (fixed, slope), weights in of_each)
+
+
+def _timed_as(fmt: WeightFormat) -> WeightFormat:
+    """The format that is timed in place of one that differs in the size of its groups only."""
+    return dataclasses.replace(fmt, group_size=64) if hasattr(fmt, "group_size") else fmt
+
+
+def _stream_bytes(job: Job) -> int:
+    """Memory of the dense model and of the hidden states of all windows. They are never on disk."""
+    if not job.settings.calibration:
+        return 0
+    hidden = job.source.config.get_text_config(decoder=True).hidden_size
+    numbers = job.source.total_parameters + _stream_tokens(job) * hidden
+    in_blocks = [matrix.shape for matrix, _ in job.compressed if matrix.block is not None]
+    of_end_loss = {
+        OUTPUTS: 0,
+        GUIDED: 4 * _stream_tokens(job) * len(in_blocks),
+        FISHER: 4 * sum(math.prod(shape) for shape in in_blocks),
+    }
+    return numbers * stream_dtype(job).itemsize + of_end_loss[job.settings.objective]
+
+
+def _stream_tokens(job: Job) -> int:
+    return job.settings.calibration_windows * job.settings.calibration_context if job.settings.calibration else 0
+
+
+def _stream_seconds(job: Job) -> float:
+    """Two passes of all tokens through every block and the sums of their inputs, at the speed of one product.
+
+    The end loss takes three more through the whole model: one forward and, twice as long, one back.
+    """
+    if not job.settings.calibration:
+        return 0.0
+    sample = torch.randn(1024, 1024, dtype=stream_dtype(job)).to(job.settings.device)
+    begun = time.perf_counter()
+    (sample @ sample).sum().item()
+    per_operation = (time.perf_counter() - begun) / (2 * 1024**3)
+    in_blocks = sum(math.prod(matrix.shape) for matrix in job.walk.matrices if matrix.block is not None)
+    sums = sum(matrix.shape[1] ** 2 for matrix, _ in job.compressed if matrix.block is not None)
+    of_end_loss = 0 if job.settings.objective == OUTPUTS else 3 * job.source.total_parameters
+    operations = 2 * (2 * in_blocks + sums + of_end_loss)
+    return _stream_tokens(job) * operations * per_operation
+
+
+def _fitting_cost(fmt: WeightFormat, device: str) -> tuple[float, float]:
+    """(seconds a matrix, seconds a weight) of fitting."""
+    # From 32,768 vectors on k-means works on a sample: both sizes lie there, so that the slope is the right one.
+    small, large = (64, 1024), (96, 1024)
+    times = [_timed_fit(fmt, shape, device) for shape in (small, large)]
+    slope = max(0.0, (times[1] - times[0]) / (math.prod(large) - math.prod(small)))
+    return max(0.0, times[0] - slope * math.prod(small)), slope
+
+
+def _timed_fit(fmt: WeightFormat, shape: tuple[int, int], device: str) -> float:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    start = time.perf_counter()
+    fmt.pack(fit(fmt, weight), shape)
+    return time.perf_counter() - start

@@ -1,0 +1,178 @@
+"""Every matrix of a job fitted, by its weights alone or along the stream of a calibration text.
+
+Finished matrices are kept in the work folder as they come, so that an interrupted run goes on from there.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from reallm.allocate import Planned
+from reallm.artifact import check_finished, finished_file, save_tensors
+from reallm.errors import FormatError, SourceError
+from reallm.fit import Objective, fit
+from reallm.formats import WeightFormat
+from reallm.formats.waist import inner, under
+from reallm.model import Matrix, load_tokenizer, read_matrix
+from reallm.model.calibration import SELF, windows_of_files, windows_written
+from reallm.model.gradients import fisher, token_weights
+from reallm.model.stream import Stream
+from reallm.pipeline.job import Job
+from reallm.pipeline.settings import GUIDED, OUTPUTS
+
+Progress = Callable[[str, int, int], None]  # (matrix just finished, weights done, weights in all)
+
+_SEEDS = 1 << 63  # torch's generators take no larger seed
+_LARGEST_WEIGHT = 1e15  # squares of larger ones, summed over a matrix, overflow float32
+_STREAM_IN_FLOAT32 = 2_000_000_000  # parameters
+
+
+def fit_all(job: Job, work: Path, progress: Progress | None) -> None:
+    done = _counted(job, progress)
+    if job.settings.calibration:
+        _fit_along_the_stream(job, work, done)
+    else:
+        for matrix, planned in job.compressed:
+            _fit_or_keep(job, work, matrix, planned.fmt, None)
+            done(matrix)
+
+
+def _fit_along_the_stream(job: Job, work: Path, done: Callable[[Matrix], None]) -> None:
+    """Block by block: sum up its inputs, fit it, and let the compressed block carry the inputs on.
+
+    Embedding and head come first, by their weights alone: the stream begins behind the compressed embedding.
+    """
+    by_block: dict[int | None, list[tuple[Matrix, Planned]]] = defaultdict(list)
+    for matrix, planned in job.compressed:
+        by_block[matrix.block].append((matrix, planned))
+    with torch.no_grad():
+        model = job.source.load(stream_dtype(job), "cpu").eval()
+        windows = _calibration_windows(job, model)
+        knowledge = _end_loss(job, model, windows, work)
+        for matrix, planned in by_block.pop(None, []):
+            _put(model, matrix, planned.fmt, _fit_or_keep(job, work, matrix, planned.fmt, None))
+            done(matrix)
+        stream = Stream(model, windows, job.settings.device)
+        for number in range(len(stream.blocks)):
+            of_block = by_block.pop(number, [])
+            open_ones = [matrix for matrix, _ in of_block if not finished_file(work, matrix.name).is_file()]
+            objectives = knowledge.objectives(stream, open_ones)
+            for matrix, planned in of_block:
+                objective = objectives.get(matrix.name)
+                _put(model, matrix, planned.fmt, _fit_or_keep(job, work, matrix, planned.fmt, objective))
+                done(matrix)
+            stream.advance()
+        assert not by_block, f"blocks {list(by_block)} are not decoder blocks"
+
+
+def _fit_or_keep(job: Job, work: Path, matrix: Matrix, fmt: WeightFormat, objective: Objective | None) -> Path:
+    """The file of a fitted matrix, made now unless it is there already."""
+    path = finished_file(work, matrix.name)
+    if path.is_file():
+        check_finished(path, under(matrix.name, fmt.layout(matrix.shape)))
+    else:
+        save_tensors(under(matrix.name, _compressed(job, matrix, fmt, objective)), path)
+    return path
+
+
+def _compressed(job: Job, matrix: Matrix, fmt: WeightFormat, objective: Objective | None) -> dict[str, Tensor]:
+    weight = read_matrix(job.source, matrix).to(job.settings.device, torch.float32)
+    check_finite(matrix.parameter, weight)
+    if (largest := weight.abs().max().item()) > _LARGEST_WEIGHT:
+        raise SourceError(f"{matrix.parameter}: a weight of {largest:.3g}; the model is damaged")
+    # Every matrix has its own seed, so that none depends on which were fitted before it.
+    seed = (job.settings.seed + zlib.crc32(matrix.name.encode())) % _SEEDS
+    with torch.no_grad():
+        objective = objective.to(weight.device) if objective else Objective.relative_columns(weight)
+        return fmt.pack(fit(fmt, weight, objective, seed), matrix.shape)
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise SourceError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite; the model is damaged")
+
+
+def _put(model: torch.nn.Module, matrix: Matrix, fmt: WeightFormat, file: Path) -> None:
+    """Replace a matrix of the dense model by its decoded self."""
+    with safe_open(file, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no dict
+    decoded = fmt.decode(fmt.unpack(inner(matrix.name, tensors), matrix.shape), matrix.shape)
+    target = model.get_parameter(matrix.parameter)
+    target = target if matrix.expert is None else target[matrix.expert]
+    target.copy_(decoded.T if matrix.transposed else decoded)
+
+
+def _counted(job: Job, progress: Progress | None) -> Callable[[Matrix], None]:
+    """Tells `progress` of each matrix that is done, and of the weights so far."""
+    total = sum(math.prod(matrix.shape) for matrix, _ in job.compressed)
+    so_far = 0
+
+    def done(matrix: Matrix) -> None:
+        nonlocal so_far
+        so_far += math.prod(matrix.shape)
+        if progress:
+            progress(matrix.name, so_far, total)
+
+    return done
+
+
+def _calibration_windows(job: Job, model: torch.nn.Module) -> Tensor:
+    settings, tokenizer = job.settings, load_tokenizer(job.source.label)
+    limit = getattr(job.source.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = min(settings.calibration_context, limit or settings.calibration_context)
+    if settings.calibration == (SELF,):
+        return windows_written(model, tokenizer, settings.calibration_windows, context, settings.seed, settings.device)
+    return windows_of_files(settings.calibration, tokenizer, settings.calibration_windows, context)
+
+
+def stream_dtype(job: Job) -> torch.dtype:
+    """float32 for all that a workstation holds twice; 16 bits beyond."""
+    return torch.float32 if job.source.total_parameters < _STREAM_IN_FLOAT32 else torch.bfloat16
+
+
+@dataclass(frozen=True)
+class _EndLoss:
+    """What the end loss says of tokens (guided) or of weights (fisher); nothing for plain outputs."""
+
+    weights: dict[str, Tensor] | None = None
+    fisher: dict[str, Tensor] | None = None
+
+    def objectives(self, stream: Stream, matrices: Sequence[Matrix]) -> dict[str, Objective]:
+        """By matrix of the present block; those that calibration tells nothing of, experts too, are left out."""
+        if not matrices:
+            return {}
+        if self.fisher is not None:
+            return {m.name: Objective(self.fisher[m.name]) for m in matrices if m.name in self.fisher}
+        moments = stream.moments(matrices, self.weights)
+        found = {}
+        for matrix in matrices:
+            if (hessian := moments.of(matrix.name)) is not None:
+                try:
+                    found[matrix.name] = Objective.of_outputs(hessian)
+                except FormatError as error:
+                    raise SourceError(f"{matrix.name}: {error}") from error
+        return found
+
+
+def _end_loss(job: Job, model: torch.nn.Module, windows: Tensor, work: Path) -> _EndLoss:
+    """Asks the original model, unless everything is fitted already."""
+    open_ones = [
+        matrix
+        for matrix, _ in job.compressed
+        if matrix.block is not None and not finished_file(work, matrix.name).is_file()
+    ]
+    if job.settings.objective == OUTPUTS or not open_ones:
+        return _EndLoss()
+    if job.settings.objective == GUIDED:
+        return _EndLoss(weights=token_weights(model, windows, open_ones, job.settings.device))
+    return _EndLoss(fisher=fisher(model, windows, open_ones, job.settings.device))

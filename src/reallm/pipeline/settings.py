@@ -1,0 +1,77 @@
+"""What the user chose, and whether it can be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from reallm.allocate.recipe import FormatSpec
+from reallm.errors import RecipeError
+from reallm.model.calibration import SELF
+from reallm.model.text import load_text, text_sha256
+
+OUTPUTS, GUIDED, FISHER = "outputs", "guided", "fisher"
+OBJECTIVES = {
+    OUTPUTS: "squared error of every matrix's outputs",
+    GUIDED: "the same, tokens weighted by the gradient of the end loss",
+    FISHER: "squared error of the weights, each weighted by its Fisher information",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose. Exactly one of `bits` and `recipe` is given."""
+
+    bits: float | int | None = None
+    recipe: str | None = None
+    rank: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    embedding: FormatSpec | None = None  # None: the recipe's, or 8 bits
+    head: FormatSpec | None = None
+    calibration: tuple[str, ...] = ()  # text files, or "self"; without any, fits know the weights alone
+    calibration_windows: int = 128
+    calibration_context: int = 2048
+    objective: str = OUTPUTS  # what calibration makes of its inputs: OBJECTIVES
+
+
+def calibration_of(settings: Settings) -> dict[str, Any] | None:
+    """Text, windows and context of the calibration as provenance keeps them; None without."""
+    if not settings.calibration:
+        return None
+    texts = [SELF if path == SELF else text_sha256(path) for path in settings.calibration]
+    return {
+        "texts": texts,
+        "windows": settings.calibration_windows,
+        "context": settings.calibration_context,
+        "objective": settings.objective,
+    }
+
+
+def check_calibration(settings: Settings) -> None:
+    """Errors: RecipeError or TextError for a calibration that cannot be."""
+    if settings.objective not in OBJECTIVES:
+        raise RecipeError(f"--objective {settings.objective!r} is not one of {', '.join(OBJECTIVES)}")
+    if settings.objective != OUTPUTS and not settings.calibration:
+        raise RecipeError(f"--objective {settings.objective} needs text: give --calibration FILE or self")
+    if SELF in settings.calibration and len(settings.calibration) > 1:
+        raise RecipeError("--calibration self cannot be mixed with files")
+    for option in ("windows", "context"):
+        value, least = getattr(settings, f"calibration_{option}"), {"windows": 1, "context": 2}[option]
+        if value < least:
+            raise RecipeError(f"--calibration-{option} {value} is below {least}")
+    for path in settings.calibration:
+        if path != SELF:
+            load_text(path)
+
+
+def check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"--device {device!r} is not available ({reason}); use cpu") from error
