@@ -44,6 +44,10 @@ def entropy(bits: float) -> dict[str, Any]:
     return {"format": "entropy_coded", "bits": bits}
 
 
+def additive(books: int, index_bits: int) -> dict[str, Any]:
+    return {"format": "additive", "books": books, "index_bits": index_bits, "scales": "two_level"}
+
+
 @dataclass(frozen=True)
 class Task:
     """One arm: a format for every block matrix, and what its errors are weighed by."""
@@ -89,6 +93,9 @@ TASKS: list[Task] = [
     Task("2 bits", "rotated e8", turned(lattice(2))),
     Task("2 bits", "rotated trellis, 12 state bits", turned(trellis(2, 12))),
     Task("2 bits", "rotated trellis, 12 state bits, learned table", turned(trellis(2, 12, 9))),
+    Task("2 bits", "additive 4 x 4 bits d=8", additive(4, 4)),
+    Task("2 bits", "additive 2 x 8 bits d=8", additive(2, 8)),
+    Task("2 bits", "rotated additive 2 x 8 bits d=8", turned(additive(2, 8))),
     guided(Task("2 bits", "codebook d=4", vectors(4, 8)), "fisher"),
 ]
 

@@ -76,6 +76,13 @@ class Objective:
             return (difference.square() * self.importance).sum(dtype=torch.float64).item()
         return ((difference @ self.hessian) * difference).sum(dtype=torch.float64).item()
 
+    def row_errors(self, weight: Float[Tensor, "out in"], decoded: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
+        """The cost of each output row, float64."""
+        difference = weight - decoded
+        if self.hessian is None:
+            return (difference.square() * self.importance).sum(1, dtype=torch.float64)
+        return ((difference @ self.hessian) * difference).sum(1, dtype=torch.float64)
+
     def with_columns(self, order: Int[Tensor, " in"]) -> Objective:
         """The objective of the matrix whose columns are reordered: column j is the old column order[j]."""
         hessian = None if self.hessian is None else self.hessian[order][:, order]

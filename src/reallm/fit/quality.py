@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 # The least of so many decodings: what else the processor does only ever adds time.
 _DECODINGS = 5
-_WEIGHTS_PER_LEARNED = 8
+_WEIGHTS_PER_LEARNED = 16
 
 
 @dataclass(frozen=True)
