@@ -115,6 +115,10 @@ class Bench:
     def token_weights(self) -> dict[str, torch.Tensor]:
         return token_weights(self.lab.reference, self.windows, self.matrices, self.lab.device)
 
+    @functools.cached_property
+    def fisher(self) -> dict[str, torch.Tensor]:
+        return fisher(self.lab.reference, self.windows, self.matrices, self.lab.device)
+
     def original(self, matrix: Matrix) -> torch.Tensor:
         return self.lab.original[f"{matrix.name}.weight"]
 
@@ -124,8 +128,7 @@ class Bench:
     def objectives(self, stream: Stream, matrices: list[Matrix], objective: str) -> dict[str, Objective]:
         """By matrix of the stream's present block."""
         if objective == "fisher":
-            found = fisher(self.lab.reference, self.windows, matrices, self.lab.device)
-            return {name: Objective(weights) for name, weights in found.items()}
+            return {matrix.name: Objective(self.fisher[matrix.name]) for matrix in matrices}
         moments = stream.moments(matrices, self.token_weights if objective == "guided" else None)
         return {matrix.name: Objective.of_outputs(moments.of(matrix.name)) for matrix in matrices}
 

@@ -45,7 +45,7 @@ LADDERS = {
     "normal_float": [normal(bits) for bits in range(2, 9)],
     "codebook d=1": [vectors(1, bits) for bits in range(2, 9)],
     "codebook d=2": [vectors(2, bits) for bits in range(4, 13)],
-    "codebook d=4": [vectors(4, bits) for bits in (8, 9, 10, 11, 12)] + [vectors(2, bits) for bits in range(7, 13)],
+    "codebook d=4": [vectors(4, bits) for bits in (8, 9, 10)] + [vectors(2, bits) for bits in range(6, 13)],
 }
 SINGLE = {
     "uniform": [uniform(b, g) for b in (4, 3, 2) for g in (64, 128)],

@@ -148,8 +148,9 @@ def arguments(
     jobs: bool = False,
     update: bool = False,
     calibration: bool = False,
+    more: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> argparse.Namespace:
-    """The options every benchmark takes."""
+    """The options every benchmark takes; `more` adds those of one benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", required=True, help="original model: folder, hub id or GGUF file")
     parser.add_argument("--data-dir", type=Path, required=True, help="folder that holds wikitext2-raw/")
@@ -166,6 +167,8 @@ def arguments(
         parser.add_argument("--calibration-context", type=int, default=2048)
     if update:
         parser.add_argument("--update", action="store_true", help="also renew the table that the library ships")
+    if more is not None:
+        more(parser)
     args = parser.parse_args()
     args.text = args.data_dir / "wikitext2-raw" / text
     return args
