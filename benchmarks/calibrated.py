@@ -58,45 +58,66 @@ class Task:
     objective: str = "outputs"
 
 
+def scaled(base: dict[str, Any], sides: str = "inputs") -> dict[str, Any]:
+    return {"format": "scaled", "sides": sides, "base": base}
+
+
+def decoupled(base: dict[str, Any], kind: str, share: float) -> dict[str, Any]:
+    return {"format": "decoupled", "kind": kind, "share": share, "base": base}
+
+
 def guided(task: Task, objective: str = "guided") -> Task:
     return Task(task.group, f"{task.name}, {objective}", task.spec, objective)
 
 
-TRELLIS_3 = Task("3 bits", "rotated trellis, 16 state bits", turned(trellis(3)))
-TRELLIS_2 = Task("2 bits", "rotated trellis, 16 state bits", turned(trellis(2)))
+TRELLIS_3 = Task("3 bits", "rotated trellis", turned(trellis(3)))
+TRELLIS_2 = Task("2 bits", "rotated trellis", turned(trellis(2)))
+SCALED_3 = Task("3 bits", "scaled, rotated trellis", scaled(turned(trellis(3))))
+SCALED_2 = Task("2 bits", "scaled, rotated trellis", scaled(turned(trellis(2))))
 ENTROPY_2 = Task("2 bits", "entropy_coded", entropy(2.0))
+VECTORS_2 = Task("2 bits", "codebook d=4", vectors(4, 8))
 
+# In this order, so that a run that is cut short has the arms of interest.
 TASKS: list[Task] = [
     TRELLIS_2,
     TRELLIS_3,
-    guided(TRELLIS_2),
-    guided(TRELLIS_3),
+    Task("2 bits", "additive, 2 books of 8 bits", additive(2, 8)),
     ENTROPY_2,
     Task("3 bits", "entropy_coded", entropy(3.0)),
-    Task("2.5 bits", "entropy_coded", entropy(2.5)),
-    Task("3 bits", "uniform g64 (GPTQ)", uniform(3)),
+    guided(TRELLIS_2),
+    guided(TRELLIS_3),
+    Task("2 bits", "additive, 4 books of 4 bits", additive(4, 4)),
+    SCALED_2,
+    SCALED_3,
     Task("3 bits", "uniform g128 (GPTQ)", uniform(3, 128)),
-    Task("3 bits", "normal_float", normal(3)),
-    Task("3 bits", "codebook d=1", vectors(1, 3)),
+    VECTORS_2,
     Task("3 bits", "codebook d=2", vectors(2, 6)),
-    Task("3 bits", "rotated codebook d=2", turned(vectors(2, 6))),
+    Task("2 bits", "rotated e8", turned(lattice(2))),
     Task("3 bits", "rotated e8", turned(lattice(3))),
-    Task("2.5 bits", "codebook d=2", vectors(2, 5)),
-    Task("2.5 bits", "codebook d=4", vectors(4, 9)),
-    Task("2 bits", "uniform g64 (GPTQ)", uniform(2)),
+    guided(SCALED_2),
+    guided(SCALED_3),
+    Task("2.5 bits", "codebook d=4", vectors(4, 10)),
+    Task("2.5 bits", "additive, 5 books of 4 bits", additive(5, 4)),
+    Task("2.5 bits", "entropy_coded", entropy(2.5)),
+    Task("3 bits", "additive, 6 books of 4 bits", additive(6, 4)),
+    Task("3 bits", "uniform g64 (GPTQ)", uniform(3)),
     Task("2 bits", "uniform g128 (GPTQ)", uniform(2, 128)),
+    Task("2.5 bits", "uniform 2 bits and 0.5 % of entries", scaled(decoupled(uniform(2), "entries", 0.005), "both")),
+    Task("3 bits", "uniform 3 bits and 0.5 % of entries", scaled(decoupled(uniform(3), "entries", 0.005), "both")),
+    Task("2 bits", "rotated e8 and 1 % of columns", scaled(decoupled(turned(lattice(2)), "columns", 0.01))),
+    guided(VECTORS_2),
+    guided(VECTORS_2, "fisher"),
+    guided(ENTROPY_2),
+    Task("3 bits", "codebook d=1", vectors(1, 3)),
+    Task("3 bits", "normal_float", normal(3)),
+    Task("2 bits", "uniform g64 (GPTQ)", uniform(2)),
     Task("2 bits", "codebook d=2", vectors(2, 4)),
-    Task("2 bits", "codebook d=4", vectors(4, 8)),
+    Task("2.5 bits", "codebook d=2", vectors(2, 5)),
+    Task("3 bits", "rotated codebook d=2", turned(vectors(2, 6))),
     Task("2 bits", "rotated codebook d=4", turned(vectors(4, 8))),
     Task("2 bits", "rotated entropy_coded", turned(entropy(2.0))),
-    guided(ENTROPY_2),
-    Task("2 bits", "rotated e8", turned(lattice(2))),
     Task("2 bits", "rotated trellis, 12 state bits", turned(trellis(2, 12))),
     Task("2 bits", "rotated trellis, 12 state bits, learned table", turned(trellis(2, 12, 9))),
-    Task("2 bits", "additive 4 x 4 bits d=8", additive(4, 4)),
-    Task("2 bits", "additive 2 x 8 bits d=8", additive(2, 8)),
-    Task("2 bits", "rotated additive 2 x 8 bits d=8", turned(additive(2, 8))),
-    guided(Task("2 bits", "codebook d=4", vectors(4, 8)), "fisher"),
 ]
 
 

@@ -25,7 +25,7 @@ from reallm.formats import from_spec
 from reallm.model import Matrix
 from reallm.model.stream import Stream
 
-FORMATS = {f"trellis {bits}": turned(trellis(bits)) for bits in (1, 2, 3, 4)}
+FORMATS = {f"trellis {bits}": turned(trellis(bits)) for bits in (1, 2, 3)}
 DETAILED = "trellis 2"  # the format of the rows by block and by matrix
 
 
