@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 
+from reallm.formats.rounding import as_stored
 from reallm.formats.rows import decode_rows
 from reallm.formats.waist import (
     Parts,
@@ -14,8 +15,10 @@ from reallm.formats.waist import (
     known_format,
     known_formats,
     map_tensors,
+    named_tensors,
     register,
     to_spec,
+    with_tensors,
 )
 
 # Every file of this folder is a format or serves one: importing them registers all.
@@ -27,12 +30,15 @@ __all__ = [
     "Shape",
     "Tensors",
     "WeightFormat",
+    "as_stored",
     "decode_rows",
     "example_formats",
     "from_spec",
     "known_format",
     "known_formats",
     "map_tensors",
+    "named_tensors",
     "register",
     "to_spec",
+    "with_tensors",
 ]

@@ -84,6 +84,10 @@ class Decoupled(WeightFormat):
             ENTRIES: shape,
         }[self.kind]
 
+    def inner_shape(self, shape: Shape) -> Shape:
+        """That of what is left to the base."""
+        return self.rest_shape(shape)
+
     def values_shape(self, shape: Shape) -> Shape:
         """(kept, numbers of each)."""
         return self.kept(shape), {COLUMNS: shape[0], ROWS: shape[1], ENTRIES: 1}[self.kind]

@@ -61,6 +61,10 @@ class WeightFormat(abc.ABC):
         """8 · stored bytes / weights, everything included."""
         return 8 * self.nbytes(shape) / (shape[0] * shape[1])
 
+    def inner_shape(self, shape: Shape) -> Shape:
+        """Shape of the inner format's matrix, where there is one: the same, unless a format takes something out."""
+        return shape
+
     def role(self, local_name: str) -> str:
         """Ledger role of a stored tensor; a name under `base.` is the inner format's."""
         head, _, rest = local_name.partition(".")
@@ -162,4 +166,28 @@ def map_tensors(fn: Any, parts: Parts) -> Parts:
             changes[field.name] = fn(value)
         elif dataclasses.is_dataclass(value):
             changes[field.name] = map_tensors(fn, value)
+    return dataclasses.replace(parts, **changes)
+
+
+def named_tensors(parts: Parts) -> Tensors:
+    """The tensors of parts by local name: `scales`, `base.left`. A float part has the name it is stored under."""
+    found: Tensors = {}
+    for field in dataclasses.fields(parts):
+        value = getattr(parts, field.name)
+        if isinstance(value, Tensor):
+            found[field.name] = value
+        elif dataclasses.is_dataclass(value):
+            found |= under(field.name, named_tensors(value))
+    return found
+
+
+def with_tensors(parts: Parts, tensors: Tensors) -> Parts:
+    """Parts with the tensors of these local names put in; all others stay."""
+    changes = {}
+    for field in dataclasses.fields(parts):
+        value = getattr(parts, field.name)
+        if field.name in tensors:
+            changes[field.name] = tensors[field.name]
+        elif dataclasses.is_dataclass(value):
+            changes[field.name] = with_tensors(value, inner(field.name, tensors))
     return dataclasses.replace(parts, **changes)

@@ -19,14 +19,15 @@ DECODE_PER_USE = "decode_per_use"
 MODES = (DECODE_AT_LOAD, DECODE_PER_USE)
 
 # Names of the modules' own; a stored tensor of such a local name would hide one of them.
-RESERVED = frozenset({"weight", "bias", "dense", "shell"})
+RESERVED = frozenset({"weight", "bias", "dense", "shell", "live"})
 
 
 class _Compressed(nn.Module):
     """Stored tensors of one matrix as buffers under their local names, and its weight.
 
     `dense` (not persistent) is the decoded weight in the compute dtype; while it is empty, the weight
-    is decoded at each use. Its dtype follows the model's; stored tensors keep theirs.
+    is decoded at each use. Its dtype follows the model's; stored tensors keep theirs. While the matrix is
+    tuned, `live` decodes it from parts that train, and nothing is stored here.
     """
 
     def __init__(self, fmt: WeightFormat, shape: Shape, dtype: torch.dtype) -> None:
@@ -38,6 +39,7 @@ class _Compressed(nn.Module):
             parent, leaf = _descend(self, name)
             parent.register_buffer(leaf, tensor)
         self.register_buffer("dense", torch.empty(0, dtype=dtype, device="meta"), persistent=False)
+        self.live: nn.Module | None = None
         # Nothing in here is for the model's random initialisation.
         self._is_hf_initialized = True
 
@@ -59,15 +61,24 @@ class _Compressed(nn.Module):
         with torch.no_grad():
             self.dense = self.decode().contiguous()
 
+    def come_alive(self, live: nn.Module) -> None:
+        """Take the matrix from what `live()` decodes from now on, and let go of what is stored."""
+        self.live = live
+        for name in self._local_names:
+            parent, leaf = _descend(self, name)
+            parent.register_buffer(leaf, parent._buffers[leaf].new_empty(0))
+
     @property
     def weight(self) -> Float[Tensor, "out in"]:
         """The decoded matrix: the kept one, or a fresh one."""
+        if self.live is not None:
+            return self.live()
         return self.dense if self.dense.numel() else self.decode()
 
     def rows(self, ids: Int[Tensor, " ..."]) -> Float[Tensor, "... in"]:
         """Rows of the matrix by number; decodes only those if the format can."""
-        if self.dense.numel():
-            return F.embedding(ids, self.dense)
+        if self.live is not None or self.dense.numel():
+            return F.embedding(ids, self.weight)
         # A token that occurs twice is decoded once.
         rows, place = torch.unique(ids, return_inverse=True)
         return F.embedding(place, decode_rows(self.fmt, self.stored(), self.shape, rows).to(self.compute_dtype))

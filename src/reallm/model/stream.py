@@ -71,14 +71,21 @@ class Moments:
 class Stream:
     """Windows of token ids inside a dense model, whose weights its owner replaces block by block."""
 
-    def __init__(self, model: nn.Module, windows: Int[Tensor, "windows context"], device: str | torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        windows: Int[Tensor, "windows context"],
+        device: str | torch.device,
+        batch: int | None = None,
+    ) -> None:
         """Stands before the first block. The model may lie on the CPU: only one block at a time is on `device`.
 
+        `batch` windows go through a block at once; without, as many as 8,192 tokens.
         Errors: SourceError for a model whose blocks cannot be told apart.
         """
         self.model, self.device = model, torch.device(device)
-        self.batches = list(windows.split(max(1, _TOKENS_PER_PASS // windows.shape[1])))
-        self.blocks = _blocks(model)
+        self.batches = list(windows.split(batch or max(1, _TOKENS_PER_PASS // windows.shape[1])))
+        self.blocks = decoder_blocks(model)
         self.position = 0
         self._arguments: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
         with torch.no_grad(), _plain_arithmetic(self.device):
@@ -112,11 +119,11 @@ class Stream:
                 hooks.append(
                     module.register_forward_pre_hook(lambda _, inputs, name=matrix.name: count(name, inputs[0]))
                 )
-        with self._on_device(block):
+        with torch.no_grad(), self.on_device(block):
             for state in self.states:
                 alike.clear()
                 span = slice(span.stop, span.stop + len(state))
-                self._through(block, state)
+                self.through(block, state)
         for hook in hooks:
             hook.remove()
         return moments
@@ -124,20 +131,22 @@ class Stream:
     def advance(self) -> None:
         """Carry the states through the present block, as it is now, to the next."""
         block = self.blocks[self.position]
-        with self._on_device(block):
+        with torch.no_grad(), self.on_device(block):
             for number, state in enumerate(self.states):
-                self.states[number] = self._through(block, state).to(state.device)
+                self.states[number] = self.through(block, state).to(state.device)
         self.position += 1
 
     @contextlib.contextmanager
-    def _on_device(self, block: nn.Module) -> Iterator[None]:
+    def on_device(self, block: nn.Module) -> Iterator[None]:
+        """A block on the stream's device, in plain float32 arithmetic."""
         home = next(block.parameters()).device
-        with torch.no_grad(), _plain_arithmetic(self.device):
+        with _plain_arithmetic(self.device):
             block.to(self.device)
             yield
             block.to(home)
 
-    def _through(self, block: nn.Module, state: Tensor) -> Tensor:
+    def through(self, block: nn.Module, state: Tensor) -> Tensor:
+        """What a block makes of hidden states that stand before the present one; it must be on the device."""
         rest, named = self._arguments[self.position, len(state)]
         output = block(state.to(self.device), *_moved(rest, self.device), **_moved(named, self.device))
         return output if isinstance(output, Tensor) else output[0]
@@ -176,14 +185,14 @@ class Stream:
         decoder(input_ids=batch.to(next(decoder.parameters()).device), use_cache=False)
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """The decoder blocks in order: the longest list of modules in the decoder.
 
     Errors: SourceError if there is none.
     """
     lists = [module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
-        raise SourceError(f"{type(model).__name__} has no list of decoder blocks; compress it without --calibration")
+        raise SourceError(f"{type(model).__name__} has no list of decoder blocks; it can be neither calibrated nor tuned block by block")
     first = max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()))
     return list(first)
 

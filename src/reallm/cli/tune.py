@@ -1,0 +1,171 @@
+"""`reallm tune`: a compressed model made better at the same size."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def command(
+    artifact: Annotated[Path, typer.Argument(metavar="OUT", help="Folder written by reallm compress or reallm tune.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT2", help="Folder to write; must not exist.")],
+    text: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="FILE",
+            help="Text to learn from (.txt, .raw, .jsonl with text, or with prompt and response, of which the response "
+            "counts); may be repeated.",
+        ),
+    ],
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The original model; needed for all but cross-entropy alone.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help="blockwise, end-to-end, or both, one after the other.")
+    ] = "both",
+    train: Annotated[
+        str,
+        typer.Option(
+            metavar="WORDS",
+            help="What trains, with commas between: residual, scales, gains, codebooks, outliers, dense, norms, biases; "
+            "embedding and head add those matrices' parts.",
+        ),
+    ] = "residual,scales,gains,codebooks,norms",
+    loss: Annotated[
+        str, typer.Option(metavar="NAME", help="End-to-end: kl to the original, ce (cross-entropy), or mix, half each.")
+    ] = "kl",
+    tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens to train on end to end; without, the text once. More goes round again."),
+    ] = None,
+    context: Annotated[int, typer.Option(metavar="N", help="Tokens in a window.")] = 1024,
+    batch: Annotated[int, typer.Option(metavar="N", help="Windows a step.")] = 8,
+    micro_batch: Annotated[
+        int | None, typer.Option(metavar="N", help="Windows that go through the model at once; without, the batch.")
+    ] = None,
+    learning_rate: Annotated[
+        float, typer.Option(metavar="X", help="End-to-end, relative to the size of each tensor that trains.")
+    ] = 1e-3,
+    warm_up: Annotated[float, typer.Option(metavar="X", help="Share of the steps in which the rate rises.")] = 0.05,
+    clip: Annotated[float, typer.Option(metavar="X", help="Largest norm of a step's gradient.")] = 1.0,
+    top_k: Annotated[
+        int,
+        typer.Option(
+            metavar="K", help="Ask the original once, and keep the K likeliest tokens on disk; 0 asks at every step."
+        ),
+    ] = 0,
+    validation: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Text to validate on; without, windows of --text that do not train."),
+    ] = None,
+    validation_windows: Annotated[int, typer.Option(metavar="N", help="Windows to validate on.")] = 16,
+    validate_every: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps between validations; without, a twentieth of all.")
+    ] = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What a block should put out: what the original's does on the original's stream (original) or on "
+            "the compressed model's (compressed).",
+        ),
+    ] = "original",
+    block_windows: Annotated[int, typer.Option(metavar="N", help="Windows that blocks are tuned on.")] = 128,
+    block_epochs: Annotated[int, typer.Option(metavar="N", help="Rounds of these windows for each block.")] = 4,
+    block_patience: Annotated[
+        int, typer.Option(metavar="N", help="Rounds without a better validation that a block is given.")
+    ] = 1,
+    block_learning_rate: Annotated[
+        float, typer.Option(metavar="X", help="Block-wise, relative to the size of each tensor that trains.")
+    ] = 1e-3,
+    round_at_end: Annotated[
+        bool, typer.Option("--round-at-end", help="Round what trains when it is stored, not at every step.")
+    ] = False,
+    save_memory: Annotated[
+        bool, typer.Option("--save-memory", help="Decode at every use also what training does not change.")
+    ] = False,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything that is drawn.")] = 0,
+    device: Annotated[str, typer.Option(metavar="NAME", help="Where to train: cpu, cuda, cuda:1 …")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(metavar="NAME", help="What products are computed in: auto, float32 or bfloat16.")
+    ] = "auto",
+    log: Annotated[Path | None, typer.Option(metavar="FILE", help="Append every step to this file, as JSON.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the work folder of an interrupted run.")] = False,
+) -> None:
+    """Train scales, codebooks, gains and residuals of a compressed model; its codes and its bytes stay.
+
+    The result is as large as OUT to the byte. Several processes share the work when started by torchrun:
+    torchrun --no-python --nproc-per-node 2 reallm tune …
+    """
+    from reallm.artifact import work_folder
+    from reallm.report.tuned import tuned_text
+    from reallm.tune import Settings, run
+
+    settings = Settings(
+        text=_paths(text),
+        reference=reference,
+        method=method,
+        train=tuple(word.strip() for word in train.split(",") if word.strip()),
+        loss=loss,
+        tokens=tokens,
+        context=context,
+        batch=batch,
+        micro_batch=micro_batch,
+        learning_rate=learning_rate,
+        warm_up=warm_up,
+        clip=clip,
+        top_k=top_k,
+        validation=_paths(validation),
+        validation_windows=validation_windows,
+        validate_every=validate_every,
+        target=target,
+        block_windows=block_windows,
+        block_epochs=block_epochs,
+        block_patience=block_patience,
+        block_learning_rate=block_learning_rate,
+        round_at_end=round_at_end,
+        save_memory=save_memory,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+    try:
+        with _progress() as listener:
+            tuned = run(artifact, output, settings, resume, log, listener)
+    except KeyboardInterrupt:
+        print(f"stopped; what is learned is in {work_folder(output)}: add --resume to go on", file=sys.stderr)
+        raise
+    if tuned.first:
+        print(tuned_text(tuned, artifact, output))
+
+
+def _paths(files: list[Path] | None) -> tuple[str, ...]:
+    return tuple(str(file) for file in files or ())
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that shows events on stderr: a line each, steps on a line that is written over."""
+    from rich.console import Console
+
+    from reallm.report.tuned import event_line
+
+    console = Console(stderr=True)
+    tenths = -1
+
+    def show(event: dict[str, Any]) -> None:
+        nonlocal tenths
+        if (line := event_line(event)) is None:
+            return
+        if "steps" not in event:
+            console.print(line, highlight=False, markup=False)
+        elif console.is_terminal:
+            console.print(f"{line:<110}", end="\r", highlight=False, markup=False, soft_wrap=True)
+        elif event["step"] * 10 // event["steps"] > tenths:
+            tenths = event["step"] * 10 // event["steps"]
+            console.print(line, highlight=False, markup=False)
+
+    yield show

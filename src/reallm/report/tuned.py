@@ -1,0 +1,58 @@
+"""What tuning did, in a few lines."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from reallm.artifact import read_ledger
+from reallm.tune import Tuned
+
+
+def tuned_text(tuned: Tuned, before: Path, after: Path) -> str:
+    """What trained, what it did to the validation windows, and the bytes of both artifacts' tensors."""
+    trained = ", ".join(f"{count:,} of {word}" for word, count in tuned.counts.items())
+    rows = [("trained", trained), ("windows", f"{tuned.training_windows:,}, validated on {tuned.validation_windows}")]
+    rows += [("blocks", _blocks(tuned))] if _errors(tuned) else []
+    if figures := tuned.end_to_end:
+        rows += [
+            (name, f"{figures['before'][key]:.4f} before, {figures['after'][key]:.4f} after")
+            for name, key in (("KL", "kl"), ("perplexity", "perplexity"))
+            if math.isfinite(figures["before"][key])
+        ]
+        rows += [("steps", f"{figures['steps']:,}, the best after {figures['best_step']:,}")]
+        rows += [("stopped", figures["stopped"])] if "stopped" in figures else []
+    bits = [read_ledger(folder).bits_per_weight for folder in (before, after)]
+    rows += [("bits", f"{bits[0]:.4f} a weight before, {bits[1]:.4f} after")]
+    return "\n".join(f"{name:<11} {value}" for name, value in rows)
+
+
+def event_line(event: dict[str, Any]) -> str | None:
+    """An event as a line; None for those that are not shown."""
+    if "stopped" in event:
+        return f"{event['phase']}: {event['stopped']}, stopped"
+    if event["phase"] == "block":
+        return f"block {event['block']:3d}  round {event['epoch']}  validation error {event['validation']:.5f}"
+    if event["phase"] == "validation":
+        return f"step {event['step']:6d}  validation KL {event['kl']:.4f}  perplexity {event['perplexity']:.3f}"
+    if event["phase"] == "end-to-end":
+        pace = f"{event['tokens_per_second']:,.0f} tokens/s  {event['eta_seconds']:,.0f} s left"
+        return f"step {event['step']:6d} of {event['steps']}  loss {event['loss']:.4f}  {pace}"
+    return None
+
+
+def _errors(tuned: Tuned) -> dict[int, list[float]]:
+    """Validation errors of each block, round by round."""
+    found: dict[int, list[float]] = {}
+    for event in tuned.events:
+        if event["phase"] == "block" and "validation" in event:
+            found.setdefault(event["block"], []).append(event["validation"])
+    return found
+
+
+def _blocks(tuned: Tuned) -> str:
+    """The mean over blocks of the error before and of the least one after."""
+    errors = _errors(tuned)
+    before, after = (sum(pick(e) for e in errors.values()) / len(errors) for pick in (lambda e: e[0], min))
+    return f"{len(errors)} tuned; relative error {before:.4f} before, {after:.4f} after, on average"

@@ -1,0 +1,103 @@
+"""Text for tuning: windows of tokens, which of them count, and in what order they come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from reallm.errors import TextError
+from reallm.model.text import leading_bos, load_text, tokenize
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of token ids; a token is `counted` if predicting it is part of the loss. The first never is."""
+
+    ids: Int[Tensor, "windows context"]
+    counted: Bool[Tensor, "windows context"]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: Tensor | slice) -> Windows:
+        return Windows(self.ids[rows], self.counted[rows])
+
+
+def windows_of(paths: Sequence[str | Path], tokenizer: Any, context: int) -> Windows:
+    """All windows of files, which are joined by the end-of-text token; what is left at the end is dropped.
+
+    Lines of a `.jsonl` with `prompt` and `response` in place of `text` are one string each, of which the response and
+    the end-of-text token count. A tokenizer that begins texts with a token of its own begins every window with it.
+    Errors: TextError if a file cannot be read, or the text does not fill two windows.
+    """
+    bos = leading_bos(tokenizer)
+    body = context - (bos is not None)
+    ids, counted = [], []
+    for path in paths:
+        for new_ids, new_counted in _documents(Path(path), tokenizer):
+            ids.append(new_ids)
+            counted.append(new_counted)
+    all_ids, all_counted = torch.cat(ids), torch.cat(counted)
+    count = len(all_ids) // body
+    if count < 2:
+        names = ", ".join(str(path) for path in paths)
+        raise TextError(f"{names}: {len(all_ids)} tokens do not fill two windows of {body}; lower --context")
+    cut_ids, cut_counted = (tensor[: count * body].view(count, body) for tensor in (all_ids, all_counted))
+    if bos is not None:
+        cut_ids = torch.cat([torch.full((count, 1), bos), cut_ids], 1)
+        cut_counted = torch.cat([torch.zeros(count, 1, dtype=torch.bool), cut_counted], 1)
+    cut_counted = cut_counted.clone()
+    cut_counted[:, 0] = False
+    if not cut_counted.any():
+        raise TextError(f"{paths[0]}: no token in it counts: responses are empty")
+    return Windows(cut_ids, cut_counted)
+
+
+def split(windows: Windows, validation: int, seed: int) -> tuple[Windows, Windows]:
+    """(training, validation) windows, drawn; validation takes `validation`, but at most a quarter, at least one."""
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    count = max(1, min(validation, len(windows) // 4))
+    return windows[order[count:]], windows[order[:count].sort().values]
+
+
+def drawn(count: int, batch: int, step: int, seed: int) -> Int[Tensor, " batch"]:
+    """The windows of a step: all in a drawn order, then all in another. It depends on nothing but these numbers."""
+    places = range(step * batch, (step + 1) * batch)
+    orders = {number: _order(count, seed, number) for number in {place // count for place in places}}
+    return torch.stack([orders[place // count][place % count] for place in places])
+
+
+def _order(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch + 1))
+
+
+def _documents(path: Path, tokenizer: Any) -> list[tuple[Tensor, Tensor]]:
+    """(ids, counted) of each document, the end-of-text token at its end."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if (pairs := _pairs(path)) is None:
+        ids = torch.cat([tokenize(tokenizer, load_text(path)), torch.tensor(end, dtype=torch.int64)])
+        return [(ids, torch.ones(len(ids), dtype=torch.bool))]
+    documents = []
+    for prompt, response in pairs:
+        asked, answered = tokenize(tokenizer, [prompt]), tokenize(tokenizer, [response])
+        ids = torch.cat([asked, answered, torch.tensor(end, dtype=torch.int64)])
+        documents.append((ids, torch.arange(len(ids)) >= len(asked)))
+    return documents
+
+
+def _pairs(path: Path) -> list[tuple[str, str]] | None:
+    """(prompt, response) of each line; None for a file of another kind, which `load_text` judges."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        return None
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        return [(row["prompt"] + "", row["response"] + "") for row in rows] or None
+    except (ValueError, KeyError, TypeError, OSError):
+        return None

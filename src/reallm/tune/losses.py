@@ -1,0 +1,135 @@
+"""Cross-entropy and KL to the original from hidden states, some tokens at a time: logits of all never exist at once.
+
+Logits of 8 windows of 1,024 tokens over 49,152 words are 1.6 GB in float32, and a loss wants several copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from reallm.tune.settings import CE, KL
+
+# Logits at a time: 64 MiB in float32.
+CHUNK_VALUES = 1 << 24
+
+Head = Callable[[Tensor], Tensor]  # hidden states (tokens, hidden) -> logits (tokens, vocabulary)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A model as body (ids -> hidden states) and head (hidden states -> logits)."""
+
+    body: Callable[[Tensor], Tensor]
+    head: Head
+    vocabulary: int
+
+
+def split_model(model: nn.Module) -> Split:
+    """The model cut before its output embedding, if that is all there is behind the decoder; else before nothing.
+
+    Models that cap or scale their logits afterwards answer with whole logits, which takes more memory.
+    """
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+
+    def hidden(ids: Tensor) -> Tensor:
+        return decoder(input_ids=ids, use_cache=False).last_hidden_state
+
+    def logits(ids: Tensor) -> Tensor:
+        return model(input_ids=ids, use_cache=False).logits
+
+    if head is not None:
+        device = device_of(model)
+        probe = torch.arange(4, device=device)[None] % vocabulary
+        with torch.no_grad():
+            ours, theirs = head(hidden(probe)), logits(probe)
+        if ours.shape == theirs.shape and torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-4):
+            return Split(hidden, head, vocabulary)
+    return Split(logits, lambda states: states, vocabulary)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What the original says of some tokens: all its hidden states, or its likeliest tokens."""
+
+    head: Head | None = None
+    states: Float[Tensor, "tokens hidden"] | None = None
+    words: Int[Tensor, "tokens k"] | None = None
+    log_probs: Float[Tensor, "tokens k"] | None = None
+
+    def divergence(self, log_probs: Float[Tensor, "n vocab"], rows: slice) -> Float[Tensor, " n"]:
+        """KL(original ‖ model) of tokens; what is not among the likeliest counts as one token."""
+        if self.words is None:
+            assert self.head is not None and self.states is not None
+            theirs = self.head(self.states[rows]).float().log_softmax(-1)
+            return (theirs.exp() * (theirs - log_probs)).sum(-1)
+        assert self.log_probs is not None
+        theirs = self.log_probs[rows].float()
+        ours = log_probs.gather(-1, self.words[rows].long())
+        return (theirs.exp() * (theirs - ours)).sum(-1) + _of_the_rest(theirs, ours)
+
+
+def likeliest(
+    logits: Float[Tensor, "n vocab"], k: int
+) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+    """The k likeliest tokens as int32 and their log-probabilities as float16, as they are kept on disk."""
+    values, words = logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
+    return words.to(torch.int32), values.to(torch.float16)
+
+
+def loss_sums(
+    head: Head,
+    states: Float[Tensor, "tokens hidden"],
+    targets: Int[Tensor, " tokens"],
+    teacher: Teacher | None,
+    loss: str,
+    vocabulary: int,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "2"]]:
+    """(sum of the loss, which has a gradient; sums of KL, nan without teacher, and cross-entropy) over tokens, nats.
+
+    Logits are made in chunks and once more for the gradient.
+    """
+
+    def of_chunk(hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        log_probs = head(hidden).float().log_softmax(-1)
+        ce = -log_probs.gather(-1, targets[rows, None])[:, 0].sum()
+        kl = ce.new_full((), torch.nan) if teacher is None else teacher.divergence(log_probs, rows).sum()
+        chosen = {CE: ce, KL: kl}.get(loss, (ce + kl) / 2)
+        return chosen, torch.stack([kl.detach(), ce.detach()])
+
+    total = states.new_zeros((), dtype=torch.float32)
+    measured = states.new_zeros(2, dtype=torch.float64)
+    for rows in _slices(len(states), max(1, CHUNK_VALUES // vocabulary)):
+        of_these, sums = checkpoint(of_chunk, states[rows], rows, use_reentrant=False, preserve_rng_state=False)
+        total, measured = total + of_these, measured + sums
+    return total, measured
+
+
+@contextlib.contextmanager
+def computing(device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
+    """Products in `dtype`; float32 means no autocast."""
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        yield
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is; a compressed one may have no parameters."""
+    return next(itertools.chain(model.parameters(), model.buffers())).device
+
+
+def _of_the_rest(theirs: Tensor, ours: Tensor) -> Tensor:
+    """The term of all other tokens taken as one."""
+    p, q = ((1 - log_probs.exp().sum(-1)).clamp(min=1e-6) for log_probs in (theirs, ours))
+    return p * (p.log() - q.log())
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, start + step) for start in range(0, length, step))

@@ -1,0 +1,65 @@
+"""Several processes with a model each, started by torchrun: every one takes its share of each batch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from reallm.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This process's rows of a batch."""
+        return rows[self.rank :: self.count]
+
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Each tensor becomes its sum over all processes."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def check_batch(self, option: str, windows: int) -> None:
+        """Errors: RecipeError for windows that cannot be shared evenly."""
+        if windows % self.count:
+            raise RecipeError(f"{option} {windows} cannot be shared by {self.count} processes; take a multiple")
+
+
+@contextlib.contextmanager
+def processes(device: str) -> Iterator[tuple[Processes, str]]:
+    """(this process, its device): what torchrun says, or one process alone."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Processes(), device
+        return
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size()), device
+    finally:
+        dist.destroy_process_group()

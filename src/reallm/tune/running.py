@@ -1,0 +1,254 @@
+"""The whole of `reallm tune`: from an artifact to a better one of the same size."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from reallm.artifact import check_output, opened, read_manifest, work_folder
+from reallm.errors import ArtifactError, RecipeError, SourceError
+from reallm.model import DECODE_PER_USE, load, load_tokenizer, meta_model, open_source, quiet, walk
+from reallm.model.headers import read_headers, weight_files
+from reallm.model.text import text_sha256
+from reallm.tune.blockwise import tune_blocks
+from reallm.tune.data import Windows, split, windows_of
+from reallm.tune.end_to_end import Course, tune_whole
+from reallm.tune.log import Listener, Log
+from reallm.tune.processes import Processes, processes
+from reallm.tune.settings import Settings, check_settings
+from reallm.tune.trainables import Trainables, choose
+from reallm.tune.writing import write_tuned
+
+# What may differ between an interrupted run and its resumption: it changes no result.
+_NO_RESULT = ("text", "validation", "reference", "device", "seed")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """How tuning went: numbers trained by the ledger's word, and figures on the validation windows."""
+
+    counts: dict[str, int]
+    training_windows: int
+    validation_windows: int
+    end_to_end: dict[str, Any] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    first: bool = True  # whether this process is the one that writes and speaks
+
+
+def tune(
+    artifact: str | Path,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    log: str | Path | None = None,
+    listener: Listener | None = None,
+    **settings: Any,
+) -> Tuned:
+    """Tune the artifact in a folder and write it to the folder `out`, which appears by one rename.
+
+    Settings as in `Settings`. `log` is a file for events as JSON lines, `listener` is called with each. An interrupted
+    run goes on with `resume`, from the last finished block or saved step, to the same bytes. Started by torchrun, all
+    processes share the work; the first one writes.
+    Errors: RecipeError, TextError, SourceError or ArtifactError, before anything is written.
+    """
+    return run(Path(artifact), Path(out), Settings(**settings), resume, Path(log) if log else None, listener)
+
+
+def run(
+    artifact: Path,
+    out: Path,
+    settings: Settings,
+    resume: bool = False,
+    log: Path | None = None,
+    listener: Listener | None = None,
+) -> Tuned:
+    """`tune` with its settings in one."""
+    check_settings(settings)
+    with processes(settings.device) as (workers, device):
+        settings = dataclasses.replace(settings, device=device)
+        workers.check_batch("--batch", settings.batch)
+        read_manifest(artifact)
+        if workers.first:
+            check_output(out, resume)
+        workers.wait()
+        log = Log(log, listener) if workers.first else Log()
+        return _Run(artifact, out, settings, workers, log).tuned()
+
+
+@dataclass(frozen=True)
+class _Run:
+    artifact: Path
+    out: Path
+    settings: Settings
+    workers: Processes
+    log: Log
+
+    def tuned(self) -> Tuned:
+        training, validation = self._windows()
+        trainables = self._trainables()
+        original = self._original(trainables.model)
+        work = work_folder(self.out)
+        with self._opened(work):
+            self.log.add(phase="begin", trained=trainables.counts, windows=len(training), checked=len(validation))
+            if self.settings.block_wise:
+                assert original is not None
+                blocks = training[: self._whole_batches(len(training))]
+                tune_blocks(
+                    original, trainables, blocks.ids, validation.ids, self.settings, work, self.workers, self.log
+                )
+            figures: dict[str, Any] = {}
+            if self.settings.end_to_end:
+                if original is not None:
+                    _in_dtype(original, self.settings.compute_dtype)
+                course = Course(
+                    trainables, original, training, validation, self.settings, work, self.workers, self.log
+                )
+                figures = tune_whole(course)
+            if self.workers.first:
+                self._write(trainables, figures, work)
+        if self.workers.first:
+            shutil.rmtree(work, ignore_errors=True)
+        self.workers.wait()
+        return Tuned(trainables.counts, len(training), len(validation), figures, self.log.events, self.workers.first)
+
+    def _opened(self, work: Path) -> Any:
+        """The work folder; only one process makes it."""
+        state = self._state()
+        if self.workers.first:
+            context = opened(work, state)
+            context.__enter__()
+            self.workers.wait()
+            return _Entered(context)
+        self.workers.wait()
+        return opened(work, state)
+
+    def _windows(self) -> tuple[Windows, Windows]:
+        """(training, validation): the latter of a file of its own, or drawn from the text."""
+        settings, tokenizer = self.settings, load_tokenizer(self.artifact)
+        windows = windows_of(settings.text, tokenizer, settings.context)
+        if settings.validation:
+            return windows, windows_of(settings.validation, tokenizer, settings.context)[: settings.validation_windows]
+        return split(windows, settings.validation_windows, settings.seed)
+
+    def _whole_batches(self, windows: int) -> int:
+        """How many windows block-wise tuning takes: whole batches only, so that processes have equal shares."""
+        count = min(windows, self.settings.block_windows) // self.settings.batch * self.settings.batch
+        if count == 0:
+            raise RecipeError(
+                f"--batch {self.settings.batch}: the text has {windows} windows to train on, --block-windows is "
+                f"{self.settings.block_windows}; take a smaller --batch"
+            )
+        return count
+
+    def _trainables(self) -> Trainables:
+        settings = self.settings
+        model = load(self.artifact, DECODE_PER_USE, dtype=torch.float32)
+        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if limit is not None and settings.context > limit:
+            raise RecipeError(f"--context {settings.context} is longer than the {limit} positions of this model")
+        with quiet():
+            walked = walk(meta_model(model.config))
+        headers = read_headers(weight_files(self.artifact, ArtifactError), ArtifactError)
+        return choose(
+            model,
+            walked,
+            {name: header.dtype for name, header in headers.items()},
+            settings.train,
+            rounded=not settings.round_at_end,
+            kept_dtype=None if settings.save_memory else settings.compute_dtype,
+        )
+
+    def _original(self, compressed: nn.Module) -> nn.Module | None:
+        """The original on the CPU, frozen."""
+        if self.settings.reference is None:
+            return None
+        original = open_source(self.settings.reference).load(torch.float32, "cpu").eval().requires_grad_(False)
+        sizes = [m.config.get_text_config(decoder=True).vocab_size for m in (original, compressed)]
+        if sizes[0] != sizes[1]:
+            raise SourceError(f"--reference {self.settings.reference}: {sizes[0]} tokens, the artifact has {sizes[1]}")
+        return original
+
+    def _state(self) -> dict[str, Any]:
+        """What must not change between an interrupted run and its resumption."""
+        settings = self.settings
+        chosen = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _NO_RESULT}
+        texts = {kind: [text_sha256(f) for f in getattr(settings, kind)] for kind in ("text", "validation")}
+        chosen |= {"processes": self.workers.count, "train": list(settings.train)}
+        return {
+            "source": sha256_of(weight_files(self.artifact, ArtifactError)),
+            "seed": settings.seed,
+            "device": torch.device(settings.device).type,
+            "calibration": {"tuning": chosen, **texts},
+            "plan": {},
+        }
+
+    def _write(self, trainables: Trainables, figures: dict[str, Any], work: Path) -> None:
+        staging = work / "artifact"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        write_tuned(self.artifact, staging, snapshot_of(trainables), self._note(trainables, figures))
+        os.rename(staging, self.out)
+
+    def _note(self, trainables: Trainables, figures: dict[str, Any]) -> dict[str, Any]:
+        """What the provenance says of this tuning; no time and no path."""
+        settings = self.settings
+        note = {
+            "method": settings.method,
+            "trained": trainables.counts,
+            "texts": [text_sha256(file) for file in settings.text],
+            "context": settings.context,
+            "batch": settings.batch,
+            "seed": settings.seed,
+            "device": torch.device(settings.device).type,
+            "torch": torch.__version__,
+        }
+        if settings.block_wise:
+            note |= {"block_windows": settings.block_windows, "block_epochs": settings.block_epochs}
+            note |= {"block_learning_rate": settings.block_learning_rate, "target": settings.target}
+        if settings.end_to_end:
+            note |= {"loss": settings.loss, "learning_rate": settings.learning_rate}
+            note |= {key: figures[key] for key in ("steps", "best_step", "stopped") if key in figures}
+        return note
+
+
+class _Entered:
+    """A context that was entered already."""
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: Any) -> Any:
+        return self.context.__exit__(*error)
+
+
+def snapshot_of(trainables: Trainables) -> dict[str, torch.Tensor]:
+    """All that trained, on the CPU, as stored."""
+    return {name: tensor.cpu() for name, tensor in trainables.to_store().items()}
+
+
+def sha256_of(files: list[Path]) -> str:
+    """sha256 (hex) of names and bytes of files."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 23):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _in_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters in `dtype`. Buffers, such as the frequencies of positions, keep theirs: 16 bits would ruin them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)

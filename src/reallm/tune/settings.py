@@ -1,0 +1,137 @@
+"""What the user chose for tuning, and whether it can be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from reallm.errors import RecipeError
+
+BLOCKWISE, END_TO_END, BOTH = "blockwise", "end-to-end", "both"
+METHODS = (BLOCKWISE, END_TO_END, BOTH)
+KL, CE, MIX = "kl", "ce", "mix"
+LOSSES = (KL, CE, MIX)
+ORIGINAL, COMPRESSED = "original", "compressed"
+TARGETS = (ORIGINAL, COMPRESSED)
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# The ledger's words for float parts, and kept tensors.
+PARTS = ("residual", "scales", "gains", "codebooks", "outliers", "dense")
+KEPT = ("norms", "biases")
+# Whose parts, beside the block matrices'.
+PLACES = ("embedding", "head")
+DEFAULT_TRAIN = ("residual", "scales", "gains", "codebooks", "norms")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose. `reference` is the original; only cross-entropy alone does without.
+
+    `learning_rate` and `block_learning_rate` are relative: each tensor's steps are in units of its own size.
+    """
+
+    text: tuple[str, ...]
+    reference: str | None = None
+    method: str = BOTH
+    train: tuple[str, ...] = DEFAULT_TRAIN
+    loss: str = KL
+    tokens: int | None = None  # end-to-end, in all; None: every window once
+    context: int = 1024
+    batch: int = 8  # windows a step
+    micro_batch: int | None = None  # windows at once; None: the batch
+    learning_rate: float = 1e-3
+    warm_up: float = 0.05  # share of the steps
+    clip: float = 1.0
+    top_k: int = 0  # the original's likeliest tokens kept on disk before training; 0: computed as needed
+    validation: tuple[str, ...] = ()  # files; without, windows of the text
+    validation_windows: int = 16
+    validate_every: int | None = None  # steps; None: twenty times in all
+    target: str = ORIGINAL  # whose stream the block-wise target comes from
+    block_windows: int = 128
+    block_epochs: int = 4
+    block_patience: int = 1
+    block_learning_rate: float = 1e-3
+    round_at_end: bool = False  # else parts are rounded as stored at every step, gradients passing straight through
+    save_memory: bool = False  # decode everything at every use, also what no trained part changes
+    checkpointing: bool = True
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "auto"
+
+    @property
+    def block_wise(self) -> bool:
+        """Whether blocks are tuned one by one."""
+        return self.method in (BLOCKWISE, BOTH)
+
+    @property
+    def end_to_end(self) -> bool:
+        """Whether the whole model is tuned."""
+        return self.method in (END_TO_END, BOTH)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the original is asked."""
+        return self.block_wise or self.loss != CE
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What products are computed in; parts and sums are float32."""
+        wanted = DTYPES[self.dtype]
+        if wanted is not None:
+            return wanted
+        cuda = torch.device(self.device).type == "cuda"
+        return torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def check_settings(settings: Settings) -> None:
+    """Errors: RecipeError naming the option and its value."""
+    _one_of("--method", settings.method, METHODS)
+    _one_of("--loss", settings.loss, LOSSES)
+    _one_of("--target", settings.target, TARGETS)
+    _one_of("--dtype", settings.dtype, tuple(DTYPES))
+    for word in settings.train:
+        _one_of("--train", word, PARTS + KEPT + PLACES)
+    if not set(settings.train) & set(PARTS + KEPT):
+        raise RecipeError(f"--train {','.join(settings.train)}: names no part; add one of {', '.join(PARTS + KEPT)}")
+    if not settings.text:
+        raise RecipeError("tuning needs text: give --text FILE")
+    if settings.needs_reference and settings.reference is None:
+        raise RecipeError(
+            f"--method {settings.method} --loss {settings.loss} needs the original: give --reference MODEL, "
+            "or --method end-to-end --loss ce"
+        )
+    for option in ("batch", "validation_windows", "block_windows", "block_epochs"):
+        _at_least(option, getattr(settings, option), 1)
+    _at_least("context", settings.context, 2)
+    for option in ("tokens", "micro_batch", "validate_every"):
+        if getattr(settings, option) is not None:
+            _at_least(option, getattr(settings, option), 1)
+    for option in ("top_k", "block_patience"):
+        _at_least(option, getattr(settings, option), 0)
+    for option in ("learning_rate", "block_learning_rate", "clip"):
+        value = getattr(settings, option)
+        if not (value > 0 and math.isfinite(value)):
+            raise RecipeError(f"--{option.replace('_', '-')} {value} is not a number above 0")
+    if not 0 <= settings.warm_up < 1:
+        raise RecipeError(f"--warm-up {settings.warm_up} is not a share from 0 to below 1")
+    _check_device(settings.device)
+
+
+def _one_of(option: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise RecipeError(f"{option} {value!r} is not one of {', '.join(allowed)}")
+
+
+def _at_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise RecipeError(f"--{option.replace('_', '-')} {value} is below {least}")
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"--device {device!r} is not available ({str(error).splitlines()[0]}); use cpu") from error
