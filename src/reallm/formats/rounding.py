@@ -11,9 +11,7 @@ from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.waist import Shape, WeightFormat
 
 
-def as_stored(
-    fmt: WeightFormat, name: str, values: Float[Tensor, "*size"], shape: Shape
-) -> Float[Tensor, "*size"]:
+def as_stored(fmt: WeightFormat, name: str, values: Float[Tensor, "*size"], shape: Shape) -> Float[Tensor, "*size"]:
     """A float part as it comes back from the file; `name` is its local name, `shape` that of the matrix.
 
     Numbers that the stored type cannot hold go to the nearest that it can: a scale without a sign below 0 to 0.

@@ -35,7 +35,7 @@ def tune_blocks(
     original: nn.Module,
     trainables: Trainables,
     training: Int[Tensor, "windows context"],
-    validation: Int[Tensor, "windows context"],
+    validation: Int[Tensor, "checked context"],
     settings: Settings,
     work: Path,
     workers: Processes,
@@ -173,13 +173,15 @@ def _tune_block(block: _Block, settings: Settings, workers: Processes, log: Log)
 
 
 def _epoch(block: _Block, descent: Descent, order: Sequence[int], dtype: torch.dtype, workers: Processes) -> float:
-    """One step a batch; the mean error of this process's share."""
-    total = 0.0
+    """One step a batch; the mean error, over all processes."""
+    total = torch.zeros(1, dtype=torch.float64)
     for error in block.errors(block.learning, block.targets, order, dtype):
         (error / workers.count).backward()
         descent.step()
         total += error.item()
-    return total / len(order)
+    total = total.to(block.learning.ours.device)
+    workers.add_up([total])
+    return total.item() / len(order) / workers.count
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -76,9 +76,7 @@ def tune_whole(course: Course) -> dict[str, Any]:
     teaching = _Teaching(course)
     scored = _Scored(split_model(model), teaching, settings)
     parameters = course.trainables.parameters
-    descent = Descent(
-        parameters, course.steps, settings.learning_rate, settings.warm_up, settings.clip, course.workers
-    )
+    descent = Descent(parameters, course.steps, settings.learning_rate, settings.warm_up, settings.clip, course.workers)
     best = _Best(course, scored)
     if (course.work / STEP_FILE).is_file():
         state = _read(course.work / STEP_FILE)
@@ -105,9 +103,7 @@ def _train(course: Course, descent: Descent, scored: _Scored, best: _Best) -> di
                 raise SourceError("the loss is not finite before the first step; nothing was learned") from None
             return {"stopped": f"loss or gradient not finite at step {descent.done + 1}"}
         step = descent.done
-        course.log.add(
-            phase="end-to-end", step=step, steps=course.steps, rate=rate, **figures, **pace.after(step)
-        )
+        course.log.add(phase="end-to-end", step=step, steps=course.steps, rate=rate, **figures, **pace.after(step))
         validated = step % course.interval == 0 or step == course.steps
         if validated:
             best.consider(step)
@@ -273,4 +269,3 @@ def _mixed(loss: str, kl: float, ce: float) -> float:
 def _read(file: Path) -> Tensors:
     with safe_open(file, framework="pt") as stored:
         return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no dict
-

@@ -77,9 +77,7 @@ class Teacher:
         return (theirs.exp() * (theirs - ours)).sum(-1) + _of_the_rest(theirs, ours)
 
 
-def likeliest(
-    logits: Float[Tensor, "n vocab"], k: int
-) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+def likeliest(logits: Float[Tensor, "n vocab"], k: int) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
     """The k likeliest tokens as int32 and their log-probabilities as float16, as they are kept on disk."""
     values, words = logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
     return words.to(torch.int32), values.to(torch.float16)

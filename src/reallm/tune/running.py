@@ -108,9 +108,7 @@ class _Run:
             if self.settings.end_to_end:
                 if original is not None:
                     _in_dtype(original, self.settings.compute_dtype)
-                course = Course(
-                    trainables, original, training, validation, self.settings, work, self.workers, self.log
-                )
+                course = Course(trainables, original, training, validation, self.settings, work, self.workers, self.log)
                 figures = tune_whole(course)
             if self.workers.first:
                 self._write(trainables, figures, work)

@@ -241,7 +241,7 @@ def _settled(
     base = getattr(fmt, "base", None)
     if not isinstance(base, WeightFormat):
         return fmt, parts, {}
-    inner_names = set(inner("base", dict.fromkeys(inside)))
+    inner_names = set(inner("base", {name: values[name] for name in inside}))
     form, settled, factors = _settled(base, parts.base, fmt.inner_shape(shape), inner_names, dtype)
     if settled is parts.base:
         return fmt, parts, {}
@@ -275,4 +275,3 @@ def _narrow(tensor: Tensor) -> Tensor:
 def _leaf(name: str, kind: str = "part") -> str:
     """A name for a parameter or buffer, which may hold no dot."""
     return f"{kind}/{name.replace('.', '/')}"
-

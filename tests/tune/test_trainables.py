@@ -1,0 +1,163 @@
+"""Parts that train: from every format, and back into it."""
+
+import copy
+
+import pytest
+import torch
+
+from reallm.errors import RecipeError
+from reallm.fit import fit
+from reallm.formats import as_stored, example_formats, from_spec, known_formats, named_tensors, with_tensors
+from reallm.model import DECODE_PER_USE, load, walk
+from reallm.model.walk import meta_model
+from reallm.tune.trainables import LiveMatrix, choose, float_roles, unit_of
+
+TRELLIS = {"format": "trellis", "bits": 2, "state_bits": 8}
+SHAPE = (40, 64)
+COMPOSED = [
+    {"format": "gain", "base": {"format": "rotated", "base": TRELLIS}},
+    {"format": "low_rank_plus", "rank": 2, "base": {"format": "rotated", "base": {"format": "e8", "bits": 2}}},
+    {"format": "low_rank_plus", "rank": 2, "base": {"format": "entropy_coded", "bits": 5, "largest": 15}},
+    {"format": "scaled", "base": {"format": "decoupled", "share": 0.1, "base": {"format": "rotated", "base": TRELLIS}}},
+    {"format": "decoupled", "kind": "rows", "precision": "bfloat16", "share": 0.1, "base": {"format": "gain", "base": TRELLIS}},
+]  # fmt: skip
+FORMATS = [fmt for cls in known_formats().values() for fmt in example_formats(cls)] + [from_spec(s) for s in COMPOSED]
+
+
+def fits(fmt):
+    try:
+        fmt.check(SHAPE)
+    except ValueError:
+        return False
+    return True
+
+
+CASES = [pytest.param(fmt, id=f"{number}-{fmt.name}") for number, fmt in enumerate(FORMATS) if fits(fmt)]
+each_format = pytest.mark.parametrize("fmt", CASES)
+
+
+def stored_of(fmt):
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)) * 0.1
+    return fmt.pack(fit(fmt, weight), SHAPE)
+
+
+def live_of(fmt, stored, chosen=None, kept_dtype=torch.float32):
+    names = list(float_roles(fmt, stored, SHAPE)) if chosen is None else chosen
+    return LiveMatrix(fmt, SHAPE, stored, names, True, kept_dtype)
+
+
+def shaken(live, size=0.05):
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in live.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return live
+
+
+def packed(fmt, stored, live):
+    return fmt.pack(with_tensors(fmt.unpack(stored, SHAPE), live.parts_to_store()), SHAPE)
+
+
+def test_every_format_is_tried():
+    assert {case.values[0].name for case in CASES} == set(known_formats())
+
+
+@each_format
+def test_every_float_part_has_the_name_and_the_role_it_is_stored_under(fmt):
+    assert set(float_roles(fmt, stored := stored_of(fmt), SHAPE)) <= set(stored)
+
+
+@each_format
+@pytest.mark.parametrize("kept_dtype", [torch.float32, None])
+def test_before_training_it_decodes_to_the_same_matrix_and_packs_to_the_same_bytes(fmt, kept_dtype):
+    stored = stored_of(fmt)
+    live = live_of(fmt, stored, kept_dtype=kept_dtype)
+    torch.testing.assert_close(live(), fmt.decode(fmt.unpack(stored, SHAPE), SHAPE), rtol=1e-5, atol=1e-7)
+    again = packed(fmt, stored, live)
+    assert all(torch.equal(again[name], tensor) for name, tensor in stored.items())
+
+
+@each_format
+def test_every_chosen_part_has_a_gradient(fmt):
+    live = live_of(fmt, stored_of(fmt))
+    live().square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in live.parameters())
+
+
+@each_format
+def test_what_is_trained_on_is_what_the_file_decodes_to_and_it_is_no_larger(fmt):
+    stored = stored_of(fmt)
+    live = shaken(live_of(fmt, stored))
+    written = packed(fmt, stored, live)
+    assert {n: (t.shape, t.dtype) for n, t in written.items()} == {n: (t.shape, t.dtype) for n, t in stored.items()}
+    torch.testing.assert_close(live(), fmt.decode(fmt.unpack(written, SHAPE), SHAPE), rtol=1e-5, atol=1e-6)
+
+
+@each_format
+def test_rounding_alone_does_what_packing_does(fmt):
+    stored = stored_of(fmt)
+    live = shaken(live_of(fmt, stored), size=1.0)  # large enough that scales without a sign go below 0
+    back = named_tensors(fmt.unpack(packed(fmt, stored, live), SHAPE))
+    for name in live.units:
+        assert torch.equal(as_stored(fmt, name, live.part(name), SHAPE), back[name])
+
+
+@each_format
+def test_one_part_alone_trains_and_the_rest_stays(fmt):
+    stored = stored_of(fmt)
+    first, *others = float_roles(fmt, stored, SHAPE)
+    live = shaken(live_of(fmt, stored, chosen=[first]))
+    written = fmt.unpack(packed(fmt, stored, live), SHAPE)
+    before, after = named_tensors(fmt.unpack(stored, SHAPE)), named_tensors(written)
+    assert not torch.equal(before[first], after[first])
+    assert all(torch.equal(before[name], after[name]) for name in others)
+    torch.testing.assert_close(live(), fmt.decode(written, SHAPE), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", COMPOSED[:3])
+def test_what_no_trained_part_changes_is_decoded_once(spec, monkeypatch):
+    fmt = from_spec(spec)
+    live = live_of(fmt, stored_of(fmt))
+    base = fmt.base.base if fmt.base.name == "rotated" else fmt.base
+    monkeypatch.setattr(type(base), "decode", lambda *_: pytest.fail("decoded again"))
+    live().sum().backward()
+
+
+def test_units_are_powers_of_two_near_the_size():
+    assert unit_of(torch.full((3,), 0.3)) == 0.25 and unit_of(torch.tensor([-7.0])) == 8.0
+    assert unit_of(torch.zeros(4)) > 0
+
+
+def parts_of(compressed, train):
+    model = load(compressed, DECODE_PER_USE, dtype=torch.float32)
+    walked = walk(meta_model(copy.deepcopy(model.config)))
+    dtypes = {kept.name: torch.float32 for kept in walked.kept}
+    return choose(model, walked, dtypes, train, rounded=True, kept_dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("train", "endings"),
+    [
+        (("residual",), {"left", "right"}),
+        (("gains",), {"gain"}),
+        (("codebooks",), {"codebook"}),
+        (("norms",), {"weight"}),
+        (("scales",), {"scales"}),
+    ],
+)
+def test_words_name_what_trains_and_nothing_else_has_a_gradient(compressed, train, endings):
+    chosen = parts_of(compressed, train)
+    assert {name.rpartition(".")[2] for name in chosen.parameters} == endings
+    assert sum(chosen.counts.values()) == sum(p.numel() for p in chosen.parameters.values())
+    trained = {id(p) for p in chosen.parameters.values()}
+    assert {id(p) for p in chosen.model.parameters() if p.requires_grad} == trained
+
+
+def test_the_embedding_trains_only_if_named(compressed):
+    assert not any("embed" in name for name in parts_of(compressed, ("scales",)).parameters)
+    assert any("embed" in name for name in parts_of(compressed, ("scales", "embedding")).parameters)
+
+
+def test_a_model_without_the_parts_named_says_what_it_has(compressed):
+    with pytest.raises(RecipeError, match="this model has none of them; it has codebooks, gains, norms"):
+        parts_of(compressed, ("outliers",))
