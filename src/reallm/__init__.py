@@ -88,7 +88,12 @@ def _register() -> None:
         _loads_models_imported(sys.modules[_LOADS_MODELS])
 
 
-_ROOM_OF = {"compress": "reallm.pipeline", "tune": "reallm.tune", "load": "reallm.model", "load_tokenizer": "reallm.model"}
+_ROOM_OF = {
+    "compress": "reallm.pipeline",
+    "tune": "reallm.tune",
+    "load": "reallm.model",
+    "load_tokenizer": "reallm.model",
+}
 
 
 def __getattr__(name: str):

@@ -19,8 +19,8 @@ COMPOSED = [
     {"format": "low_rank_plus", "rank": 2, "base": {"format": "rotated", "base": {"format": "e8", "bits": 2}}},
     {"format": "low_rank_plus", "rank": 2, "base": {"format": "entropy_coded", "bits": 5, "largest": 15}},
     {"format": "scaled", "base": {"format": "decoupled", "share": 0.1, "base": {"format": "rotated", "base": TRELLIS}}},
-    {"format": "decoupled", "kind": "rows", "precision": "bfloat16", "share": 0.1, "base": {"format": "gain", "base": TRELLIS}},
-]  # fmt: skip
+    {"format": "decoupled", "kind": "rows", "precision": "bfloat16", "share": 0.1, "base": TRELLIS},
+]
 FORMATS = [fmt for cls in known_formats().values() for fmt in example_formats(cls)] + [from_spec(s) for s in COMPOSED]
 
 

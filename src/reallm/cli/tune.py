@@ -30,8 +30,8 @@ def command(
         str,
         typer.Option(
             metavar="WORDS",
-            help="What trains, with commas between: residual, scales, gains, codebooks, outliers, dense, norms, biases; "
-            "embedding and head add those matrices' parts.",
+            help="What trains, with commas between: residual, scales, gains, codebooks, outliers, dense, norms, "
+            "biases; embedding and head add those matrices' parts.",
         ),
     ] = "residual,scales,gains,codebooks,norms",
     loss: Annotated[

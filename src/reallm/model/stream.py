@@ -192,7 +192,10 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """
     lists = [module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
-        raise SourceError(f"{type(model).__name__} has no list of decoder blocks; it can be neither calibrated nor tuned block by block")
+        raise SourceError(
+            f"{type(model).__name__} has no list of decoder blocks; "
+            "it can be neither calibrated nor tuned block by block"
+        )
     first = max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()))
     return list(first)
 
