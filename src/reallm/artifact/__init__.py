@@ -1,5 +1,6 @@
 """The compressed model on disk: manifest, writer, reader, ledger. Specified in docs/artifact.md."""
 
+from reallm.artifact.coding import code, coded_tensor, decoded_tensor
 from reallm.artifact.ledger import Ledger, Row, read_ledger
 from reallm.artifact.manifest import VERSION, Manifest, StoredMatrix, read_manifest
 from reallm.artifact.work import check_finished, check_output, finished_file, opened, work_folder
@@ -13,6 +14,9 @@ __all__ = [
     "StoredMatrix",
     "check_finished",
     "check_output",
+    "code",
+    "coded_tensor",
+    "decoded_tensor",
     "finished_file",
     "opened",
     "read_ledger",

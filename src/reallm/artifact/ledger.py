@@ -24,7 +24,8 @@ class Row:
     """Some bytes of one file: a stored tensor, a header, or a whole companion file.
 
     `role` says what the bytes are for (codes, scales, …), `matrix` whose they are; `kind` is block,
-    embedding or head for compressed matrices, `kept` for tensors left as they were, else `file`.
+    embedding or head for compressed matrices, `kept` for tensors left as they were, else `file`. `nbytes` are those
+    of the file, `raw_nbytes` those before entropy coding where a tensor is coded.
     """
 
     file: str
@@ -33,6 +34,7 @@ class Row:
     kind: str
     role: str
     nbytes: int
+    raw_nbytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class Ledger:
     def bits_per_parameter(self) -> float:
         """8 · bytes of all files / parameters of the whole model."""
         return 8 * self.total_bytes / self.parameters if self.parameters else math.nan
+
+    @property
+    def coded(self) -> tuple[Row, ...]:
+        """Rows of entropy-coded tensors."""
+        return tuple(row for row in self.rows if row.raw_nbytes is not None)
 
     def by(self, field: str) -> dict[str, int]:
         """Bytes summed by a field of the rows (`role`, `kind`, `matrix`, `file`), largest first."""
@@ -122,7 +129,7 @@ def _check_complete(folder: Path, rows: list[Row], manifest: Manifest) -> None:
             name = f"{matrix.name}.{local}"
             if name not in found:
                 raise ArtifactError(f"{folder}: tensor {name!r} is missing; copy the artifact again")
-            if found[name] != tensor.nbytes:
+            if local not in matrix.coded and found[name] != tensor.nbytes:
                 raise ArtifactError(
                     f"{folder}: tensor {name!r} has {found[name]:,} bytes, config.json says {tensor.nbytes:,}; "
                     "copy the artifact again"
@@ -151,7 +158,8 @@ def _tensor_rows(path: Path, folder: Path, manifest: Manifest) -> tuple[list[Row
             rows.append(Row(file, name, None, "kept", "kept", end - start))
             kept_weights += math.prod(entry["shape"])
         else:
-            rows.append(Row(file, name, matrix.name, matrix.kind, role, end - start))
+            raw = _raw_nbytes(matrix, name)
+            rows.append(Row(file, name, matrix.name, matrix.kind, role, end - start, raw))
     if gap := path.stat().st_size - covered:
         what = f"{gap} bytes belong to no tensor" if gap > 0 else f"{-gap} bytes are missing"
         raise ArtifactError(f"{path}: {what}; the file is damaged, copy the artifact again")
@@ -194,3 +202,9 @@ def _role(matrix: StoredMatrix, tensor: str) -> str | None:
     """What the bytes are for; None for a neighbour that is kept as it was, such as the module's bias."""
     local = tensor.removeprefix(f"{matrix.name}.")
     return matrix.fmt.role(local) if local in matrix.fmt.layout(matrix.shape) else None
+
+
+def _raw_nbytes(matrix: StoredMatrix, tensor: str) -> int | None:
+    """Bytes of a tensor before it was coded; None for one that is stored as it is."""
+    local = tensor.removeprefix(f"{matrix.name}.")
+    return matrix.fmt.layout(matrix.shape)[local].nbytes if local in matrix.coded else None

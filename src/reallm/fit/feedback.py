@@ -90,6 +90,35 @@ def importance_in_feedback(hessian: Float[Tensor, "in in"], width: int) -> Float
     return found
 
 
+def cost_in_feedback(
+    hessian: Float[Tensor, "in in"], widths: tuple[int, ...], falling: bool = True
+) -> dict[int, float]:
+    """tr(D H Dᵀ) of one row whose errors are independent, of variance 1, and fed back, by the coder's width.
+
+    Σ over blocks J of columns of the squared Frobenius norm of U_JJ⁻¹. One factor serves all widths, in the order of the
+    widest: the others divide it.
+    """
+    widest = max(widths)
+    order = torch.cat([torch.arange(*block) for block in _blocks(hessian.diagonal(), widest, falling)])
+    order = order.to(hessian.device)
+    factor = inverse_factor(hessian[order][:, order])
+    found = {}
+    for width in widths:
+        size = -(-len(factor) // width) * width
+        # What is too much at the end is a block by itself that costs nothing.
+        filled = torch.eye(size, device=factor.device, dtype=factor.dtype)
+        filled[: len(factor), : len(factor)] = factor
+        # (width, width, blocks): entries inside the blocks on the diagonal.
+        own = filled.view(size // width, width, size // width, width).diagonal(dim1=0, dim2=2)
+        found[width] = _inverse_norms(own.permute(2, 0, 1)) - (size - len(factor))
+    return found
+
+
+def _inverse_norms(blocks: Float[Tensor, "blocks width width"]) -> float:
+    identity = torch.eye(blocks.shape[-1], device=blocks.device, dtype=blocks.dtype).expand_as(blocks)
+    return torch.linalg.solve_triangular(blocks, identity, upper=True).square().sum(dtype=torch.float64).item()
+
+
 def _blocks(importance: Float[Tensor, " in"], width: int, falling: bool) -> list[tuple[int, int]]:
     """(first column, one past the last) of every block, in the order of rounding."""
     columns = len(importance)

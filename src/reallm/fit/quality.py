@@ -76,19 +76,26 @@ def gaussian_quality(fmt: WeightFormat, shape: Shape, device: str | torch.device
 def gaussian_error(fmt: WeightFormat) -> float:
     """Relative squared error on a seeded Gaussian matrix; that of a budget's candidate is looked up."""
     known = _table().get(json.dumps(to_spec(fmt)))
-    return measured_gaussian_error(fmt) if known is None else known
+    return measured_gaussian_error(fmt) if known is None else known["error"]
+
+
+def gaussian_share(fmt: WeightFormat) -> float:
+    """Stored bytes / bytes before entropy coding of a budget's candidate on Gaussian weights; 1 for any other format."""
+    return _table().get(json.dumps(to_spec(fmt)), {}).get("share", 1.0)
 
 
 @functools.cache
-def _table() -> dict[str, float]:
-    """Errors of the candidates by spec, from benchmarks/gaussian_errors.py: 60 fits that no dry run waits for."""
+def _table() -> dict[str, dict[str, float]]:
+    """Errors of the candidates by spec, from benchmarks/gaussian_errors.py: 150 fits that no dry run waits for."""
     text = resources.files("reallm.fit").joinpath("gaussian_errors.json").read_text(encoding="utf-8")
-    return {json.dumps(row["format"]): row["error"] for row in json.loads(text)}
+    return {json.dumps(row["format"]): row for row in json.loads(text)}
 
 
 def measured_gaussian_error(fmt: WeightFormat) -> float:
     """Relative squared error on a seeded Gaussian matrix."""
-    shape = (32, 512)  # 8,192 vectors of two: 32 for each entry of the largest candidate codebook
+    # 8,192 vectors of two: 32 for each entry of the largest candidate codebook. The tables of an entropy coder, which
+    # a real matrix hardly feels, would be 6 % of the bytes of so few weights.
+    shape = (512, 1024) if "entropy_coded" in json.dumps(to_spec(fmt)) else (32, 512)
     sample = gaussian(shape)
     return relative_error(sample, fmt.decode(fit(fmt, sample), shape))
 
