@@ -21,7 +21,7 @@ from reallm.formats import WeightFormat, to_spec
 TABLE = Path(__file__).parents[1] / "src" / "reallm" / "fit" / "gaussian_errors.json"
 STATE_BITS = (10, 12, 16)
 # Codes that use all their bits: nothing is left to be coded.
-FULL = ("trellis", "entropy_coded", "e8", "dense")
+FULL = ("trellis", "entropy_coded", "e8")
 
 
 def main() -> None:

@@ -101,10 +101,11 @@ def test_no_matrices_is_no_choice():
 def optimum(tables, budget):
     """By branch and bound, within a hundredth of a percent."""
     loss, nbytes = (np.array([getattr(c, name) for t in tables for c in t], float) for name in ("loss", "nbytes"))
-    ends = np.cumsum([len(table) for table in tables])
-    one_each = np.stack([(np.arange(len(loss)) < end) & (np.arange(len(loss)) >= end - len(t)) for end, t in zip(ends, tables)])
+    matrix_of = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    one_each = matrix_of[None] == np.arange(len(tables))[:, None]
     limits = [LinearConstraint(one_each, 1, 1), LinearConstraint(nbytes[None] / budget, 0, 1)]
-    found = milp(1e4 * loss / loss.max(), constraints=limits, integrality=1, bounds=Bounds(0, 1), options={"mip_rel_gap": 1e-4})
+    options = {"mip_rel_gap": 1e-4}
+    found = milp(1e4 * loss / loss.max(), constraints=limits, integrality=1, bounds=Bounds(0, 1), options=options)
     return found.fun * loss.max() / 1e4
 
 

@@ -44,7 +44,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Analysis:
-    """`numbers` by matrix and kind of error; `measured` by matrix and format (JSON of its spec); `origin` says of what."""
+    """`numbers` by matrix and kind of error; `measured` by matrix and format (JSON of its spec); `origin`: of what."""
 
     numbers: dict[str, dict[str, float]]
     measured: dict[str, dict[str, Measured]] = field(default_factory=dict)
@@ -116,13 +116,13 @@ class LossRow(BaseModel):
 class Corrections(BaseModel):
     """What is known better than predicted: a file for `--corrections`.
 
-        factors: {v: 1.4, rotated_16: 0.9, v/rotated_16: 1.2}  # by role, by kind of error, or both; they multiply
-        losses:
-        - {match: "*.0.self_attn.v_proj", format: {format: uniform, bits: 8}, loss: 0.002}
-        candidates:                       # in place of the lists that come with the library
-          block: [{format: uniform, bits: 8}, ...]
-          embedding: [...]
-          head: [...]
+    factors: {v: 1.4, rotated_16: 0.9, v/rotated_16: 1.2}  # by role, by kind of error, or both; they multiply
+    losses:
+    - {match: "*.0.self_attn.v_proj", format: {format: uniform, bits: 8}, loss: 0.002}
+    candidates:                       # in place of the lists that come with the library
+      block: [{format: uniform, bits: 8}, ...]
+      embedding: [...]
+      head: [...]
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -160,5 +160,3 @@ def load_corrections(path: str | Path | None) -> Corrections:
     except ValidationError as error:
         first = error.errors()[0]
         raise RecipeError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from error
-
-

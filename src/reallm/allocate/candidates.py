@@ -25,7 +25,7 @@ def calibrated_candidates(kind: str, state_bits: int, entropy: bool | None = Non
     """Candidates for matrices of a kind. `state_bits` of trellis codes, 0 for none; `entropy`: whether entropy-coded
     ones are among them, by default if the package they need is there.
 
-    Blocks: rotated trellis and E8 codes where bits are whole, entropy-coded lattice points at any rate between and above,
+    Blocks: rotated trellis and E8 codes where bits are whole, entropy-coded lattice points at any rate beside them,
     scalar codes for matrices so small that tables are dear. Ends are fitted without calibration and read row by row:
     scalar codes, which the file holds entropy-coded, and lattice points.
     """

@@ -32,7 +32,8 @@ def choose(tables: Sequence[Sequence[Candidate]], budget: int, least: int = 0) -
     Lagrangian relaxation (Everett 1963; Shoham & Gersho 1988): bisect the price of a byte, which is exact on
     the convex hull, spend what is left by the best affordable exchanges, and search together the few candidates that
     can still be in a better choice. Matrices that are large beside the budget are tried in each of their candidates. A
-    handful of matrices, where the hull is coarse, are also searched as they are; `least` bytes are then met if any choice meets them.
+    handful of matrices, where the hull is coarse, are also searched as they are; `least` bytes are then met if any
+    choice meets them.
 
     Errors: RecipeError if even the smallest candidates exceed the budget.
     """

@@ -19,8 +19,8 @@ from reallm.kernels.rans import coded_bytes, decoded_bytes
 
 # A coded tensor costs time at every load: 1 % is what it must save for that.
 LEAST_GAIN = 0.01
-# A coded tensor of one byte more has a line more in the manifest, at most once for each layout.
-_LEAST_BYTES = 64
+# The manifest names coded tensors once for each layout, which may be that of one matrix.
+_LEAST_SAVED = 96
 _LZMA = 0  # first byte; those of the other codec begin with 1 to 8
 _FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9, "lc": 0, "lp": 0, "pb": 0, "dict_size": 1 << 20}]
 _LARGEST_FOR_LZMA = 1 << 18  # beyond, the table of frequencies is nothing, and LZMA codes 2 MB a second
@@ -29,12 +29,11 @@ _LARGEST_FOR_LZMA = 1 << 18  # beyond, the table of frequencies is nothing, and 
 def coded_tensor(tensor: Tensor, least_gain: float = LEAST_GAIN) -> Tensor | None:
     """The tensor's bytes in fewer, uint8 of shape [bytes] on the CPU; None where that saves less than `least_gain`."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    if len(raw) < _LEAST_BYTES:
-        return None
-    found = coded_bytes(raw, least_gain)
-    if len(raw) <= _LARGEST_FOR_LZMA:
+    most = min((1 - least_gain) * len(raw), len(raw) - _LEAST_SAVED)
+    found = coded_bytes(raw, most) if most > 0 else None
+    if most > 0 and len(raw) <= _LARGEST_FOR_LZMA:
         packed = bytes([_LZMA]) + lzma.compress(raw.tobytes(), lzma.FORMAT_RAW, filters=_FILTERS)
-        most = (1 - least_gain) * len(raw) if found is None else len(found) - 1
+        most = most if found is None else len(found) - 1
         found = np.frombuffer(packed, np.uint8) if len(packed) <= most else found
     return None if found is None else torch.from_numpy(found.copy())
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
+from reallm.artifact.coding import decoded_tensor
 from reallm.artifact.manifest import Manifest, StoredMatrix, read_manifest
 from reallm.errors import ArtifactError
 
@@ -95,6 +99,11 @@ class Ledger:
             "bits_per_parameter": self.bits_per_parameter,
             "block_weights": self.block_weights,
             "parameters": self.parameters,
+            "entropy_coded": {
+                "tensors": len(self.coded),
+                "bytes": sum(row.nbytes for row in self.coded),
+                "raw_bytes": sum(row.raw_nbytes or 0 for row in self.coded),
+            },
             "by_role": self.by("role"),
             "by_kind": self.by("kind"),
             "rows": [asdict(row) for row in self.rows],
@@ -202,6 +211,23 @@ def _role(matrix: StoredMatrix, tensor: str) -> str | None:
     """What the bytes are for; None for a neighbour that is kept as it was, such as the module's bias."""
     local = tensor.removeprefix(f"{matrix.name}.")
     return matrix.fmt.role(local) if local in matrix.fmt.layout(matrix.shape) else None
+
+
+# Bytes of coded tensors that are decoded to tell how long all of them take.
+_TIMED_BYTES = 4_000_000
+
+
+def decoding_seconds(folder: Path, ledger: Ledger) -> float:
+    """How long entropy decoding takes at load, here: timed on some of the tensors."""
+    layouts = {f"{m.name}.{local}": t for m in ledger.compressed for local, t in m.fmt.layout(m.shape).items()}
+    done, begun = 0, time.perf_counter()
+    for row in ledger.coded:
+        with safe_open(Path(folder) / row.file, framework="pt") as file:
+            decoded_tensor(file.get_tensor(row.name), layouts[row.name])
+        done += row.nbytes
+        if done >= _TIMED_BYTES:
+            break
+    return (time.perf_counter() - begun) * sum(row.nbytes for row in ledger.coded) / max(done, 1)
 
 
 def _raw_nbytes(matrix: StoredMatrix, tensor: str) -> int | None:

@@ -15,6 +15,7 @@ from reallm.errors import ReallmError
 # These files are imported for --help too, so that what is slow to import belongs inside the function.
 COMMANDS = (
     "compress",
+    "plan",
     "info",
     "recipes",
     "formats",

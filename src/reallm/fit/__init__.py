@@ -11,4 +11,13 @@ from reallm.fit.quality import Quality, gaussian_error, gaussian_quality, gaussi
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["Objective", "Quality", "fit", "gaussian_error", "gaussian_quality", "gaussian_share", "relative_error", "squared_error"]
+__all__ = [
+    "Objective",
+    "Quality",
+    "fit",
+    "gaussian_error",
+    "gaussian_quality",
+    "gaussian_share",
+    "relative_error",
+    "squared_error",
+]

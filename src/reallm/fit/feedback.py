@@ -95,8 +95,8 @@ def cost_in_feedback(
 ) -> dict[int, float]:
     """tr(D H Dᵀ) of one row whose errors are independent, of variance 1, and fed back, by the coder's width.
 
-    Σ over blocks J of columns of the squared Frobenius norm of U_JJ⁻¹. One factor serves all widths, in the order of the
-    widest: the others divide it.
+    Σ over blocks J of columns of the squared Frobenius norm of U_JJ⁻¹. One factor serves all widths, in the order of
+    the widest: the others divide it.
     """
     widest = max(widths)
     order = torch.cat([torch.arange(*block) for block in _blocks(hessian.diagonal(), widest, falling)])

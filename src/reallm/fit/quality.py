@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -80,12 +80,12 @@ def gaussian_error(fmt: WeightFormat) -> float:
 
 
 def gaussian_share(fmt: WeightFormat) -> float:
-    """Stored bytes / bytes before entropy coding of a budget's candidate on Gaussian weights; 1 for any other format."""
+    """Stored bytes / bytes before entropy coding of a budget's candidate on Gaussian weights; 1 for other formats."""
     return _table().get(json.dumps(to_spec(fmt)), {}).get("share", 1.0)
 
 
 @functools.cache
-def _table() -> dict[str, dict[str, float]]:
+def _table() -> dict[str, dict[str, Any]]:
     """Errors of the candidates by spec, from benchmarks/gaussian_errors.py: 150 fits that no dry run waits for."""
     text = resources.files("reallm.fit").joinpath("gaussian_errors.json").read_text(encoding="utf-8")
     return {json.dumps(row["format"]): row for row in json.loads(text)}

@@ -26,8 +26,8 @@ _MANTISSA = 16
 _SAMPLE = 105 << 11
 
 
-def coded_bytes(raw: np.ndarray, least_gain: float = 0.01) -> np.ndarray | None:
-    """uint8 bytes, coded at the symbol width that serves best; None if that saves less than `least_gain` of them."""
+def coded_bytes(raw: np.ndarray, most: float) -> np.ndarray | None:
+    """uint8 bytes, coded at the symbol width that serves best; None if that takes more than `most` bytes."""
     if not len(raw):
         return None
     start = max(0, len(raw) - _SAMPLE) // 210 * 105
@@ -36,7 +36,7 @@ def coded_bytes(raw: np.ndarray, least_gain: float = 0.01) -> np.ndarray | None:
     if estimate > len(sample):  # most often noise; a sample carries the table alone, so that this refuses nothing good
         return None
     found = _encode(raw, width)
-    return found if len(found) <= (1 - least_gain) * len(raw) else None
+    return found if len(found) <= most else None
 
 
 def decoded_bytes(coded: np.ndarray, nbytes: int) -> np.ndarray:

@@ -52,8 +52,8 @@ def fisher(
 class Curvature:
     """What the end loss is to a matrix: its second derivatives, inputs apart from outputs (K-FAC, arXiv:1503.05671).
 
-    An error D of the weights costs about ½ Σ_i outputs_i · (D H Dᵀ)_ii nats a token, with H = `hessian`, in which tokens
-    count by their gradients (GuidedQuant, arXiv:2505.07004).
+    An error D of the weights costs about ½ Σ_i outputs_i · (D H Dᵀ)_ii nats a token, with H = `hessian`, in which
+    tokens count by their gradients (GuidedQuant, arXiv:2505.07004).
     """
 
     outputs: Float[Tensor, " out"]  # mean over tokens of the squared gradient of the log-likelihood
@@ -70,9 +70,8 @@ def curvatures(
 ) -> EndCurvature:
     """Curvature of each module, handed to `found` one by one, in a pass of the original model over the windows.
 
-    Tokens to predict are drawn from the model's own distribution: then mean squared gradients are the second derivatives
-    of the KL divergence to the original, not those of the likelihood of a text. Modules that no gradient reaches are
-    left out. Several passes where the sums of one would take more than _SUMS_BYTES.
+    Tokens to predict are drawn from the model's own distribution: then mean squared gradients are the second
+    derivatives of the KL divergence to the original. Modules that no gradient reaches are left out. Several passes where the sums of one would take more than _SUMS_BYTES.
     """
     ends = _Ends(model, windows)
     for number, part in enumerate(_parts(matrices)):
@@ -131,7 +130,7 @@ class EndCurvature:
     """What errors of embedding and head cost: means over tokens.
 
     `inputs`: squared gradient of the embedding's output by dimension; `frequencies`: share of each token at the input;
-    `states`: Σ_j h_j² of the head's inputs by dimension; `outputs`: p (1 - p) by token, the second derivative of its logit.
+    `states`: h_j² of the head's inputs by dimension; `outputs`: p (1 - p) by token, the curvature in its logit.
     """
 
     inputs: Float[Tensor, " hidden"]

@@ -83,7 +83,7 @@ def numbers_of_block(weight: Float[Tensor, "out in"], curvature: Curvature) -> d
 
 
 def numbers_of_end(weight: Float[Tensor, "out in"], kind: str, ends: EndCurvature, tied: bool) -> dict[str, float]:
-    """Losses at relative error 1 of an embedding, a head, or both in one; found without calibration, hence no feedback."""
+    """Losses at relative error 1 of an embedding, a head, or both in one; no feedback, as they are fitted without data."""
     parts = []
     if kind == "embedding":
         parts.append((ends.frequencies, ends.inputs))
