@@ -49,11 +49,12 @@ def options_for(
     share: Callable[[MatrixInfo, WeightFormat], float],
     rank: int | None = None,
     ends: Mapping[str, FormatSpec | None] | None = None,
+    always: Mapping[str, WeightFormat] | None = None,
 ) -> dict[str, list[Option]]:
     """What each matrix can be stored as. `ends` fixes the format of embedding or head; one that is kept has no options.
 
     `share`: stored bytes / bytes before entropy coding. `rank` puts a residual around every block format, which takes
-    bytes and is credited with no gain.
+    bytes and is credited with no gain. `always` names a format by matrix that is among its options whatever it loses.
     Errors: RecipeError for a matrix that no candidate can store.
     """
     found = {}
@@ -62,15 +63,17 @@ def options_for(
         if fixed == KEEP:
             continue
         rows = []
-        for base in candidates(matrix) if fixed is None else [from_spec(fixed)]:
-            fmt = with_rank(base, rank) if matrix.kind == "block" else base
+        given = (always or {}).get(matrix.name)
+        bases = candidates(matrix) if fixed is None else [from_spec(fixed)]
+        for base in bases if given is None else [given, *bases]:
+            fmt = with_rank(base, rank) if matrix.kind == "block" and base is not given else base
             if _fits(fmt, matrix):
                 full = fmt.nbytes(matrix.shape)
                 nbytes = min(full, round(full * share(matrix, fmt)) + _CODED_TABLES)
                 rows.append(Option(fmt, nbytes, loss(matrix, base)))
         if not rows:
             raise RecipeError(f"{matrix.name}: no candidate format stores a {matrix.shape} matrix; lower --rank")
-        found[matrix.name] = _useful(rows)
+        found[matrix.name] = _useful(rows, given)
     return found
 
 
@@ -159,11 +162,12 @@ def _candidates(options: Sequence[Option]) -> list[Candidate]:
     return [Candidate(option.nbytes, option.loss) for option in options]
 
 
-def _useful(options: list[Option]) -> list[Option]:
-    """By bytes, without those that are as large as another and lose more."""
+def _useful(options: list[Option], given: WeightFormat | None) -> list[Option]:
+    """By bytes, without those that are as large as another and lose more; the given one stays."""
     best: dict[int, Option] = {}
     for option in options:
-        if option.nbytes not in best or option.loss < best[option.nbytes].loss:
+        other = best.get(option.nbytes)
+        if other is None or (option.loss < other.loss and (given is None or other.fmt != given)):
             best[option.nbytes] = option
     return [best[nbytes] for nbytes in sorted(best)]
 

@@ -29,7 +29,7 @@ _LARGEST_FOR_LZMA = 1 << 18  # beyond, the table of frequencies is nothing, and 
 def coded_tensor(tensor: Tensor, least_gain: float = LEAST_GAIN) -> Tensor | None:
     """The tensor's bytes in fewer, uint8 of shape [bytes] on the CPU; None where that saves less than `least_gain`."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    most = min((1 - least_gain) * len(raw), len(raw) - _LEAST_SAVED)
+    most = float(min((1 - least_gain) * len(raw), len(raw) - _LEAST_SAVED))
     found = coded_bytes(raw, most) if most > 0 else None
     if most > 0 and len(raw) <= _LARGEST_FOR_LZMA:
         packed = bytes([_LZMA]) + lzma.compress(raw.tobytes(), lzma.FORMAT_RAW, filters=_FILTERS)
@@ -60,9 +60,10 @@ def code(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
 def _unpacked(data: bytes, nbytes: int) -> bytes:
     damaged = FormatError("entropy-coded tensor is damaged; copy the artifact again")
     try:
-        found = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS).decompress(data, nbytes)
+        decompressor = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS)
+        found = decompressor.decompress(data, nbytes + 1)
     except lzma.LZMAError as error:
         raise damaged from error
-    if len(found) != nbytes:
+    if len(found) != nbytes or not decompressor.eof or decompressor.unused_data:
         raise damaged
     return found

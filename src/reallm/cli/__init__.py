@@ -21,6 +21,7 @@ COMMANDS = (
     "formats",
     "eval",
     "generate",
+    "pack",
 )
 
 # Plain help and errors: they can be copied, grepped and read by a screen reader, and are the same everywhere.

@@ -29,8 +29,8 @@ def command(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Bytes of everything that is written: 60MB (decimal), 57MiB, 800KB, 2GB or a number; never exceeded, and "
-            "used to 99.5 %.",
+            help="Bytes of everything that is written: 60MB (decimal), 57MiB, 800KB, 2GB or a number; never exceeded, "
+            "and used to 99.5 %.",
         ),
     ] = None,
     bits_per_parameter: Annotated[
@@ -89,7 +89,7 @@ def command(
         bool | None,
         typer.Option(
             "--entropy-coding/--no-entropy-coding",
-            help="Store tensors entropy-coded where that makes them smaller; default: under --size, and as recipes say.",
+            help="Store tensors entropy-coded where that makes them smaller; default: with --size, or as recipes say.",
         ),
     ] = None,
     state_bits: Annotated[

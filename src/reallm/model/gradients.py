@@ -71,7 +71,8 @@ def curvatures(
     """Curvature of each module, handed to `found` one by one, in a pass of the original model over the windows.
 
     Tokens to predict are drawn from the model's own distribution: then mean squared gradients are the second
-    derivatives of the KL divergence to the original. Modules that no gradient reaches are left out. Several passes where the sums of one would take more than _SUMS_BYTES.
+    derivatives of the KL divergence to the original. Modules that no gradient reaches are left out. Several
+    passes where the sums of one would take more than _SUMS_BYTES.
     """
     ends = _Ends(model, windows)
     for number, part in enumerate(_parts(matrices)):

@@ -83,7 +83,7 @@ def numbers_of_block(weight: Float[Tensor, "out in"], curvature: Curvature) -> d
 
 
 def numbers_of_end(weight: Float[Tensor, "out in"], kind: str, ends: EndCurvature, tied: bool) -> dict[str, float]:
-    """Losses at relative error 1 of an embedding, a head, or both in one; no feedback, as they are fitted without data."""
+    """Losses at relative error 1 of embedding, head, or both in one; no feedback, since they are fitted by weights."""
     parts = []
     if kind == "embedding":
         parts.append((ends.frequencies, ends.inputs))
@@ -97,9 +97,9 @@ def numbers_of_end(weight: Float[Tensor, "out in"], kind: str, ends: EndCurvatur
     return {"grouped": grouped, "stepped": flat * entropy_factor(weight), **rotated}
 
 
-def tried(fmt: WeightFormat, weight: Float[Tensor, "out in"], seed: int) -> Measured:
-    """Relative error and share after entropy coding on some rows of a matrix, fitted without calibration."""
-    rows = torch.linspace(0, len(weight) - 1, min(len(weight), _SAMPLE_ROWS), device=weight.device).round().long()
+def tried(fmt: WeightFormat, weight: Float[Tensor, "out in"], seed: int, most: int = _SAMPLE_ROWS) -> Measured:
+    """Relative error and share after entropy coding on at most `most` rows of a matrix, fitted without calibration."""
+    rows = torch.linspace(0, len(weight) - 1, min(len(weight), most), device=weight.device).round().long()
     sample = weight[rows].contiguous()
     shape = (sample.shape[0], sample.shape[1])
     parts = fit(fmt, sample, Objective.relative_columns(sample), seed)

@@ -41,8 +41,12 @@ _ROUNDS = 12  # of choosing anew with the bytes of headers and texts that the la
 _ENDS = {"tied": 10.0, "embedding": 1.0, "head": 9.0}
 
 
-def from_budget(source: Source, walked: Walk, matrices: Sequence[MatrixInfo], settings: Settings) -> Job:
+def from_budget(
+    source: Source, walked: Walk, matrices: Sequence[MatrixInfo], settings: Settings, given: Plan | None = None
+) -> Job:
     """A job whose plan has the least predicted loss within `size`, `bits_per_parameter` or `bits`.
+
+    A `given` plan is taken as it is; its options are for the changes that bring it into the size.
 
     Errors: RecipeError naming what is possible.
     """
@@ -51,9 +55,13 @@ def from_budget(source: Source, walked: Walk, matrices: Sequence[MatrixInfo], se
         size = math.floor(settings.bits_per_parameter * source.total_parameters / 8)
     coding = size is not None if settings.coding is None else settings.coding
     analysis = analysis_of(source, walked, settings) if settings.calibration else None
-    options = options_of(matrices, walked, settings, analysis, coding and size is not None)
+    if given is not None:
+        matrices = [entry.matrix for entry in given.entries]
+    options = options_of(matrices, walked, settings, analysis, coding and size is not None, given)
     draft = Job(source, walked, Plan((), _name(settings, size)), settings, coding)
-    if size is None:
+    if given is not None:
+        plan, nbytes = given, WholeFile(draft).beside(given) + predicted_bytes(given, options)
+    elif size is None:
         plan = _for_bits(matrices, options, float(settings.bits or 0), draft.plan.recipe)
         nbytes = None
     else:
@@ -68,7 +76,12 @@ def _name(settings: Settings, size: int | None) -> str:
 
 
 def options_of(
-    matrices: Sequence[MatrixInfo], walked: Walk, settings: Settings, analysis: Analysis | None, coding: bool
+    matrices: Sequence[MatrixInfo],
+    walked: Walk,
+    settings: Settings,
+    analysis: Analysis | None,
+    coding: bool,
+    given: Plan | None = None,
 ) -> Options:
     """What every matrix can be stored as, with bytes and predicted losses."""
     corrections = load_corrections(settings.corrections)
@@ -99,7 +112,8 @@ def options_of(
         measured = analysis.share(matrix.name, fmt) if analysis is not None else None
         return 1.0 if not coding else gaussian_share(fmt) if measured is None else measured
 
-    return options_for(matrices, candidates, loss, share, settings.rank, ends)
+    always = {entry.matrix.name: entry.fmt for entry in given.entries} if given else None
+    return options_for(matrices, candidates, loss, share, settings.rank, {} if given else ends, always)
 
 
 def _state_bits(settings: Settings) -> int:
@@ -141,22 +155,23 @@ def plan_for_size(
     Errors: RecipeError naming the smallest possible size, or the largest useful one.
     """
     _check_size(whole, matrices, options, size, name)
-    beside, best = whole.beside(_extreme(matrices, options, name, lambda o: (o.nbytes, o.loss))), None
-    for _ in range(_ROUNDS):
-        least = math.ceil(LEAST_SHARE * size) - beside
-        plan = chosen_plan(matrices, options, size - beside, least, name)
+    smallest = _extreme(matrices, options, name, lambda o: (o.nbytes, o.loss))
+    beside, best = whole.beside(smallest), None
+    fewest = predicted_bytes(smallest, options)
+    for number in range(_ROUNDS):
+        # Where texts are some percent of the file they go up and down with the choice: try budgets around.
+        trial = beside if number < _ROUNDS // 2 else beside + int((number - 0.6 * _ROUNDS) * 0.002 * size)
+        least = math.ceil(LEAST_SHARE * size) - trial
+        plan = chosen_plan(matrices, options, max(size - trial, fewest), least, name)
         now = whole.beside(plan)
         nbytes = now + predicted_bytes(plan, options)
         if nbytes <= size and (best is None or nbytes > best[1]):
             best = plan, nbytes
             if nbytes >= LEAST_SHARE * size:
                 return best
-        if nbytes > size:
-            beside = max(now, beside + nbytes - size)
-        elif now != beside:
-            beside = now
-        else:
-            break
+        if number >= _ROUNDS // 2:
+            continue
+        beside = max(now, beside + nbytes - size) if nbytes > size else now
     if best is None:
         raise RecipeError(f"--size {size:,} bytes: no choice of formats comes within 0.5 % below it; give another size")
     near = f"the nearest below is {best[1]:,}"

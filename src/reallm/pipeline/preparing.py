@@ -33,6 +33,8 @@ def prepare(model: str | Path, settings: Settings) -> Job:
     infos = [info_of(matrix) for matrix in walked.matrices]
     if settings.recipe is not None:
         job = _from_recipe(source, walked, chosen, infos, settings)
+        if settings.size is not None or settings.bits_per_parameter is not None:
+            job = from_budget(source, walked, chosen, settings, job.plan)
     elif settings.bits is not None and not settings.calibration:
         job = _from_bits(source, walked, chosen, settings)
     else:

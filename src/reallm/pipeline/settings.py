@@ -22,7 +22,10 @@ OBJECTIVES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose. Exactly one of `bits`, `size`, `bits_per_parameter` and `recipe` is given."""
+    """What the user chose: one of `bits`, `size`, `bits_per_parameter` and `recipe`.
+
+    A recipe beside one of the two in the middle is changed in as few matrices as bring it into the budget.
+    """
 
     bits: float | int | None = None
     recipe: str | None = None
@@ -81,7 +84,8 @@ def check_goal(settings: Settings) -> None:
     """Errors: RecipeError unless exactly one goal is given, and a possible one."""
     goals = {"--bits": "bits", "--size": "size", "--bits-per-parameter": "bits_per_parameter", "--recipe": "recipe"}
     given = [option for option, field in goals.items() if getattr(settings, field) is not None]
-    if len(given) != 1:
+    nudged = set(given) in ({"--recipe", "--size"}, {"--recipe", "--bits-per-parameter"})
+    if len(given) != 1 and not nudged:
         raise RecipeError(f"give one of {', '.join(goals)}" + (f", not {' and '.join(given)}" if given else ""))
     if settings.bits_per_parameter is not None and not 0 < settings.bits_per_parameter <= 64:
         raise RecipeError(f"--bits-per-parameter {settings.bits_per_parameter:g} is not above 0 and up to 64")

@@ -12,7 +12,7 @@ import torch
 from reallm.allocate import MatrixInfo
 from reallm.allocate.recipe import KEEP, recipe_of_plan
 from reallm.allocate.sizing import option_of
-from reallm.evaluate import evaluate
+from reallm.evaluate.perplexity import evaluate
 from reallm.model import load, load_tokenizer
 from reallm.model.calibration import SELF, windows_written
 from reallm.model.text import leading_bos, load_text, tokenize
