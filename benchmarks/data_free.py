@@ -11,14 +11,12 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import json
-import multiprocessing
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from lab import Arm, FormatOf, Lab, arguments, save
+from lab import Arm, FormatOf, Lab, Workers, arguments, save
 
 from reallm.allocate import Candidate, MatrixInfo, choose, load_recipe, plan_for_bits, plan_from_recipe
 from reallm.fit import gaussian_error
@@ -47,7 +45,7 @@ LADDERS = {
     "normal_float": [normal(bits) for bits in range(2, 9)],
     "codebook d=1": [vectors(1, bits) for bits in range(2, 9)],
     "codebook d=2": [vectors(2, bits) for bits in range(4, 13)],
-    "codebook d=4": [vectors(4, bits) for bits in (8, 9, 10, 11, 12)] + [vectors(2, bits) for bits in range(7, 13)],
+    "codebook d=4": [vectors(4, bits) for bits in (8, 9, 10)] + [vectors(2, bits) for bits in range(6, 13)],
 }
 SINGLE = {
     "uniform": [uniform(b, g) for b in (4, 3, 2) for g in (64, 128)],
@@ -159,18 +157,15 @@ def permutation_tasks(infos: list[MatrixInfo]) -> list[Task]:
     return tasks
 
 
-def _start(numbers: Any, model: str, text: Any, device: str, windows: int | None) -> None:
-    global lab
-    if device == "cuda":  # a process for every GPU there is
-        device = f"cuda:{numbers.get() % torch.cuda.device_count()}"
-        torch.cuda.set_device(device)
-    lab = Lab(model, text, device, windows)
+def _make(model: str, text: Path, windows: int | None, device: str) -> Lab:
+    return Lab(model, text, device, windows)
 
 
 def _run(task: Task, latest: float | None) -> Arm | None:
+    """In a worker process."""
     if latest is not None and time.time() > latest:
         return None
-    return lab.arm(task.name, task.format_of(lab.infos), kl=False)
+    return Workers.state.arm(task.name, task.format_of(Workers.state.infos), kl=False)
 
 
 def main() -> None:
@@ -198,13 +193,9 @@ def main() -> None:
         command = "python benchmarks/data_free.py --model MODEL --data-dir DATA --jobs N"
         save(args.output, lab, command, original, jobs=args.jobs, left_out=left_out, arms=rows, mixtures=mixtures)
 
-    context = multiprocessing.get_context("spawn")
-    numbers = context.Queue()
-    for number in range(args.jobs):
-        numbers.put(number)
-    start = (numbers, args.model, args.text, args.device, args.windows)
+    make = functools.partial(_make, args.model, args.text, args.windows)
     run = functools.partial(_run, latest=args.deadline and begun + args.deadline)
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, context, _start, start) as pool:
+    with Workers(args.jobs, args.device, make) as pool:
         open_tasks = {pool.submit(run, task): task for task in tasks if key(task) not in arms}
         for future in concurrent.futures.as_completed(open_tasks):
             if (arm := future.result()) is not None:

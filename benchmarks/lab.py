@@ -7,7 +7,9 @@ Bytes are those of the packed tensors. The artifact on disk is left out on purpo
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
 import platform
 import subprocess
 import time
@@ -112,6 +114,32 @@ class Lab:
         return arm
 
 
+class Workers:
+    """A pool of processes, each with `make(device)` as `Workers.state`, spread over the GPUs there are."""
+
+    state: Any = None
+
+    def __init__(self, jobs: int, device: str, make: Callable[[str], Any]) -> None:
+        context = multiprocessing.get_context("spawn")
+        numbers = context.Queue()
+        for number in range(jobs):
+            numbers.put(number)
+        self._pool = concurrent.futures.ProcessPoolExecutor(jobs, context, _start_worker, (numbers, device, make))
+
+    def __enter__(self) -> concurrent.futures.Executor:
+        return self._pool.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._pool.__exit__(*error)
+
+
+def _start_worker(numbers: Any, device: str, make: Callable[[str], Any]) -> None:
+    if device == "cuda":
+        device = f"cuda:{numbers.get() % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+    Workers.state = make(device)
+
+
 def arguments(
     description: str,
     text: str,
@@ -120,8 +148,9 @@ def arguments(
     jobs: bool = False,
     update: bool = False,
     calibration: bool = False,
+    more: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> argparse.Namespace:
-    """The options every benchmark takes."""
+    """The options every benchmark takes; `more` adds those of one benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", required=True, help="original model: folder, hub id or GGUF file")
     parser.add_argument("--data-dir", type=Path, required=True, help="folder that holds wikitext2-raw/")
@@ -138,6 +167,8 @@ def arguments(
         parser.add_argument("--calibration-context", type=int, default=2048)
     if update:
         parser.add_argument("--update", action="store_true", help="also renew the table that the library ships")
+    if more is not None:
+        more(parser)
     args = parser.parse_args()
     args.text = args.data_dir / "wikitext2-raw" / text
     return args

@@ -38,6 +38,16 @@ class Coder(Protocol):
         """
 
 
+@runtime_checkable
+class MetricCoder(Coder, Protocol):
+    """A coder that can also weigh the errors of a block's columns against one another, not only each by itself."""
+
+    def encode_by(
+        self, columns: Float[Tensor, "out columns"], start: int, root: Float[Tensor, "columns columns"]
+    ) -> tuple[Int[Tensor, "coded codes"], Float[Tensor, "out columns"]]:
+        """As `encode` for one block, at a small |(columns - decoded) · root|²."""
+
+
 def coded(weight: Float[Tensor, "out in"], coder: Coder, objective: Objective | None) -> Int[Tensor, "coded codes"]:
     """The coder's codes of `weight`: by rounding, or by error feedback where the objective has a hessian."""
     objective = objective or Objective.plain(weight)
@@ -69,9 +79,7 @@ def feedback(
         for start, end in panel:
             to = at + end - start
             own = factor[at:to, at:to]
-            # What an error in each column of this block costs once all later ones have answered.
-            importance = own.diagonal().reciprocal().square()[None]
-            codes[start], decoded = coder.encode(moving[:, at:to], start, importance)
+            codes[start], decoded = _rounded(coder, moving[:, at:to], start, own)
             answer = _solved(moving[:, at:to] - decoded, own)
             answers[:, at - left : to - left] = answer
             moving[:, to:right] -= answer @ factor[at:to, to:right]
@@ -79,6 +87,66 @@ def feedback(
         moving[:, right:] -= answers @ factor[left:right, right:]
         left = right
     return torch.cat([codes[start] for start in sorted(codes)], 1)
+
+
+def swept(
+    weight: Float[Tensor, "out in"],
+    coder: Coder,
+    hessian: Float[Tensor, "in in"],
+    codes: Int[Tensor, "coded codes"],
+    decoded: Float[Tensor, "out in"],
+) -> tuple[Int[Tensor, "coded codes"], Float[Tensor, "out in"]]:
+    """Every block rounded once more, against the errors of all other blocks, those rounded after it too.
+
+    With all other errors fixed the cost of the errors D_J of a block J is that of their distance to
+    D_J - (D H)_J H_JJ⁻¹ in H_JJ. Rows of codes take a block's new codes only where they lower tr(D H Dᵀ), so that it
+    never rises. The search by blocks of AQLM (Egiazarian et al., arXiv:2401.06118).
+    """
+    blocks = _blocks(hessian.diagonal(), coder.width, falling=True)
+    codes, decoded = codes.clone(), decoded.clone()
+    per_block = codes.shape[1] // len(blocks)
+    rows_per_code = -(-len(weight) // len(codes))
+    roots, inverses = _own_roots(hessian, coder.width)
+    slopes = (weight - decoded) @ hessian
+    for start, end in blocks:
+        number, span = start // coder.width, slice(0, end - start)
+        slope, present = slopes[:, start:end], decoded[:, start:end]
+        target = present + slope @ inverses[number, span, span]
+        found, rounded = _encoded(coder, target, start, roots[number, span, span])
+        step = rounded - present
+        gains = by_code_row(((2 * slope - step @ hessian[start:end, start:end]) * step).sum(1), len(codes))
+        place = slice(number * per_block, (number + 1) * per_block)
+        codes[:, place] = torch.where(gains[:, None] > 0, found, codes[:, place])
+        kept = (gains > 0).repeat_interleave(rows_per_code)[: len(weight), None]
+        step = torch.where(kept, step, 0.0)
+        decoded[:, start:end] += step
+        slopes -= step @ hessian[start:end]
+    return codes, decoded
+
+
+def _own_roots(hessian: Tensor, width: int) -> tuple[Float[Tensor, "blocks w w"], Float[Tensor, "blocks w w"]]:
+    """Lower Cholesky factors and inverses of all diagonal blocks of H + damping, filled up with ones.
+
+    In a few calls for all: on a GPU each block by itself would have to wait for the answer whether it can be factored.
+    """
+    missing = -len(hessian) % width
+    filled = torch.nn.functional.pad(hessian.double(), (0, missing, 0, missing))
+    filled[range(len(hessian), len(filled)), range(len(hessian), len(filled))] = 1
+    count = len(filled) // width
+    own = filled.view(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    sizes = own.diagonal(dim1=1, dim2=2)
+    damping = _DAMPING * sizes.mean(1) + torch.finfo(torch.float32).tiny
+    damped = own + damping[:, None, None] * torch.eye(width, dtype=own.dtype, device=own.device)
+    roots, failed = torch.linalg.cholesky_ex(damped)
+    # Where float32 sums have left a block indefinite beyond the damping, its columns are taken apart.
+    roots = torch.where(failed[:, None, None] > 0, torch.diag_embed((sizes.abs() + damping[:, None]).sqrt()), roots)
+    return roots.float(), torch.cholesky_inverse(roots).float()
+
+
+def by_code_row(values: Float[Tensor, " out"], count: int) -> Float[Tensor, " coded"]:
+    """Sums over the output rows that share one of `count` rows of codes (rows of tiles)."""
+    rows = -(-len(values) // count)
+    return torch.nn.functional.pad(values, (0, rows * count - len(values))).view(count, rows).sum(1)
 
 
 def importance_in_feedback(hessian: Float[Tensor, "in in"], width: int) -> Float[Tensor, " in"]:
@@ -117,6 +185,21 @@ def cost_in_feedback(
 def _inverse_norms(blocks: Float[Tensor, "blocks width width"]) -> float:
     identity = torch.eye(blocks.shape[-1], device=blocks.device, dtype=blocks.dtype).expand_as(blocks)
     return torch.linalg.solve_triangular(blocks, identity, upper=True).square().sum(dtype=torch.float64).item()
+
+
+def _rounded(coder: Coder, columns: Tensor, start: int, own: Float[Tensor, "width width"]) -> tuple[Tensor, Tensor]:
+    """One block at the least cost once all later ones have answered: |errors · own⁻¹|², or nearly that."""
+    if isinstance(coder, MetricCoder):
+        identity = torch.eye(len(own), dtype=own.dtype, device=own.device)
+        return coder.encode_by(columns, start, torch.linalg.solve_triangular(own, identity, upper=True))
+    return coder.encode(columns, start, own.diagonal().reciprocal().square()[None])
+
+
+def _encoded(coder: Coder, columns: Tensor, start: int, root: Float[Tensor, "width width"]) -> tuple[Tensor, Tensor]:
+    """One block at a small |(columns - decoded) · root|²; coders that weigh columns apart take its diagonal."""
+    if isinstance(coder, MetricCoder):
+        return coder.encode_by(columns, start, root)
+    return coder.encode(columns, start, root.square().sum(1)[None])
 
 
 def _blocks(importance: Float[Tensor, " in"], width: int, falling: bool) -> list[tuple[int, int]]:
