@@ -158,33 +158,31 @@ def importance_in_feedback(hessian: Float[Tensor, "in in"], width: int) -> Float
     return found
 
 
-def cost_in_feedback(
-    hessian: Float[Tensor, "in in"], widths: tuple[int, ...], falling: bool = True
-) -> dict[int, float]:
-    """tr(D H Dᵀ) of one row whose errors are independent, of variance 1, and fed back, by the coder's width.
+def costs_in_feedback(
+    hessian: Float[Tensor, "in in"], tested: Float[Tensor, "in in"], widths: tuple[int, ...]
+) -> dict[int, Float[Tensor, " in"]]:
+    """What a rounding error in each column costs by the hessian `tested`, answered as `hessian` says; by coder width.
 
-    Σ over blocks J of columns of the squared Frobenius norm of U_JJ⁻¹. One factor serves all widths, in the order of
-    the widest: the others divide it.
+    diag(V T Vᵀ) with V_J = U_JJ⁻¹ U_J for every block J of columns. On the hessian itself these are the squared
+    norms of U_JJ⁻¹; on that of other text they are larger, the more so the fewer tokens `hessian` has. One factor
+    serves all widths, in the order of the widest: the others divide it.
     """
     widest = max(widths)
-    order = torch.cat([torch.arange(*block) for block in _blocks(hessian.diagonal(), widest, falling)])
-    order = order.to(hessian.device)
-    factor = inverse_factor(hessian[order][:, order])
-    found = {}
+    blocks = _blocks(hessian.diagonal(), widest, falling=True)
+    order = torch.cat([torch.arange(start, end) for start, end in blocks]).to(hessian.device)
+    factor, tested = inverse_factor(hessian[order][:, order]), tested[order][:, order]
+    count, found = len(factor), {}
     for width in widths:
-        size = -(-len(factor) // width) * width
-        # What is too much at the end is a block by itself that costs nothing.
+        size = -(-count // width) * width
         filled = torch.eye(size, device=factor.device, dtype=factor.dtype)
-        filled[: len(factor), : len(factor)] = factor
+        filled[:count, :count] = factor
         # (width, width, blocks): entries inside the blocks on the diagonal.
-        own = filled.view(size // width, width, size // width, width).diagonal(dim1=0, dim2=2)
-        found[width] = _inverse_norms(own.permute(2, 0, 1)) - (size - len(factor))
+        own = filled.view(size // width, width, size // width, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        rows = filled.view(size // width, width, size)
+        answers = torch.linalg.solve_triangular(own, rows, upper=True).view(size, size)[:count, :count]
+        found[width] = torch.empty_like(tested[0])
+        found[width][order] = ((answers @ tested) * answers).sum(1)
     return found
-
-
-def _inverse_norms(blocks: Float[Tensor, "blocks width width"]) -> float:
-    identity = torch.eye(blocks.shape[-1], device=blocks.device, dtype=blocks.dtype).expand_as(blocks)
-    return torch.linalg.solve_triangular(blocks, identity, upper=True).square().sum(dtype=torch.float64).item()
 
 
 def _rounded(coder: Coder, columns: Tensor, start: int, own: Float[Tensor, "width width"]) -> tuple[Tensor, Tensor]:

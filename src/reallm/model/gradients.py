@@ -58,6 +58,7 @@ class Curvature:
 
     outputs: Float[Tensor, " out"]  # mean over tokens of the squared gradient of the log-likelihood
     hessian: Float[Tensor, "in in"]  # Σ w x xᵀ / Σ w, w the token's mean squared gradient; float32
+    other: Float[Tensor, "in in"]  # the same of every second window, which `hessian` has not seen if there are two
 
 
 def curvatures(
@@ -83,7 +84,7 @@ def curvatures(
     return ends.result()
 
 
-# Of second moments held at a time: all of a 135M model's are 0.5 GB, those of a 7B model come in several passes.
+# Of second moments held at a time: all of a 135M model's are 1 GB, those of a 7B model come in several passes.
 _SUMS_BYTES = 8_000_000_000
 
 
@@ -91,10 +92,10 @@ def _parts(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
     parts: list[list[Matrix]] = [[]]
     size = 0
     for matrix in matrices:
-        size += 4 * matrix.shape[1] ** 2
+        size += 8 * matrix.shape[1] ** 2
         if size > _SUMS_BYTES and parts[-1]:
             parts.append([])
-            size = 4 * matrix.shape[1] ** 2
+            size = 8 * matrix.shape[1] ** 2
         parts[-1].append(matrix)
     return parts
 
@@ -103,27 +104,34 @@ class _Sums:
     """Sums over tokens of one pass."""
 
     def __init__(self) -> None:
-        self.hessians: dict[str, Tensor] = {}
+        self.hessians: dict[str, list[Tensor]] = {}
         self.outputs: dict[str, Tensor] = {}
-        self.weights: dict[str, Tensor] = {}
+        self.weights: dict[str, list[Tensor]] = {}
         self.tokens: dict[str, int] = {}
+        self.windows: dict[str, int] = {}
 
     def add(self, name: str, inputs: Tensor, gradients: Tensor) -> None:
         squares = gradients.float().square()
         weights = squares.mean(1)
         rows = inputs.float() * weights.sqrt()[:, None]
         if name not in self.hessians:
-            self.hessians[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
-            self.outputs[name], self.weights[name] = squares.new_zeros(squares.shape[1]), weights.new_zeros(())
-            self.tokens[name] = 0
-        self.hessians[name].addmm_(rows.T, rows)
+            self.hessians[name] = [rows.new_zeros(rows.shape[1], rows.shape[1]) for _ in range(2)]
+            self.outputs[name] = squares.new_zeros(squares.shape[1])
+            self.weights[name] = [weights.new_zeros(()) for _ in range(2)]
+            self.tokens[name] = self.windows[name] = 0
+        half = self.windows[name] % 2
+        self.hessians[name][half].addmm_(rows.T, rows)
+        self.weights[name][half] += weights.sum()
         self.outputs[name] += squares.sum(0)
-        self.weights[name] += weights.sum()
         self.tokens[name] += len(rows)
+        self.windows[name] += 1
 
     def pop(self, name: str) -> Curvature:
-        hessian = self.hessians.pop(name) / self.weights[name].clamp(min=torch.finfo(torch.float32).tiny)
-        return Curvature(self.outputs[name] / self.tokens[name], hessian)
+        tiny = torch.finfo(torch.float32).tiny
+        pairs = zip(self.hessians.pop(name), self.weights[name], strict=True)
+        first, second = (total / weight.clamp(min=tiny) for total, weight in pairs)
+        outputs = self.outputs[name] / self.tokens[name]
+        return Curvature(outputs, first, second if self.windows[name] > 1 else first)
 
 
 @dataclass(frozen=True)

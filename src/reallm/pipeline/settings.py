@@ -85,6 +85,8 @@ def check_goal(settings: Settings) -> None:
     goals = {"--bits": "bits", "--size": "size", "--bits-per-parameter": "bits_per_parameter", "--recipe": "recipe"}
     given = [option for option, field in goals.items() if getattr(settings, field) is not None]
     nudged = set(given) in ({"--recipe", "--size"}, {"--recipe", "--bits-per-parameter"})
+    if set(given) == {"--bits", "--recipe"}:
+        raise RecipeError("give either --bits or --recipe, not both")
     if len(given) != 1 and not nudged:
         raise RecipeError(f"give one of {', '.join(goals)}" + (f", not {' and '.join(given)}" if given else ""))
     if settings.bits_per_parameter is not None and not 0 < settings.bits_per_parameter <= 64:
