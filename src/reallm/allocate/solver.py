@@ -13,9 +13,8 @@ from reallm.errors import RecipeError
 _GRID = 1 << 14
 _FEW = 32
 # A matrix whose choice moves more than this share of the budget is tried in each of its candidates: beside it prices
-# are too coarse. An embedding is such a matrix, and few models have more than two.
+# are too coarse. An embedding is such a matrix.
 _LARGE = 0.02
-_LARGE_ONES = 2
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ def choose(tables: Sequence[Sequence[Candidate]], budget: int, least: int = 0) -
 
     Lagrangian relaxation (Everett 1963; Shoham & Gersho 1988): bisect the price of a byte, which is exact on
     the convex hull, spend what is left by the best affordable exchanges, and search together the few candidates that
-    can still be in a better choice. Matrices that are large beside the budget are tried in each of their candidates. A
+    can still be in a better choice. A matrix that is large beside the budget is tried in each of its candidates. A
     handful of matrices, where the hull is coarse, are also searched as they are; `least` bytes are then met if any
     choice meets them.
 
@@ -43,7 +42,7 @@ def choose(tables: Sequence[Sequence[Candidate]], budget: int, least: int = 0) -
     smallest = numbers.smallest()
     if (fewest := numbers.bytes_of(smallest)) > budget:
         raise RecipeError(f"the smallest possible plan takes {fewest:,} bytes, the budget is {budget:,}")
-    chosen = min(_relaxed(numbers, budget), key=numbers.loss_of, default=smallest)
+    chosen = min(_relaxed(numbers, budget, split=len(tables) > _FEW), key=numbers.loss_of, default=smallest)
     short = numbers.bytes_of(chosen) < least
     if short or len(tables) <= _FEW:
         found = _searched(tables, budget, least)
@@ -92,15 +91,15 @@ class _Numbers:
         return _Numbers(nbytes, loss)
 
 
-def _relaxed(numbers: _Numbers, budget: int, depth: int = 0) -> list[np.ndarray]:
-    """Choices by a price of bytes, one for each candidate of the matrices that are large beside the budget."""
+def _relaxed(numbers: _Numbers, budget: int, split: bool) -> list[np.ndarray]:
+    """Choices by a price of bytes; with `split` one for each candidate of a matrix that is large beside the budget."""
     real = np.where(np.isfinite(numbers.loss), numbers.nbytes, np.nan)
     spread = np.nanmax(real, 1) - np.nanmin(real, 1)
     row = int(spread.argmax())
-    if depth < _LARGE_ONES and spread[row] > _LARGE * budget and len(numbers.nbytes) > 1:
+    if split and spread[row] > _LARGE * budget:
         found = []
         for candidate in np.flatnonzero(np.isfinite(numbers.loss[row])).tolist():
-            found += _relaxed(numbers.only(row, candidate), budget, depth + 1)
+            found += _relaxed(numbers.only(row, candidate), budget, split=False)
         return found
     smallest = numbers.smallest()
     if numbers.bytes_of(smallest) > budget:

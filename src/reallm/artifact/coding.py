@@ -19,8 +19,8 @@ from reallm.kernels.rans import coded_bytes, decoded_bytes
 
 # A coded tensor costs time at every load: 1 % is what it must save for that.
 LEAST_GAIN = 0.01
-# The manifest names coded tensors once for each layout, which may be that of one matrix.
-_LEAST_SAVED = 96
+# A matrix whose coded tensors are others than those of its like has a layout of its own in the manifest.
+_LEAST_SAVED = 400
 _LZMA = 0  # first byte; those of the other codec begin with 1 to 8
 _FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9, "lc": 0, "lp": 0, "pb": 0, "dict_size": 1 << 20}]
 _LARGEST_FOR_LZMA = 1 << 18  # beyond, the table of frequencies is nothing, and LZMA codes 2 MB a second

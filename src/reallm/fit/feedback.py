@@ -179,7 +179,7 @@ def costs_in_feedback(
         # (width, width, blocks): entries inside the blocks on the diagonal.
         own = filled.view(size // width, width, size // width, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         rows = filled.view(size // width, width, size)
-        answers = torch.linalg.solve_triangular(own, rows, upper=True).view(size, size)[:count, :count]
+        answers = torch.linalg.solve_triangular(own, rows, upper=True).reshape(size, size)[:count, :count]
         found[width] = torch.empty_like(tested[0])
         found[width][order] = ((answers @ tested) * answers).sum(1)
     return found

@@ -20,6 +20,8 @@ from reallm.allocate.sizing import (
     Option,
     Options,
     chosen_plan,
+    nudged,
+    option_of,
     options_for,
     predicted_bytes,
     predicted_loss,
@@ -35,10 +37,11 @@ from reallm.pipeline.settings import Settings, calibration_of
 from reallm.pipeline.whole import WholeFile
 
 _BITS_TOLERANCE = 0.01
+_NEAR_SMALLEST = 0.02
 _ROUNDS = 12  # of choosing anew with the bytes of headers and texts that the last choice has
 # Without calibration: KL per unit of relative error of an embedding that is the head too, and of each by itself;
 # second-order, on SmolLM2-135M (docs/log.md, 2026-11-24).
-_ENDS = {"tied": 10.0, "embedding": 1.0, "head": 9.0}
+_ENDS = {"tied": 9.75, "embedding": 0.9, "head": 8.85}
 
 
 def from_budget(
@@ -154,31 +157,38 @@ def plan_for_size(
 
     Errors: RecipeError naming the smallest possible size, or the largest useful one.
     """
-    _check_size(whole, matrices, options, size, name)
+    least = _checked_size(whole, matrices, options, size, name)
     smallest = _extreme(matrices, options, name, lambda o: (o.nbytes, o.loss))
-    beside, best = whole.beside(smallest), None
     fewest = predicted_bytes(smallest, options)
+    beside, best = whole.beside(smallest), None
     for number in range(_ROUNDS):
         # Where texts are some percent of the file they go up and down with the choice: try budgets around.
-        trial = beside if number < _ROUNDS // 2 else beside + int((number - 0.6 * _ROUNDS) * 0.002 * size)
-        least = math.ceil(LEAST_SHARE * size) - trial
-        plan = chosen_plan(matrices, options, max(size - trial, fewest), least, name)
-        now = whole.beside(plan)
-        nbytes = now + predicted_bytes(plan, options)
-        if nbytes <= size and (best is None or nbytes > best[1]):
-            best = plan, nbytes
-            if nbytes >= LEAST_SHARE * size:
-                return best
-        if number >= _ROUNDS // 2:
-            continue
-        beside = max(now, beside + nbytes - size) if nbytes > size else now
-    if best is None:
-        raise RecipeError(f"--size {size:,} bytes: no choice of formats comes within 0.5 % below it; give another size")
-    near = f"the nearest below is {best[1]:,}"
-    raise RecipeError(f"--size {size:,} bytes cannot be met within 0.5 %: {near}; give that, or another size")
+        trial = beside - int((number - 3) * 0.001 * size) if number > 3 else beside
+        chosen = chosen_plan(matrices, options, max(size - trial, fewest), math.ceil(LEAST_SHARE * size) - trial, name)
+        for plan in (chosen, _filled(whole, chosen, options, size)):
+            now = whole.beside(plan)
+            nbytes = now + predicted_bytes(plan, options)
+            if nbytes <= size and (best is None or nbytes > best[1]):
+                best = plan, nbytes
+                if nbytes >= LEAST_SHARE * size:
+                    return best
+        if number < 3:
+            beside = max(now, beside + nbytes - size) if nbytes > size else now
+    if best is not None and size <= (1 + _NEAR_SMALLEST) * least:
+        return best  # there is nothing finer between the smallest possible file and the next
+    near = least if best is None else max(best[1], least)
+    raise RecipeError(f"--size {size:,} bytes cannot be met within 0.5 %; {near:,} can")
 
 
-def _check_size(whole: WholeFile, matrices: Sequence[MatrixInfo], options: Options, size: int, name: str) -> None:
+def _filled(whole: WholeFile, plan: Plan, options: Options, size: int) -> Plan:
+    """The plan with a few exchanges that bring it into the budget, as far as texts of the same length go."""
+    expected = {entry.matrix.name: option_of(entry, options).nbytes for entry in plan.entries}
+    room = size - whole.beside(plan) - sum(expected.values())
+    return nudged(plan, options, expected, room, room - int((1 - LEAST_SHARE) * size), lambda _, option: option.nbytes)
+
+
+def _checked_size(whole: WholeFile, matrices: Sequence[MatrixInfo], options: Options, size: int, name: str) -> int:
+    """Bytes of the smallest possible artifact; RecipeError if `size` is below them or beyond all use."""
     smallest = _extreme(matrices, options, name, lambda o: (o.nbytes, o.loss))
     least = whole.nbytes(smallest)
     if size < least:
@@ -190,6 +200,7 @@ def _check_size(whole: WholeFile, matrices: Sequence[MatrixInfo], options: Optio
     most = whole.beside(finest) + predicted_bytes(finest, options)
     if math.ceil(LEAST_SHARE * size) > most:
         raise RecipeError(f"--size {size:,} bytes is more than this model needs: the largest useful is {most:,} bytes")
+    return least
 
 
 def _extreme(matrices: Sequence[MatrixInfo], options: Options, name: str, key: Callable[[Option], tuple]) -> Plan:

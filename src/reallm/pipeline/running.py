@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,11 @@ def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = N
     work = work_folder(out)
     with opened(work, _state(job, fingerprint)):
         _check_kept(job)
-        job = _as_changed(job, work)
+        job, past = _as_left(job, work)
         fit_all(job, work, progress)
         staging = _staged(job, fingerprint, work)
-        known: dict[tuple[str, WeightFormat], int] = {}
-        for number in range(_CHANGES):
-            if (changed := _nearer_to_size(job, staging, known, number < _GUESSES)) is None:
-                break
-            _note_changes(job, changed, work)
+        while (changed := _nearer_to_size(job, staging, past)) is not None:
+            _note_changes(job, changed, past, work)
             job = changed
             fit_all(job, work, progress)
             staging = _staged(job, fingerprint, work)
@@ -133,18 +131,58 @@ def _write_companions(job: Job, fingerprint: str, coded: dict[str, tuple[str, ..
     job.source.save_companions(folder)
 
 
-def _nearer_to_size(job: Job, staging: Path, known: dict[tuple[str, WeightFormat], int], guess: bool) -> Job | None:
+@dataclass
+class _Past:
+    """Artifacts that were staged on the way to a size: their plans with all bytes, and bytes by matrix and format."""
+
+    plans: list[tuple[Plan, int]] = field(default_factory=list)
+    known: dict[tuple[str, WeightFormat], int] = field(default_factory=dict)
+
+    def best(self, size: int) -> Plan | None:
+        """The plan that fills the size best without exceeding it."""
+        fitting = [(total, -number, plan) for number, (plan, total) in enumerate(self.plans) if total <= size]
+        return max(fitting, key=lambda row: row[:2])[2] if fitting else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        known = [[name, to_spec(fmt), nbytes] for (name, fmt), nbytes in self.known.items()]
+        return {"plans": [[_formats(plan), total] for plan, total in self.plans], "known": known}
+
+    @staticmethod
+    def of(values: dict[str, Any], job: Job) -> _Past:
+        """The inverse, for the matrices of a job."""
+        plans = [(_with_formats(job.plan, formats), int(total)) for formats, total in values["plans"]]
+        return _Past(plans, {(name, from_spec(spec)): int(nbytes) for name, spec, nbytes in values["known"]})
+
+
+def _formats(plan: Plan) -> dict[str, Any]:
+    return {entry.matrix.name: to_spec(entry.fmt) for entry in plan.entries}
+
+
+def _with_formats(plan: Plan, formats: dict[str, Any]) -> Plan:
+    entries = tuple(Planned(entry.matrix, from_spec(formats[entry.matrix.name])) for entry in plan.entries)
+    return dataclasses.replace(plan, entries=entries)
+
+
+def _nearer_to_size(job: Job, staging: Path, past: _Past) -> Job | None:
     """The job with a few other formats, which brings the staged artifact into its budget; None if nothing is to do.
 
-    `known` collects measured bytes by matrix and format. What has not been measured counts as expected while `guess`,
-    and then with all the bytes it can take, so that the last changes do not exceed the budget.
+    What has not been measured counts as expected at first, and then with all the bytes it can take, so that the last
+    changes do not exceed the budget. When nothing new is left to try, the best of what was tried is taken.
     """
     if job.forecast is None or job.forecast.size is None:
         return None
     size, total = job.forecast.size, sum(nbytes_by_file(staging).values())
     least = math.ceil(LEAST_SHARE * size)
     stored = _stored_bytes(job, staging)
-    known |= {(entry.matrix.name, entry.fmt): stored[entry.matrix.name] for entry in job.plan.entries}
+    again = any(plan == job.plan for plan, _ in past.plans)
+    guess = len(past.plans) < _GUESSES
+    past.plans.append((job.plan, total))
+    past.known.update({(entry.matrix.name, entry.fmt): stored[entry.matrix.name] for entry in job.plan.entries})
+    known = past.known
+    if again or len(past.plans) > _CHANGES:
+        best = past.best(size)
+        return None if best is None or best == job.plan else dataclasses.replace(job, plan=best)
     if least <= total <= size:
         return None
 
@@ -167,7 +205,7 @@ def _nearer_to_size(job: Job, staging: Path, known: dict[tuple[str, WeightFormat
         try:
             plan, _ = plan_for_size(WholeFile(job), matrices, options, size - coded, job.plan.recipe)
         except RecipeError:
-            return None
+            plan = past.best(size) or job.plan
     return None if plan == job.plan else dataclasses.replace(job, plan=plan)
 
 
@@ -202,30 +240,30 @@ def _stored_bytes(job: Job, staging: Path) -> dict[str, int]:
     return stored
 
 
-def _note_changes(before: Job, after: Job, work: Path) -> None:
+def _note_changes(before: Job, after: Job, past: _Past, work: Path) -> None:
     """Remember the changed formats, so that an interrupted run goes on with them, and drop what they replace."""
-    old = {entry.matrix.name: entry.fmt for entry in before.plan.entries}
-    changed = [entry.matrix.name for entry in after.plan.entries if entry.fmt != old[entry.matrix.name]]
-    formats = {entry.matrix.name: to_spec(entry.fmt) for entry in after.plan.entries}
+    old, formats = _formats(before.plan), _formats(after.plan)
+    changed = [name for name in formats if formats[name] != old[name]]
     partial = work / f"{_CHANGED_PLAN}.partial"
-    partial.write_text(json.dumps({"formats": formats, "changed": changed}), encoding="utf-8")
+    text = json.dumps({"formats": formats, "changed": changed, "past": past.to_dict()})
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, work / _CHANGED_PLAN)
     for name in changed:
         finished_file(work, name).unlink(missing_ok=True)
 
 
-def _as_changed(job: Job, work: Path) -> Job:
-    """The job with the formats that an interrupted run had changed to."""
+def _as_left(job: Job, work: Path) -> tuple[Job, _Past]:
+    """The job with the formats that an interrupted run had changed to, and what that run had tried."""
     path = work / _CHANGED_PLAN
     if not path.is_file():
-        return job
+        return job, _Past()
     try:
         noted = json.loads(path.read_text(encoding="utf-8"))
-        entries = tuple(Planned(e.matrix, from_spec(noted["formats"][e.matrix.name])) for e in job.plan.entries)
+        plan, past = _with_formats(job.plan, noted["formats"]), _Past.of(noted["past"], job)
         changed = set(noted["changed"])
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: damaged; remove {work} to start anew") from error
-    job = dataclasses.replace(job, plan=dataclasses.replace(job.plan, entries=entries))
+    job = dataclasses.replace(job, plan=plan)
     for matrix, planned in job.compressed:
         file = finished_file(work, matrix.name)
         if matrix.name in changed and file.is_file():
@@ -233,7 +271,7 @@ def _as_changed(job: Job, work: Path) -> Job:
                 check_finished(file, under(matrix.name, planned.fmt.layout(matrix.shape)))
             except ArtifactError:  # the run was interrupted before it was dropped
                 file.unlink()
-    return job
+    return job, past
 
 
 def _check_size(job: Job, staging: Path) -> None:
