@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from reallm.allocate import MatrixInfo, Plan, Planned
-from reallm.allocate.sizing import LEAST_SHARE, Option, nudged, option_of
+from reallm.allocate.sizing import LEAST_SHARE, Option, Options, nudged, option_of
 from reallm.artifact import (
     check_finished,
     check_output,
@@ -205,8 +205,17 @@ def _nearer_to_size(job: Job, staging: Path, past: _Past) -> Job | None:
         try:
             plan, _ = plan_for_size(WholeFile(job), matrices, options, size - coded, job.plan.recipe)
         except RecipeError:
-            plan = past.best(size) or job.plan
+            plan = past.best(size) or _smallest(job.plan, job.forecast.options)
     return None if plan == job.plan else dataclasses.replace(job, plan=plan)
+
+
+def _smallest(plan: Plan, options: Options) -> Plan:
+    """Every matrix in the fewest bytes whatever coding makes of them: the plan that the size was checked against."""
+    entries = [
+        Planned(e.matrix, min((o.fmt for o in options[e.matrix.name]), key=lambda fmt, e=e: fmt.nbytes(e.matrix.shape)))
+        for e in plan.entries
+    ]
+    return dataclasses.replace(plan, entries=tuple(entries))
 
 
 def _nudged_plan(
