@@ -55,6 +55,9 @@ def command(
             help="Text that tells what hurts the end loss (.txt, .raw, .jsonl; may be repeated), or self.",
         ),
     ] = None,
+    objective: Annotated[
+        str, typer.Option(metavar="NAME", help="What fits will minimise: outputs, guided or fisher, as in compress.")
+    ] = "outputs",
     analysis_windows: Annotated[
         int, typer.Option(metavar="N", min=1, help="Windows of calibration text that losses are predicted from.")
     ] = 16,
@@ -97,6 +100,7 @@ def command(
             embedding=end_format("--embedding", embedding),
             head=end_format("--head", head),
             calibration=tuple(calibration or ()),
+            objective=objective,
             analysis_windows=analysis_windows,
             analysis_context=analysis_context,
             state_bits=state_bits,

@@ -58,7 +58,7 @@ class Curvature:
 
     outputs: Float[Tensor, " out"]  # mean over tokens of the squared gradient of the log-likelihood
     hessian: Float[Tensor, "in in"]  # Σ w x xᵀ / Σ w, w the token's mean squared gradient; float32
-    other: Float[Tensor, "in in"]  # the same of every second window, which `hessian` has not seen if there are two
+    fed_back: Float[Tensor, "in in"]  # what a fit would know: of other windows, w = 1 unless fits are guided too
 
 
 def curvatures(
@@ -68,16 +68,17 @@ def curvatures(
     device: str | torch.device,
     found: Callable[[str, Curvature], None],
     seed: int = 0,
+    guided: bool = False,
 ) -> EndCurvature:
     """Curvature of each module, handed to `found` one by one, in a pass of the original model over the windows.
 
     Tokens to predict are drawn from the model's own distribution: then mean squared gradients are the second
-    derivatives of the KL divergence to the original. Modules that no gradient reaches are left out. Several
-    passes where the sums of one would take more than _SUMS_BYTES.
+    derivatives of the KL divergence to the original. `guided`: fits weigh tokens by gradients.
+    Modules that no gradient reaches are left out. Several passes where the sums of one would take over _SUMS_BYTES.
     """
     ends = _Ends(model, windows)
     for number, part in enumerate(_parts(matrices)):
-        sums = _Sums()
+        sums = _Sums(guided, len(windows) == 1)
         _backward_each(model, windows, part, device, sums.add, seed, None if number else ends)
         for name in list(sums.hessians):
             found(name, sums.pop(name))
@@ -101,9 +102,10 @@ def _parts(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
 
 
 class _Sums:
-    """Sums over tokens of one pass."""
+    """Sums over tokens of one pass: of every second window what fits will know, of the others what errors cost."""
 
-    def __init__(self) -> None:
+    def __init__(self, guided: bool, single: bool) -> None:
+        self.guided, self.single = guided, single
         self.hessians: dict[str, list[Tensor]] = {}
         self.outputs: dict[str, Tensor] = {}
         self.weights: dict[str, list[Tensor]] = {}
@@ -113,25 +115,34 @@ class _Sums:
     def add(self, name: str, inputs: Tensor, gradients: Tensor) -> None:
         squares = gradients.float().square()
         weights = squares.mean(1)
-        rows = inputs.float() * weights.sqrt()[:, None]
         if name not in self.hessians:
-            self.hessians[name] = [rows.new_zeros(rows.shape[1], rows.shape[1]) for _ in range(2)]
+            size = inputs.shape[1]
+            self.hessians[name] = [torch.zeros(size, size, device=inputs.device) for _ in range(2)]
             self.outputs[name] = squares.new_zeros(squares.shape[1])
             self.weights[name] = [weights.new_zeros(()) for _ in range(2)]
             self.tokens[name] = self.windows[name] = 0
-        half = self.windows[name] % 2
+        self.outputs[name] += squares.sum(0)
+        self.tokens[name] += len(squares)
+        if self.single:
+            middle = len(squares) // 2
+            self._count(name, 0, inputs[:middle], weights[:middle])
+            self._count(name, 1, inputs[middle:], weights[middle:])
+        else:
+            self._count(name, self.windows[name] % 2, inputs, weights)
+        self.windows[name] += 1
+
+    def _count(self, name: str, half: int, inputs: Tensor, weights: Tensor) -> None:
+        if half == 0 and not self.guided:
+            weights = torch.ones_like(weights)
+        rows = inputs.float() * weights.sqrt()[:, None]
         self.hessians[name][half].addmm_(rows.T, rows)
         self.weights[name][half] += weights.sum()
-        self.outputs[name] += squares.sum(0)
-        self.tokens[name] += len(rows)
-        self.windows[name] += 1
 
     def pop(self, name: str) -> Curvature:
         tiny = torch.finfo(torch.float32).tiny
         pairs = zip(self.hessians.pop(name), self.weights[name], strict=True)
-        first, second = (total / weight.clamp(min=tiny) for total, weight in pairs)
-        outputs = self.outputs[name] / self.tokens[name]
-        return Curvature(outputs, first, second if self.windows[name] > 1 else first)
+        fed_back, cost = (total / weight.clamp(min=tiny) for total, weight in pairs)
+        return Curvature(self.outputs[name] / self.tokens[name], cost, fed_back)
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,12 @@ def analysed(
     seed: int,
     end_candidates: Sequence[WeightFormat] = (),
     origin: dict[str, Any] | None = None,
+    guided: bool = False,
 ) -> Analysis:
     """Numbers of every matrix that calibration reaches, and the ends' scalar codes tried on a sample of rows.
 
-    `windows` are token ids (windows, context); `origin` is kept in the file.
+    `windows` are token ids (windows, context); `origin` is kept in the file; `guided`: fits will weigh tokens by the
+    end loss.
     """
     matrices = {matrix.name: matrix for matrix in walk.matrices}
     blocks = [matrix for matrix in walk.matrices if matrix.kind == "block" and matrix.expert is None]
@@ -53,7 +55,7 @@ def analysed(
             weight = read_matrix(source, matrices[name]).to(device, torch.float32)
             numbers[name] = numbers_of_block(weight, curvature)
 
-    ends = curvatures(model, windows, blocks, device, found, seed)
+    ends = curvatures(model, windows, blocks, device, found, seed, guided)
     tied = bool(walk.tied_heads)
     measured: dict[str, dict[str, Measured]] = {}
     with torch.no_grad():
@@ -68,11 +70,12 @@ def analysed(
 def numbers_of_block(weight: Float[Tensor, "out in"], curvature: Curvature) -> dict[str, float]:
     """Losses at relative error 1 of a matrix whose codes are found with error feedback; see `allocate.analysis`.
 
-    Feedback as one half of the windows asks for it, its cost on the other half: on its own half v_proj of SmolLM2 would
-    look several times more robust than it is.
+    Feedback as one half of the windows asks for it, its cost on the other half: on its own half a matrix would look
+    several times more robust than it is (docs/log.md, 2026-11-24).
     """
-    seen, tested = (Objective.of_outputs(hessian.to(weight.device)) for hessian in (curvature.hessian, curvature.other))
-    size = (curvature.other.diagonal().mean() / 2).item()
+    pair = (curvature.fed_back, curvature.hessian)
+    seen, tested = (Objective.of_outputs(hessian.to(weight.device)) for hessian in pair)
+    size = (curvature.hessian.diagonal().mean() / 2).item()
     outputs = curvature.outputs.to(weight.device)
     columns = costs_in_feedback(seen.hessian, tested.hessian, (1,))[1]
     turn = _rotation().turn_inputs
@@ -146,8 +149,7 @@ def _rotation() -> Rotated:
 
 def analysis_file(folder: Path, fingerprint: str, calibration: dict[str, Any] | None, seed: int) -> Path:
     """Where the analysis of a model and a calibration is kept: found again whatever the budget is."""
-    told = {key: value for key, value in (calibration or {}).items() if key != "objective"}
-    key = json.dumps([fingerprint, told, seed], sort_keys=True)
+    key = json.dumps([fingerprint, calibration, seed], sort_keys=True)
     return folder / f"analysis-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 

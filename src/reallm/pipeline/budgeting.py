@@ -33,7 +33,7 @@ from reallm.model import Source, Walk
 from reallm.pipeline.analysis import analysed, analysis_file
 from reallm.pipeline.calibrating import calculation_dtype, calibration_windows
 from reallm.pipeline.job import Forecast, Job
-from reallm.pipeline.settings import Settings, calibration_of
+from reallm.pipeline.settings import GUIDED, Settings, calibration_of
 from reallm.pipeline.whole import WholeFile
 
 _BITS_TOLERANCE = 0.01
@@ -144,7 +144,8 @@ def analysis_of(source: Source, walked: Walk, settings: Settings) -> Analysis:
     windows = calibration_windows(source, few, model)
     tried = [fmt for fmt in calibrated_candidates("embedding", 0) if fmt.name in ("uniform", "normal_float")]
     origin = {"source": Path(source.label).name, "source_sha256": fingerprint, "calibration": calibration}
-    found = analysed(source, walked, model, windows, settings.device, settings.seed, tried, origin)
+    guided = settings.objective == GUIDED
+    found = analysed(source, walked, model, windows, settings.device, settings.seed, tried, origin, guided)
     if path is not None:
         found.save(path)
     return found
