@@ -12,13 +12,13 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from data_free import finished, normal, uniform, vectors
-from lab import Arm, Lab, Workers, arguments, save
+from lab import Arm, Lab, Workers, arguments, earlier_runs, original_of, save
 
 from reallm.fit import Objective, fit, squared_error
 from reallm.formats import from_spec
@@ -84,16 +84,16 @@ TASKS: list[Task] = [
     Task("2 bits", "additive, 2 books of 8 bits", additive(2, 8)),
     ENTROPY_2,
     Task("3 bits", "entropy_coded", entropy(3.0)),
+    Task("2 bits", "rotated e8", turned(lattice(2))),
+    Task("3 bits", "rotated e8", turned(lattice(3))),
+    Task("3 bits", "uniform g128 (GPTQ)", uniform(3, 128)),
+    VECTORS_2,
+    Task("3 bits", "codebook d=2", vectors(2, 6)),
     guided(TRELLIS_2),
     guided(TRELLIS_3),
     Task("2 bits", "additive, 4 books of 4 bits", additive(4, 4)),
     SCALED_2,
     SCALED_3,
-    Task("3 bits", "uniform g128 (GPTQ)", uniform(3, 128)),
-    VECTORS_2,
-    Task("3 bits", "codebook d=2", vectors(2, 6)),
-    Task("2 bits", "rotated e8", turned(lattice(2))),
-    Task("3 bits", "rotated e8", turned(lattice(3))),
     guided(SCALED_2),
     guided(SCALED_3),
     Task("2.5 bits", "codebook d=4", vectors(4, 10)),
@@ -199,8 +199,9 @@ def main() -> None:
     text = args.data_dir / "c4" / "c4-train-sample.jsonl"
     sizes = (args.calibration_windows, args.calibration_context)
     lab = Lab(args.model, args.text, args.device, args.windows)
-    original = lab.evaluate(kl=False)
+    original = original_of(lab, args)
     arms = finished(args.output) if args.resume else {}
+    earlier = earlier_runs(args.output, args.resume)
 
     def keep() -> None:
         done = [(task, arms[task.group, task.name]) for task in TASKS if (task.group, task.name) in arms]
@@ -210,9 +211,8 @@ def main() -> None:
         command = "python benchmarks/calibrated.py --model MODEL --data-dir DATA --jobs N"
         calibration = {"text": text.name, "windows": sizes[0], "context": sizes[1]}
         left_out = [task.name for task in TASKS if (task.group, task.name) not in arms]
-        save(
-            args.output, lab, command, original, calibration=calibration, jobs=args.jobs, left_out=left_out, arms=rows
-        )
+        content = {"calibration": calibration, "jobs": args.jobs, "left_out": left_out, "arms": rows}
+        save(args.output, lab, command, original, earlier, **content)
 
     todo = [task for task in TASKS if (task.group, task.name) not in arms]
     todo = [task for task in todo if not args.groups or task.group in args.groups]
@@ -223,7 +223,7 @@ def main() -> None:
         for future in concurrent.futures.as_completed(open_tasks):
             if (arm := future.result()) is not None:
                 task = open_tasks[future]
-                arms[task.group, task.name] = arm
+                arms[task.group, task.name] = replace(arm, run=len(earlier))
                 keep()
     keep()
 
