@@ -12,13 +12,13 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from data_free import finished, normal, uniform, vectors
-from lab import Arm, Lab, Workers, arguments, save
+from lab import Arm, Lab, Workers, arguments, earlier_runs, original_of, save
 
 from reallm.fit import Objective, fit, squared_error
 from reallm.formats import from_spec
@@ -199,8 +199,9 @@ def main() -> None:
     text = args.data_dir / "c4" / "c4-train-sample.jsonl"
     sizes = (args.calibration_windows, args.calibration_context)
     lab = Lab(args.model, args.text, args.device, args.windows)
-    original = lab.evaluate(kl=False)
+    original = original_of(lab, args)
     arms = finished(args.output) if args.resume else {}
+    earlier = earlier_runs(args.output, args.resume)
 
     def keep() -> None:
         done = [(task, arms[task.group, task.name]) for task in TASKS if (task.group, task.name) in arms]
@@ -210,9 +211,8 @@ def main() -> None:
         command = "python benchmarks/calibrated.py --model MODEL --data-dir DATA --jobs N"
         calibration = {"text": text.name, "windows": sizes[0], "context": sizes[1]}
         left_out = [task.name for task in TASKS if (task.group, task.name) not in arms]
-        save(
-            args.output, lab, command, original, calibration=calibration, jobs=args.jobs, left_out=left_out, arms=rows
-        )
+        content = {"calibration": calibration, "jobs": args.jobs, "left_out": left_out, "arms": rows}
+        save(args.output, lab, command, original, earlier, **content)
 
     todo = [task for task in TASKS if (task.group, task.name) not in arms]
     todo = [task for task in todo if not args.groups or task.group in args.groups]
@@ -223,7 +223,7 @@ def main() -> None:
         for future in concurrent.futures.as_completed(open_tasks):
             if (arm := future.result()) is not None:
                 task = open_tasks[future]
-                arms[task.group, task.name] = arm
+                arms[task.group, task.name] = replace(arm, run=len(earlier))
                 keep()
     keep()
 

@@ -12,11 +12,11 @@ import concurrent.futures
 import functools
 import json
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lab import Arm, FormatOf, Lab, Workers, arguments, save
+from lab import Arm, FormatOf, Lab, Workers, arguments, earlier_runs, original_of, save
 
 from reallm.allocate import Candidate, MatrixInfo, choose, load_recipe, plan_for_bits, plan_from_recipe
 from reallm.fit import gaussian_error
@@ -172,7 +172,7 @@ def main() -> None:
     begun = time.time()
     args = arguments(__doc__, "wiki.test.raw", "results/data_free.json", jobs=True)
     lab = Lab(args.model, args.text, args.device, args.windows)
-    original = lab.evaluate(kl=False)
+    original = original_of(lab, args)
     singles = [Task(family, label(spec), spec=spec) for family, specs in SINGLE.items() for spec in specs]
     others = [Task("recipes", name, recipe=name) for name in RECIPES]
     others += [Task("budget", f"--bits {bits:g}", budget=bits) for bits in BUDGETS]
@@ -182,6 +182,7 @@ def main() -> None:
     pairs = [pair for pair in pairs if args.groups is None or pair[0].group in args.groups]
     tasks = wanted + [task for pair in pairs for task in pair]
     arms = finished(args.output) if args.resume else {}
+    earlier = earlier_runs(args.output, args.resume)
 
     def keep() -> None:
         """After every arm: a run that is cut short has lost nothing."""
@@ -191,7 +192,8 @@ def main() -> None:
         mixtures = [{"group": same.group, **asdict(arms[key(same)])} for _, same in pairs if key(same) in arms]
         left_out = [task.name for task in tasks if key(task) not in arms]
         command = "python benchmarks/data_free.py --model MODEL --data-dir DATA --jobs N"
-        save(args.output, lab, command, original, jobs=args.jobs, left_out=left_out, arms=rows, mixtures=mixtures)
+        content = {"jobs": args.jobs, "left_out": left_out, "arms": rows, "mixtures": mixtures}
+        save(args.output, lab, command, original, earlier, **content)
 
     make = functools.partial(_make, args.model, args.text, args.windows)
     run = functools.partial(_run, latest=args.deadline and begun + args.deadline)
@@ -199,7 +201,7 @@ def main() -> None:
         open_tasks = {pool.submit(run, task): task for task in tasks if key(task) not in arms}
         for future in concurrent.futures.as_completed(open_tasks):
             if (arm := future.result()) is not None:
-                arms[key(open_tasks[future])] = arm
+                arms[key(open_tasks[future])] = replace(arm, run=len(earlier))
                 keep()
     keep()
 

@@ -13,7 +13,7 @@ import multiprocessing
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 
 from reallm.allocate import MatrixInfo
 from reallm.evaluate.measure import versions
-from reallm.evaluate.perplexity import evaluate
+from reallm.evaluate.perplexity import Evaluation, evaluate
 from reallm.fit import Objective, fit
 from reallm.formats import WeightFormat
 from reallm.model import load_tokenizer, open_source, walk
@@ -43,6 +43,7 @@ class Arm:
     relative_error: float
     fit_seconds: float
     peak_memory_bytes: int
+    run: int = 0  # which of the file's runs measured it
 
 
 class Lab:
@@ -174,13 +175,28 @@ def arguments(
     return args
 
 
-def save(path: Path, lab: Lab, command: str, original: Any, **content: Any) -> None:
-    """Write a result with its provenance."""
+def earlier_runs(path: Path, resume: bool) -> list[dict[str, Any]]:
+    """Provenance of the runs whose arms a file keeps: a run that resumes it adds its own."""
+    if not (resume and path.is_file()):
+        return []
+    return json.loads(path.read_text(encoding="utf-8"))["runs"]
+
+
+def original_of(lab: Lab, args: argparse.Namespace) -> Evaluation:
+    """The original model's figures: those of the file that is resumed, or measured now."""
+    if args.resume and args.output.is_file():
+        return Evaluation(**json.loads(args.output.read_text(encoding="utf-8"))["original"])
+    return lab.evaluate(kl=False)
+
+
+def save(
+    path: Path, lab: Lab, command: str, original: Any, earlier: Sequence[dict[str, Any]] = (), **content: Any
+) -> None:
+    """Write a result with the provenance of its runs."""
+    now = {"commit": commit(), "machine": machine(lab.device), "versions": versions()}
     result = {
         "command": command,
-        "commit": commit(),
-        "machine": machine(lab.device),
-        "versions": versions(),
+        "runs": [*earlier, now],
         "model": {"name": lab.name, "sha256": lab.sha256},
         "text": {"name": lab.text.name, "sha256": text_sha256(lab.text)},
         "context": lab.context,

@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 from data_free import finished
-from lab import Arm, Lab, arguments, save
+from lab import Arm, Lab, arguments, earlier_runs, original_of, save
 from safetensors.torch import load_file, save_file
 
 from reallm.model import load_tokenizer, open_source
@@ -294,6 +294,7 @@ class Results:
     arms: dict[tuple[str, str], Arm]
     besides: dict[tuple[str, str], Setting]
     left_out: dict[str, str]
+    run: int = 0
 
     def rows(self) -> list[Setting]:
         """In the order of ARMS."""
@@ -305,16 +306,18 @@ def main() -> None:
     args = arguments(__doc__, "wiki.test.raw", "results/peers.json", calibration=True, more=_more)
     begun = time.time()
     lab = Lab(args.model, args.text, args.device, args.windows)
-    original = lab.evaluate(kl=False)
+    original = original_of(lab, args)
     text = args.data_dir / "c4" / "c4-train-sample.jsonl"
     ids = windows_of_files([text], load_tokenizer(args.model), args.calibration_windows, args.calibration_context)
     calibration = {"text": text.name, "windows": ids.shape[0], "context": ids.shape[1]}
     results = resumed(args.output) if args.resume else Results({}, {}, {})
+    earlier = earlier_runs(args.output, args.resume)
+    results.run = len(earlier)
     command = "python benchmarks/peers.py --model MODEL --data-dir DATA"
 
     def keep() -> None:
         content = {"calibration": calibration, "left_out": results.left_out, "arms": results.rows()}
-        save(args.output, lab, command, original, **content)
+        save(args.output, lab, command, original, earlier, **content)
 
     with tempfile.TemporaryDirectory() as temporary:
         job = prepared(args, lab, ids, Path(temporary))
@@ -353,7 +356,9 @@ def attempt(pool: concurrent.futures.Executor, lab: Lab, peer: str, name: str, j
         try:
             made = pool.submit(_work, peer, dataclasses.replace(job, work=Path(work))).result()
             file, stored, version, note, seconds, peak = made
-            results.arms[peer, name] = score(lab, name, file, stored, seconds, peak)
+            results.arms[peer, name] = dataclasses.replace(
+                score(lab, name, file, stored, seconds, peak), run=results.run
+            )
         except (Exception, SystemExit) as problem:
             results.left_out[name] = f"{type(problem).__name__}: {str(problem).strip()[:300]}"
             print(f"{name:28s} {results.left_out[name]}\n{tail(job.work / f'{peer}.log')}", flush=True)

@@ -21,7 +21,7 @@ try:
 except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "compress", "load", "load_tokenizer", "tune"]
+__all__ = ["__version__", "compress", "load", "load_tokenizer", "pack", "tune", "unpack"]
 
 # Importing transformers' quantizers costs 4 s, so `import reallm` does not: it waits until somebody
 # else has imported what loads models, and only then tells it about our format. The module that holds
@@ -90,9 +90,11 @@ def _register() -> None:
 
 _ROOM_OF = {
     "compress": "reallm.pipeline",
-    "tune": "reallm.tune",
     "load": "reallm.model",
     "load_tokenizer": "reallm.model",
+    "pack": "reallm.pipeline.packing",
+    "tune": "reallm.tune",
+    "unpack": "reallm.artifact.unpack",
 }
 
 

@@ -69,3 +69,23 @@ def test_the_kernel_reads_columns_of_a_wider_matrix():
     targets, importance, costs, parities, classes = (t.to(DEVICE) for t in case(16, 6))
     found = cheapest(targets[:, 2:4], importance[:, 2:4], costs, parities, classes[2:4])
     assert torch.equal(found, _cheapest(targets, importance, costs, parities, classes)[:, 2:4])
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(16, 8), (27, 5), (40, 12)])
+def test_a_panel_with_feedback_is_that_of_its_columns_one_after_another(shape):
+    from reallm.kernels.e8_points_triton import with_feedback
+
+    targets, importance, costs, parities, classes = (t.to(DEVICE) for t in case(*shape))
+    generator = torch.Generator().manual_seed(1)
+    factor = torch.triu(0.3 * torch.randn(shape[1], shape[1], generator=generator), 1).to(DEVICE)
+    factor += torch.diag(0.5 + torch.rand(shape[1], generator=generator).to(DEVICE))
+    codes, answers = with_feedback(targets, factor, importance[0], costs, parities, classes, 0.75, 6)
+    moving = targets.clone()
+    for j in range(shape[1]):
+        now = slice(j, j + 1)
+        expected = _cheapest((moving[:, now] / 0.75).clamp(-6, 6), importance[:, now], costs, parities, classes[now])
+        assert torch.equal(codes[:, now], expected.int())
+        answer = (moving[:, now] - 0.75 * expected) / factor[j, j]
+        torch.testing.assert_close(answers[:, now], answer)
+        moving[:, j + 1 :] -= answer @ factor[now, j + 1 :]

@@ -78,6 +78,17 @@ def test_codes_stay_and_what_was_named_changes(compressed, tuned):
     assert all(torch.equal(before[n], after[n]) for n in before if "embed_tokens" in n)
 
 
+def test_of_an_entropy_coded_artifact_the_codes_keep_their_bytes(tiny_llama, tuning_text, tmp_path):
+    (tmp_path / "mine.yaml").write_text('rules: [{match: "*", format: {format: uniform, bits: 5, group_size: 16}}]')
+    reallm.compress(tiny_llama, tmp_path / "in", recipe=str(tmp_path / "mine.yaml"), coding=True)
+    options = {**SHORT, "method": "end-to-end", "reference": str(tiny_llama)}
+    reallm.tune(tmp_path / "in", tmp_path / "out", text=(tuning_text,), **options)
+    ledgers = [read_ledger(tmp_path / side) for side in ("in", "out")]
+    rows = [{row.name: row.nbytes for row in ledger.rows if row.role == "codes"} for ledger in ledgers]
+    assert rows[0] == rows[1] and any(matrix.coded for matrix in ledgers[0].compressed)
+    assert divergence(tiny_llama, tmp_path / "out", tuning_text) < divergence(tiny_llama, tmp_path / "in", tuning_text)
+
+
 def test_the_provenance_says_how_it_was_tuned(tuned):
     note = json.loads((tuned[0] / "config.json").read_text())["quantization_config"]["provenance"]["tuned"][0]
     assert note["method"] == "both" and note["trained"] == tuned[1].counts and note["steps"] == 10

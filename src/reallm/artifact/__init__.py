@@ -1,9 +1,10 @@
 """The compressed model on disk: manifest, writer, reader, ledger. Specified in docs/artifact.md."""
 
-from reallm.artifact.ledger import Ledger, Row, read_ledger
+from reallm.artifact.coding import code, coded_tensor, decoded_tensor
+from reallm.artifact.ledger import Ledger, Row, decoding_seconds, read_ledger
 from reallm.artifact.manifest import VERSION, Manifest, StoredMatrix, read_manifest
 from reallm.artifact.work import check_finished, check_output, finished_file, opened, work_folder
-from reallm.artifact.writer import save_tensors, write_shards
+from reallm.artifact.writer import foretold_nbytes, save_tensors, write_shards
 
 __all__ = [
     "VERSION",
@@ -13,7 +14,12 @@ __all__ = [
     "StoredMatrix",
     "check_finished",
     "check_output",
+    "code",
+    "coded_tensor",
+    "decoded_tensor",
+    "decoding_seconds",
     "finished_file",
+    "foretold_nbytes",
     "opened",
     "read_ledger",
     "read_manifest",

@@ -11,18 +11,23 @@ from reallm.errors import ArtifactError
 from reallm.formats import Shape, WeightFormat, from_spec, to_spec
 
 QUANT_METHOD = "reallm"
-VERSION = 1
+VERSION = 2
+_VERSION_WITHOUT_CODING = 1
 KINDS = ("block", "embedding", "head")
 
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """One compressed matrix: module path, format, (out, in) shape, and `kind` block, embedding or head."""
+    """One compressed matrix: module path, format, (out, in) shape, and `kind` block, embedding or head.
+
+    `coded` are the local names of tensors that are stored entropy-coded.
+    """
 
     name: str
     fmt: WeightFormat
     shape: Shape
     kind: str
+    coded: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -31,7 +36,7 @@ class StoredMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes by the format's layout."""
+        """Bytes by the format's layout; stored ones are fewer where tensors are coded."""
         return self.fmt.nbytes(self.shape)
 
 
@@ -41,7 +46,7 @@ class Manifest:
 
     matrices: tuple[StoredMatrix, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
-    version: int = VERSION
+    version: int = field(default=VERSION, compare=False)  # as read
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values. Matrices stored alike share one entry of `layouts`: hundreds of matrices, few lines."""
@@ -49,11 +54,15 @@ class Manifest:
         indices: dict[str, int] = {}
         for matrix in self.matrices:
             layout = {"kind": matrix.kind, "shape": list(matrix.shape), "format": to_spec(matrix.fmt)}
+            if matrix.coded:
+                layout["coded"] = list(matrix.coded)
             if layout not in layouts:
                 layouts.append(layout)
             indices[matrix.name] = layouts.index(layout)
+        coded = any(matrix.coded for matrix in self.matrices)
         return {
-            "version": self.version,
+            # Older readers can read what has nothing in it that they do not know.
+            "version": VERSION if coded else _VERSION_WITHOUT_CODING,
             "layouts": layouts,
             "matrices": indices,
             "provenance": self.provenance,
@@ -67,7 +76,7 @@ class Manifest:
         """
         version = check_version(values.get("version"))
         try:
-            layouts = [(entry["kind"], entry["shape"], entry["format"]) for entry in values["layouts"]]
+            layouts = [(e["kind"], e["shape"], e["format"], e.get("coded", [])) for e in values["layouts"]]
             named = {str(name): index for name, index in values["matrices"].items()}
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"quantization_config in config.json is damaged: {error!r}") from error
@@ -93,13 +102,15 @@ def check_version(version: Any) -> int:
     return version
 
 
-def _stored_matrix(name: str, kind: Any, shape: Any, spec: Any) -> StoredMatrix:
+def _stored_matrix(name: str, kind: Any, shape: Any, spec: Any, coded: Any) -> StoredMatrix:
     ok = isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
     if not ok or kind not in KINDS:
         raise ArtifactError(f"{name}: kind={kind!r} shape={shape!r} is not a stored matrix")
     fmt = from_spec(spec)
     fmt.check((shape[0], shape[1]))
-    return StoredMatrix(name, fmt, (shape[0], shape[1]), kind)
+    if not isinstance(coded, list) or not set(map(str, coded)) <= set(fmt.layout((shape[0], shape[1]))):
+        raise ArtifactError(f"{name}: coded={coded!r} are not tensors of the format {fmt.name}; config.json is damaged")
+    return StoredMatrix(name, fmt, (shape[0], shape[1]), kind, tuple(coded))
 
 
 def read_manifest(folder: Path) -> Manifest:

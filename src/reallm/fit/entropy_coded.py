@@ -19,7 +19,7 @@ from reallm.fit.objective import Objective
 from reallm.formats import Parts
 from reallm.formats.entropy_coded import EntropyCoded, EntropyCodedParts
 from reallm.kernels.ans import RAW_BITS
-from reallm.kernels.e8_points import cheapest_points
+from reallm.kernels.e8_points import cheapest_points, has_triton, points_with_feedback
 from reallm.kernels.e8_stream import DIM, largest_code
 
 # Squared steps that one bit is worth. Theory at high rates says 2 ln 2 · D = 0.40, D = 4 · 0.0717 (E8 of spacing 2).
@@ -71,9 +71,31 @@ class _Coder:
         codes = torch.cat(parts, 1)
         return codes.to(torch.int32), codes * self.step
 
+    def has_panels(self, device: torch.device) -> bool:
+        return has_triton(device.type)
+
+    def encode_panel(
+        self, moving: Float[Tensor, "out panel"], columns: Int[Tensor, " panel"], factor: Float[Tensor, "panel panel"]
+    ) -> tuple[Int[Tensor, "out panel"], Float[Tensor, "out panel"]]:
+        """As column by column: `encode`, and what later columns answer."""
+        return points_with_feedback(
+            moving,
+            factor,
+            factor.diagonal().reciprocal().square() / self.mean_importance,
+            self.costs.codes,
+            self.costs.parities,
+            self.costs.column_classes[columns],
+            self.step,
+            self._limit,
+        )
+
+    @property
+    def _limit(self) -> int:
+        """The largest target whose point can surely be written."""
+        return largest_code(self.largest) - DIM
+
     def _codes(self, target: Tensor, importance: Tensor, classes: Tensor) -> Float[Tensor, "out columns"]:
-        limit = largest_code(self.largest) - DIM
-        target = target.clamp(-limit, limit)
+        target = target.clamp(-self._limit, self._limit)
         return cheapest_points(target, importance, self.costs.codes, self.costs.parities, classes)
 
 

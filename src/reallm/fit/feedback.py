@@ -8,7 +8,7 @@ a vector or a tile.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,8 @@ from reallm.fit.objective import Objective
 _DAMPING = 0.01
 # Errors reach columns further right once a panel: one large product in place of many small ones.
 _PANEL = 128
+
+Blocks: TypeAlias = list[tuple[int, int]]  # (first column, one past the last)
 
 
 @runtime_checkable
@@ -48,6 +50,22 @@ class MetricCoder(Coder, Protocol):
         """As `encode` for one block, at a small |(columns - decoded) · root|²."""
 
 
+@runtime_checkable
+class PanelCoder(Coder, Protocol):
+    """A coder of single columns that can also go through a panel of them with feedback, all in one launch."""
+
+    def has_panels(self, device: torch.device) -> bool:
+        """Whether it can do so on this device."""
+
+    def encode_panel(
+        self,
+        moving: Float[Tensor, "out panel"],
+        columns: Int[Tensor, " panel"],
+        factor: Float[Tensor, "panel panel"],
+    ) -> tuple[Int[Tensor, "out panel"], Float[Tensor, "out panel"]]:
+        """(codes, errors / U_jj) of the matrix's `columns`, each rounded after it has answered for those before it."""
+
+
 def coded(weight: Float[Tensor, "out in"], coder: Coder, objective: Objective | None) -> Int[Tensor, "coded codes"]:
     """The coder's codes of `weight`: by rounding, or by error feedback where the objective has a hessian."""
     objective = objective or Objective.plain(weight)
@@ -71,22 +89,41 @@ def feedback(
     factor = inverse_factor(hessian[order][:, order])
     moving = weight[:, order]
     codes: dict[int, Tensor] = {}
+    by_panel = _panel_at_once if isinstance(coder, PanelCoder) and coder.has_panels(weight.device) else _panel_by_blocks
     left = 0
     for panel in _panels(blocks):
         right = left + sum(end - start for start, end in panel)
-        answers = torch.zeros_like(moving[:, left:right])
-        at = left
-        for start, end in panel:
-            to = at + end - start
-            own = factor[at:to, at:to]
-            codes[start], decoded = _rounded(coder, moving[:, at:to], start, own)
-            answer = _solved(moving[:, at:to] - decoded, own)
-            answers[:, at - left : to - left] = answer
-            moving[:, to:right] -= answer @ factor[at:to, to:right]
-            at = to
+        found, answers = by_panel(coder, moving[:, left:right], panel, factor[left:right, left:right])
+        codes |= found
         moving[:, right:] -= answers @ factor[left:right, right:]
         left = right
     return torch.cat([codes[start] for start in sorted(codes)], 1)
+
+
+def _panel_by_blocks(
+    coder: Coder, moving: Float[Tensor, "out panel"], blocks: Blocks, factor: Float[Tensor, "panel panel"]
+) -> tuple[dict[int, Tensor], Float[Tensor, "out panel"]]:
+    """(codes by the first column of their block, answers: errors · U_JJ⁻¹) of a panel, block after block."""
+    moving, answers = moving.clone(), torch.zeros_like(moving)
+    codes, at, rounded = {}, 0, _rounding_of(coder)
+    for start, end in blocks:
+        to = at + end - start
+        own = factor[at:to, at:to]
+        codes[start], decoded = rounded(moving[:, at:to], start, own)
+        answers[:, at:to] = answer = _solved(moving[:, at:to] - decoded, own)
+        moving[:, to:] -= answer @ factor[at:to, to:]
+        at = to
+    return codes, answers
+
+
+def _panel_at_once(
+    coder: PanelCoder, moving: Float[Tensor, "out panel"], blocks: Blocks, factor: Float[Tensor, "panel panel"]
+) -> tuple[dict[int, Tensor], Float[Tensor, "out panel"]]:
+    """The same by a coder that goes through the columns of a panel itself."""
+    starts = [start for start, _ in blocks]
+    columns = torch.tensor(starts, device=moving.device)
+    codes, answers = coder.encode_panel(moving.contiguous(), columns, factor.contiguous())
+    return dict(zip(starts, codes.split(1, 1), strict=True)), answers
 
 
 def swept(
@@ -158,12 +195,44 @@ def importance_in_feedback(hessian: Float[Tensor, "in in"], width: int) -> Float
     return found
 
 
-def _rounded(coder: Coder, columns: Tensor, start: int, own: Float[Tensor, "width width"]) -> tuple[Tensor, Tensor]:
-    """One block at the least cost once all later ones have answered: |errors · own⁻¹|², or nearly that."""
-    if isinstance(coder, MetricCoder):
+def costs_in_feedback(
+    hessian: Float[Tensor, "in in"], tested: Float[Tensor, "in in"], widths: tuple[int, ...]
+) -> dict[int, Float[Tensor, " in"]]:
+    """What a rounding error in each column costs by the hessian `tested`, answered as `hessian` says; by coder width.
+
+    diag(V T Vᵀ) with V_J = U_JJ⁻¹ U_J for every block J of columns. On the hessian itself these are the squared
+    norms of U_JJ⁻¹; on that of other text they are larger, the more so the fewer tokens `hessian` has. One factor
+    serves all widths, in the order of the widest: the others divide it.
+    """
+    widest = max(widths)
+    blocks = _blocks(hessian.diagonal(), widest, falling=True)
+    order = torch.cat([torch.arange(start, end) for start, end in blocks]).to(hessian.device)
+    factor, tested = inverse_factor(hessian[order][:, order]), tested[order][:, order]
+    count, found = len(factor), {}
+    for width in widths:
+        size = -(-count // width) * width
+        filled = torch.eye(size, device=factor.device, dtype=factor.dtype)
+        filled[:count, :count] = factor
+        # (width, width, blocks): entries inside the blocks on the diagonal.
+        own = filled.view(size // width, width, size // width, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        rows = filled.view(size // width, width, size)
+        answers = torch.linalg.solve_triangular(own, rows, upper=True).reshape(size, size)[:count, :count]
+        found[width] = torch.empty_like(tested[0])
+        found[width][order] = ((answers @ tested) * answers).sum(1)
+    return found
+
+
+def _rounding_of(coder: Coder) -> Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]:
+    """Rounds one block at the least cost once all later ones have answered: |errors · own⁻¹|², or nearly that."""
+
+    def by_metric(columns: Tensor, start: int, own: Float[Tensor, "width width"]) -> tuple[Tensor, Tensor]:
         identity = torch.eye(len(own), dtype=own.dtype, device=own.device)
         return coder.encode_by(columns, start, torch.linalg.solve_triangular(own, identity, upper=True))
-    return coder.encode(columns, start, own.diagonal().reciprocal().square()[None])
+
+    def by_diagonal(columns: Tensor, start: int, own: Float[Tensor, "width width"]) -> tuple[Tensor, Tensor]:
+        return coder.encode(columns, start, own.diagonal().reciprocal().square()[None])
+
+    return by_metric if isinstance(coder, MetricCoder) else by_diagonal
 
 
 def _encoded(coder: Coder, columns: Tensor, start: int, root: Float[Tensor, "width width"]) -> tuple[Tensor, Tensor]:
@@ -173,7 +242,7 @@ def _encoded(coder: Coder, columns: Tensor, start: int, root: Float[Tensor, "wid
     return coder.encode(columns, start, root.square().sum(1)[None])
 
 
-def _blocks(importance: Float[Tensor, " in"], width: int, falling: bool) -> list[tuple[int, int]]:
+def _blocks(importance: Float[Tensor, " in"], width: int, falling: bool) -> Blocks:
     """(first column, one past the last) of every block, in the order of rounding."""
     columns = len(importance)
     blocks = [(start, min(start + width, columns)) for start in range(0, columns, width)]
@@ -183,9 +252,9 @@ def _blocks(importance: Float[Tensor, " in"], width: int, falling: bool) -> list
     return [blocks[i] for i in means.argsort(descending=True, stable=True).tolist()]
 
 
-def _panels(blocks: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+def _panels(blocks: Blocks) -> Iterator[Blocks]:
     """Neighbouring blocks of about _PANEL columns together."""
-    panel: list[tuple[int, int]] = []
+    panel: Blocks = []
     for block in blocks:
         panel.append(block)
         if sum(end - start for start, end in panel) >= _PANEL:

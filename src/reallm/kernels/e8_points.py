@@ -30,10 +30,33 @@ def cheapest_points(
     return _cheapest_on(targets.device.type)(targets, importance, costs, parities, classes)
 
 
+def points_with_feedback(
+    moving: Float[Tensor, "rows columns"],
+    factor: Float[Tensor, "columns columns"],
+    importance: Float[Tensor, " columns"],
+    costs: Float[Tensor, "classes codes"],
+    parities: Float[Tensor, "2 classes"],
+    classes: Int[Tensor, " columns"],
+    step: float,
+    limit: int,
+) -> tuple[Int[Tensor, "rows columns"], Float[Tensor, "rows columns"]]:
+    """(codes, errors / diagonal of `factor`), column by column: later ones move by -(error / diagonal) · their row.
+
+    Targets are moving / step, at most `limit` in size; the rest as in `cheapest_points`. Only where `has_triton`.
+    """
+    kernels = importlib.import_module("reallm.kernels.e8_points_triton")
+    return kernels.with_feedback(moving, factor, importance, costs, parities, classes, step, limit)
+
+
+def has_triton(device: str) -> bool:
+    """Whether there are Triton kernels for a device."""
+    return device == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 @functools.cache
 def _cheapest_on(device: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The Triton kernel on a GPU where there is Triton, else `_cheapest`."""
-    if device == "cuda" and importlib.util.find_spec("triton"):
+    if has_triton(device):
         return importlib.import_module("reallm.kernels.e8_points_triton").cheapest
     return _cheapest
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from reallm.kernels.jit import compiled
 
 _POINTS = 32  # of a program
+_POINTS_OF_PANEL = 2  # with 128 columns 2,048 numbers in registers, and 36 programs for 576 rows
 
 
 def cheapest(
@@ -49,6 +50,91 @@ def cheapest(
     return found
 
 
+def with_feedback(
+    moving: Float[Tensor, "rows columns"],
+    factor: Float[Tensor, "columns columns"],
+    importance: Float[Tensor, " columns"],
+    costs: Float[Tensor, "classes codes"],
+    parities: Float[Tensor, "2 classes"],
+    classes: Int[Tensor, " columns"],
+    step: float,
+    limit: int,
+) -> tuple[Int[Tensor, "rows columns"], Float[Tensor, "rows columns"]]:
+    """As `e8_points.points_with_feedback`; rows do not know of each other but for the eights of a point."""
+    rows, columns = moving.shape
+    codes = torch.empty(rows, columns, dtype=torch.int32, device=moving.device)
+    answers = torch.empty_like(moving)
+    with torch.cuda.device(moving.device) if moving.is_cuda else contextlib.nullcontext():
+        _with_feedback[(triton.cdiv(rows, 8 * _POINTS_OF_PANEL),)](
+            moving.contiguous(),
+            factor.contiguous(),
+            importance.contiguous(),
+            costs.contiguous(),
+            parities.contiguous(),
+            classes.contiguous(),
+            codes,
+            answers,
+            rows,
+            parities.shape[1],
+            step,
+            limit,
+            columns=columns,
+            size=costs.shape[1],
+            count=_POINTS_OF_PANEL,
+            width=triton.next_power_of_2(columns),
+        )
+    return codes, answers
+
+
+@compiled
+def _with_feedback(
+    moving,
+    factor,
+    importance,
+    costs,
+    parities,
+    classes,
+    codes,
+    answers,
+    rows,
+    class_count,
+    step,
+    limit,
+    columns: tl.constexpr,
+    size: tl.constexpr,
+    count: tl.constexpr,
+    width: tl.constexpr,
+):
+    largest: tl.constexpr = size // 2
+    row = tl.program_id(0) * count * 8 + tl.arange(0, count * 8)
+    point = tl.program_id(0) * count + tl.arange(0, count)[:, None]
+    there = row < rows
+    column = tl.arange(0, width)
+    # The panel stays in registers; a column is taken out by a sum over all.
+    places = row[:, None] * columns + column[None, :]
+    panel = tl.load(moving + places, there[:, None] & (column < columns)[None, :], 0.0)
+    for now in range(columns):
+        value = tl.sum(tl.where((column == now)[None, :], panel, 0.0), 1)
+        target = tl.minimum(tl.maximum(value / step, -limit), limit)
+        code = _point(
+            tl.reshape(target, [count, 8]),
+            tl.load(importance + now),
+            costs,
+            parities,
+            tl.load(classes + now),
+            (point + 1) * 8 <= rows,
+            class_count,
+            size,
+            largest,
+        )
+        code = tl.reshape(code, [count * 8])
+        answer = (value - code * step) / tl.load(factor + now * columns + now)
+        after = tl.load(factor + now * columns + column, (column > now) & (column < columns), 0.0)
+        panel -= answer[:, None] * after[None, :]
+        tl.store(codes + row * columns + now, code.to(tl.int32), there)
+        tl.store(answers + row * columns + now, answer, there)
+
+
 @compiled
 def _cheapest(
     targets,
@@ -78,15 +164,24 @@ def _cheapest(
     target = tl.load(targets + row * target_row + column * target_column, there, 0.0)
     weight = tl.load(importance + row * weight_row + column * weight_column, there, 0.0)
 
+    whole = (point + 1) * 8 <= rows
+    code = _point(target, weight, costs, parities, own_class, whole, class_count, size, largest)
+    tl.store(found + row * found_row + column * found_column, code, there)
+
+
+@compiled
+def _point(
+    target, weight, costs, parities, own_class, whole, class_count, size: tl.constexpr, largest: tl.constexpr
+):
+    """Codes of (points, 8) targets. Rows left over are no point: each takes its cheaper even code."""
     own_costs = costs + own_class * size
+    place = tl.arange(0, 8)[None, :]
     even, even_total, even_rest = _of_parity(target, weight, own_costs, place, 0, largest)
     odd, odd_total, _ = _of_parity(target, weight, own_costs, place, 1, largest)
     even_total += tl.load(parities + own_class)
     odd_total += tl.load(parities + class_count + own_class)
     code = tl.where((odd_total < even_total)[:, None], odd, even)
-    # Rows left over are no point: each takes its cheaper even code.
-    code = tl.where((point + 1) * 8 <= rows, code, even_rest)
-    tl.store(found + row * found_row + column * found_column, code, there)
+    return tl.where(whole, code, even_rest)
 
 
 @compiled

@@ -52,6 +52,11 @@ class _Compressed(nn.Module):
         """The stored tensors by local name."""
         return {name: self.get_buffer(name) for name in self._local_names}
 
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Replace a stored tensor."""
+        parent, leaf = _descend(self, name)
+        parent.register_buffer(leaf, tensor)
+
     def decode(self) -> Float[Tensor, "out in"]:
         """The matrix from its stored tensors, in the compute dtype."""
         return self.fmt.decode(self.fmt.unpack(self.stored(), self.shape), self.shape).to(self.compute_dtype)
@@ -64,9 +69,8 @@ class _Compressed(nn.Module):
     def come_alive(self, live: nn.Module) -> None:
         """Take the matrix from what `live()` decodes from now on, and let go of what is stored."""
         self.live = live
-        for name in self._local_names:
-            parent, leaf = _descend(self, name)
-            parent.register_buffer(leaf, parent._buffers[leaf].new_empty(0))
+        for name, tensor in self.stored().items():
+            self.put(name, tensor.new_empty(0))
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
