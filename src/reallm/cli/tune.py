@@ -34,6 +34,13 @@ def command(
             "biases; embedding and head add those matrices' parts.",
         ),
     ] = "residual,scales,gains,codebooks,norms",
+    adapter: Annotated[
+        int | None,
+        typer.Option(
+            metavar="R",
+            help="Train a new residual of rank R over the frozen model instead, and write only that, in PEFT's form.",
+        ),
+    ] = None,
     loss: Annotated[
         str, typer.Option(metavar="NAME", help="End-to-end: kl to the original, ce (cross-entropy), or mix, half each.")
     ] = "kl",
@@ -109,6 +116,7 @@ def command(
         reference=reference,
         method=method,
         train=tuple(word.strip() for word in train.split(",") if word.strip()),
+        adapter=adapter,
         loss=loss,
         tokens=tokens,
         context=context,

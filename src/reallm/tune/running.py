@@ -18,13 +18,14 @@ from reallm.errors import ArtifactError, RecipeError, SourceError
 from reallm.model import DECODE_PER_USE, load, load_tokenizer, meta_model, open_source, quiet, walk
 from reallm.model.headers import read_headers, weight_files
 from reallm.model.text import text_sha256
+from reallm.tune.adapters import Factors, save_adapter
 from reallm.tune.blockwise import tune_blocks
 from reallm.tune.data import Windows, split, windows_of
 from reallm.tune.end_to_end import Course, tune_whole
 from reallm.tune.log import Listener, Log
 from reallm.tune.processes import Processes, processes
 from reallm.tune.settings import Settings, check_settings
-from reallm.tune.trainables import Trainables, choose
+from reallm.tune.trainables import Trainables, choose, choose_new_residuals
 from reallm.tune.writing import write_tuned
 
 # What may differ between an interrupted run and its resumption: it changes no result.
@@ -54,6 +55,7 @@ def tune(
 ) -> Tuned:
     """Tune the artifact in a folder and write it to the folder `out`, which appears by one rename.
 
+    With `adapter`, a rank, `out` is an adapter for the artifact, which stays as it is (see `adapters.py`).
     Settings as in `Settings`. `log` is a file for events as JSON lines, `listener` is called with each. An interrupted
     run goes on with `resume`, from the last finished block or saved step, to the same bytes. Started by torchrun, all
     processes share the work; the first one writes.
@@ -154,15 +156,12 @@ class _Run:
             raise RecipeError(f"--context {settings.context} is longer than the {limit} positions of this model")
         with quiet():
             walked = walk(meta_model(model.config))
+        how: dict[str, Any] = {"rounded": not settings.round_at_end}
+        how["kept_dtype"] = None if settings.save_memory else settings.compute_dtype
+        if settings.adapter is not None:
+            return choose_new_residuals(model, walked, settings.adapter, settings.seed, **how)
         headers = read_headers(weight_files(self.artifact, ArtifactError), ArtifactError)
-        return choose(
-            model,
-            walked,
-            {name: header.dtype for name, header in headers.items()},
-            settings.train,
-            rounded=not settings.round_at_end,
-            kept_dtype=None if settings.save_memory else settings.compute_dtype,
-        )
+        return choose(model, walked, {name: h.dtype for name, h in headers.items()}, settings.train, **how)
 
     def _original(self, compressed: nn.Module) -> nn.Module | None:
         """The original on the CPU, frozen."""
@@ -192,7 +191,12 @@ class _Run:
         staging = work / "artifact"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        write_tuned(self.artifact, staging, snapshot_of(trainables), self._note(trainables, figures))
+        parts = {name: tensor.cpu() for name, tensor in trainables.to_store().items()}
+        if self.settings.adapter is None:
+            write_tuned(self.artifact, staging, parts, self._note(trainables, figures))
+        else:
+            pairs = {path: Factors(parts[f"{path}.left"], parts[f"{path}.right"]) for path in trainables.matrices}
+            save_adapter(pairs, staging, self.artifact.name)
         os.rename(staging, self.out)
 
     def _note(self, trainables: Trainables, figures: dict[str, Any]) -> dict[str, Any]:
@@ -228,11 +232,6 @@ class _Entered:
 
     def __exit__(self, *error: Any) -> Any:
         return self.context.__exit__(*error)
-
-
-def snapshot_of(trainables: Trainables) -> dict[str, torch.Tensor]:
-    """All that trained, on the CPU, as stored."""
-    return {name: tensor.cpu() for name, tensor in trainables.to_store().items()}
 
 
 def sha256_of(files: list[Path]) -> str:

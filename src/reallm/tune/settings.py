@@ -37,6 +37,7 @@ class Settings:
     reference: str | None = None
     method: str = BOTH
     train: tuple[str, ...] = DEFAULT_TRAIN
+    adapter: int | None = None  # rank of new residuals, which alone train end to end and are written by themselves
     loss: str = KL
     tokens: int | None = None  # end-to-end, in all; None: every window once
     context: int = 1024
@@ -64,7 +65,7 @@ class Settings:
     @property
     def block_wise(self) -> bool:
         """Whether blocks are tuned one by one."""
-        return self.method in (BLOCKWISE, BOTH)
+        return self.method in (BLOCKWISE, BOTH) and self.adapter is None
 
     @property
     def end_to_end(self) -> bool:
@@ -94,6 +95,8 @@ def check_settings(settings: Settings) -> None:
     _one_of("--dtype", settings.dtype, tuple(DTYPES))
     for word in settings.train:
         _one_of("--train", word, PARTS + KEPT + PLACES)
+    if settings.adapter is not None and settings.method == BLOCKWISE:
+        raise RecipeError(f"--adapter {settings.adapter} trains end to end; leave --method blockwise out")
     if not set(settings.train) & set(PARTS + KEPT):
         raise RecipeError(f"--train {','.join(settings.train)}: names no part; add one of {', '.join(PARTS + KEPT)}")
     if not settings.text:
@@ -106,7 +109,7 @@ def check_settings(settings: Settings) -> None:
     for option in ("batch", "validation_windows", "block_windows", "block_epochs"):
         _at_least(option, getattr(settings, option), 1)
     _at_least("context", settings.context, 2)
-    for option in ("tokens", "micro_batch", "validate_every"):
+    for option in ("tokens", "micro_batch", "validate_every", "adapter"):
         if getattr(settings, option) is not None:
             _at_least(option, getattr(settings, option), 1)
     for option in ("top_k", "block_patience"):

@@ -33,14 +33,16 @@ from reallm.formats import (
     with_tensors,
 )
 from reallm.formats.dense import DenseParts
+from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.waist import inner, under
-from reallm.model import Walk
+from reallm.model import CompressedLinear, Walk
 from reallm.model.swap import compressed_modules
 from reallm.tune.settings import PARTS
 
 _SETTLED = from_spec({"format": "dense", "dtype": "float32"})
 _KEPT_WORDS = {"norm": "norms", "bias": "biases"}
-_SMALLEST_UNIT = 2.0**-10  # of parts that are all zero, such as a residual that starts from nothing
+_UNIT_OF_ZEROS = 2.0**-3  # a residual that starts from nothing: steps of 1e-4 at the usual rate
+_NOTHING = 2.0**-40
 
 
 class _Through(torch.autograd.Function):
@@ -196,6 +198,34 @@ def choose(
     return Trainables(parameters, dict(counts), matrices, kept, model)
 
 
+def choose_new_residuals(
+    model: nn.Module, walked: Walk, rank: int, seed: int, *, rounded: bool, kept_dtype: torch.dtype | None
+) -> Trainables:
+    """Give every block matrix of a compressed model a residual of `rank` that is nothing yet, and train only these.
+
+    Right factors are drawn, left ones are zero, as in LoRA (Hu et al., arXiv:2106.09685).
+    """
+    model.requires_grad_(False)
+    kinds = {matrix.name: matrix.kind for matrix in walked.matrices}
+    generator = torch.Generator().manual_seed(seed)
+    matrices, parameters = {}, {}
+    for path, module in compressed_modules(model).items():
+        if kinds[path] != "block" or not isinstance(module, CompressedLinear) or rank > min(module.shape):
+            module.decode_once()
+            continue
+        rows, columns = module.shape
+        fmt = LowRankPlus(module.fmt, rank)
+        right = torch.randn(columns, rank, generator=generator) / math.sqrt(columns)
+        factors = fmt.pack_factor("left", torch.zeros(rows, rank)) | fmt.pack_factor("right", right)
+        stored = factors | under("base", module.stored())
+        matrices[path] = LiveMatrix(fmt, module.shape, stored, ("left", "right"), rounded, kept_dtype)
+        module.come_alive(matrices[path])
+        parameters |= {f"{path}.{side}": matrices[path].get_parameter(_leaf(side)) for side in ("left", "right")}
+    if not parameters:
+        raise RecipeError(f"--adapter {rank}: no block matrix has both sides that large; lower the rank")
+    return Trainables(parameters, {"adapter": sum(p.numel() for p in parameters.values())}, matrices, {}, model)
+
+
 def float_roles(fmt: WeightFormat, stored: Tensors, shape: Shape) -> dict[str, str]:
     """Ledger role of every float part by local name."""
     parts = fmt.unpack(stored, shape)
@@ -205,7 +235,7 @@ def float_roles(fmt: WeightFormat, stored: Tensors, shape: Shape) -> dict[str, s
 def unit_of(values: Tensor) -> float:
     """The power of two nearest to the root mean square; a small one for zeros."""
     size = values.float().square().mean().sqrt().item() if values.numel() else 0.0
-    return 2.0 ** round(math.log2(size)) if size > _SMALLEST_UNIT**4 else _SMALLEST_UNIT
+    return 2.0 ** round(math.log2(size)) if size > _NOTHING else _UNIT_OF_ZEROS
 
 
 def _train_kept(model: nn.Module, name: str, dtype: torch.dtype, rounded: bool) -> nn.Parameter:

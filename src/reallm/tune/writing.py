@@ -1,10 +1,10 @@
-"""A tuned artifact: the tensors of the one it comes from, some of them with other values, not one byte more."""
+"""An artifact made of another: other values in the same bytes, or other formats around the same codes."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,10 @@ from reallm.formats import Tensors, named_tensors, with_tensors
 from reallm.formats.waist import inner, under
 from reallm.model.headers import weight_files
 
-CONFIG = "config.json"
+CONFIG, PLAN = "config.json", "plan.yaml"
+
+# A matrix and its stored tensors by local name -> the same as they are written.
+Change = Callable[[StoredMatrix, Tensors], tuple[StoredMatrix, Tensors]]
 
 
 def write_tuned(source: Path, staging: Path, trained: Tensors, note: dict[str, Any]) -> None:
@@ -31,48 +34,57 @@ def write_tuned(source: Path, staging: Path, trained: Tensors, note: dict[str, A
     the provenance's list `tuned`. All other files are copied. Of an artifact with entropy-coded tensors those that
     trained are coded anew, and may take some bytes more or fewer.
     """
-    coded: dict[str, tuple[str, ...]] = {}
-    write_shards(_tensors(source, trained, coded), staging)
+
+    def change(matrix: StoredMatrix, stored: Tensors) -> tuple[StoredMatrix, Tensors]:
+        changed = inner(matrix.name, trained)
+        return _retrained(matrix, stored, changed) if changed else (matrix, stored)
+
+    write_changed(source, staging, change, note, trained)
+
+
+def write_changed(
+    source: Path, staging: Path, change: Change, note: dict[str, Any], kept: Tensors | None = None
+) -> None:
+    """Write the artifact of `source` with every matrix changed, and `kept` in place of tensors of these names.
+
+    The plan is copied only if every format stays.
+    """
+    manifest = read_manifest(source)
+    matrices: list[StoredMatrix] = []
+    write_shards(_tensors(source, change, kept or {}, matrices), staging)
+    same_formats = [m.fmt for m in matrices] == [m.fmt for m in manifest.matrices]
+    left_out = (CONFIG, INDEX) if same_formats else (CONFIG, INDEX, PLAN)
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
-        if file.suffix != ".safetensors" and file.name not in (CONFIG, INDEX):
+        if file.suffix != ".safetensors" and file.name not in left_out:
             target = staging / file.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-    _write_config(source, staging, coded, note)
-
-
-def _write_config(source: Path, staging: Path, coded: dict[str, tuple[str, ...]], note: dict[str, Any]) -> None:
-    """The config of the source with a longer provenance, and the names of what is coded now."""
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
-    manifest = read_manifest(source)
     provenance = {**manifest.provenance, "tuned": [*manifest.provenance.get("tuned", []), note]}
-    matrices = tuple(replace(matrix, coded=coded.get(matrix.name, ())) for matrix in manifest.matrices)
-    config["quantization_config"] |= replace(manifest, matrices=matrices, provenance=provenance).to_dict()
+    config["quantization_config"] |= replace(manifest, matrices=tuple(matrices), provenance=provenance).to_dict()
     (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _tensors(source: Path, trained: Tensors, coded: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(source: Path, change: Change, kept: Tensors, matrices: list[StoredMatrix]) -> Iterator[tuple[str, Tensor]]:
     """All tensors, compressed matrices first: the order in which they were written, so that shards are the same.
 
-    Notes in `coded` the local names of entropy-coded ones, by matrix.
+    Notes in `matrices` how each is stored now.
     """
     handles = [safe_open(file, framework="pt") for file in weight_files(source, ArtifactError)]
     places = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 - no dict
     for matrix in read_manifest(source).matrices:
-        layout = matrix.fmt.layout(matrix.shape)
-        tensors = {local: places.pop(f"{matrix.name}.{local}").get_tensor(f"{matrix.name}.{local}") for local in layout}
-        names = matrix.coded
-        if changed := inner(matrix.name, trained):
-            tensors, names = _retrained(matrix, tensors, changed)
-        coded[matrix.name] = names
-        yield from sorted(under(matrix.name, tensors).items())
+        names = [f"{matrix.name}.{local}" for local in matrix.fmt.layout(matrix.shape)]
+        stored = inner(matrix.name, {name: places.pop(name).get_tensor(name) for name in names})
+        matrix, stored = change(matrix, stored)
+        matrices.append(matrix)
+        yield from sorted(under(matrix.name, stored).items())
     for name, handle in places.items():
-        tensor = trained.get(name, None)
+        tensor = kept.get(name)
         yield name, handle.get_tensor(name) if tensor is None else tensor
 
 
-def _retrained(matrix: StoredMatrix, stored: Tensors, changed: Tensors) -> tuple[Tensors, tuple[str, ...]]:
-    """What is stored of a matrix with other parts, and the names of what is coded of it."""
+def _retrained(matrix: StoredMatrix, stored: Tensors, changed: Tensors) -> tuple[StoredMatrix, Tensors]:
+    """A matrix with other parts."""
     layout = matrix.fmt.layout(matrix.shape)
     plain = {n: decoded_tensor(t, layout[n]) if n in matrix.coded else t for n, t in stored.items()}
     parts = matrix.fmt.unpack(plain, matrix.shape)
@@ -85,7 +97,7 @@ def _retrained(matrix: StoredMatrix, stored: Tensors, changed: Tensors) -> tuple
         if kept is not None:
             tensors[name] = kept
             names.append(name)
-    return tensors, tuple(names)
+    return replace(matrix, coded=tuple(names)), tensors
 
 
 def _sizes(tensors: Tensors) -> dict[str, tuple[Any, ...]]:

@@ -1,0 +1,200 @@
+"""Adapters: trained for a task, loaded, switched, merged, split off, and the same to PEFT."""
+
+import json
+
+import pytest
+import torch
+
+import reallm
+from reallm.artifact import read_ledger, read_manifest
+from reallm.cli import main
+from reallm.errors import ArtifactError
+from reallm.model import load
+from reallm.tune.adapters import Adapters, Factors, merge, read_adapter, save_adapter, split
+
+try:
+    import peft  # noqa: F401
+except ImportError:
+    peft = None
+needs_peft = pytest.mark.skipif(peft is None, reason='not tested beside PEFT: pip install ".[peft]"')
+
+IDS = torch.arange(48).view(2, 24) + 5
+PATH = "model.layers.0.self_attn.q_proj"
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    path = tmp_path_factory.mktemp("task") / "task.jsonl"
+    rows = [
+        {"prompt": f"Count to {n % 5}: ", "response": "one two three four five" + " six" * (n % 3)} for n in range(120)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def adapters(compressed, task, tmp_path_factory):
+    """Two adapters of other seeds over one base."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("one", "two")):
+        options = {"context": 32, "batch": 4, "learning_rate": 0.1, "validate_every": 20, "loss": "ce", "seed": seed}
+        tuned = reallm.tune(compressed, folder / name, text=(task,), adapter=2, **options)
+        assert tuned.end_to_end["after"]["ce"] < 0.85 * tuned.end_to_end["before"]["ce"]
+    return folder
+
+
+def test_an_adapter_is_two_small_files(adapters, compressed):
+    files = {file.name: file.stat().st_size for file in (adapters / "one").iterdir()}
+    assert set(files) == {"adapter_config.json", "adapter_model.safetensors"}
+    shapes = [matrix.shape for matrix in read_manifest(compressed).matrices if matrix.kind == "block"]
+    assert sum(pair.left.numel() + pair.right.numel() for pair in read_adapter(adapters / "one").values()) == sum(
+        2 * (rows + columns) for rows, columns in shapes
+    )
+
+
+def test_adapters_are_switched_and_leave_the_base_as_it_was(adapters, compressed):
+    model = load(compressed)
+    base, several = logits(model), Adapters(model)
+    several.load("one", adapters / "one")
+    several.load("two", adapters / "two")
+    assert torch.equal(logits(model), base)
+    several.switch("one")
+    one = logits(model)
+    several.switch("two")
+    two = logits(model)
+    assert not torch.allclose(one, base) and not torch.allclose(one, two)
+    several.switch("one")
+    assert torch.equal(logits(model), one)
+    several.switch("one", "two")
+    both = logits(model)
+    assert not torch.allclose(both, one) and not torch.allclose(both, two)
+    several.switch()
+    assert torch.equal(logits(model), base)
+
+
+def test_a_merged_artifact_answers_as_with_the_adapter_and_counts_its_bytes(adapters, compressed, tmp_path):
+    model = load(compressed)
+    several = Adapters(model)
+    several.load("one", adapters / "one")
+    several.switch("one")
+    merge(compressed, adapters / "one", tmp_path / "merged")
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(model), rtol=1e-4, atol=1e-4)
+    factors = sum(2 * (p.left.numel() + p.right.numel()) for p in read_adapter(adapters / "one").values())
+    rows = [read_ledger(folder).by("role")["residual"] for folder in (compressed, tmp_path / "merged")]
+    assert rows[1] - rows[0] == factors
+
+
+def test_what_is_split_off_and_merged_again_is_the_same_artifact(adapters, compressed, tmp_path):
+    merge(compressed, adapters / "one", tmp_path / "merged")
+    split(tmp_path / "merged", tmp_path / "base", tmp_path / "adapter")
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == (compressed / "model.safetensors").read_bytes()
+    files = [folder / "adapter_model.safetensors" for folder in (adapters / "one", tmp_path / "adapter")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "again")
+    files = [tmp_path / name / "model.safetensors" for name in ("merged", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_merging_into_an_entropy_coded_artifact_keeps_its_codes(tiny_llama, adapters, tmp_path):
+    (tmp_path / "mine.yaml").write_text('rules: [{match: "*", format: {format: uniform, bits: 5, group_size: 16}}]')
+    reallm.compress(tiny_llama, tmp_path / "in", recipe=str(tmp_path / "mine.yaml"), coding=True)
+    model = load(tmp_path / "in")
+    several = Adapters(model)
+    several.load("one", adapters / "one")
+    several.switch("one")
+    merge(tmp_path / "in", adapters / "one", tmp_path / "out")
+    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(model), rtol=1e-4, atol=1e-4)
+    rows = [read_ledger(tmp_path / name).by("role")["codes"] for name in ("in", "out")]
+    assert rows[0] == rows[1]
+
+
+def test_an_artifact_without_residuals_has_nothing_to_split(tiny_llama, tmp_path):
+    reallm.compress(tiny_llama, tmp_path / "plain", recipe="rtn4")
+    with pytest.raises(ArtifactError, match="nothing to split"):
+        split(tmp_path / "plain", tmp_path / "base", tmp_path / "adapter")
+    assert not (tmp_path / "base").exists() and not (tmp_path / "adapter").exists()
+
+
+def test_an_adapter_of_another_model_is_refused(compressed, tmp_path):
+    for name, path in (("place", "model.layers.9.mlp.up_proj"), ("shape", PATH)):
+        (tmp_path / name).mkdir()
+        save_adapter({path: Factors(torch.ones(7, 2), torch.ones(5, 2))}, tmp_path / name, "other")
+        with pytest.raises(ArtifactError, match="is no linear of this model"):
+            Adapters(load(compressed)).load("x", tmp_path / name)
+        with pytest.raises(ArtifactError, match="is no compressed matrix|has another shape"):
+            merge(compressed, tmp_path / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_adapter_says_so(compressed, tmp_path):
+    with pytest.raises(ArtifactError, match="is no adapter"):
+        read_adapter(compressed)
+    with pytest.raises(ArtifactError, match="adapter 'x' is not loaded; loaded: none"):
+        Adapters(load(compressed)).switch("x")
+
+
+def test_the_command_trains_an_adapter(compressed, task, tmp_path, capsys):
+    words = ["--text", task, "--adapter", "1", "--loss", "ce", "--context", "32", "--batch", "4", "--tokens", "256"]
+    assert main(["tune", str(compressed), "-o", str(tmp_path / "adapter"), *words]) == 0
+    assert "bytes beside" in capsys.readouterr().out
+    assert main(["tune", str(compressed), "-o", str(tmp_path / "x"), *words, "--method", "blockwise"]) == 2
+    assert "--adapter 1 trains end to end" in capsys.readouterr().err
+
+
+@needs_peft
+def test_peft_reads_our_adapter_with_equal_logits(adapters, compressed):
+    from reallm.tune.with_peft import load_into
+
+    model = load(compressed)
+    several = Adapters(model)
+    several.load("one", adapters / "one")
+    several.switch("one")
+    ours = logits(model)
+    theirs = logits(load_into(load(compressed), adapters / "one"))
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+@needs_peft
+def test_our_residual_goes_to_peft_and_back_with_equal_logits(adapters, compressed, tmp_path):
+    from reallm.tune.with_peft import load_into
+
+    merge(compressed, adapters / "two", tmp_path / "with")
+    split(tmp_path / "with", tmp_path / "base", tmp_path / "exported")
+    wrapped = load_into(load(tmp_path / "base"), tmp_path / "exported")
+    expected = logits(load(tmp_path / "with"))
+    torch.testing.assert_close(logits(wrapped), expected, rtol=1e-4, atol=1e-4)
+    wrapped.save_pretrained(tmp_path / "saved")
+    merge(tmp_path / "base", tmp_path / "saved", tmp_path / "back")
+    torch.testing.assert_close(logits(load(tmp_path / "back")), expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_peft
+@pytest.mark.parametrize("mode", ["decode_at_load", "decode_per_use"])
+def test_peft_trains_lora_on_compressed_modules(compressed, tmp_path, mode):
+    from peft import LoraConfig, get_peft_model
+
+    from reallm.tune.with_peft import knowing_us
+
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(load(compressed, mode), knowing_us(config))
+    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        adam.step()
+        adam.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    model.save_pretrained(tmp_path / "lora")
+    several = Adapters(fresh := load(compressed))
+    several.load("lora", tmp_path / "lora")
+    several.switch("lora")
+    torch.testing.assert_close(logits(fresh), logits(model.eval()), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ArtifactError, match="a compressed weight cannot be merged into"):
+        model.merge_adapter()
