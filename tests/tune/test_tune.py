@@ -155,7 +155,14 @@ def test_other_settings_are_refused_on_resume(compressed, tiny_llama, tuning_tex
 
 @pytest.mark.parametrize(
     "settings",
-    [{"loss": "ce"}, {"loss": "mix"}, {"top_k": 16}, {"save_memory": True}, {"round_at_end": True}, {"micro_batch": 1}],
+    [
+        {"loss": "ce"},
+        {"loss": "mix"},
+        {"top_k": 16},
+        {"save_memory": True},
+        {"round_at_end": True},
+        {"dtype": "bfloat16"},
+    ],
     ids=str,
 )
 def test_end_to_end_lowers_its_loss_in_every_way(compressed, tiny_llama, tuning_text, tmp_path, settings):

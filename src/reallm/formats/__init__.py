@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from reallm.formats.rounding import as_stored
+from reallm.formats.rounding import as_stored, rounding_of
 from reallm.formats.rows import decode_rows
 from reallm.formats.waist import (
     Parts,
@@ -39,6 +39,7 @@ __all__ = [
     "map_tensors",
     "named_tensors",
     "register",
+    "rounding_of",
     "to_spec",
     "with_tensors",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,16 +19,24 @@ def as_stored(fmt: WeightFormat, name: str, values: Float[Tensor, "*size"], shap
 
     Numbers that the stored type cannot hold go to the nearest that it can: a scale without a sign below 0 to 0.
     """
+    return rounding_of(fmt, name, shape)(values)
+
+
+def rounding_of(fmt: WeightFormat, name: str, shape: Shape) -> Callable[[Tensor], Tensor]:
+    """`as_stored` of one part, for many calls."""
     layout = fmt.layout(shape)
     stored = layout[name]
     if stored.is_floating_point():
-        return _as_float(values, stored.dtype)
+        return functools.partial(_as_float, dtype=stored.dtype)
     if f"{name}_max" in layout:
-        signed = stored.dtype == torch.int8
-        return scale_store.stored(scale_store.TWO_LEVEL, values if signed else values.clamp(min=0), signed)
+        return functools.partial(_as_scales, signed=stored.dtype == torch.int8)
     owner = _owner(fmt, name)
     assert isinstance(owner, LowRankPlus), f"{owner.name}: no rule for the integers of {name}"
-    return owner.stored_factor(values)
+    return owner.stored_factor
+
+
+def _as_scales(values: Float[Tensor, "out groups"], signed: bool) -> Float[Tensor, "out groups"]:
+    return scale_store.stored(scale_store.TWO_LEVEL, values if signed else values.clamp(min=0), signed)
 
 
 def _as_float(values: Float[Tensor, "*size"], dtype: torch.dtype) -> Float[Tensor, "*size"]:

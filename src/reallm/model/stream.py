@@ -152,15 +152,26 @@ class Stream:
         return output if isinstance(output, Tensor) else output[0]
 
     def _record_arguments(self, batch: Tensor) -> None:
-        """What the model hands each block beside the hidden states (positions, masks): one real forward pass."""
+        """What the model hands each block beside the hidden states (positions, masks): one real forward pass.
 
-        def note(number: int, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        Blocks go to the device one by one here too: on a CPU a batch takes 10 s through 135 M parameters.
+        """
+        home = next(self.blocks[0].parameters()).device
+
+        def note(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], number: int) -> Any:
             if not arguments:
                 raise SourceError(f"block {number} is called without positional hidden states; it cannot be calibrated")
             self._arguments[number, len(batch)] = arguments[1:], named
+            block.to(self.device)
+            return _moved(arguments, self.device), _moved(named, self.device)
 
-        hooks = [
-            block.register_forward_pre_hook(lambda _, a, k, n=number: note(n, a, k), with_kwargs=True)
+        def leave(block: nn.Module, _: Any, output: Any) -> Any:
+            block.to(home)
+            return _moved(output, home)
+
+        hooks = [block.register_forward_hook(leave) for block in self.blocks]
+        hooks += [
+            block.register_forward_pre_hook(lambda b, a, k, n=number: note(b, a, k, n), with_kwargs=True)
             for number, block in enumerate(self.blocks)
         ]
         self._run(batch)

@@ -17,7 +17,7 @@ def tuned_text(tuned: Tuned, before: Path, after: Path) -> str:
     rows += [("blocks", _blocks(tuned))] if _errors(tuned) else []
     if figures := tuned.end_to_end:
         rows += [
-            (name, f"{figures['before'][key]:.4f} before, {figures['after'][key]:.4f} after")
+            (name, f"{figures['before'][key]:.4f} before the first step, {figures['after'][key]:.4f} after")
             for name, key in (("KL", "kl"), ("perplexity", "perplexity"))
             if math.isfinite(figures["before"][key])
         ]

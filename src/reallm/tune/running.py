@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import shutil
@@ -21,7 +23,7 @@ from reallm.model.text import text_sha256
 from reallm.tune.adapters import Factors, save_adapter
 from reallm.tune.blockwise import tune_blocks
 from reallm.tune.data import Windows, split, windows_of
-from reallm.tune.end_to_end import Course, tune_whole
+from reallm.tune.end_to_end import STEP_FILE, Course, tune_whole
 from reallm.tune.log import Listener, Log
 from reallm.tune.processes import Processes, processes
 from reallm.tune.settings import Settings, check_settings
@@ -61,6 +63,9 @@ def tune(
     processes share the work; the first one writes.
     Errors: RecipeError, TextError, SourceError or ArtifactError, before anything is written.
     """
+    for name in ("text", "validation", "train"):
+        if isinstance(settings.get(name), (str, Path)):
+            settings[name] = (settings[name],)
     return run(Path(artifact), Path(out), Settings(**settings), resume, Path(log) if log else None, listener)
 
 
@@ -98,9 +103,11 @@ class _Run:
         trainables = self._trainables()
         original = self._original(trainables.model)
         work = work_folder(self.out)
-        with self._opened(work):
+        with opened(work, self._state()) if self.workers.first else contextlib.nullcontext():
+            self.workers.wait()
             self.log.add(phase="begin", trained=trainables.counts, windows=len(training), checked=len(validation))
-            if self.settings.block_wise:
+            # What was saved end to end includes what the blocks had learned.
+            if self.settings.block_wise and not (work / STEP_FILE).is_file():
                 assert original is not None
                 blocks = training[: self._whole_batches(len(training))]
                 tune_blocks(
@@ -118,17 +125,6 @@ class _Run:
             shutil.rmtree(work, ignore_errors=True)
         self.workers.wait()
         return Tuned(trainables.counts, len(training), len(validation), figures, self.log.events, self.workers.first)
-
-    def _opened(self, work: Path) -> Any:
-        """The work folder; only one process makes it."""
-        state = self._state()
-        if self.workers.first:
-            context = opened(work, state)
-            context.__enter__()
-            self.workers.wait()
-            return _Entered(context)
-        self.workers.wait()
-        return opened(work, state)
 
     def _windows(self) -> tuple[Windows, Windows]:
         """(training, validation): the latter of a file of its own, or drawn from the text."""
@@ -173,12 +169,16 @@ class _Run:
             raise SourceError(f"--reference {self.settings.reference}: {sizes[0]} tokens, the artifact has {sizes[1]}")
         return original
 
+    @functools.cached_property
+    def _original_sha256(self) -> str | None:
+        return None if self.settings.reference is None else open_source(self.settings.reference).fingerprint()
+
     def _state(self) -> dict[str, Any]:
         """What must not change between an interrupted run and its resumption."""
         settings = self.settings
         chosen = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _NO_RESULT}
         texts = {kind: [text_sha256(f) for f in getattr(settings, kind)] for kind in ("text", "validation")}
-        chosen |= {"processes": self.workers.count, "train": list(settings.train)}
+        chosen |= {"processes": self.workers.count, "train": list(settings.train), "reference": self._original_sha256}
         return {
             "source": sha256_of(weight_files(self.artifact, ArtifactError)),
             "seed": settings.seed,
@@ -206,6 +206,7 @@ class _Run:
             "method": settings.method,
             "trained": trainables.counts,
             "texts": [text_sha256(file) for file in settings.text],
+            "original_sha256": self._original_sha256,
             "context": settings.context,
             "batch": settings.batch,
             "seed": settings.seed,
@@ -219,19 +220,6 @@ class _Run:
             note |= {"loss": settings.loss, "learning_rate": settings.learning_rate}
             note |= {key: figures[key] for key in ("steps", "best_step", "stopped") if key in figures}
         return note
-
-
-class _Entered:
-    """A context that was entered already."""
-
-    def __init__(self, context: Any) -> None:
-        self.context = context
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *error: Any) -> Any:
-        return self.context.__exit__(*error)
 
 
 def sha256_of(files: list[Path]) -> str:

@@ -26,10 +26,10 @@ from reallm.formats import (
     Shape,
     Tensors,
     WeightFormat,
-    as_stored,
     from_spec,
     map_tensors,
     named_tensors,
+    rounding_of,
     with_tensors,
 )
 from reallm.formats.dense import DenseParts
@@ -75,6 +75,7 @@ class LiveMatrix(nn.Module):
         parts = fmt.unpack(stored, shape)
         values = named_tensors(parts)
         self.units = {name: unit_of(values[name]) for name in chosen}
+        self._rounding = {name: rounding_of(fmt, name, shape) for name in chosen}
         for name in chosen:
             self.register_parameter(_leaf(name), nn.Parameter(values[name].float() / self.units[name]))
         self.form, self.factors = fmt, {}
@@ -93,7 +94,7 @@ class LiveMatrix(nn.Module):
 
     def parts_to_store(self) -> Tensors:
         """The trained parts as they come back from the file."""
-        return {name: as_stored(self.fmt, name, self.part(name).detach(), self.shape) for name in self.units}
+        return {name: self._rounding[name](self.part(name).detach()) for name in self.units}
 
     def forward(self) -> Float[Tensor, "out in"]:
         """The matrix in float32, differentiable in the parameters."""
@@ -109,7 +110,7 @@ class LiveMatrix(nn.Module):
         values = self.part(name)
         if not self.rounded:
             return values
-        return _Through.apply(values, as_stored(self.fmt, name, values.detach(), self.shape))
+        return _Through.apply(values, self._rounding[name](values.detach()))
 
 
 class _KeptTensor(nn.Module):
