@@ -26,7 +26,11 @@ def blocks(language: str) -> list[str]:
 
 COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if not line.startswith(SKIPPED)]
 # The tiny model reads 512 tokens and its text has few windows.
-FOR_A_TINY_MODEL = {"eval": ["--context", "128"], "generate": ["--max-new-tokens", "4"]}
+FOR_A_TINY_MODEL = {
+    "eval": ["--context", "128"],
+    "generate": ["--max-new-tokens", "4"],
+    "tune": "--context 64 --batch 4 --block-windows 8 --tokens 1024".split(),
+}
 
 
 @pytest.fixture(scope="module")
