@@ -9,10 +9,14 @@ import torch
 from torch import nn
 
 from reallm.artifact import read_manifest
+from reallm.errors import ArtifactError
 from reallm.formats import WeightFormat
+from reallm.model.headers import read_headers, weight_files
 from reallm.model.modules import DECODE_AT_LOAD, DECODE_PER_USE
+from reallm.model.silence import quiet
 from reallm.model.source import read_config
 from reallm.model.swap import compressed_modules, swap_in
+from reallm.model.untrusted import bounded
 from reallm.model.walk import meta_model
 
 
@@ -42,4 +46,7 @@ def expected_resident_nbytes(
 def resident_of_artifact(folder: Path) -> dict[str, int]:
     """`expected_resident_nbytes` of the artifact in `folder`; nothing is loaded."""
     formats = {matrix.name: matrix.fmt for matrix in read_manifest(folder).matrices}
-    return expected_resident_nbytes(read_config(folder, str(folder)), formats)
+    headers = read_headers(weight_files(folder, ArtifactError), ArtifactError)
+    config = read_config(folder, str(folder))
+    with quiet(), bounded(str(folder), ArtifactError, len(headers)):
+        return expected_resident_nbytes(config, formats)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from reallm.allocate import recipe_of_plan
 from reallm.allocate.recipe import dump_recipe
 from reallm.artifact import check_output, finished_file, opened, work_folder, write_shards
+from reallm.artifact.integrity import checksums_of
 from reallm.formats import to_spec
 from reallm.pipeline.fitting import Progress, check_finite, fit_all
 from reallm.pipeline.job import Job, info_of, prepare
@@ -88,7 +90,8 @@ def _write_companions(job: Job, fingerprint: str, folder: Path) -> None:
     """Config, tokenizer, generation settings, and the plan as run."""
     from reallm.model import write_config
 
-    write_config(job.source, job.manifest(fingerprint), folder)
+    checksums = checksums_of(folder.glob("*.safetensors"))
+    write_config(job.source, replace(job.manifest(fingerprint), checksums=checksums), folder)
     job.source.save_companions(folder)
     recipe = recipe_of_plan(job.plan, [info_of(matrix) for matrix in job.walk.matrices])
     (folder / PLAN_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
