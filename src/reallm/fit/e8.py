@@ -14,7 +14,6 @@ from reallm.fit.dispatch import fit
 from reallm.fit.feedback import coded
 from reallm.fit.objective import Objective
 from reallm.formats import Parts
-from reallm.formats import scales as scale_store
 from reallm.formats.e8 import (
     E8,
     FIRST_BITS,
@@ -148,7 +147,8 @@ def _second(vectors: Float[Tensor, "n 8"], importance: Float[Tensor, "n 8"], bit
 
 def _vectors(matrix: Float[Tensor, "out in"]) -> Float[Tensor, "n 8"]:
     """Rows cut into vectors; a short last vector is filled with zeros."""
-    return scale_store.grouped(matrix, VECTOR_DIM).flatten(0, 1)
+    filled = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % VECTOR_DIM))
+    return filled.view(-1, VECTOR_DIM)
 
 
 def _root_mean_square(weight: Float[Tensor, "out in"]) -> Float[Tensor, " 1"]:

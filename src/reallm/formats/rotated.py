@@ -55,7 +55,9 @@ class Rotated(WeightFormat):
         turned = {"both": shape, "inputs": shape[1:], "outputs": shape[:1]}[self.sides]
         for size in turned:
             if (odd := size // (size & -size)) > MAX_ODD:
-                raise FormatError(f"rotated: {size} = {size // odd} · {odd} in a {shape} matrix: {odd} exceeds {MAX_ODD}")
+                raise FormatError(
+                    f"rotated: {size} = {size // odd} · {odd} in a {shape} matrix: {odd} exceeds {MAX_ODD}"
+                )
         self.base.check(shape)
 
     def layout(self, shape: Shape) -> Tensors:

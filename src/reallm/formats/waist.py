@@ -121,7 +121,9 @@ def from_spec(spec: Any, _depth: int = 1) -> WeightFormat:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = {k: v for k, v in spec.items() if k != "format"}
     if unknown := sorted(set(values) - set(fields), key=str):
-        raise FormatError(f"{name}: unknown field {reprlib.repr(unknown[0])}; its fields: {', '.join(fields) or 'none'}")
+        raise FormatError(
+            f"{name}: unknown field {reprlib.repr(unknown[0])}; its fields: {', '.join(fields) or 'none'}"
+        )
     required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     if absent := [name for name in required if name not in values]:
         raise FormatError(f"{name}: field {absent[0]!r} is missing")

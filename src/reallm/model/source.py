@@ -437,9 +437,7 @@ def device_options(device: Any) -> dict[str, Any]:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as problem:  # torch without CUDA asserts
-        raise SourceError(
-            f"device {str(device)!r} is not available here ({said(problem)}); use cpu"
-        ) from problem
+        raise SourceError(f"device {str(device)!r} is not available here ({said(problem)}); use cpu") from problem
     if torch.device(device).type == "cpu":
         return {}
     if importlib.util.find_spec("accelerate") is None:
