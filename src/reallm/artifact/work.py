@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from reallm.artifact.checks import read_json
 from reallm.errors import ArtifactError, FormatError, RecipeError, SourceError
 from reallm.formats import Tensors
 
@@ -98,9 +99,9 @@ def _check_or_write(work: Path, state: dict[str, Any]) -> None:
 
 def _check_state(path: Path, now: dict[str, Any]) -> None:
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         old_plan, new_plan = dict(before["plan"]), now["plan"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path}: damaged; remove {path.parent} to start anew") from error
     remedy = f"go back to that, or remove {path.parent} to start anew"
     if before.get("source") != now["source"]:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from reallm.formats import Shape
 from reallm.model.families import POSITION_WORDS, is_router, role_of
 
+LEFT_OUT = "left out by the plan"  # why a matrix is kept
+
 
 @runtime_checkable
 class Readable(Protocol):

@@ -17,6 +17,7 @@ from reallm.artifact import Manifest, StoredMatrix
 from reallm.errors import RecipeError
 from reallm.fit import gaussian_error
 from reallm.model import Matrix, Source, Walk, open_source, walk
+from reallm.model.walk import LEFT_OUT
 from reallm.pipeline.settings import Settings, calibration_of, check_calibration, check_device
 
 
@@ -40,7 +41,7 @@ class Job:
         """Tensors that stay as they are, with the reason."""
         reasons = {kept.name: kept.reason for kept in self.walk.kept}
         planned = {entry.matrix.name for entry in self.plan.entries}
-        left_out = {m.parameter: "left out by the plan" for m in self.walk.matrices if m.name not in planned}
+        left_out = {m.parameter: LEFT_OUT for m in self.walk.matrices if m.name not in planned}
         return reasons | left_out
 
     def manifest(self, fingerprint: str) -> Manifest:
