@@ -118,20 +118,21 @@ def read_json(path: Path, error: type[ReallmError] = ArtifactError) -> Any:
         raise error(f"{path}: {size:,} bytes of JSON, more than {LARGEST_JSON:,}; no model needs that")
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
-        _check_depth(values)
+        count_values(values)
     except (ValueError, RecursionError) as problem:
         raise error(f"{path}: is not JSON that can be read ({_short(problem)}); copy or download it again") from problem
     return values
 
 
-def _check_depth(values: Any) -> None:
-    """Errors: ValueError beyond DEEPEST_JSON: readers that come later recurse."""
-    level = [values] if isinstance(values, dict | list) else []
-    for _ in range(DEEPEST_JSON):
-        inner = (value for holder in level for value in (holder.values() if isinstance(holder, dict) else holder))
-        level = [value for value in inner if isinstance(value, dict | list)]
+def count_values(values: Any) -> int:
+    """How many values there are in lists and objects, themselves included. Errors: ValueError beyond DEEPEST_JSON."""
+    level, count = [values], 1
+    for _ in range(DEEPEST_JSON + 1):
+        holders = (value for value in level if isinstance(value, dict | list))
+        level = [value for holder in holders for value in (holder.values() if isinstance(holder, dict) else holder)]
+        count += len(level)
         if not level:
-            return
+            return count
     raise ValueError(f"nested more than {DEEPEST_JSON} deep")
 
 

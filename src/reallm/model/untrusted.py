@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from reallm.artifact.checks import count_values
 from reallm.errors import ReallmError
 
 # Modules for every tensor in the files: families of today have 1 to 4. A config of 10^9 blocks ends here in 0.1 s.
@@ -16,6 +17,8 @@ _MODULES_A_TENSOR = 16
 _MODULES_AT_LEAST = 2_000
 # Beside its tensors a model makes tables of its own, of positions mostly.
 _OWN_BYTES = 1 << 30
+# transformers copies a config about 50 times: 200,000 empty lists took it 20 s. The largest of today has 2,000 values.
+_MOST_VALUES = 50_000
 
 
 @contextlib.contextmanager
@@ -56,10 +59,14 @@ def check_own_tables(model: nn.Module, label: str, error: type[ReallmError]) -> 
 
 
 def check_plain(config: dict[str, Any], label: str, error: type[ReallmError]) -> None:
-    """Refuse what makes transformers look for weights or kernels elsewhere.
+    """Refuse what makes transformers look for weights or kernels elsewhere, or take minutes to copy.
 
     Errors: `error` naming the key of config.json.
     """
+    stored = config.get("quantization_config")
+    named = stored.get("matrices") if isinstance(stored, dict) else None
+    if (values := count_values(config) - (len(named) if isinstance(named, dict) else 0)) > _MOST_VALUES:
+        raise error(f"{label}: config.json holds {values:,} values, more than {_MOST_VALUES:,}; no model needs that")
     if config.get("transformers_weights") is not None:
         raise error(f"{label}: config.json names other weight files (transformers_weights), which reallm never reads")
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
