@@ -2,21 +2,33 @@
 
 from reallm.artifact.ledger import Ledger, Row, read_ledger
 from reallm.artifact.manifest import VERSION, Manifest, StoredMatrix, read_manifest
-from reallm.artifact.work import check_finished, check_output, finished_file, opened, work_folder
+from reallm.artifact.work import (
+    STAGING,
+    check_finished,
+    check_finished_output,
+    check_output,
+    finished_file,
+    opened,
+    remove,
+    work_folder,
+)
 from reallm.artifact.writer import save_tensors, write_shards
 
 __all__ = [
+    "STAGING",
     "VERSION",
     "Ledger",
     "Manifest",
     "Row",
     "StoredMatrix",
     "check_finished",
+    "check_finished_output",
     "check_output",
     "finished_file",
     "opened",
     "read_ledger",
     "read_manifest",
+    "remove",
     "save_tensors",
     "work_folder",
     "write_shards",

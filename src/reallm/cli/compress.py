@@ -80,9 +80,10 @@ def command(
 ) -> None:
     """Compress a model into a folder that from_pretrained loads."""
     from reallm.artifact import check_output, work_folder
-    from reallm.pipeline import Settings, prepare, run
+    from reallm.pipeline import Settings, prepare, run, work_bytes
     from reallm.report.cost import cost_table, plan_table
     from reallm.report.ledger import summary
+    from reallm.report.text import size
 
     if not dry_run:
         check_output(output, resume)
@@ -105,6 +106,7 @@ def command(
     if dry_run:
         print(plan_table(job), cost_table(job), sep="\n\n")
         return
+    print(f"work folder: {work_folder(output)}, up to {size(work_bytes(job))}, removed at the end", file=sys.stderr)
     try:
         with _progress() as progress:
             run(job, output, resume, progress)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from reallm.artifact.checks import check_shard_name, read_header, read_json
 from reallm.errors import ReallmError
@@ -79,3 +81,23 @@ def read_headers(files: list[Path], error: type[ReallmError]) -> dict[str, Heade
                 raise error(f"{file}: tensor {name!r} is in {headers[name].file.name} too; download the model again")
             headers[name] = Header(file, DTYPES[entry.dtype], entry.shape, entry.nbytes, entry.start)
     return headers
+
+
+def read_tensor(header: Header, index: int | None = None) -> Tensor:
+    """A tensor from its file, or one slice of its first axis, into memory of its own.
+
+    Not mapped: a file that becomes shorter under a mapping ends the process, and pages of it count as memory.
+    Errors: OSError naming a file that is gone, or became shorter since its header was read.
+    """
+    shape, start = header.shape, header.start
+    if index is not None:
+        start, shape = start + index * header.nbytes // shape[0], shape[1:]
+    tensor = torch.empty(shape, dtype=header.dtype)
+    left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    with header.file.open("rb", buffering=0) as file:
+        file.seek(start)
+        while len(left):
+            if not (count := file.readinto(left)):
+                raise OSError(errno.EIO, "the file became shorter while it was read", str(header.file))
+            left = left[count:]
+    return tensor

@@ -18,7 +18,7 @@ from reallm.artifact.checks import read_json
 from reallm.artifact.manifest import QUANT_METHOD
 from reallm.errors import SourceError
 from reallm.model.gguf import fast_reader, gguf_arguments, gguf_tokenizer, require_gguf
-from reallm.model.headers import INDEX, SINGLE, read_headers, weight_files
+from reallm.model.headers import INDEX, SINGLE, read_headers, read_tensor, weight_files
 from reallm.model.silence import quiet
 from reallm.model.untrusted import bounded, check_plain, said
 from reallm.model.walk import meta_model, tied_names
@@ -267,15 +267,15 @@ class FolderSource(Source):
         return sum(header.nbytes for header in self._headers.values())
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        """A tensor of the state dict. Errors: SourceError for a name the model does not have."""
+        """A tensor of the state dict.
+
+        Errors: SourceError for a name the model does not have, OSError for a file that is gone.
+        """
         if self._keys is None:
             return _pick(self._complete, name, index, self.label)
         if name not in self._keys:
             raise SourceError(f"{self.label}: the model has no tensor {name!r}")
-        handle = self._handle(self._headers[self._keys[name]].file)
-        if index is None:
-            return handle.get_tensor(self._keys[name])
-        return handle.get_slice(self._keys[name])[index]
+        return read_tensor(self._headers[self._keys[name]], index)
 
     def load(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:
         """The original model through `from_pretrained`, safetensors only."""
@@ -343,17 +343,6 @@ class FolderSource(Source):
                     f"{self.label}: tensor {keys[name]!r} has shape {found}, config.json says {shape}; "
                     "weights and config are of different models"
                 )
-
-    @cached_property
-    def _handles(self) -> dict[Path, Any]:
-        return {}
-
-    def _handle(self, file: Path) -> Any:
-        from safetensors import safe_open
-
-        if file not in self._handles:
-            self._handles[file] = safe_open(file, framework="pt")
-        return self._handles[file]
 
     @cached_property
     def _complete(self) -> dict[str, Tensor]:

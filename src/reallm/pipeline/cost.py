@@ -46,9 +46,15 @@ def estimate(job: Job) -> Estimate:
         peak_memory_bytes=(
             _LIBRARY_BYTES + job.source.loaded_nbytes + _COPIES_WHILE_FITTING * 4 * largest + _stream_bytes(job)
         ),
-        # The finished matrices wait in the work folder while the shards are written.
-        disk_bytes=2 * compressed + kept,
+        disk_bytes=work_bytes(job),
     )
+
+
+def work_bytes(job: Job) -> int:
+    """Bytes of the work folder at its fullest: finished matrices, and the artifact that is put together of them."""
+    shapes = job.source.shapes()
+    kept = sum(math.prod(shapes[name]) for name in job.kept) * job.source.dtype.itemsize
+    return 2 * sum(planned.nbytes for _, planned in job.compressed) + kept
 
 
 def _predicted_seconds(job: Job) -> float:

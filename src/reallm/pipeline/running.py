@@ -14,7 +14,16 @@ from torch import Tensor
 
 from reallm.allocate import recipe_of_plan
 from reallm.allocate.recipe import dump_recipe
-from reallm.artifact import check_output, finished_file, opened, work_folder, write_shards
+from reallm.artifact import (
+    STAGING,
+    check_finished_output,
+    check_output,
+    finished_file,
+    opened,
+    remove,
+    work_folder,
+    write_shards,
+)
 from reallm.artifact.integrity import checksums_of
 from reallm.formats import to_spec
 from reallm.pipeline.fitting import Progress, check_finite, fit_all
@@ -27,8 +36,8 @@ PLAN_FILE = "plan.yaml"
 def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = None) -> None:
     """Compress every matrix of the job and put the artifact at `out`.
 
-    With `resume`, matrices finished by an interrupted run are taken over. The work folder `<out>.work` is
-    removed at the end.
+    With `resume`, matrices finished by an interrupted run are taken over, whenever it was killed. The work folder
+    `<out>.work` is removed at the end.
 
     Errors: ArtifactError if `out` exists, or a work folder does and `resume` is not set; RecipeError if the
     interrupted run had another plan; SourceError for weights that are not finite.
@@ -36,17 +45,25 @@ def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = N
     out = Path(out)
     check_output(out, resume)
     fingerprint = job.source.fingerprint()
-    work = work_folder(out)
-    with opened(work, _state(job, fingerprint)):
-        _check_kept(job)
-        fit_all(job, work, progress)
-        staging = work / "artifact"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        write_shards(_tensors(job, work), staging)
-        _write_companions(job, fingerprint, staging)
-        os.rename(staging, out)
-    shutil.rmtree(work, ignore_errors=True)
+    work, state = work_folder(out), _state(job, fingerprint)
+    if finished := out.exists():
+        check_finished_output(out, state)
+    with opened(work, state):
+        if not finished:
+            _check_kept(job)
+            fit_all(job, work, progress)
+            _write(job, fingerprint, work, out)
+        remove(work)
+
+
+def _write(job: Job, fingerprint: str, work: Path, out: Path) -> None:
+    """Put the artifact together in the work folder, then in its place by one rename."""
+    staging = work / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    write_shards(_tensors(job, work), staging)
+    _write_companions(job, fingerprint, staging)
+    os.rename(staging, out)
 
 
 def compress(model: str | Path, out: str | Path, *, resume: bool = False, **settings: Any) -> None:
