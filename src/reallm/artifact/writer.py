@@ -12,8 +12,8 @@ from torch import Tensor
 
 from reallm.formats import Tensors
 
-# Large enough that a 135M or 7B model at 3 bits is one or two files, small enough to hold in memory.
-MAX_SHARD_BYTES = 2_000_000_000
+# A shard is held in memory beside the libraries: a run may take 1.5 GB beyond the working set of its largest matrix.
+MAX_SHARD_BYTES = 500_000_000
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
