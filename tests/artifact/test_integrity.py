@@ -90,7 +90,7 @@ def test_tensors_that_changed_places_dtype_or_file_are_found(tmp_path):
     save_file({"a": torch.zeros(4)}, file)
     with pytest.raises(ArtifactError, match="holds 1 tensors"):
         verify([file], word)
-    with pytest.raises(ArtifactError, match="'y.safetensors' is of another artifact, or missing"):
+    with pytest.raises(ArtifactError, match="'y.safetensors' is a weight file of another artifact, or missing"):
         verify([file], {"y.safetensors": ""} | word)
 
 

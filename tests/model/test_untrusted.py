@@ -14,7 +14,7 @@ import reallm
 from reallm.artifact.integrity import checksums_of
 from reallm.errors import ArtifactError, ReallmError, SourceError
 from reallm.formats import from_spec
-from reallm.model import MODES, load, load_tokenizer, open_source, resident_of_artifact
+from reallm.model import MODES, load, load_tokenizer, open_source, resident_of_artifact, verify_artifact
 
 RECIPE = """
 rules:
@@ -224,6 +224,10 @@ def test_an_artifact_with_an_index_that_leads_away_is_refused(folder, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
     with pytest.raises(ArtifactError, match="'../other.safetensors' is not a safetensors file of this folder"):
         load(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    for reader in (load, verify_artifact):
+        with pytest.raises(ArtifactError, match="names no weight file"):
+            reader(folder)
 
 
 def test_names_in_errors_never_move_the_cursor(folder, capsys):

@@ -37,7 +37,7 @@ def verify(files: Iterable[Path], checksums: Mapping[str, str]) -> None:
         return
     if {file.name for file in files} != set(checksums):
         odd = sorted({file.name for file in files} ^ set(checksums))[0]
-        raise ArtifactError(f"{files[0].parent}: {odd!r:.200} is of another artifact, or missing; copy it again")
+        raise ArtifactError(f"{odd!r:.200} is a weight file of another artifact, or missing; copy the artifact again")
     for file in files:
         word, found = checksums[file.name], _of_tensors(file)
         if len(word) != DIGITS * len(found):

@@ -60,6 +60,8 @@ def weight_files(folder: Path, error: type[ReallmError]) -> list[Path]:
                 raise
             raise error(f"{index}: not a safetensors index ({problem}); copy or download the model again") from problem
         files = [folder / shard for shard in shards]
+        if not files:
+            raise error(f"{index}: names no weight file; copy or download the model again")
     else:
         files = [folder / SINGLE]
     for file in files:
