@@ -26,7 +26,7 @@ from reallm.formats.e8 import (
     short_words,
     values_of,
 )
-from reallm.kernels import nearest_entry
+from reallm.kernels import average, nearest_entry
 
 # Scales in units of the root mean square that serve Gaussian entries best, by bits.
 _BEST = {2: 0.97, 3: 1.0, 4: 1.11}
@@ -153,4 +153,4 @@ def _vectors(matrix: Float[Tensor, "out in"]) -> Float[Tensor, "n 8"]:
 
 def _root_mean_square(weight: Float[Tensor, "out in"]) -> Float[Tensor, " 1"]:
     """Over the whole matrix; squares of tiny weights would be 0 in float32."""
-    return weight.double().square().mean().sqrt().to(torch.float32).view(1)
+    return average(weight.double().square()).sqrt().to(torch.float32).view(1)

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.fit.objective import Objective
+from reallm.kernels import one_thread
 
 # Share of the mean diagonal added to the diagonal: keeps a hessian of too few tokens invertible.
 _DAMPING = 0.01
@@ -128,11 +129,11 @@ def _damped(hessian: Tensor, derived: Callable[[Tensor], tuple[Tensor, Tensor]])
     identity = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
     damping = _DAMPING * exact.diagonal().mean()
     for _ in range(8):
-        lower, failed = torch.linalg.cholesky_ex(exact + damping * identity)
-        if not failed:
-            result, failed = derived(lower)
-            if not failed and torch.isfinite(result).all():
-                return result.float()
+        with one_thread():
+            lower, failed = torch.linalg.cholesky_ex(exact + damping * identity)
+            result, failed = (lower, failed) if failed else derived(lower)
+        if not failed and torch.isfinite(result).all():
+            return result.float()
         damping = damping * 10
     raise AssertionError("a symmetric matrix that 1e6 times its mean diagonal does not make positive definite")
 
@@ -141,4 +142,5 @@ def _solved(errors: Float[Tensor, "out width"], own: Float[Tensor, "width width"
     """errors · own⁻¹."""
     if own.shape[0] == 1:
         return errors / own
-    return torch.linalg.solve_triangular(own, errors, upper=True, left=False)
+    with one_thread():
+        return torch.linalg.solve_triangular(own, errors, upper=True, left=False)

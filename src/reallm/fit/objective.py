@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.errors import FormatError
+from reallm.kernels import average, total
 
 # A column that is (nearly) zero counts at most 1,000 times as much as the mean column.
 _LEAST_ENERGY = 1e-3
@@ -48,8 +49,8 @@ class Objective:
         if largest == 0:
             return Objective.plain(weight)
         energy = (weight / largest).square().mean(0, keepdim=True)  # squares of tiny weights would be 0
-        importance = 1 / (energy + energy.mean() * _LEAST_ENERGY)
-        return Objective(importance / importance.mean())
+        importance = 1 / (energy + average(energy) * _LEAST_ENERGY)
+        return Objective(importance / average(importance))
 
     @staticmethod
     def of_outputs(hessian: Float[Tensor, "in in"]) -> Objective:
@@ -70,8 +71,8 @@ class Objective:
         """The cost, accumulated in float64 so that iterates can be compared."""
         difference = weight - decoded
         if self.hessian is None:
-            return (difference.square() * self.importance).sum(dtype=torch.float64).item()
-        return ((difference @ self.hessian) * difference).sum(dtype=torch.float64).item()
+            return total(difference.square() * self.importance, torch.float64).item()
+        return total((difference @ self.hessian) * difference, torch.float64).item()
 
     def with_columns(self, order: Int[Tensor, " in"]) -> Objective:
         """The objective of the matrix whose columns are reordered: column j is the old column order[j]."""
