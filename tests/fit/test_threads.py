@@ -47,7 +47,11 @@ def same(first, second):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("example", contract.EXAMPLES, ids=contract.name_of)
+# One of each format; what is around a base adds no sum of its own but a residual.
+OF_EACH = {example["format"]: example for example in reversed(contract.EXAMPLES)}
+
+
+@pytest.mark.parametrize("example", OF_EACH.values(), ids=contract.name_of)
 def test_bytes_do_not_depend_on_the_number_of_threads(with_threads, example):
     fmt, weight = from_spec(example), contract.weight_of(SHAPE)
     objective = Objective.relative_columns
