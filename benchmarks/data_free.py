@@ -11,14 +11,12 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import json
-import multiprocessing
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from lab import Arm, FormatOf, Lab, arguments, save
+from lab import Arm, FormatOf, Lab, Workers, arguments, earlier_runs, original_of, save
 
 from reallm.allocate import Candidate, MatrixInfo, choose, load_recipe, plan_for_bits, plan_from_recipe
 from reallm.fit import gaussian_error
@@ -47,7 +45,7 @@ LADDERS = {
     "normal_float": [normal(bits) for bits in range(2, 9)],
     "codebook d=1": [vectors(1, bits) for bits in range(2, 9)],
     "codebook d=2": [vectors(2, bits) for bits in range(4, 13)],
-    "codebook d=4": [vectors(4, bits) for bits in (8, 9, 10, 11, 12)] + [vectors(2, bits) for bits in range(7, 13)],
+    "codebook d=4": [vectors(4, bits) for bits in (8, 9, 10)] + [vectors(2, bits) for bits in range(6, 13)],
 }
 SINGLE = {
     "uniform": [uniform(b, g) for b in (4, 3, 2) for g in (64, 128)],
@@ -159,25 +157,22 @@ def permutation_tasks(infos: list[MatrixInfo]) -> list[Task]:
     return tasks
 
 
-def _start(numbers: Any, model: str, text: Any, device: str, windows: int | None) -> None:
-    global lab
-    if device == "cuda":  # a process for every GPU there is
-        device = f"cuda:{numbers.get() % torch.cuda.device_count()}"
-        torch.cuda.set_device(device)
-    lab = Lab(model, text, device, windows)
+def _make(model: str, text: Path, windows: int | None, device: str) -> Lab:
+    return Lab(model, text, device, windows)
 
 
 def _run(task: Task, latest: float | None) -> Arm | None:
+    """In a worker process."""
     if latest is not None and time.time() > latest:
         return None
-    return lab.arm(task.name, task.format_of(lab.infos), kl=False)
+    return Workers.state.arm(task.name, task.format_of(Workers.state.infos), kl=False)
 
 
 def main() -> None:
     begun = time.time()
     args = arguments(__doc__, "wiki.test.raw", "results/data_free.json", jobs=True)
     lab = Lab(args.model, args.text, args.device, args.windows)
-    original = lab.evaluate(kl=False)
+    original = original_of(lab, args)
     singles = [Task(family, label(spec), spec=spec) for family, specs in SINGLE.items() for spec in specs]
     others = [Task("recipes", name, recipe=name) for name in RECIPES]
     others += [Task("budget", f"--bits {bits:g}", budget=bits) for bits in BUDGETS]
@@ -187,6 +182,7 @@ def main() -> None:
     pairs = [pair for pair in pairs if args.groups is None or pair[0].group in args.groups]
     tasks = wanted + [task for pair in pairs for task in pair]
     arms = finished(args.output) if args.resume else {}
+    earlier = earlier_runs(args.output, args.resume)
 
     def keep() -> None:
         """After every arm: a run that is cut short has lost nothing."""
@@ -196,19 +192,16 @@ def main() -> None:
         mixtures = [{"group": same.group, **asdict(arms[key(same)])} for _, same in pairs if key(same) in arms]
         left_out = [task.name for task in tasks if key(task) not in arms]
         command = "python benchmarks/data_free.py --model MODEL --data-dir DATA --jobs N"
-        save(args.output, lab, command, original, jobs=args.jobs, left_out=left_out, arms=rows, mixtures=mixtures)
+        content = {"jobs": args.jobs, "left_out": left_out, "arms": rows, "mixtures": mixtures}
+        save(args.output, lab, command, original, earlier, **content)
 
-    context = multiprocessing.get_context("spawn")
-    numbers = context.Queue()
-    for number in range(args.jobs):
-        numbers.put(number)
-    start = (numbers, args.model, args.text, args.device, args.windows)
+    make = functools.partial(_make, args.model, args.text, args.windows)
     run = functools.partial(_run, latest=args.deadline and begun + args.deadline)
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, context, _start, start) as pool:
+    with Workers(args.jobs, args.device, make) as pool:
         open_tasks = {pool.submit(run, task): task for task in tasks if key(task) not in arms}
         for future in concurrent.futures.as_completed(open_tasks):
             if (arm := future.result()) is not None:
-                arms[key(open_tasks[future])] = arm
+                arms[key(open_tasks[future])] = replace(arm, run=len(earlier))
                 keep()
     keep()
 

@@ -63,6 +63,10 @@ rules:
       rank: 2
       base: {format: permuted, block_rows: 16, base: {format: normal_float, bits: 3, group_size: 16}}
 - {match: "*.1.*down_proj", format: keep}
+- {match: "*.1.*v_proj", format: {format: decoupled, base: {format: uniform, bits: 3}}}
+- match: "*.1.*o_proj"
+  format: {format: decoupled, kind: entries, base: {format: additive, books: 2, index_bits: 3, vector_dim: 4}}
+- {match: "*.1.*gate_proj", format: {format: scaled, base: {format: uniform, bits: 4}}}
 - {match: "*", format: {format: codebook, index_bits: 4, vector_dim: 1, scales: float16}}
 embedding: {format: uniform, bits: 8, group_size: 16, symmetric: true}
 """

@@ -7,11 +7,13 @@ Bytes are those of the packed tensors. The artifact on disk is left out on purpo
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import torch
 
 from reallm.allocate import MatrixInfo
 from reallm.evaluate.measure import versions
-from reallm.evaluate.perplexity import evaluate
+from reallm.evaluate.perplexity import Evaluation, evaluate
 from reallm.fit import Objective, fit
 from reallm.formats import WeightFormat
 from reallm.model import load_tokenizer, open_source, walk
@@ -41,6 +43,7 @@ class Arm:
     relative_error: float
     fit_seconds: float
     peak_memory_bytes: int
+    run: int = 0  # which of the file's runs measured it
 
 
 class Lab:
@@ -112,6 +115,32 @@ class Lab:
         return arm
 
 
+class Workers:
+    """A pool of processes, each with `make(device)` as `Workers.state`, spread over the GPUs there are."""
+
+    state: Any = None
+
+    def __init__(self, jobs: int, device: str, make: Callable[[str], Any]) -> None:
+        context = multiprocessing.get_context("spawn")
+        numbers = context.Queue()
+        for number in range(jobs):
+            numbers.put(number)
+        self._pool = concurrent.futures.ProcessPoolExecutor(jobs, context, _start_worker, (numbers, device, make))
+
+    def __enter__(self) -> concurrent.futures.Executor:
+        return self._pool.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._pool.__exit__(*error)
+
+
+def _start_worker(numbers: Any, device: str, make: Callable[[str], Any]) -> None:
+    if device == "cuda":
+        device = f"cuda:{numbers.get() % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+    Workers.state = make(device)
+
+
 def arguments(
     description: str,
     text: str,
@@ -120,8 +149,9 @@ def arguments(
     jobs: bool = False,
     update: bool = False,
     calibration: bool = False,
+    more: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> argparse.Namespace:
-    """The options every benchmark takes."""
+    """The options every benchmark takes; `more` adds those of one benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", required=True, help="original model: folder, hub id or GGUF file")
     parser.add_argument("--data-dir", type=Path, required=True, help="folder that holds wikitext2-raw/")
@@ -138,18 +168,35 @@ def arguments(
         parser.add_argument("--calibration-context", type=int, default=2048)
     if update:
         parser.add_argument("--update", action="store_true", help="also renew the table that the library ships")
+    if more is not None:
+        more(parser)
     args = parser.parse_args()
     args.text = args.data_dir / "wikitext2-raw" / text
     return args
 
 
-def save(path: Path, lab: Lab, command: str, original: Any, **content: Any) -> None:
-    """Write a result with its provenance."""
+def earlier_runs(path: Path, resume: bool) -> list[dict[str, Any]]:
+    """Provenance of the runs whose arms a file keeps: a run that resumes it adds its own."""
+    if not (resume and path.is_file()):
+        return []
+    return json.loads(path.read_text(encoding="utf-8"))["runs"]
+
+
+def original_of(lab: Lab, args: argparse.Namespace) -> Evaluation:
+    """The original model's figures: those of the file that is resumed, or measured now."""
+    if args.resume and args.output.is_file():
+        return Evaluation(**json.loads(args.output.read_text(encoding="utf-8"))["original"])
+    return lab.evaluate(kl=False)
+
+
+def save(
+    path: Path, lab: Lab, command: str, original: Any, earlier: Sequence[dict[str, Any]] = (), **content: Any
+) -> None:
+    """Write a result with the provenance of its runs."""
+    now = {"commit": commit(), "machine": machine(lab.device), "versions": versions()}
     result = {
         "command": command,
-        "commit": commit(),
-        "machine": machine(lab.device),
-        "versions": versions(),
+        "runs": [*earlier, now],
         "model": {"name": lab.name, "sha256": lab.sha256},
         "text": {"name": lab.text.name, "sha256": text_sha256(lab.text)},
         "context": lab.context,

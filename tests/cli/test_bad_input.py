@@ -124,7 +124,7 @@ def test_a_read_only_folder_is_named(tiny_llama, tmp_path, refused):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("rules: [{match: '*', format: {format: magic}}]", "unknown format 'magic'; known formats: codebook, dense"),
+        ("rules: [{match: '*', format: {format: magic}}]", "unknown format 'magic'; known formats: codebook"),
         ("rules: [{match: '*', format: {format: uniform, bit: 3}}]", "unknown field 'bit'; its fields: bits"),
         ("rules: [{match: '*', format: {format: uniform, bits: 9}}]", "bits=9"),
         ("rules: [{match: '*', format: {format: uniform, bits: '3'}}]", "bits='3' is not of type int"),

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from reallm.fit import Objective, fit, relative_error
-from reallm.fit.entropy_coded import _points
 from reallm.formats.entropy_coded import EntropyCoded
+from reallm.kernels.e8_points import _points
 from reallm.kernels.e8_stream import on_lattice
 
 

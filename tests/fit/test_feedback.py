@@ -3,7 +3,7 @@ import torch
 
 from reallm.errors import FormatError
 from reallm.fit import Objective, fit
-from reallm.fit.feedback import damped_root, feedback, inverse_factor
+from reallm.fit.feedback import damped_root, feedback, inverse_factor, swept
 from reallm.formats import from_spec
 
 SHAPE = (48, 96)
@@ -18,6 +18,8 @@ FORMATS = [
     {"format": "permuted", "base": CODEBOOK},
     {"format": "gain", "base": CODEBOOK},
     {"format": "rotated", "base": CODEBOOK},
+    {"format": "additive", "books": 3, "index_bits": 4},
+    {"format": "additive", "books": 2, "index_bits": 3, "vector_dim": 4, "group_size": 10},
 ]
 
 
@@ -146,3 +148,39 @@ def test_the_residual_in_closed_form_is_the_best_one():
     best = torch.linalg.svdvals(remainder @ root)[4:].square().sum()
     found = ((remainder - parts.left @ parts.right.T) @ root).square().sum()
     assert found < 1.01 * best
+
+
+def test_sweeps_lower_the_error_of_feedback_until_no_block_can_do_better():
+    values, objective = weight((8, 130)), Objective.of_outputs(hessian_of(130))
+    codes = feedback(values, Rounding(), objective.hessian)
+    errors = [objective.error(values, codes.float())]
+    for _ in range(20):
+        codes, decoded = swept(values, Rounding(), objective.hessian, codes, codes.float())
+        assert torch.equal(codes.float(), decoded)
+        errors.append(objective.error(values, decoded))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1] < 0.99 * errors[0] and errors[-1] == errors[-2]
+
+
+def test_a_sweep_ends_where_no_single_code_can_be_changed_for_the_better():
+    values, objective = weight((3, 12)), Objective.of_outputs(hessian_of(12))
+    codes = feedback(values, Rounding(), objective.hessian)
+    for _ in range(20):
+        codes, _ = swept(values, Rounding(), objective.hessian, codes, codes.float())
+    least = objective.error(values, codes.float())
+    for row, column, change in ((r, c, d) for r in range(3) for c in range(12) for d in (-1, 1)):
+        other = codes.clone()
+        other[row, column] += change
+        assert objective.error(values, other.float()) >= least * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 37])
+def test_a_narrow_last_block_and_tiles_of_rows_are_swept_too(columns):
+    """Rows of tiles keep or change their codes together."""
+    fmt = from_spec({"format": "trellis", "bits": 2, "state_bits": 6, "table_bits": 4, "tile_columns": 8})
+    values, objective = weight((40, columns)), Objective.of_outputs(hessian_of(columns))
+    parts = fit(fmt, values, objective)
+    assert parts.codes.shape == (2, -(-columns // 8) * 256)
+    rounded = fit(fmt, values, Objective(objective.importance))
+    errors = [objective.error(values, fmt.decode(some, (40, columns))) for some in (parts, rounded)]
+    assert errors[0] < errors[1]

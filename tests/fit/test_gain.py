@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from reallm.fit import fit, relative_error
+from reallm.fit import Objective, fit, relative_error
 from reallm.formats.codebook import Codebook
 from reallm.formats.gain import Gain
 from reallm.formats.low_rank_plus import LowRankPlus
@@ -41,3 +41,14 @@ def test_zero_rows_stay_zero():
     rows[::3] = 0
     fmt = Gain(base=BASES[1])
     assert not fmt.decode(fit(fmt, rows), SHAPE)[::3].any()
+
+
+def test_a_gain_keeps_what_error_feedback_gained():
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(400, 8, generator=generator) @ torch.randn(8, SHAPE[1], generator=generator)
+    inputs = inputs + 0.3 * torch.randn(400, SHAPE[1], generator=generator)
+    objective, rows = Objective.of_outputs(inputs.T @ inputs / 400), weight(0.5)
+    errors = [
+        objective.error(rows, fmt.decode(fit(fmt, rows, objective), SHAPE)) for fmt in (BASES[1], Gain(base=BASES[1]))
+    ]
+    assert errors[1] < 1.001 * errors[0]

@@ -65,3 +65,8 @@ def test_the_table_of_candidates_is_what_would_be_measured_now():
 
 def test_every_candidate_of_a_budget_is_in_the_table():
     assert {json.dumps(to_spec(fmt)) for fmt in candidate_formats()} == set(quality_module._table())
+
+
+def test_a_codebook_as_large_as_the_sample_would_be_is_not_taken_for_a_perfect_code():
+    fmt = from_spec({"format": "codebook", "index_bits": 10, "vector_dim": 8, "group_size": 0})
+    assert measured_gaussian_error(fmt) > 2.0 ** (-2 * 10 / 8)

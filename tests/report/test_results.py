@@ -16,9 +16,7 @@ def arm(name: str, group: str, **figures) -> dict:
 def sample() -> dict:
     return {
         "command": "python benchmarks/run.py",
-        "commit": "0123456789abcdef",
-        "machine": "2 cores",
-        "versions": {"torch": "2.13.0"},
+        "runs": [{"commit": "0123456789abcdef", "machine": "2 cores", "versions": {"torch": "2.13.0"}}],
         "model": {"name": "Tiny", "sha256": "aa" * 32},
         "text": {"name": "a text", "sha256": "bb" * 32},
         "context": 2048,
@@ -60,6 +58,24 @@ def test_a_column_that_nobody_fills_is_left_out():
 
 def test_the_command_and_the_machine_are_named():
     assert "`python benchmarks/run.py` at commit 0123456789ab, 2 cores, torch 2.13.0" in table(sample())
+
+
+def test_every_run_that_measured_some_of_the_rows_is_named():
+    results = sample()
+    results["runs"].append({"commit": "fedcba9876543210", "machine": "a GPU", "versions": {"torch": "2.11.0"}})
+    results["arms"][1]["run"] = 1
+    text = table(results)
+    assert "at commit 0123456789ab (2 of 3 rows), 2 cores, torch 2.13.0" in text
+    assert "at commit fedcba987654 (1 of 3 rows), a GPU, torch 2.11.0" in text
+
+
+def test_gaussian_settings_come_nearest_to_the_bound_first():
+    row = {"bits_per_weight": 2.0, "relative_error": 0.07, "shannon_error": 0.0625}
+    rows = [row | {"name": "far", "gap_bits": 0.3}, row | {"name": "near", "gap_bits": 0.05}]
+    provenance = {"commit": "0123456789abcdef", "machine": "2 cores", "versions": {"torch": "2.13.0"}}
+    text = table({"command": "python benchmarks/gaussian.py", "shape": [8, 8], "rows": rows, **provenance})
+    assert text.index("| near | 2.000 | 0.0700 | 0.0625 | 0.050 |") < text.index("| far |")
+    assert "at commit 0123456789ab, 2 cores" in text
 
 
 def test_only_what_stands_between_the_markers_changes(tmp_path):

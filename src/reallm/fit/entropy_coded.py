@@ -20,6 +20,7 @@ from reallm.formats import Parts
 from reallm.formats.entropy_coded import EntropyCoded, EntropyCodedParts
 from reallm.kernels import average
 from reallm.kernels.ans import RAW_BITS
+from reallm.kernels.e8_points import cheapest_points, has_triton, points_with_feedback
 from reallm.kernels.e8_stream import DIM, largest_code
 
 # Squared steps that one bit is worth. Theory at high rates says 2 ln 2 · D = 0.40, D = 4 · 0.0717 (E8 of spacing 2).
@@ -71,50 +72,32 @@ class _Coder:
         codes = torch.cat(parts, 1)
         return codes.to(torch.int32), codes * self.step
 
+    def has_panels(self, device: torch.device) -> bool:
+        return has_triton(device.type)
+
+    def encode_panel(
+        self, moving: Float[Tensor, "out panel"], columns: Int[Tensor, " panel"], factor: Float[Tensor, "panel panel"]
+    ) -> tuple[Int[Tensor, "out panel"], Float[Tensor, "out panel"]]:
+        """As column by column: `encode`, and what later columns answer."""
+        return points_with_feedback(
+            moving,
+            factor,
+            factor.diagonal().reciprocal().square() / self.mean_importance,
+            self.costs.codes,
+            self.costs.parities,
+            self.costs.column_classes[columns],
+            self.step,
+            self._limit,
+        )
+
+    @property
+    def _limit(self) -> int:
+        """The largest target whose point can surely be written."""
+        return largest_code(self.largest) - DIM
+
     def _codes(self, target: Tensor, importance: Tensor, classes: Tensor) -> Float[Tensor, "out columns"]:
-        limit = largest_code(self.largest) - DIM
-        target = target.clamp(-limit, limit)
-        whole = len(target) // DIM * DIM
-        # The best code of every residue modulo 4: the lattice asks for residues alone.
-        residues = torch.arange(4, device=target.device, dtype=target.dtype)[:, None, None]
-        below = ((target - residues) / 4).floor() * 4 + residues
-        costs, higher = (self._cost(codes, target, importance, classes) for codes in (below, below + 4))
-        codes = torch.where(higher < costs, below + 4, below)
-        costs = torch.minimum(costs, higher)
-        rest = torch.where(costs[2, whole:] < costs[0, whole:], codes[2, whole:], codes[0, whole:])
-        if not whole:
-            return rest
-        blocks = (4, whole // DIM, DIM, target.shape[1])
-        points = _points(codes[:, :whole].view(blocks), costs[:, :whole].view(blocks), self.costs.parities[:, classes])
-        return torch.cat([points.reshape(whole, -1), rest])
-
-    def _cost(self, codes: Tensor, target: Tensor, importance: Tensor, classes: Tensor) -> Tensor:
-        place = codes.clamp(-self.largest, self.largest).long() + self.largest
-        place = place + classes * self.costs.codes.shape[1]
-        return torch.addcmul(self.costs.codes.view(-1)[place], importance, (codes - target).square())
-
-
-def _points(
-    codes: Float[Tensor, "4 blocks 8 columns"],
-    costs: Float[Tensor, "4 blocks 8 columns"],
-    parities: Float[Tensor, "2 columns"],
-) -> Float[Tensor, "blocks 8 columns"]:
-    """The cheapest point of E8 for each block, from the cheapest code of each residue modulo 4.
-
-    Codes are all even or all odd, and then the number of those with the upper of the two residues is even: if it
-    comes out odd, the code that loses least takes its other residue (Conway and Sloane's decoding of D8).
-    """
-    found, totals = [], []
-    for parity in range(2):
-        gap = costs[parity + 2] - costs[parity]
-        upper = gap < 0
-        least, place = gap.abs().min(1, keepdim=True)
-        odd = upper.sum(1, keepdim=True) % 2 == 1
-        upper = upper.scatter(1, place, upper.gather(1, place) ^ odd)
-        found.append(torch.where(upper, codes[parity + 2], codes[parity]))
-        best = torch.minimum(costs[parity], costs[parity + 2]).sum(1, keepdim=True)
-        totals.append(best + least * odd + parities[parity])
-    return torch.where(totals[1] < totals[0], found[1], found[0])
+        target = target.clamp(-self._limit, self._limit)
+        return cheapest_points(target, importance, self.costs.codes, self.costs.parities, classes)
 
 
 @fit.register

@@ -8,7 +8,7 @@ a vector or a tile.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,8 @@ from reallm.kernels import one_thread
 _DAMPING = 0.01
 # Errors reach columns further right once a panel: one large product in place of many small ones.
 _PANEL = 128
+
+Blocks: TypeAlias = list[tuple[int, int]]  # (first column, one past the last)
 
 
 @runtime_checkable
@@ -37,6 +39,32 @@ class Coder(Protocol):
         `start` and the number of columns are multiples of `width`, save at the matrix's end. Codes of
         neighbouring blocks are joined along their second axis.
         """
+
+
+@runtime_checkable
+class MetricCoder(Coder, Protocol):
+    """A coder that can also weigh the errors of a block's columns against one another, not only each by itself."""
+
+    def encode_by(
+        self, columns: Float[Tensor, "out columns"], start: int, root: Float[Tensor, "columns columns"]
+    ) -> tuple[Int[Tensor, "coded codes"], Float[Tensor, "out columns"]]:
+        """As `encode` for one block, at a small |(columns - decoded) · root|²."""
+
+
+@runtime_checkable
+class PanelCoder(Coder, Protocol):
+    """A coder of single columns that can also go through a panel of them with feedback, all in one launch."""
+
+    def has_panels(self, device: torch.device) -> bool:
+        """Whether it can do so on this device."""
+
+    def encode_panel(
+        self,
+        moving: Float[Tensor, "out panel"],
+        columns: Int[Tensor, " panel"],
+        factor: Float[Tensor, "panel panel"],
+    ) -> tuple[Int[Tensor, "out panel"], Float[Tensor, "out panel"]]:
+        """(codes, errors / U_jj) of the matrix's `columns`, each rounded after it has answered for those before it."""
 
 
 def coded(weight: Float[Tensor, "out in"], coder: Coder, objective: Objective | None) -> Int[Tensor, "coded codes"]:
@@ -62,24 +90,102 @@ def feedback(
     factor = inverse_factor(hessian[order][:, order])
     moving = weight[:, order]
     codes: dict[int, Tensor] = {}
+    by_panel = _panel_at_once if isinstance(coder, PanelCoder) and coder.has_panels(weight.device) else _panel_by_blocks
     left = 0
     for panel in _panels(blocks):
         right = left + sum(end - start for start, end in panel)
-        answers = torch.zeros_like(moving[:, left:right])
-        at = left
-        for start, end in panel:
-            to = at + end - start
-            own = factor[at:to, at:to]
-            # What an error in each column of this block costs once all later ones have answered.
-            importance = own.diagonal().reciprocal().square()[None]
-            codes[start], decoded = coder.encode(moving[:, at:to], start, importance)
-            answer = _solved(moving[:, at:to] - decoded, own)
-            answers[:, at - left : to - left] = answer
-            moving[:, to:right] -= answer @ factor[at:to, to:right]
-            at = to
+        found, answers = by_panel(coder, moving[:, left:right], panel, factor[left:right, left:right])
+        codes |= found
         moving[:, right:] -= answers @ factor[left:right, right:]
         left = right
     return torch.cat([codes[start] for start in sorted(codes)], 1)
+
+
+def _panel_by_blocks(
+    coder: Coder, moving: Float[Tensor, "out panel"], blocks: Blocks, factor: Float[Tensor, "panel panel"]
+) -> tuple[dict[int, Tensor], Float[Tensor, "out panel"]]:
+    """(codes by the first column of their block, answers: errors · U_JJ⁻¹) of a panel, block after block."""
+    moving, answers = moving.clone(), torch.zeros_like(moving)
+    codes, at, rounded = {}, 0, _rounding_of(coder)
+    for start, end in blocks:
+        to = at + end - start
+        own = factor[at:to, at:to]
+        codes[start], decoded = rounded(moving[:, at:to], start, own)
+        answers[:, at:to] = answer = _solved(moving[:, at:to] - decoded, own)
+        moving[:, to:] -= answer @ factor[at:to, to:]
+        at = to
+    return codes, answers
+
+
+def _panel_at_once(
+    coder: PanelCoder, moving: Float[Tensor, "out panel"], blocks: Blocks, factor: Float[Tensor, "panel panel"]
+) -> tuple[dict[int, Tensor], Float[Tensor, "out panel"]]:
+    """The same by a coder that goes through the columns of a panel itself."""
+    starts = [start for start, _ in blocks]
+    columns = torch.tensor(starts, device=moving.device)
+    codes, answers = coder.encode_panel(moving.contiguous(), columns, factor.contiguous())
+    return dict(zip(starts, codes.split(1, 1), strict=True)), answers
+
+
+def swept(
+    weight: Float[Tensor, "out in"],
+    coder: Coder,
+    hessian: Float[Tensor, "in in"],
+    codes: Int[Tensor, "coded codes"],
+    decoded: Float[Tensor, "out in"],
+) -> tuple[Int[Tensor, "coded codes"], Float[Tensor, "out in"]]:
+    """Every block rounded once more, against the errors of all other blocks, those rounded after it too.
+
+    With all other errors fixed the cost of the errors D_J of a block J is that of their distance to
+    D_J - (D H)_J H_JJ⁻¹ in H_JJ. Rows of codes take a block's new codes only where they lower tr(D H Dᵀ), so that it
+    never rises. The search by blocks of AQLM (Egiazarian et al., arXiv:2401.06118).
+    """
+    blocks = _blocks(hessian.diagonal(), coder.width, falling=True)
+    codes, decoded = codes.clone(), decoded.clone()
+    per_block = codes.shape[1] // len(blocks)
+    rows_per_code = -(-len(weight) // len(codes))
+    roots, inverses = _own_roots(hessian, coder.width)
+    slopes = (weight - decoded) @ hessian
+    for start, end in blocks:
+        number, span = start // coder.width, slice(0, end - start)
+        slope, present = slopes[:, start:end], decoded[:, start:end]
+        target = present + slope @ inverses[number, span, span]
+        found, rounded = _encoded(coder, target, start, roots[number, span, span])
+        step = rounded - present
+        gains = by_code_row(((2 * slope - step @ hessian[start:end, start:end]) * step).sum(1), len(codes))
+        place = slice(number * per_block, (number + 1) * per_block)
+        codes[:, place] = torch.where(gains[:, None] > 0, found, codes[:, place])
+        kept = (gains > 0).repeat_interleave(rows_per_code)[: len(weight), None]
+        step = torch.where(kept, step, 0.0)
+        decoded[:, start:end] += step
+        slopes -= step @ hessian[start:end]
+    return codes, decoded
+
+
+@one_thread()
+def _own_roots(hessian: Tensor, width: int) -> tuple[Float[Tensor, "blocks w w"], Float[Tensor, "blocks w w"]]:
+    """Lower Cholesky factors and inverses of all diagonal blocks of H + damping, filled up with ones.
+
+    In a few calls for all: on a GPU each block by itself would have to wait for the answer whether it can be factored.
+    """
+    missing = -len(hessian) % width
+    filled = torch.nn.functional.pad(hessian.double(), (0, missing, 0, missing))
+    filled[range(len(hessian), len(filled)), range(len(hessian), len(filled))] = 1
+    count = len(filled) // width
+    own = filled.view(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    sizes = own.diagonal(dim1=1, dim2=2)
+    damping = _DAMPING * sizes.mean(1) + torch.finfo(torch.float32).tiny
+    damped = own + damping[:, None, None] * torch.eye(width, dtype=own.dtype, device=own.device)
+    roots, failed = torch.linalg.cholesky_ex(damped)
+    # Where float32 sums have left a block indefinite beyond the damping, its columns are taken apart.
+    roots = torch.where(failed[:, None, None] > 0, torch.diag_embed((sizes.abs() + damping[:, None]).sqrt()), roots)
+    return roots.float(), torch.cholesky_inverse(roots).float()
+
+
+def by_code_row(values: Float[Tensor, " out"], count: int) -> Float[Tensor, " coded"]:
+    """Sums over the output rows that share one of `count` rows of codes (rows of tiles)."""
+    rows = -(-len(values) // count)
+    return torch.nn.functional.pad(values, (0, rows * count - len(values))).view(count, rows).sum(1)
 
 
 def importance_in_feedback(hessian: Float[Tensor, "in in"], width: int) -> Float[Tensor, " in"]:
@@ -91,7 +197,29 @@ def importance_in_feedback(hessian: Float[Tensor, "in in"], width: int) -> Float
     return found
 
 
-def _blocks(importance: Float[Tensor, " in"], width: int, falling: bool) -> list[tuple[int, int]]:
+def _rounding_of(coder: Coder) -> Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]:
+    """Rounds one block at the least cost once all later ones have answered: |errors · own⁻¹|², or nearly that."""
+
+    def by_metric(columns: Tensor, start: int, own: Float[Tensor, "width width"]) -> tuple[Tensor, Tensor]:
+        identity = torch.eye(len(own), dtype=own.dtype, device=own.device)
+        with one_thread():
+            inverse = torch.linalg.solve_triangular(own, identity, upper=True)
+        return coder.encode_by(columns, start, inverse)
+
+    def by_diagonal(columns: Tensor, start: int, own: Float[Tensor, "width width"]) -> tuple[Tensor, Tensor]:
+        return coder.encode(columns, start, own.diagonal().reciprocal().square()[None])
+
+    return by_metric if isinstance(coder, MetricCoder) else by_diagonal
+
+
+def _encoded(coder: Coder, columns: Tensor, start: int, root: Float[Tensor, "width width"]) -> tuple[Tensor, Tensor]:
+    """One block at a small |(columns - decoded) · root|²; coders that weigh columns apart take its diagonal."""
+    if isinstance(coder, MetricCoder):
+        return coder.encode_by(columns, start, root)
+    return coder.encode(columns, start, root.square().sum(1)[None])
+
+
+def _blocks(importance: Float[Tensor, " in"], width: int, falling: bool) -> Blocks:
     """(first column, one past the last) of every block, in the order of rounding."""
     columns = len(importance)
     blocks = [(start, min(start + width, columns)) for start in range(0, columns, width)]
@@ -101,9 +229,9 @@ def _blocks(importance: Float[Tensor, " in"], width: int, falling: bool) -> list
     return [blocks[i] for i in means.argsort(descending=True, stable=True).tolist()]
 
 
-def _panels(blocks: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+def _panels(blocks: Blocks) -> Iterator[Blocks]:
     """Neighbouring blocks of about _PANEL columns together."""
-    panel: list[tuple[int, int]] = []
+    panel: Blocks = []
     for block in blocks:
         panel.append(block)
         if sum(end - start for start, end in panel) >= _PANEL:

@@ -33,7 +33,12 @@ def _with_row_size(
 ) -> GainParts:
     base = fit(fmt.base, weight / size[:, None], objective.with_rows_scaled(size), seed, start)
     approximation = decoded(fmt.base, base, weight)
-    energy = (objective.importance * approximation.square()).sum(1)
-    best = (objective.importance * weight * approximation).sum(1) / torch.where(energy > 0, energy, 1.0)
+    # With a hessian errors of a row belong together: feedback has made them cancel in the outputs. Gains that look at
+    # every weight apart undo that (3-bit uniform codes lost twice their output error by it; docs/log.md, 2026-11-24).
+    costly = approximation * objective.importance
+    if objective.hessian is not None:
+        costly = approximation @ objective.hessian
+    energy = (costly * approximation).sum(1)
+    best = (costly * weight).sum(1) / torch.where(energy > 0, energy, 1.0)
     gain = torch.where(energy > 0, best, size)
     return GainParts(gain.to(torch.bfloat16).to(torch.float32), base)

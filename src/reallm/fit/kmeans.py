@@ -11,6 +11,7 @@ from torch import Tensor
 from reallm.fit.dispatch import fit
 from reallm.fit.feedback import coded
 from reallm.fit.objective import Objective
+from reallm.fit.refit import alternated
 from reallm.fit.rounding import divisors, normalised, signed_largest
 from reallm.formats import Parts
 from reallm.formats import scales as scale_store
@@ -20,6 +21,7 @@ from reallm.kernels import average, nearest_entry, nearest_level, segment_sum
 
 _ITERATIONS = 30
 _WARM_ITERATIONS = 5
+_ROUNDS = 4  # of refits and new codes under a hessian
 # An entry is a mean: 64 samples place it to within an eighth of its cell; more samples only cost time.
 _SAMPLES_PER_ENTRY = 64
 _LEAST_SAMPLES, _MOST_SAMPLES = 1 << 15, 1 << 19
@@ -37,7 +39,9 @@ def fit_codebook(
     The weighting makes the sum k-means lowers the objective of the weight itself, not of its normalised form.
     A group is divided by its weight of largest magnitude *with its sign*, so that all outliers become exactly
     1, and entries near 1 are pinned there: a few outlier weights carry a model, and means of neighbours would
-    shrink them (docs/log.md, 2026-11-22).
+    shrink them (docs/log.md, 2026-11-22). With a hessian codes are found with error feedback, and then entries and
+    codes improve in turn by the objective (`alternated`), pinned ones too: entries that are refitted while codes stay
+    are the fit of ClusComp (Liao et al., arXiv:2503.13089).
     """
     scales = scale_store.stored(fmt.scales, signed_largest(weight, fmt.group_size), signed=True)
     vectors = _vectors(normalised(weight, scales, fmt.group_size), fmt.vector_dim)
@@ -49,7 +53,15 @@ def fit_codebook(
     codebook = kmeans(vectors, importance, fmt.codebook_size, seed, previous)
     codebook = codebook.to(torch.float16).to(torch.float32)
     codes = coded(weight, _CodebookCoder(fmt, codebook, scales), objective)
-    return CodebookParts(codes, codebook, scales)
+    parts = CodebookParts(codes, codebook, scales)
+    if objective is None or objective.hessian is None:
+        return parts
+    rounds = _ROUNDS if start is None else 1
+
+    def coder_of(parts: CodebookParts) -> _CodebookCoder:
+        return _CodebookCoder(fmt, parts.codebook, parts.scales)
+
+    return alternated(fmt, parts, weight, objective, (("codebook",),), coder_of, rounds)
 
 
 @dataclass(frozen=True)
@@ -79,12 +91,14 @@ def kmeans(
     size: int,
     seed: int = 0,
     start: Float[Tensor, "size dim"] | None = None,
+    anchored: bool = True,
 ) -> Float[Tensor, "size dim"]:
     """`size` entries of small importance-weighted squared distance, by Lloyd's iteration on a sample.
 
     Vectors lie in [-1, 1]. Starts from `start`, else from the quantiles of a normal in one dimension and
     from drawn vectors in more. Codebooks of more than two entries keep one entry at 0 and pin outermost
-    coordinates to ±1. An entry that no vector chooses is moved to the vector that is served worst.
+    coordinates to ±1; with `anchored` off they do not, and vectors of two coordinates or more may have any size. An
+    entry that no vector chooses is moved to the vector that is served worst.
     One-dimensional entries come sorted.
     """
     generator = torch.Generator(device=vectors.device).manual_seed(seed)
@@ -95,16 +109,17 @@ def kmeans(
     importance = importance / average(importance).clamp(min=_TINY)
     codebook = _first_entries(vectors, importance, size, generator) if start is None else start
     for _ in range(_ITERATIONS if start is None else _WARM_ITERATIONS):
-        codebook = _lloyd_step(vectors, importance, _anchored(codebook))
-    return _anchored(codebook)
+        codebook = _lloyd_step(vectors, importance, _anchored(codebook) if anchored else codebook)
+    return _anchored(codebook) if anchored else codebook
 
 
 def nearest(
     vectors: Float[Tensor, "n dim"], codebook: Float[Tensor, "size dim"], importance: Float[Tensor, "n dim"]
 ) -> Int[Tensor, " n"]:
-    """Index of the nearest entry by the weighted distance; one-dimensional codebooks must be sorted."""
+    """Index of the nearest entry by the weighted distance."""
     if codebook.shape[1] == 1:
-        return nearest_level(vectors[:, 0], codebook[:, 0])
+        levels, order = codebook[:, 0].sort(stable=True)  # entries that were refitted may have passed each other
+        return order.to(torch.int32)[nearest_level(vectors[:, 0], levels)]
     return nearest_entry(vectors, codebook, importance)
 
 

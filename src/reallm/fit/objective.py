@@ -11,12 +11,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.errors import FormatError
-from reallm.kernels import average, total
+from reallm.kernels import average, one_thread, total
 
 # A column that is (nearly) zero counts at most 1,000 times as much as the mean column.
 _LEAST_ENERGY = 1e-3
 # Inputs that calibration never saw (dead ones) count a millionth of the mean: rounding to nearest decides there.
 _LEAST_INPUT = 1e-6
+# Share of the mean diagonal that is added where exact weights answer for the errors of others. With 1e-4 the error on
+# text not calibrated on is 1 % higher (docs/log.md, 2026-11-24).
+ANSWER_DAMPING = 1e-2
 
 
 @dataclass(frozen=True)
@@ -74,14 +77,55 @@ class Objective:
             return total(difference.square() * self.importance, torch.float64).item()
         return total((difference @ self.hessian) * difference, torch.float64).item()
 
+    def row_errors(self, weight: Float[Tensor, "out in"], decoded: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
+        """The cost of each output row, float64."""
+        difference = weight - decoded
+        if self.hessian is None:
+            return (difference.square() * self.importance).sum(1, dtype=torch.float64)
+        return ((difference @ self.hessian) * difference).sum(1, dtype=torch.float64)
+
     def with_columns(self, order: Int[Tensor, " in"]) -> Objective:
         """The objective of the matrix whose columns are reordered: column j is the old column order[j]."""
         hessian = None if self.hessian is None else self.hessian[order][:, order]
         return Objective(self.importance[:, order], hessian)
 
+    def with_rows(self, rows: Int[Tensor, " rest"]) -> Objective:
+        """The objective of the matrix that consists of these rows."""
+        return self if len(self.importance) == 1 else dataclasses.replace(self, importance=self.importance[rows])
+
+    def answered(self, kept: Int[Tensor, " kept"], rest: Int[Tensor, " rest"]) -> Objective:
+        """The objective of the columns `rest` when the columns `kept` answer every error as well as they can.
+
+        With a hessian that is its Schur complement, H_RR - H_RK H_KK⁻¹ H_KR.
+        """
+        if self.hessian is None:
+            return self.with_columns(rest)
+        before = self.hessian[rest][:, rest]
+        explained = self.answers(kept, rest) @ self.hessian[kept][:, rest].double()
+        hessian = (before - (explained + explained.T) / 2).float()
+        # What is explained in full still counts a little, as inputs do that were never seen.
+        diagonal = hessian.diagonal()
+        floor = (_LEAST_INPUT * before.diagonal().mean() - diagonal).clamp(min=0)
+        hessian = hessian + torch.diag(floor)
+        share = hessian.diagonal() / before.diagonal().clamp(min=torch.finfo(torch.float32).tiny)
+        return Objective(self.importance[:, rest] * share, hessian)
+
+    def answers(self, kept: Int[Tensor, " kept"], rest: Int[Tensor, " rest"]) -> Float[Tensor, "rest kept"]:
+        """What the columns `kept` best add for errors of the columns `rest`: H_RK H_KK⁻¹, float64; needs a hessian."""
+        assert self.hessian is not None
+        own = self.hessian[kept][:, kept].double()
+        own.diagonal().add_(ANSWER_DAMPING * own.diagonal().mean())
+        with one_thread():
+            return torch.linalg.solve(own, self.hessian[kept][:, rest].double()).T
+
     def with_rows_scaled(self, sizes: Float[Tensor, " out"]) -> Objective:
         """The objective of the matrix whose rows were divided by `sizes`. The hessian is the same for every row."""
         return dataclasses.replace(self, importance=self.importance * sizes.square()[:, None])
+
+    def with_columns_scaled(self, sizes: Float[Tensor, " in"]) -> Objective:
+        """The objective of the matrix whose columns were divided by `sizes`."""
+        hessian = None if self.hessian is None else sizes[:, None] * self.hessian * sizes
+        return dataclasses.replace(self, importance=self.importance * sizes.square(), hessian=hessian)
 
     def rotated(self, rotate: Callable[[Tensor], Tensor]) -> Objective:
         """The objective of the matrix whose rows `rotate` (orthogonal, on the last axis) has turned."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from reallm.fit.dispatch import fit, shape_of
 from reallm.fit.feedback import coded
 from reallm.fit.objective import Objective
+from reallm.fit.refit import alternated
 from reallm.formats import Parts
 from reallm.formats.trellis import Trellis, TrellisParts, normal_quantiles
 from reallm.kernels import average, closest_codes, quantile_of_state, segment_sum, states_of
@@ -18,6 +19,8 @@ from reallm.kernels import average, closest_codes, quantile_of_state, segment_su
 # Of 1.00 and 1.03 the former has the least error at 16 state bits, the latter at 12 and below; both within 1 %.
 _WIDTH = 1.01
 _TABLE_ROUNDS = 4
+# Refits and sweeps under a hessian: every one is a search by Viterbi as long as that of feedback.
+_ROUNDS, _TABLE_SWEEPS = 1, 2
 _TABLE_TILES = 256  # 65,536 weights for at most some thousand entries
 
 
@@ -25,11 +28,23 @@ _TABLE_TILES = 256  # 65,536 weights for at most some thousand entries
 def fit_trellis(
     fmt: Trellis, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Parts | None = None
 ) -> TrellisParts:
-    """One scale from the root mean square of the weights; codes by Viterbi's algorithm, fed back if there is data."""
+    """One scale from the root mean square of the weights; codes by Viterbi's algorithm, fed back if there is data.
+
+    With a hessian scale, table and codes then improve in turn by the objective (`alternated`).
+    """
     scale = (average(weight.double().square()).sqrt() * _WIDTH).to(torch.float32)
     table = _table(fmt, weight, scale) if fmt.table_bits else None
     coder = _TrellisCoder(fmt, fmt.values(table, weight.device), scale)
-    return TrellisParts(coded(weight, coder, objective), scale.reshape(1), table)
+    parts = TrellisParts(coded(weight, coder, objective), scale.reshape(1), table)
+    if objective is None or objective.hessian is None:
+        return parts
+
+    def coder_of(parts: TrellisParts) -> _TrellisCoder:
+        return _TrellisCoder(fmt, fmt.values(parts.table, weight.device), parts.scales[0])
+
+    # A scale beside a table would be the same freedom twice.
+    names, rounds = (("scales",), _ROUNDS) if table is None else (("table",), _TABLE_SWEEPS)
+    return alternated(fmt, parts, weight, objective, (names,), coder_of, rounds if start is None else 1)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ windows overlap, so that few stored bits choose among many values: the trellis-c
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -72,10 +75,18 @@ def closest_codes(
 
 
 def _ring(targets: Tensor, values: Tensor, bits: int, importance: Tensor | None) -> Int[Tensor, "n steps"]:
-    half = targets.shape[1] // 2
+    path, half = _path_on(targets.device.type), targets.shape[1] // 2
     turned = None if importance is None else torch.roll(importance, -half, 1)
-    seam = _path(torch.roll(targets, -half, 1), values, bits, turned)[:, targets.shape[1] - half] >> bits
-    return _path(targets, values, bits, importance, seam)
+    seam = path(torch.roll(targets, -half, 1), values, bits, turned, None)[:, targets.shape[1] - half] >> bits
+    return path(targets, values, bits, importance, seam)
+
+
+@functools.cache
+def _path_on(device: str) -> Callable[[Tensor, Tensor, int, Tensor | None, Tensor | None], Tensor]:
+    """The Triton kernel on a GPU where there is Triton, else `_path`."""
+    if device == "cuda" and importlib.util.find_spec("triton"):
+        return importlib.import_module("reallm.kernels.trellis_triton").path
+    return _path
 
 
 def _path(

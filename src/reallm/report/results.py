@@ -22,11 +22,15 @@ _SECTION = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results -
 _RECIPES = re.compile(r"(<!-- recipes -->\n).*?(<!-- /recipes -->)", re.DOTALL)
 _NOTHING = "–"
 
+_LOSSLESS = 16  # bits: nothing to compare there
+
 Arm = dict[str, Any]
 
 
 def table(results: dict[str, Any]) -> str:
-    """One run as Markdown: what was measured, a table grouped by kind of arm, how to measure it again."""
+    """A results file as Markdown: what was measured, a table, how to measure it again."""
+    if "shape" in results:
+        return "\n\n".join([_settings(results), _measured_at(results["command"], [_provenance(results)])])
     return "\n\n".join([_heading(results), _arms(results["arms"]), _origin(results)])
 
 
@@ -88,13 +92,46 @@ def _heading(results: dict[str, Any]) -> str:
 
 
 def _origin(results: dict[str, Any]) -> str:
+    measured = {arm.get("run", 0) for arm in results["arms"]}
+    runs = [_run(results, number) for number in sorted(measured)]
+    hashes = f"sha256 of the model {results['model']['sha256'][:12]}…, of the text {results['text']['sha256'][:12]}…"
+    return _measured_at(results["command"], [*runs, hashes])
+
+
+def _measured_at(command: str, facts: Sequence[str]) -> str:
+    return f"Measured with `{command}` {'; '.join(facts)}."
+
+
+def _run(results: dict[str, Any], number: int) -> str:
+    """Provenance of one run; of several, with how many arms it measured."""
+    arms = results["arms"]
+    count = sum(arm.get("run", 0) == number for arm in arms)
+    share = f" ({count} of {len(arms)} rows)" if len(results["runs"]) > 1 else ""
+    return _provenance(results["runs"][number], share)
+
+
+def _provenance(run: dict[str, Any], share: str = "") -> str:
     # A source tree that is not installed has no version; its commit is named anyway.
-    known = {name: version for name, version in results["versions"].items() if not version.endswith("unknown")}
+    known = {name: version for name, version in run["versions"].items() if not version.endswith("unknown")}
     versions = ", ".join(f"{name} {version}" for name, version in known.items())
-    return (
-        f"Measured with `{results['command']}` at commit {results['commit'][:12]}, {results['machine']}, {versions}; "
-        f"sha256 of the model {results['model']['sha256'][:12]}…, of the text {results['text']['sha256'][:12]}…."
-    )
+    return f"at commit {run['commit'][:12]}{share}, {run['machine']}, {versions}"
+
+
+def _settings(results: dict[str, Any]) -> str:
+    """Formats on Gaussian weights, those of the smallest distance to the bound first."""
+    head = ["setting", "bits/weight", "relative error", "least possible", "bits above the least"]
+    rows = [
+        [
+            row["name"],
+            f"{row['bits_per_weight']:.3f}",
+            f"{row['relative_error']:.4f}",
+            f"{row['shannon_error']:.4f}",
+            f"{row['gap_bits']:.3f}",
+        ]
+        for row in sorted(results["rows"], key=lambda row: row["gap_bits"])
+        if row["bits_per_weight"] < _LOSSLESS
+    ]
+    return "\n".join(_row(cells) for cells in [head, [":---", *["---:"] * (len(head) - 1)], *rows])
 
 
 # Heading of a column and its cell. A column that is empty in all rows is left out.

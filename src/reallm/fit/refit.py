@@ -1,0 +1,163 @@
+"""Float parts of a format refitted while its codes stay, and codes and float parts in turn.
+
+With the codes fixed the decoded matrix of most formats is linear in a codebook, a table or the scales, so that the best
+ones are a least-squares problem. Its normal equations need nothing but the decoder and its transpose, which autograd
+has for every format. Refitting all codewords at once after each assignment is AQLM's (Egiazarian et al.,
+arXiv:2401.06118); entries that move while codes stay are the codebook of ClusComp (arXiv:2503.13089).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reallm.fit.dispatch import decoded, shape_of
+from reallm.fit.feedback import Coder, by_code_row, swept
+from reallm.fit.objective import Objective
+from reallm.formats import Parts, WeightFormat, map_tensors
+from reallm.kernels import average, total
+
+_STEPS = 30
+# Steps end when the squared gradient, in units of the preconditioner, has fallen by this factor.
+_SOLVED = 1e-8
+# A round that gains less does not pay for the next one.
+_LEAST_GAIN = 5e-3
+
+
+def refitted(
+    fmt: WeightFormat,
+    parts: Parts,
+    weight: Float[Tensor, "out in"],
+    objective: Objective,
+    names: Sequence[str],
+    steps: int = _STEPS,
+) -> Parts:
+    """`parts` with the float parts `names` at their best for the codes, as stored; never worse by the objective.
+
+    `names` are fields of the parts, those of an inner format as "base.codebook". The decoded matrix must be linear
+    in them together (or affine, beside a residual). At most `steps` of conjugate gradients from the present
+    values, in float64: sums of gradients by code come out the same in every run then. Parts are returned as they are
+    where what the file would keep of the solution has no smaller error.
+    """
+    with torch.enable_grad():
+        moved = _solved(fmt, parts, weight, objective, names, steps)
+    shape = shape_of(weight)
+    stored = fmt.unpack(fmt.pack(moved, shape), shape)
+    kept = _with(parts, {name: _at(stored, name) for name in names})
+    errors = [objective.error(weight, decoded(fmt, some, weight)) for some in (kept, parts)]
+    return kept if errors[0] < errors[1] else parts
+
+
+def alternated(
+    fmt: WeightFormat,
+    parts: Parts,
+    weight: Float[Tensor, "out in"],
+    objective: Objective,
+    names: Sequence[Sequence[str]],
+    coder_of: Callable[[Parts], Coder],
+    rounds: int,
+) -> Parts:
+    """Refits of each group of `names` and new codes in turn, from codes that are there; the error never rises.
+
+    New codes come from a sweep over the blocks if the objective has a hessian, else from rounding, and each row takes
+    those that serve it better. Ends with a refit, after `rounds` or when one gains little. Sweeps do more than
+    codes found anew by feedback, which are often worse than the refitted old ones (docs/log.md, 2026-11-24).
+    """
+    error = None
+    for number in range(rounds + 1):
+        for group in names:
+            parts = refitted(fmt, parts, weight, objective, group)
+        approximation = decoded(fmt, parts, weight)
+        before, error = error, objective.error(weight, approximation)
+        if number == rounds or (before is not None and error > before * (1 - _LEAST_GAIN)):
+            break
+        if objective.hessian is None:
+            codes = coder_of(parts).encode(weight, 0, objective.importance)[0]
+            parts = _better_rows(fmt, weight, objective, parts, dataclasses.replace(parts, codes=codes))
+        else:
+            codes, _ = swept(weight, coder_of(parts), objective.hessian, parts.codes, approximation)
+            parts = dataclasses.replace(parts, codes=codes)
+    return parts
+
+
+def _better_rows(
+    fmt: WeightFormat, weight: Float[Tensor, "out in"], objective: Objective, one: Parts, other: Parts
+) -> Parts:
+    """`one` with the codes of `other` in those rows of codes where they have the smaller error."""
+    errors = [objective.row_errors(weight, decoded(fmt, parts, weight)) for parts in (one, other)]
+    better = by_code_row(errors[0] - errors[1], len(one.codes)) > 0
+    return dataclasses.replace(one, codes=torch.where(better[:, None], other.codes, one.codes))
+
+
+def _solved(
+    fmt: WeightFormat, parts: Parts, weight: Tensor, objective: Objective, names: Sequence[str], steps: int
+) -> Parts:
+    """Preconditioned conjugate gradients on Lᵀ H L x = Lᵀ H (weight - decoded), L the decoder's linear part."""
+    shape = shape_of(weight)
+    exact = map_tensors(lambda t: t.detach().double() if t.is_floating_point() else t, parts)
+    leaves = [_at(exact, name).requires_grad_() for name in names]
+    image = fmt.decode(exact, shape)
+    seed = torch.zeros_like(image, requires_grad=True)
+    pulled = torch.autograd.grad(image, leaves, seed, create_graph=True)
+
+    def forward(values: list[Tensor]) -> Tensor:
+        return torch.autograd.grad(pulled, seed, values, retain_graph=True)[0]
+
+    def backward(errors: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(image, leaves, errors, retain_graph=True))
+
+    importance = objective.importance.double()
+    weighted = (lambda d: d * importance) if objective.hessian is None else _product_with(objective.hessian)
+    scale = [_positive(d) for d in backward(importance * forward([torch.ones_like(leaf) for leaf in leaves]))]
+    residual = backward(weighted(weight - image.detach()))
+    found = [torch.zeros_like(leaf) for leaf in leaves]
+    direction = preconditioned = [r / s for r, s in zip(residual, scale, strict=True)]
+    size = first = _dot(residual, preconditioned)
+    for _ in range(steps):
+        if not size > first * _SOLVED:
+            break
+        step = backward(weighted(forward(direction)))
+        length = size / _dot(direction, step).clamp(min=torch.finfo(torch.float64).tiny)
+        found = [f + length * d for f, d in zip(found, direction, strict=True)]
+        residual = [r - length * s for r, s in zip(residual, step, strict=True)]
+        preconditioned = [r / s for r, s in zip(residual, scale, strict=True)]
+        before, size = size, _dot(residual, preconditioned)
+        direction = [p + size / before * d for p, d in zip(preconditioned, direction, strict=True)]
+    moved = {n: (leaf.detach() + f).float() for n, leaf, f in zip(names, leaves, found, strict=True)}
+    return _with(parts, moved)
+
+
+def _product_with(hessian: Tensor) -> Callable[[Tensor], Tensor]:
+    """D -> D H in float32: an error of 1e-7 only slows the steps, and many GPUs are slow in float64."""
+    return lambda errors: (errors.float() @ hessian).double()
+
+
+def _positive(diagonal: Tensor) -> Tensor:
+    """Row sums of the normal matrix as its diagonal: the same up to a factor where all terms have one sign.
+
+    Entries that no code uses have 0 there, and no gradient either.
+    """
+    return torch.where(diagonal > average(diagonal.abs()) * 1e-6, diagonal, average(diagonal.abs()).clamp(min=1e-30))
+
+
+def _dot(one: list[Tensor], other: list[Tensor]) -> Tensor:
+    return torch.stack([total(a * b) for a, b in zip(one, other, strict=True)]).sum()
+
+
+def _at(parts: Parts, name: str) -> Tensor:
+    """A part by its name, "base.codebook" for one of an inner format."""
+    for step in name.split("."):
+        parts = getattr(parts, step)
+    return parts
+
+
+def _with(parts: Parts, values: dict[str, Tensor]) -> Parts:
+    """Parts with some replaced, by the names of `_at`."""
+    for name, value in values.items():
+        head, _, rest = name.partition(".")
+        parts = dataclasses.replace(parts, **{head: _with(getattr(parts, head), {rest: value}) if rest else value})
+    return parts

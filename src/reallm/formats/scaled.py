@@ -1,0 +1,97 @@
+"""`scaled`: any format of the matrix after its columns, and its rows, were brought to one size.
+
+A transform and a code with one scale treat all columns alike; in trained networks their sizes differ, weights being
+small where inputs are large. Balancing both sides in turn is the iteration of Sinkhorn and Knopp (1967), which
+SINQ (Müller et al., arXiv:2509.22944) uses for uniform grids. Scales of rows alone are those of `gain`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from reallm.errors import FormatError
+from reallm.formats import scales as scale_store
+from reallm.formats.waist import Parts, Shape, Tensors, WeightFormat, inner, register, under
+
+BOTH, INPUTS = "both", "inputs"
+_ROLES = {f"{side}_{name}": role for side in ("row", "column") for name, role in scale_store.ROLES.items()}
+
+
+@dataclass(frozen=True)
+class ScaledParts:
+    """weight = scale of the row · base · scale of the column; scales are not negative."""
+
+    row_scales: Float[Tensor, "out 1"] | None
+    column_scales: Float[Tensor, "1 in"]
+    base: Parts
+
+
+@register
+@dataclass(frozen=True)
+class Scaled(WeightFormat):
+    """`base` with a scale for every column and, unless `sides` is inputs, for every row.
+
+    Scales are stored as those of groups, by default in 8 bits: the base is found for the rounded ones, so that
+    rounding costs nothing.
+    """
+
+    base: WeightFormat
+    sides: str = BOTH
+    scales: str = scale_store.TWO_LEVEL
+
+    name: ClassVar[str] = "scaled"
+    roles: ClassVar[dict[str, str]] = _ROLES
+    examples: ClassVar[tuple[dict, ...]] = ({"base": {"format": "rotated", "base": {"format": "e8", "bits": 2}}},)
+
+    def __post_init__(self) -> None:
+        if self.sides not in (BOTH, INPUTS):
+            raise FormatError(f"scaled: sides={self.sides!r} is not one of {BOTH}, {INPUTS}; for rows alone use gain")
+        scale_store.check_groups(self.name, 0, self.scales)
+
+    def check(self, shape: Shape) -> None:
+        """Fits whatever the base fits."""
+        self.base.check(shape)
+
+    def sizes(self, shape: Shape) -> dict[str, Shape]:
+        """Shape of the scales of each side."""
+        columns = {"column": (1, shape[1])}
+        return {"row": (shape[0], 1), **columns} if self.sides == BOTH else columns
+
+    def layout(self, shape: Shape) -> Tensors:
+        """`row_scales` (out,), `column_scales` (in,) and the largest ones of each; the base under `base.`"""
+        tensors = {}
+        for side, (rows, columns) in self.sizes(shape).items():
+            tensors |= _named(side, scale_store.layout(self.scales, rows * columns))
+        return tensors | under("base", self.base.layout(shape))
+
+    def pack(self, parts: ScaledParts, shape: Shape) -> Tensors:
+        """Pack scales and base."""
+        tensors = {}
+        for side in self.sizes(shape):
+            tensors |= _named(side, scale_store.pack(self.scales, getattr(parts, f"{side}_scales")))
+        return tensors | under("base", self.base.pack(parts.base, shape))
+
+    def unpack(self, tensors: Tensors, shape: Shape) -> ScaledParts:
+        """The inverse of `pack`."""
+        found = {
+            side: scale_store.unpack(self.scales, _of_side(side, tensors), size)
+            for side, size in self.sizes(shape).items()
+        }
+        return ScaledParts(found.get("row"), found["column"], self.base.unpack(inner("base", tensors), shape))
+
+    def decode(self, parts: ScaledParts, shape: Shape) -> Float[Tensor, "out in"]:
+        """scale of the row · base · scale of the column."""
+        weight = self.base.decode(parts.base, shape) * parts.column_scales
+        return weight if parts.row_scales is None else weight * parts.row_scales
+
+
+def _named(side: str, tensors: Tensors) -> Tensors:
+    return {f"{side}_{name}": tensor for name, tensor in tensors.items()}
+
+
+def _of_side(side: str, tensors: Tensors) -> Tensors:
+    return {name: tensors[f"{side}_{name}"] for name in scale_store.ROLES if f"{side}_{name}" in tensors}

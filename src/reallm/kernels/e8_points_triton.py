@@ -1,0 +1,212 @@
+"""`cheapest_points` in one launch, for GPUs: error feedback rounds column by column, and each took sixty launches.
+
+Importable only where Triton is: torch brings it with its CUDA builds for Linux.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reallm.kernels.jit import compiled
+
+_POINTS = 32  # of a program
+_POINTS_OF_PANEL = 2  # with 128 columns 2,048 numbers in registers, and 36 programs for 576 rows
+
+
+def cheapest(
+    targets: Float[Tensor, "rows columns"],
+    importance: Float[Tensor, "weighted columns"],
+    costs: Float[Tensor, "classes codes"],
+    parities: Float[Tensor, "2 classes"],
+    classes: Int[Tensor, " columns"],
+) -> Float[Tensor, "rows columns"]:
+    """As `e8_points.cheapest_points`."""
+    rows, columns = targets.shape
+    found = torch.empty_like(targets)
+    points = triton.cdiv(rows, 8)
+    with torch.cuda.device(targets.device) if targets.is_cuda else contextlib.nullcontext():
+        _cheapest[(triton.cdiv(points, _POINTS), columns)](
+            targets,
+            importance,
+            costs.contiguous(),
+            parities.contiguous(),
+            classes,
+            found,
+            rows,
+            *targets.stride(),
+            importance.stride(0) if len(importance) > 1 else 0,
+            importance.stride(1),
+            *found.stride(),
+            parities.shape[1],
+            size=costs.shape[1],
+            count=_POINTS,
+        )
+    return found
+
+
+def with_feedback(
+    moving: Float[Tensor, "rows columns"],
+    factor: Float[Tensor, "columns columns"],
+    importance: Float[Tensor, " columns"],
+    costs: Float[Tensor, "classes codes"],
+    parities: Float[Tensor, "2 classes"],
+    classes: Int[Tensor, " columns"],
+    step: float,
+    limit: int,
+) -> tuple[Int[Tensor, "rows columns"], Float[Tensor, "rows columns"]]:
+    """As `e8_points.points_with_feedback`; rows do not know of each other but for the eights of a point."""
+    rows, columns = moving.shape
+    codes = torch.empty(rows, columns, dtype=torch.int32, device=moving.device)
+    answers = torch.empty_like(moving)
+    with torch.cuda.device(moving.device) if moving.is_cuda else contextlib.nullcontext():
+        _with_feedback[(triton.cdiv(rows, 8 * _POINTS_OF_PANEL),)](
+            moving.contiguous(),
+            factor.contiguous(),
+            importance.contiguous(),
+            costs.contiguous(),
+            parities.contiguous(),
+            classes.contiguous(),
+            codes,
+            answers,
+            rows,
+            parities.shape[1],
+            step,
+            limit,
+            columns=columns,
+            size=costs.shape[1],
+            count=_POINTS_OF_PANEL,
+            width=triton.next_power_of_2(columns),
+        )
+    return codes, answers
+
+
+@compiled
+def _with_feedback(
+    moving,
+    factor,
+    importance,
+    costs,
+    parities,
+    classes,
+    codes,
+    answers,
+    rows,
+    class_count,
+    step,
+    limit,
+    columns: tl.constexpr,
+    size: tl.constexpr,
+    count: tl.constexpr,
+    width: tl.constexpr,
+):
+    largest: tl.constexpr = size // 2
+    row = tl.program_id(0) * count * 8 + tl.arange(0, count * 8)
+    point = tl.program_id(0) * count + tl.arange(0, count)[:, None]
+    there = row < rows
+    column = tl.arange(0, width)
+    # The panel stays in registers; a column is taken out by a sum over all.
+    places = row[:, None] * columns + column[None, :]
+    panel = tl.load(moving + places, there[:, None] & (column < columns)[None, :], 0.0)
+    for now in range(columns):
+        value = tl.sum(tl.where((column == now)[None, :], panel, 0.0), 1)
+        target = tl.minimum(tl.maximum(value / step, -limit), limit)
+        code = _point(
+            tl.reshape(target, [count, 8]),
+            tl.load(importance + now),
+            costs,
+            parities,
+            tl.load(classes + now),
+            (point + 1) * 8 <= rows,
+            class_count,
+            size,
+            largest,
+        )
+        code = tl.reshape(code, [count * 8])
+        answer = (value - code * step) / tl.load(factor + now * columns + now)
+        after = tl.load(factor + now * columns + column, (column > now) & (column < columns), 0.0)
+        panel -= answer[:, None] * after[None, :]
+        tl.store(codes + row * columns + now, code.to(tl.int32), there)
+        tl.store(answers + row * columns + now, answer, there)
+
+
+@compiled
+def _cheapest(
+    targets,
+    importance,
+    costs,
+    parities,
+    classes,
+    found,
+    rows,
+    target_row,
+    target_column,
+    weight_row,
+    weight_column,
+    found_row,
+    found_column,
+    class_count,
+    size: tl.constexpr,
+    count: tl.constexpr,
+):
+    largest: tl.constexpr = size // 2
+    column = tl.program_id(1)
+    own_class = tl.load(classes + column)
+    point = tl.program_id(0) * count + tl.arange(0, count)[:, None]
+    place = tl.arange(0, 8)[None, :]
+    row = point * 8 + place
+    there = row < rows
+    target = tl.load(targets + row * target_row + column * target_column, there, 0.0)
+    weight = tl.load(importance + row * weight_row + column * weight_column, there, 0.0)
+
+    whole = (point + 1) * 8 <= rows
+    code = _point(target, weight, costs, parities, own_class, whole, class_count, size, largest)
+    tl.store(found + row * found_row + column * found_column, code, there)
+
+
+@compiled
+def _point(target, weight, costs, parities, own_class, whole, class_count, size: tl.constexpr, largest: tl.constexpr):
+    """Codes of (points, 8) targets. Rows left over are no point: each takes its cheaper even code."""
+    own_costs = costs + own_class * size
+    place = tl.arange(0, 8)[None, :]
+    even, even_total, even_rest = _of_parity(target, weight, own_costs, place, 0, largest)
+    odd, odd_total, _ = _of_parity(target, weight, own_costs, place, 1, largest)
+    even_total += tl.load(parities + own_class)
+    odd_total += tl.load(parities + class_count + own_class)
+    code = tl.where((odd_total < even_total)[:, None], odd, even)
+    return tl.where(whole, code, even_rest)
+
+
+@compiled
+def _of_parity(target, weight, costs, place, parity: tl.constexpr, largest: tl.constexpr):
+    """(codes, costs of the points, codes that ignore the sum) of the cheapest points of a parity."""
+    low, low_cost = _of_residue(target, weight, costs, parity, largest)
+    high, high_cost = _of_residue(target, weight, costs, parity + 2, largest)
+    gap = high_cost - low_cost
+    upper = gap < 0
+    loss = tl.abs(gap)
+    odd = tl.sum(upper.to(tl.int32), 1) % 2 == 1
+    turned = (place == tl.argmin(loss, 1)[:, None]) & odd[:, None]
+    codes = tl.where(upper ^ turned, high, low)
+    total = tl.sum(tl.minimum(low_cost, high_cost), 1) + tl.where(odd, tl.min(loss, 1), 0.0)
+    return codes, total, tl.where(upper, high, low)
+
+
+@compiled
+def _of_residue(target, weight, costs, residue: tl.constexpr, largest: tl.constexpr):
+    """The cheaper of the two codes of a residue modulo 4 around the target, and its cost."""
+    below = tl.floor((target - residue) / 4) * 4 + residue
+    lower = _cost(below, target, weight, costs, largest)
+    higher = _cost(below + 4, target, weight, costs, largest)
+    return tl.where(higher < lower, below + 4, below), tl.minimum(lower, higher)
+
+
+@compiled
+def _cost(code, target, weight, costs, largest: tl.constexpr):
+    place = tl.minimum(tl.maximum(code, -largest), largest).to(tl.int32) + largest
+    return tl.load(costs + place) + weight * (code - target) * (code - target)
