@@ -24,7 +24,7 @@ def refused(tmp_path, capsys):
         code = main(["compress", str(model), "-o", str(out), *map(str, arguments)])
         stdout, err = capsys.readouterr()
         # Progress before a bad weight is met.
-        progress = [line for line in err.splitlines() if line.startswith("work folder: ") or line.lstrip()[:1].isdigit()]
+        progress = [li for li in err.splitlines() if li.startswith("work folder: ") or li.lstrip()[:1].isdigit()]
         lines = [line for line in err.splitlines() if line not in progress]
         assert (code, stdout, len(lines)) == (2, "", 1), err
         assert lines[0].startswith("error: ")
@@ -126,7 +126,7 @@ def test_a_read_only_folder_is_named(tiny_llama, tmp_path, refused):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("rules: [{match: '*', format: {format: magic}}]", "unknown format 'magic'; known formats: codebook"),
+        ("rules: [{match: '*', format: {format: magic}}]", "unknown format 'magic'; known formats: additive"),
         ("rules: [{match: '*', format: {format: uniform, bit: 3}}]", "unknown field 'bit'; its fields: bits"),
         ("rules: [{match: '*', format: {format: uniform, bits: 9}}]", "bits=9"),
         ("rules: [{match: '*', format: {format: uniform, bits: '3'}}]", "bits='3' is not of type int"),
