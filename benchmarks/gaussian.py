@@ -38,6 +38,14 @@ def add(entries: dict[str, Any], fmt: WeightFormat, size: tuple[int, int], devic
     settings.append(setting_of(fmt, size, lambda fmt, size: gaussian_quality(fmt, size, device)))
 
 
+def command(args: argparse.Namespace) -> str:
+    """What measures the same; where the result went is nobody's business."""
+    specs = [word for spec in args.spec for word in ("--spec", json.dumps(spec))]
+    shape = "x".join(map(str, args.shape))
+    given = [*args.names, "--shape", shape, "--device", args.device, *specs]
+    return shlex.join(["python", "benchmarks/gaussian.py", *given])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these formats; default: all")
@@ -50,7 +58,7 @@ def main() -> None:
     for spec in args.spec:
         add(found["formats"], from_spec(spec), args.shape, args.device)
     result = {
-        "command": shlex.join(["python", "benchmarks/gaussian.py", *sys.argv[1:]]),
+        "command": command(args),
         "commit": commit(),
         "machine": f"{machine(torch.device(args.device))}, {os.cpu_count()} cores",
         "versions": versions(),

@@ -1,4 +1,5 @@
-"""Measure the table that a budget predicts from: the error of every candidate format on Gaussian weights.
+"""Measure the table that a budget predicts from: the error of every candidate format on Gaussian weights,
+and what entropy coding of the stored tensors leaves of their bytes.
 
     python benchmarks/gaussian_errors.py
 
@@ -11,15 +12,42 @@ import json
 from pathlib import Path
 
 from reallm.allocate.budget import candidate_formats
-from reallm.fit.quality import measured_gaussian_error
-from reallm.formats import to_spec
+from reallm.allocate.candidates import calibrated_candidates
+from reallm.artifact import code
+from reallm.fit import fit
+from reallm.fit.quality import gaussian, measured_gaussian_error
+from reallm.formats import WeightFormat, to_spec
 
 TABLE = Path(__file__).parents[1] / "src" / "reallm" / "fit" / "gaussian_errors.json"
+STATE_BITS = (10, 12, 16)
+# Codes that use all their bits: nothing is left to be coded.
+FULL = ("trellis", "entropy_coded", "e8")
 
 
 def main() -> None:
-    rows = [{"format": to_spec(fmt), "error": measured_gaussian_error(fmt)} for fmt in candidate_formats()]
+    formats = dict.fromkeys(candidate_formats())
+    for kind in ("block", "embedding"):
+        for bits in STATE_BITS:
+            formats |= dict.fromkeys(calibrated_candidates(kind, bits))
+    known = {json.dumps(row["format"]): row for row in json.loads(TABLE.read_text(encoding="utf-8"))}
+    rows = []
+    for fmt in formats:
+        spec = to_spec(fmt)
+        error = known.get(json.dumps(spec), {}).get("error")
+        row = {"format": spec, "error": measured_gaussian_error(fmt) if error is None else error}
+        if (share := _share(fmt)) < 1:
+            row["share"] = round(share, 4)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
     TABLE.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+
+
+def _share(fmt: WeightFormat) -> float:
+    if any(name in json.dumps(to_spec(fmt)) for name in FULL):
+        return 1.0
+    shape = (256, 1024)
+    tensors, _ = code(fmt.pack(fit(fmt, gaussian(shape)), shape))
+    return sum(tensor.nbytes for tensor in tensors.values()) / fmt.nbytes(shape)
 
 
 if __name__ == "__main__":

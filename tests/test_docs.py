@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 import reallm
-from reallm.artifact import VERSION, read_manifest
+from reallm.artifact import VERSION, decoded_tensor, read_manifest
 from reallm.formats import known_formats
 from reallm.formats.waist import inner
 from reallm.report.results import updated
@@ -41,11 +41,11 @@ def code_blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def artifact(tiny_llama, tmp_path_factory) -> Path:
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "entropy-coded"])
+def artifact(request, tiny_llama, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("artifact")
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
-    reallm.compress(tiny_llama, folder / "out", recipe=str(folder / "recipe.yaml"))
+    reallm.compress(tiny_llama, folder / "out", recipe=str(folder / "recipe.yaml"), coding=request.param)
     return folder / "out"
 
 
@@ -57,7 +57,11 @@ def test_the_decoder_of_the_byte_specification_agrees_with_the_library(artifact)
     matrices = read_manifest(artifact).matrices
     assert len({matrix.fmt for matrix in matrices}) == 11
     for matrix in matrices:
-        tensors = inner(matrix.name, stored)
+        layout = matrix.fmt.layout(matrix.shape)
+        tensors = {
+            local: decoded_tensor(tensor, layout[local]) if local in matrix.coded else tensor
+            for local, tensor in inner(matrix.name, stored).items()
+        }
         wanted = matrix.fmt.decode(matrix.fmt.unpack(tensors, matrix.shape), matrix.shape).numpy()
         np.testing.assert_allclose(namespace["decode"](artifact, matrix.name), wanted, rtol=1e-6, atol=0)
 

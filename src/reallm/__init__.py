@@ -21,7 +21,7 @@ try:
 except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "compress", "load", "load_tokenizer"]
+__all__ = ["__version__", "compress", "load", "load_tokenizer", "pack", "unpack"]
 
 # Importing transformers' quantizers costs 4 s, so `import reallm` does not: it waits until somebody
 # else has imported what loads models, and only then tells it about our format. The module that holds
@@ -88,7 +88,13 @@ def _register() -> None:
         _loads_models_imported(sys.modules[_LOADS_MODELS])
 
 
-_ROOM_OF = {"compress": "reallm.pipeline", "load": "reallm.model", "load_tokenizer": "reallm.model"}
+_ROOM_OF = {
+    "compress": "reallm.pipeline",
+    "load": "reallm.model",
+    "load_tokenizer": "reallm.model",
+    "pack": "reallm.pipeline.packing",
+    "unpack": "reallm.artifact.unpack",
+}
 
 
 def __getattr__(name: str):

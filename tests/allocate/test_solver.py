@@ -2,8 +2,11 @@
 
 import itertools
 import random
+import time
 
+import numpy as np
 import pytest
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from reallm.allocate import Candidate, choose
 from reallm.errors import RecipeError
@@ -93,3 +96,32 @@ def test_equal_candidates_and_zero_losses_are_no_problem():
 
 def test_no_matrices_is_no_choice():
     assert choose([], 0) == []
+
+
+def optimum(tables, budget):
+    """By branch and bound, within a hundredth of a percent."""
+    loss, nbytes = (np.array([getattr(c, name) for t in tables for c in t], float) for name in ("loss", "nbytes"))
+    matrix_of = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    one_each = matrix_of[None] == np.arange(len(tables))[:, None]
+    limits = [LinearConstraint(one_each, 1, 1), LinearConstraint(nbytes[None] / budget, 0, 1)]
+    options = {"mip_rel_gap": 1e-4}
+    found = milp(1e4 * loss / loss.max(), constraints=limits, integrality=1, bounds=Bounds(0, 1), options=options)
+    return found.fun * loss.max() / 1e4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_matrix_larger_than_all_others_together_spoils_nothing(seed):
+    """An embedding: its candidates lie far apart, and the bytes it leaves must be spent elsewhere."""
+    rng, tables = random.Random(seed), random_tables(seed, matrices=40, candidates=12)
+    total = sum(max(c.nbytes for c in table) for table in tables)
+    tables.append([Candidate(int(total * b / 8), rng.uniform(2, 8) * 4**-b) for b in (3, 4, 5, 6, 8)])
+    for budget in budgets(tables)[1:-1]:
+        assert cost(tables, choose(tables, budget))[1] <= optimum(tables, budget) * 1.005
+
+
+def test_224_matrices_with_20_candidates_take_less_than_10_seconds():
+    tables = random_tables(5, matrices=224, candidates=20)
+    start = time.perf_counter()
+    for budget in budgets(tables):
+        choose(tables, budget)
+    assert (time.perf_counter() - start) / 6 < 10

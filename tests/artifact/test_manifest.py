@@ -39,7 +39,7 @@ def test_keys_of_later_versions_are_left_alone():
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        (lambda v: v.update(version=2), ArtifactError, "newer reallm"),
+        (lambda v: v.update(version=3), ArtifactError, "newer reallm"),
         (lambda v: v.update(version=True), ArtifactError, "True is not a version"),
         (lambda v: v.update(version="1"), ArtifactError, "'1' is not a version"),
         (lambda v: v.update(version=0), ArtifactError, "0 is not a version"),

@@ -171,7 +171,7 @@ def drop_tensor(folder):
         (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
         (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "is not JSON"),
         (lambda f: config(f, lambda c: c.pop("quantization_config")), "not compressed by reallm"),
-        (lambda f: config(f, lambda c: c["quantization_config"].update(version=2)), "written by a newer reallm"),
+        (lambda f: config(f, lambda c: c["quantization_config"].update(version=3)), "written by a newer reallm"),
         (lambda f: config(f, lambda c: c["quantization_config"].update(version=None)), "None is not a version"),
         (lambda f: config(f, lambda c: c["quantization_config"].pop("layouts")), "is damaged"),
         (lambda f: config(f, lambda c: c.update(model_type="llama99")), "'llama99' is not known"),

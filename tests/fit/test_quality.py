@@ -6,6 +6,7 @@ import torch
 
 import reallm.fit.quality as quality_module
 from reallm.allocate.budget import candidate_formats
+from reallm.allocate.candidates import calibrated_candidates
 from reallm.errors import FormatError
 from reallm.fit import Quality, gaussian_error, gaussian_quality, relative_error
 from reallm.fit.quality import gaussian, measured_gaussian_error
@@ -64,7 +65,8 @@ def test_the_table_of_candidates_is_what_would_be_measured_now():
 
 
 def test_every_candidate_of_a_budget_is_in_the_table():
-    assert {json.dumps(to_spec(fmt)) for fmt in candidate_formats()} == set(quality_module._table())
+    calibrated = [f for kind in ("block", "head") for bits in (10, 12, 16) for f in calibrated_candidates(kind, bits)]
+    assert {json.dumps(to_spec(fmt)) for fmt in [*candidate_formats(), *calibrated]} == set(quality_module._table())
 
 
 def test_a_codebook_as_large_as_the_sample_would_be_is_not_taken_for_a_perfect_code():

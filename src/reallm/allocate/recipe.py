@@ -12,6 +12,7 @@
         format: {format: normal_float, bits: 3}
     embedding: {format: uniform, bits: 8}   # or `keep`
     head: {format: uniform, bits: 8}        # or `keep`; a head tied to the embedding is the embedding
+    coding: true                 # tensors that entropy coding makes smaller are stored coded; default false
 
 A format of `keep` leaves the matrix as it is.
 """
@@ -82,6 +83,7 @@ class Recipe(BaseModel):
     rules: list[Rule]
     embedding: FormatSpec = DEFAULT_EMBEDDING
     head: FormatSpec = DEFAULT_EMBEDDING
+    coding: bool = False
 
 
 def parse_recipe(text: str, origin: str) -> Recipe:
@@ -204,7 +206,7 @@ def with_rank(fmt: WeightFormat, rank: int | None) -> WeightFormat:
     return LowRankPlus(base=base, rank=rank, factors=factors) if rank else base
 
 
-def recipe_of_plan(plan: Plan, matrices: Iterable[MatrixInfo]) -> Recipe:
+def recipe_of_plan(plan: Plan, matrices: Iterable[MatrixInfo], coding: bool = False) -> Recipe:
     """The plan as run, written as a recipe that names every matrix: running it again gives the same plan."""
     formats = {entry.matrix.name: to_spec(entry.fmt) for entry in plan.entries}
     blocks = [matrix for matrix in matrices if matrix.kind == "block"]
@@ -214,12 +216,15 @@ def recipe_of_plan(plan: Plan, matrices: Iterable[MatrixInfo]) -> Recipe:
         grouped.setdefault(repr(spec), (spec, []))[1].append(matrix.name)
     rules = [Rule(match=names, format=spec) for spec, names in grouped.values()]
     ends = {m.kind: formats.get(m.name, KEEP) for m in matrices if m.kind != "block"}
-    return Recipe(name=plan.recipe, description="the plan as run", rules=rules, **ends)
+    return Recipe(name=plan.recipe, description="the plan as run", rules=rules, coding=coding, **ends)
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """A recipe as YAML."""
-    return yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False, width=120)
+    values = recipe.model_dump(exclude_none=True)
+    if not recipe.coding:
+        del values["coding"]
+    return yaml.safe_dump(values, sort_keys=False, width=120)
 
 
 def _spec_for(recipe: Recipe, matrix: MatrixInfo, depth: int) -> FormatSpec:

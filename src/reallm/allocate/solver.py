@@ -12,6 +12,9 @@ from reallm.errors import RecipeError
 # The exact search rounds every matrix up to a step of the budget: good for few, wasteful for many.
 _GRID = 1 << 14
 _FEW = 32
+# A matrix whose choice moves more than this share of the budget is tried in each of its candidates: beside it prices
+# are too coarse. An embedding is such a matrix.
+_LARGE = 0.02
 
 
 @dataclass(frozen=True)
@@ -26,70 +29,148 @@ def choose(tables: Sequence[Sequence[Candidate]], budget: int, least: int = 0) -
     """Index of the chosen candidate of every table: summed nbytes <= budget, summed loss small.
 
     Lagrangian relaxation (Everett 1963; Shoham & Gersho 1988): bisect the price of a byte, which is exact on
-    the convex hull, then spend what is left by the best affordable exchanges. A handful of matrices, where the
-    hull is coarse, are also searched together; `least` bytes are then met if any choice meets them.
+    the convex hull, spend what is left by the best affordable exchanges, and search together the few candidates that
+    can still be in a better choice. A matrix that is large beside the budget is tried in each of its candidates. A
+    handful of matrices, where the hull is coarse, are also searched as they are; `least` bytes are then met if any
+    choice meets them.
 
     Errors: RecipeError if even the smallest candidates exceed the budget.
     """
-    smallest = [min(range(len(t)), key=lambda i: (t[i].nbytes, t[i].loss)) for t in tables]
-    if (fewest := _bytes(tables, smallest)) > budget:
+    if not tables:
+        return []
+    numbers = _Numbers.of(tables)
+    smallest = numbers.smallest()
+    if (fewest := numbers.bytes_of(smallest)) > budget:
         raise RecipeError(f"the smallest possible plan takes {fewest:,} bytes, the budget is {budget:,}")
-    chosen = _cheapest_affordable_price(tables, budget, smallest)
-    chosen = _spend_rest(tables, chosen, budget)
-    short = _bytes(tables, chosen) < least
-    if not short and len(tables) > _FEW:
-        return chosen
-    found = _searched(tables, budget, least)
-    return found if found and (short or _loss(tables, found) < _loss(tables, chosen)) else chosen
+    chosen = min(_relaxed(numbers, budget, split=len(tables) > _FEW), key=numbers.loss_of, default=smallest)
+    short = numbers.bytes_of(chosen) < least
+    if short or len(tables) <= _FEW:
+        found = _searched(tables, budget, least)
+        if found is not None and (short or numbers.loss_of(found) < numbers.loss_of(chosen)):
+            return found
+    return chosen.tolist()
 
 
-def _bytes(tables: Sequence[Sequence[Candidate]], chosen: Sequence[int]) -> int:
-    return sum(table[i].nbytes for table, i in zip(tables, chosen, strict=True))
+@dataclass(frozen=True)
+class _Numbers:
+    """Tables as arrays (matrices, candidates); what a shorter one has too few of costs infinitely much."""
+
+    nbytes: np.ndarray
+    loss: np.ndarray
+
+    @staticmethod
+    def of(tables: Sequence[Sequence[Candidate]]) -> _Numbers:
+        width = max(len(table) for table in tables)
+        nbytes, loss = np.full((len(tables), width), 1e18), np.full((len(tables), width), np.inf)
+        for row, table in enumerate(tables):
+            nbytes[row, : len(table)] = [candidate.nbytes for candidate in table]
+            loss[row, : len(table)] = [candidate.loss for candidate in table]
+        return _Numbers(nbytes, loss)
+
+    def smallest(self) -> np.ndarray:
+        """The fewest bytes, and of those the least loss."""
+        fewest = self.nbytes == self.nbytes.min(1, keepdims=True)
+        return np.where(fewest, self.loss, np.inf).argmin(1)
+
+    def at_price(self, price: float) -> np.ndarray:
+        """Each matrix by itself takes what costs least at `price` loss a byte; among equals what has fewest bytes."""
+        cost = self.loss + price * self.nbytes
+        return np.where(cost == cost.min(1, keepdims=True), self.nbytes, np.inf).argmin(1)
+
+    def bytes_of(self, chosen: Sequence[int] | np.ndarray) -> int:
+        return int(self.nbytes[np.arange(len(self.nbytes)), np.asarray(chosen)].sum())
+
+    def loss_of(self, chosen: Sequence[int] | np.ndarray) -> float:
+        return float(self.loss[np.arange(len(self.loss)), np.asarray(chosen)].sum())
+
+    def only(self, row: int, candidate: int) -> _Numbers:
+        """The matrix `row` has no other candidate."""
+        nbytes, loss = self.nbytes.copy(), self.loss.copy()
+        others = np.arange(nbytes.shape[1]) != candidate
+        nbytes[row, others], loss[row, others] = 1e18, np.inf
+        return _Numbers(nbytes, loss)
 
 
-def _loss(tables: Sequence[Sequence[Candidate]], chosen: Sequence[int]) -> float:
-    return sum(table[i].loss for table, i in zip(tables, chosen, strict=True))
+def _relaxed(numbers: _Numbers, budget: int, split: bool) -> list[np.ndarray]:
+    """Choices by a price of bytes; with `split` one for each candidate of a matrix that is large beside the budget."""
+    real = np.where(np.isfinite(numbers.loss), numbers.nbytes, np.nan)
+    spread = np.nanmax(real, 1) - np.nanmin(real, 1)
+    row = int(spread.argmax())
+    if split and spread[row] > _LARGE * budget:
+        found = []
+        for candidate in np.flatnonzero(np.isfinite(numbers.loss[row])).tolist():
+            found += _relaxed(numbers.only(row, candidate), budget, split=False)
+        return found
+    smallest = numbers.smallest()
+    if numbers.bytes_of(smallest) > budget:
+        return []
+    chosen, price = _cheapest_affordable_price(numbers, budget, smallest)
+    chosen = _spend_rest(numbers, chosen, budget)
+    better = _near(numbers, chosen, price, budget)
+    return [chosen if better is None else _spend_rest(numbers, better, budget)]
 
 
-def _at_price(tables: Sequence[Sequence[Candidate]], price: float) -> list[int]:
-    """Each matrix by itself takes what costs least at `price` loss per byte."""
-    return [min(range(len(t)), key=lambda i: (t[i].loss + price * t[i].nbytes, t[i].nbytes)) for t in tables]
-
-
-def _cheapest_affordable_price(tables: Sequence[Sequence[Candidate]], budget: int, smallest: list[int]) -> list[int]:
-    if _bytes(tables, free := _at_price(tables, 0.0)) <= budget:
-        return free
-    low, high = 0.0, max(c.loss for t in tables for c in t) + 1e-12
+def _cheapest_affordable_price(numbers: _Numbers, budget: int, smallest: np.ndarray) -> tuple[np.ndarray, float]:
+    """The choice at a price of bytes that is just high enough, and the price."""
+    if numbers.bytes_of(free := numbers.at_price(0.0)) <= budget:
+        return free, 0.0
+    low, high = 0.0, float(numbers.loss[np.isfinite(numbers.loss)].max()) + 1e-12
     best = smallest
-    for _ in range(200):  # the price spans many decades: bisect until the interval is the float's own step
-        price = (low + high) / 2
-        if not low < price < high:
+    for _ in range(100):  # the price spans many decades: bisect until the interval is the float's own step
+        # Between decades by the geometric mean, which halves the number of decades in question.
+        price = (low * high) ** 0.5 if low > 0 else high * 1e-3
+        if not low < price < high or high < 1e-30:
             break
-        chosen = _at_price(tables, price)
-        if _bytes(tables, chosen) <= budget:
+        chosen = numbers.at_price(price)
+        if numbers.bytes_of(chosen) <= budget:
             best, high = chosen, price
         else:
             low = price
-    return best
+    return best, high
 
 
-def _spend_rest(tables: Sequence[Sequence[Candidate]], chosen: list[int], budget: int) -> list[int]:
+def _spend_rest(numbers: _Numbers, chosen: np.ndarray, budget: int) -> np.ndarray:
     """Exchange candidates one at a time, best gain per byte first, while any exchange that gains is affordable."""
-    chosen = list(chosen)
-    left = budget - _bytes(tables, chosen)
+    chosen, rows = chosen.copy(), np.arange(len(chosen))
+    left = budget - numbers.bytes_of(chosen)
     while True:
-        exchanges = [
-            ((now.loss - new.loss) / max(new.nbytes - now.nbytes, 1), m, i)
-            for m, table in enumerate(tables)
-            for now in (table[chosen[m]],)
-            for i, new in enumerate(table)
-            if new.loss < now.loss and new.nbytes - now.nbytes <= left
-        ]
-        if not exchanges:
+        more = numbers.nbytes - numbers.nbytes[rows, chosen][:, None]
+        gain = numbers.loss[rows, chosen][:, None] - numbers.loss
+        worth = np.where((gain > 0) & (more <= left), gain / np.maximum(more, 1), -np.inf)
+        row, index = np.unravel_index(worth.argmax(), worth.shape)
+        if not np.isfinite(worth[row, index]):
             return chosen
-        _, matrix, index = max(exchanges)
-        left -= tables[matrix][index].nbytes - tables[matrix][chosen[matrix]].nbytes
-        chosen[matrix] = index
+        left -= int(more[row, index])
+        chosen[row] = index
+
+
+def _near(numbers: _Numbers, chosen: np.ndarray, price: float, budget: int) -> np.ndarray | None:
+    """The best choice among those candidates that can be part of a better one than `chosen`; None if there is none.
+
+    At any price of bytes a candidate that costs more above its table's cheapest than `chosen` lies above the dual bound
+    is in no better choice. Of 20 candidates this leaves one to three, which are searched together.
+    """
+    cost = numbers.loss + price * numbers.nbytes
+    above = cost - cost.min(1, keepdims=True)
+    gap = numbers.loss_of(chosen) - (float(cost.min(1).sum()) - price * budget)
+    near = above <= gap
+    near[np.arange(len(chosen)), chosen] = True  # whatever rounding makes of the gap
+    kept = [np.flatnonzero(row).tolist() for row in near]
+    least = [min(int(numbers.nbytes[row, i]) for i in few) for row, few in enumerate(kept)]
+    open_rows = [row for row, few in enumerate(kept) if len(few) > 1]
+    if not open_rows or sum(least) > budget:
+        return None
+    tables = [
+        [Candidate(int(numbers.nbytes[row, i]) - least[row], float(numbers.loss[row, i])) for i in kept[row]]
+        for row in open_rows
+    ]
+    room = min(budget - sum(least), sum(max(c.nbytes for c in table) for table in tables))
+    found = _searched(tables, room, 0)
+    if found is None:
+        return None
+    better = np.array([few[0] for few in kept])
+    better[open_rows] = [kept[row][place] for row, place in zip(open_rows, found, strict=True)]
+    return better if numbers.loss_of(better) < numbers.loss_of(chosen) else None
 
 
 def _searched(tables: Sequence[Sequence[Candidate]], budget: int, least: int) -> list[int] | None:

@@ -1,6 +1,7 @@
 """The compressed model on disk: manifest, writer, reader, ledger. Specified in docs/artifact.md."""
 
-from reallm.artifact.ledger import Ledger, Row, read_ledger
+from reallm.artifact.coding import code, coded_tensor, decoded_tensor
+from reallm.artifact.ledger import Ledger, Row, decoding_seconds, read_ledger
 from reallm.artifact.manifest import VERSION, Manifest, StoredMatrix, read_manifest
 from reallm.artifact.work import (
     STAGING,
@@ -12,7 +13,7 @@ from reallm.artifact.work import (
     remove,
     work_folder,
 )
-from reallm.artifact.writer import save_tensors, write_shards
+from reallm.artifact.writer import foretold_files, foretold_nbytes, save_tensors, write_shards
 
 __all__ = [
     "STAGING",
@@ -24,7 +25,13 @@ __all__ = [
     "check_finished",
     "check_finished_output",
     "check_output",
+    "code",
+    "coded_tensor",
+    "decoded_tensor",
+    "decoding_seconds",
     "finished_file",
+    "foretold_files",
+    "foretold_nbytes",
     "opened",
     "read_ledger",
     "read_manifest",

@@ -27,6 +27,11 @@ def checksums_of(files: Iterable[Path]) -> dict[str, str]:
     return {file.name: "".join(checksum for _, checksum in _of_tensors(file)) for file in sorted(files)}
 
 
+def foretold_checksums(files: Mapping[str, int]) -> dict[str, str]:
+    """As long as the checksums of files with so many tensors will be."""
+    return {name: "0" * (DIGITS * count) for name, count in files.items()}
+
+
 def verify(files: Iterable[Path], checksums: Mapping[str, str]) -> None:
     """Compare weight files with the checksums of the manifest; an old artifact, which has none, passes.
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from reallm.artifact.checks import check_inside, read_header
+from reallm.artifact.coding import decoded_tensor
 from reallm.artifact.manifest import Manifest, StoredMatrix, read_manifest
 from reallm.errors import ArtifactError
 from reallm.formats import Shape, WeightFormat
@@ -22,7 +26,8 @@ class Row:
     """Some bytes of one file: a stored tensor, a header, or a whole companion file.
 
     `role` says what the bytes are for (codes, scales, …), `matrix` whose they are; `kind` is block,
-    embedding or head for compressed matrices, `kept` for tensors left as they were, else `file`.
+    embedding or head for compressed matrices, `kept` for tensors left as they were, else `file`. `nbytes` are those
+    of the file, `raw_nbytes` those before entropy coding where a tensor is coded.
     """
 
     file: str
@@ -31,6 +36,7 @@ class Row:
     kind: str
     role: str
     nbytes: int
+    raw_nbytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,11 @@ class Ledger:
         """8 · bytes of all files / parameters of the whole model."""
         return 8 * self.total_bytes / self.parameters if self.parameters else math.nan
 
+    @property
+    def coded(self) -> tuple[Row, ...]:
+        """Rows of entropy-coded tensors."""
+        return tuple(row for row in self.rows if row.raw_nbytes is not None)
+
     def by(self, field: str) -> dict[str, int]:
         """Bytes summed by a field of the rows (`role`, `kind`, `matrix`, `file`), largest first."""
         sums: dict[str, int] = defaultdict(int)
@@ -86,6 +97,11 @@ class Ledger:
             "bits_per_parameter": self.bits_per_parameter,
             "block_weights": self.block_weights,
             "parameters": self.parameters,
+            "entropy_coded": {
+                "tensors": len(self.coded),
+                "bytes": sum(row.nbytes for row in self.coded),
+                "raw_bytes": sum(row.raw_nbytes or 0 for row in self.coded),
+            },
             "by_role": self.by("role"),
             "by_kind": self.by("kind"),
             "rows": [asdict(row) for row in self.rows],
@@ -121,7 +137,7 @@ def _check_complete(folder: Path, rows: list[Row], manifest: Manifest) -> None:
             name = f"{matrix.name}.{local}"
             if name not in found:
                 raise ArtifactError(f"{folder}: tensor {name!r} is missing; copy the artifact again")
-            if found[name] != tensor.nbytes:
+            if local not in matrix.coded and found[name] != tensor.nbytes:
                 raise ArtifactError(
                     f"{folder}: tensor {name!r} has {found[name]:,} bytes, config.json says {tensor.nbytes:,}; "
                     "copy the artifact again"
@@ -148,7 +164,8 @@ def _tensor_rows(path: Path, folder: Path, manifest: Manifest) -> tuple[list[Row
             rows.append(Row(file, name, None, "kept", "kept", entry.nbytes))
             kept_weights += math.prod(entry.shape)
         else:
-            rows.append(Row(file, name, matrix.name, matrix.kind, role, entry.nbytes))
+            raw = _raw_nbytes(matrix, name)
+            rows.append(Row(file, name, matrix.name, matrix.kind, role, entry.nbytes, raw))
     return rows, kept_weights
 
 
@@ -171,3 +188,26 @@ def _role(matrix: StoredMatrix, tensor: str) -> str | None:
 @functools.lru_cache(maxsize=4096)
 def _local_names(fmt: WeightFormat, shape: Shape) -> frozenset[str]:
     return frozenset(fmt.layout(shape))
+
+
+# Bytes of coded tensors that are decoded to tell how long all of them take.
+_TIMED_BYTES = 4_000_000
+
+
+def decoding_seconds(folder: Path, ledger: Ledger) -> float:
+    """How long entropy decoding takes at load, here: timed on some of the tensors."""
+    layouts = {f"{m.name}.{local}": t for m in ledger.compressed for local, t in m.fmt.layout(m.shape).items()}
+    done, begun = 0, time.perf_counter()
+    for row in ledger.coded:
+        with safe_open(Path(folder) / row.file, framework="pt") as file:
+            decoded_tensor(file.get_tensor(row.name), layouts[row.name])
+        done += row.nbytes
+        if done >= _TIMED_BYTES:
+            break
+    return (time.perf_counter() - begun) * sum(row.nbytes for row in ledger.coded) / max(done, 1)
+
+
+def _raw_nbytes(matrix: StoredMatrix, tensor: str) -> int | None:
+    """Bytes of a tensor before it was coded; None for one that is stored as it is."""
+    local = tensor.removeprefix(f"{matrix.name}.")
+    return matrix.fmt.layout(matrix.shape)[local].nbytes if local in matrix.coded else None

@@ -11,7 +11,8 @@ from reallm.errors import ArtifactError
 from reallm.formats import Shape, WeightFormat, from_spec, to_spec
 
 QUANT_METHOD = "reallm"
-VERSION = 1
+VERSION = 2
+_VERSION_WITHOUT_CODING = 1
 KINDS = ("block", "embedding", "head")
 # The largest matrices of today, embeddings, have 2^32 weights. Sizes beyond these overflow 64 bits further on.
 _MOST_ROWS = 1 << 31
@@ -20,12 +21,16 @@ _MOST_WEIGHTS = 1 << 40
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """One compressed matrix: module path, format, (out, in) shape, and `kind` block, embedding or head."""
+    """One compressed matrix: module path, format, (out, in) shape, and `kind` block, embedding or head.
+
+    `coded` are the local names of tensors that are stored entropy-coded.
+    """
 
     name: str
     fmt: WeightFormat
     shape: Shape
     kind: str
+    coded: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -34,7 +39,7 @@ class StoredMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes by the format's layout."""
+        """Bytes by the format's layout; stored ones are fewer where tensors are coded."""
         return self.fmt.nbytes(self.shape)
 
 
@@ -47,7 +52,7 @@ class Manifest:
 
     matrices: tuple[StoredMatrix, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
-    version: int = VERSION
+    version: int = field(default=VERSION, compare=False)  # as read
     checksums: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,11 +61,15 @@ class Manifest:
         indices: dict[str, int] = {}
         for matrix in self.matrices:
             layout = {"kind": matrix.kind, "shape": list(matrix.shape), "format": to_spec(matrix.fmt)}
+            if matrix.coded:
+                layout["coded"] = list(matrix.coded)
             if layout not in layouts:
                 layouts.append(layout)
             indices[matrix.name] = layouts.index(layout)
+        coded = any(matrix.coded for matrix in self.matrices)
         return {
-            "version": self.version,
+            # Older readers can read what has nothing in it that they do not know.
+            "version": VERSION if coded else _VERSION_WITHOUT_CODING,
             "layouts": layouts,
             "matrices": indices,
             "provenance": self.provenance,
@@ -75,7 +84,7 @@ class Manifest:
         """
         version = check_version(values.get("version"))
         try:
-            layouts = [(entry["kind"], entry["shape"], entry["format"]) for entry in values["layouts"]]
+            layouts = [(e["kind"], e["shape"], e["format"], e.get("coded", [])) for e in values["layouts"]]
             named = {check_name(str(name)): index for name, index in values["matrices"].items()}
             checksums = dict(values.get("checksums") or {})
             provenance = dict(values.get("provenance") or {})
@@ -106,13 +115,15 @@ def check_version(version: Any) -> int:
     return version
 
 
-def _stored_matrix(name: str, kind: Any, shape: Any, spec: Any) -> StoredMatrix:
+def _stored_matrix(name: str, kind: Any, shape: Any, spec: Any, coded: Any) -> StoredMatrix:
     ok = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < _MOST_ROWS for n in shape)
     if not ok or shape[0] * shape[1] > _MOST_WEIGHTS or kind not in KINDS:
         raise ArtifactError(f"{name}: kind={kind!r:.50} shape={shape!r:.50} is not a stored matrix")
     fmt = from_spec(spec)
     fmt.check((shape[0], shape[1]))
-    return StoredMatrix(name, fmt, (shape[0], shape[1]), kind)
+    if not isinstance(coded, list) or not set(map(str, coded)) <= set(fmt.layout((shape[0], shape[1]))):
+        raise ArtifactError(f"{name}: coded={coded!r} are not tensors of the format {fmt.name}; config.json is damaged")
+    return StoredMatrix(name, fmt, (shape[0], shape[1]), kind, tuple(coded))
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -61,9 +61,10 @@ def _may_be_finished(out: Path) -> bool:
     return not (work_folder(out) / STAGING).exists()
 
 
-def check_finished_output(out: Path, state: dict[str, Any]) -> None:
+def check_finished_output(out: Path, state: dict[str, Any], formats_may_differ: bool = False) -> None:
     """What a killed run left at `out` must be what this one would make.
 
+    `formats_may_differ`: the run may have changed formats on the way, so that the plan is compared by its names.
     Errors: ArtifactError if it is of another source, seed, calibration or plan.
     """
     manifest = read_manifest(out)
@@ -71,7 +72,10 @@ def check_finished_output(out: Path, state: dict[str, Any]) -> None:
     found["source"] = manifest.provenance.get("source_sha256")
     found["plan"] = {matrix.name: to_spec(matrix.fmt) for matrix in manifest.matrices}
     for key, value in found.items():
-        if value != state[key]:
+        wanted = state[key]
+        if formats_may_differ and key == "plan":
+            value, wanted = set(value), set(wanted)
+        if value != wanted:
             raise ArtifactError(f"{out} exists and is of another {key}; give another --output or remove it")
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -51,6 +52,55 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_bytes:
     _name_shards(shards, folder, total)
 
 
+# The order of tensors in a file: by dtype, the last of these first, then by name.
+_DTYPES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
+}  # fmt: skip
+
+
+def foretold_nbytes(tensors: Iterable[tuple[str, Tensor]], max_bytes: int = MAX_SHARD_BYTES) -> int:
+    """Bytes of the files that `write_shards` makes of tensors, which may be on the meta device."""
+    shards = _foretold_shards(tensors, max_bytes)
+    files = sum(_file_nbytes(shard) for shard in shards)
+    if len(shards) == 1:
+        return files
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    return files + len(_index([list(shard) for shard in shards], total)[1])
+
+
+def foretold_files(tensors: Iterable[tuple[str, Tensor]], max_bytes: int = MAX_SHARD_BYTES) -> dict[str, int]:
+    """Name of every safetensors file that `write_shards` makes, and how many tensors it holds."""
+    shards = _foretold_shards(tensors, max_bytes)
+    names = [SINGLE] if len(shards) == 1 else _index([list(shard) for shard in shards], 0)[0]
+    return {name: len(shard) for name, shard in zip(names, shards, strict=True)}
+
+
+def _foretold_shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> list[Tensors]:
+    shards: list[Tensors] = [{}]
+    size = 0
+    for name, tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def _file_nbytes(tensors: Tensors) -> int:
+    """Length, header (JSON, filled to a multiple of 8) and data of a safetensors file."""
+    places = {dtype: place for place, dtype in enumerate(_DTYPES)}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-places[tensors[name].dtype], name)):
+        tensor, start = tensors[name], end
+        end += tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8 + end
+
+
 def _flush(held: Tensors, shards: list[list[str]], folder: Path) -> None:
     shards.append(list(held))
     save_tensors(held, folder / _unnumbered(len(shards)))
@@ -65,10 +115,14 @@ def _name_shards(shards: list[list[str]], folder: Path, total: int) -> None:
     if len(shards) == 1:
         os.replace(folder / _unnumbered(1), folder / SINGLE)
         return
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(folder / _unnumbered(number), folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    names, index = _index(shards, total)
+    for number, name in enumerate(names, 1):
+        os.replace(folder / _unnumbered(number), folder / name)
+    (folder / INDEX).write_text(index, encoding="utf-8")
+
+
+def _index(shards: list[list[str]], total: int) -> tuple[list[str], str]:
+    """Names of the shards, and the text of the index."""
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    return names, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)

@@ -15,11 +15,13 @@ from reallm.errors import ReallmError
 # These files are imported for --help too, so that what is slow to import belongs inside the function.
 COMMANDS = (
     "compress",
+    "plan",
     "info",
     "recipes",
     "formats",
     "eval",
     "generate",
+    "pack",
 )
 
 # Plain help and errors: they can be copied, grepped and read by a screen reader, and are the same everywhere.

@@ -25,11 +25,23 @@ def command(
             help="Stored bits per block weight, all side bytes included; met within 1 %, never exceeded.",
         ),
     ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Bytes of everything that is written: 60MB (decimal), 57MiB, 800KB, 2GB or a number; never exceeded, "
+            "and used to 99.5 %.",
+        ),
+    ] = None,
+    bits_per_parameter: Annotated[
+        float | None,
+        typer.Option(metavar="B", help="The same as bits: 8 times the bytes of everything / parameters of the model."),
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help=f"Shipped recipe (see: reallm recipes) or YAML file, instead of --bits; default: {DEFAULT_RECIPE}.",
+            help=f"Shipped recipe (see: reallm recipes) or YAML file, in place of a budget; default: {DEFAULT_RECIPE}.",
         ),
     ] = None,
     rank: Annotated[
@@ -73,40 +85,79 @@ def command(
             "weighted by the gradient of the end loss) or fisher (weights weighted by their Fisher information).",
         ),
     ] = "outputs",
+    coding: Annotated[
+        bool | None,
+        typer.Option(
+            "--entropy-coding/--no-entropy-coding",
+            help="Store tensors entropy-coded where that makes them smaller; default: with --size, or as recipes say.",
+        ),
+    ] = None,
+    state_bits: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Window of the trellis codes that a budget with calibration chooses from: 6 to 16, or 0 for none. "
+            "By default 16 on a GPU and none on a CPU, where 12 take an hour for 60 million weights.",
+        ),
+    ] = None,
+    corrections: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML with factors or figures for predicted losses, and candidate formats."),
+    ] = None,
+    analysis: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where the analysis behind predicted losses is kept for the next budget; default: .reallm beside OUT.",
+        ),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check/--no-check", help="Measure what a budget with calibration has predicted, on 4 windows."),
+    ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print plan, bytes, time, memory and disk, and stop before any work.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the work folder of an interrupted run.")] = False,
 ) -> None:
     """Compress a model into a folder that from_pretrained loads."""
+    from reallm.allocate.sizing import parse_size
     from reallm.artifact import check_output, work_folder
     from reallm.pipeline import Settings, prepare, run, work_bytes
     from reallm.report.cost import cost_table, plan_table
     from reallm.report.ledger import summary
-    from reallm.report.text import size
+    from reallm.report.predicted import realised_line
+    from reallm.report.text import size as in_units
 
     if not dry_run:
         check_output(output, resume)
+    no_goal = bits is None and size is None and bits_per_parameter is None and recipe is None
     settings = Settings(
         bits=bits,
-        recipe=recipe if bits is not None or recipe is not None else DEFAULT_RECIPE,
+        recipe=DEFAULT_RECIPE if no_goal else recipe,
+        size=None if size is None else parse_size(size),
+        bits_per_parameter=bits_per_parameter,
         rank=rank,
         seed=seed,
         device=device,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
-        embedding=_end_format("--embedding", embedding),
-        head=_end_format("--head", head),
+        embedding=end_format("--embedding", embedding),
+        head=end_format("--head", head),
         calibration=tuple(calibration or ()),
         calibration_windows=calibration_windows,
         objective=objective,
         calibration_context=calibration_context,
+        coding=coding,
+        state_bits=state_bits,
+        corrections=None if corrections is None else str(corrections),
+        analysis=str(analysis or output.absolute().parent / ".reallm"),
     )
     job = prepare(model, settings)
     if dry_run:
         print(plan_table(job), cost_table(job), sep="\n\n")
         return
-    print(f"work folder: {work_folder(output)}, up to {size(work_bytes(job))}, removed at the end", file=sys.stderr)
+    print(f"work folder: {work_folder(output)}, up to {in_units(work_bytes(job))}, removed at the end", file=sys.stderr)
     try:
         with _progress() as progress:
             run(job, output, resume, progress)
@@ -114,9 +165,11 @@ def command(
         print(f"stopped; finished matrices are in {work_folder(output)}: add --resume to go on", file=sys.stderr)
         raise
     print(summary(output))
+    if check and job.forecast is not None and job.forecast.calibrated:
+        print(realised_line(job, output))
 
 
-def _end_format(option: str, bits: str | None) -> Any:
+def end_format(option: str, bits: str | None) -> Any:
     """The format an option's value stands for.
 
     Errors: RecipeError for anything but 1 to 8 and keep.

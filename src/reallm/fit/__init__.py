@@ -5,10 +5,19 @@ import pkgutil
 
 from reallm.fit.dispatch import fit, relative_error, squared_error
 from reallm.fit.objective import Objective
-from reallm.fit.quality import Quality, gaussian_error, gaussian_quality
+from reallm.fit.quality import Quality, gaussian_error, gaussian_quality, gaussian_share
 
 # Every file of this folder registers its ways of fitting when imported.
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["Objective", "Quality", "fit", "gaussian_error", "gaussian_quality", "relative_error", "squared_error"]
+__all__ = [
+    "Objective",
+    "Quality",
+    "fit",
+    "gaussian_error",
+    "gaussian_quality",
+    "gaussian_share",
+    "relative_error",
+    "squared_error",
+]

@@ -197,6 +197,33 @@ def importance_in_feedback(hessian: Float[Tensor, "in in"], width: int) -> Float
     return found
 
 
+def costs_in_feedback(
+    hessian: Float[Tensor, "in in"], tested: Float[Tensor, "in in"], widths: tuple[int, ...]
+) -> dict[int, Float[Tensor, " in"]]:
+    """What a rounding error in each column costs by the hessian `tested`, answered as `hessian` says; by coder width.
+
+    diag(V T Vᵀ) with V_J = U_JJ⁻¹ U_J for every block J of columns. On the hessian itself these are the squared
+    norms of U_JJ⁻¹; on that of other text they are larger, the more so the fewer tokens `hessian` has. One factor
+    serves all widths, in the order of the widest: the others divide it.
+    """
+    widest = max(widths)
+    blocks = _blocks(hessian.diagonal(), widest, falling=True)
+    order = torch.cat([torch.arange(start, end) for start, end in blocks]).to(hessian.device)
+    factor, tested = inverse_factor(hessian[order][:, order]), tested[order][:, order]
+    count, found = len(factor), {}
+    for width in widths:
+        size = -(-count // width) * width
+        filled = torch.eye(size, device=factor.device, dtype=factor.dtype)
+        filled[:count, :count] = factor
+        # (width, width, blocks): entries inside the blocks on the diagonal.
+        own = filled.view(size // width, width, size // width, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        rows = filled.view(size // width, width, size)
+        answers = torch.linalg.solve_triangular(own, rows, upper=True).reshape(size, size)[:count, :count]
+        found[width] = torch.empty_like(tested[0])
+        found[width][order] = ((answers @ tested) * answers).sum(1)
+    return found
+
+
 def _rounding_of(coder: Coder) -> Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]:
     """Rounds one block at the least cost once all later ones have answered: |errors · own⁻¹|², or nearly that."""
 

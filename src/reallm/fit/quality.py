@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -77,19 +77,25 @@ def gaussian_quality(fmt: WeightFormat, shape: Shape, device: str | torch.device
 def gaussian_error(fmt: WeightFormat) -> float:
     """Relative squared error on a seeded Gaussian matrix; that of a budget's candidate is looked up."""
     known = _table().get(json.dumps(to_spec(fmt)))
-    return measured_gaussian_error(fmt) if known is None else known
+    return measured_gaussian_error(fmt) if known is None else known["error"]
+
+
+def gaussian_share(fmt: WeightFormat) -> float:
+    """Stored bytes / bytes before entropy coding of a budget's candidate on Gaussian weights; 1 for other formats."""
+    return _table().get(json.dumps(to_spec(fmt)), {}).get("share", 1.0)
 
 
 @functools.cache
-def _table() -> dict[str, float]:
-    """Errors of the candidates by spec, from benchmarks/gaussian_errors.py: 60 fits that no dry run waits for."""
+def _table() -> dict[str, dict[str, Any]]:
+    """Errors of the candidates by spec, from benchmarks/gaussian_errors.py: 150 fits that no dry run waits for."""
     text = resources.files("reallm.fit").joinpath("gaussian_errors.json").read_text(encoding="utf-8")
-    return {json.dumps(row["format"]): row["error"] for row in json.loads(text)}
+    return {json.dumps(row["format"]): row for row in json.loads(text)}
 
 
 def measured_gaussian_error(fmt: WeightFormat) -> float:
     """Relative squared error on a seeded Gaussian matrix, large enough that no codebook learns it by heart."""
-    shape = (32, 512)
+    # The tables of an entropy coder, which a real matrix hardly feels, would be 6 % of the bytes of 16,384 weights.
+    shape = (512, 1024) if "entropy_coded" in json.dumps(to_spec(fmt)) else (32, 512)
     learned = sum(t.numel() for name, t in fmt.layout(shape).items() if fmt.role(name) == "codebooks")
     # 4,096 entries of four for the 4,096 vectors of the small sample had an error of 0.0003 in place of 0.02.
     shape = (max(shape[0], _WEIGHTS_PER_LEARNED * learned // shape[1]), shape[1])

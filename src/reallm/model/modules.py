@@ -51,6 +51,11 @@ class _Compressed(nn.Module):
         """The stored tensors by local name."""
         return {name: self.get_buffer(name) for name in self._local_names}
 
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Replace a stored tensor."""
+        parent, leaf = _descend(self, name)
+        parent.register_buffer(leaf, tensor)
+
     def decode(self) -> Float[Tensor, "out in"]:
         """The matrix from its stored tensors, in the compute dtype."""
         return self.fmt.decode(self.fmt.unpack(self.stored(), self.shape), self.shape).to(self.compute_dtype)

@@ -13,8 +13,9 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers import auto as registry
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from reallm.artifact.coding import coded_tensor, decoded_tensor
 from reallm.artifact.integrity import verify
-from reallm.artifact.manifest import QUANT_METHOD, VERSION, Manifest, StoredMatrix, check_version
+from reallm.artifact.manifest import QUANT_METHOD, VERSION, Manifest, check_version
 from reallm.errors import ArtifactError, FormatError
 from reallm.formats import WeightFormat
 from reallm.model.headers import Header, read_headers
@@ -85,6 +86,10 @@ class ReallmConfig(QuantizationConfigMixin):
         """Format of every compressed matrix by module path."""
         return {matrix.name: matrix.fmt for matrix in self.manifest().matrices}
 
+    def coded_tensors(self) -> dict[str, tuple[str, ...]]:
+        """Local names of entropy-coded tensors by module path."""
+        return {matrix.name: matrix.coded for matrix in self.manifest().matrices if matrix.coded}
+
 
 def write_config(source: Source, manifest: Manifest, folder: Path) -> None:
     """Write `config.json`: the original's, and how its matrices are stored."""
@@ -116,6 +121,7 @@ class ReallmQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         check_mode(quantization_config.mode)
         self._stored: dict[str, Tensor] = {}  # full name -> what it must be, on the meta device
+        self._coded: set[str] = set()  # those of them that the file holds entropy-coded
         self._markers: list[str] = []
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -139,6 +145,8 @@ class ReallmQuantizer(HfQuantizer):
             for path, module in compressed_modules(model).items()
             for local, tensor in module.stored().items()
         }
+        coded = _within(model, self.quantization_config.coded_tensors())
+        self._coded = {f"{path}.{local}" for path, names in coded.items() for local in names}
         if files := kwargs.get("checkpoint_files"):
             self._check_files(model, [Path(file) for file in files])
         return model
@@ -160,7 +168,10 @@ class ReallmQuantizer(HfQuantizer):
                 raise ArtifactError(f"{files[0].parent}: tensor {name!r} is missing; copy the artifact again")
             # Kept parameters may be stored in another dtype than the model computes in; ours may not.
             dtype = wanted.dtype if name in self._stored else header.dtype
-            _check(f"{files[0].parent}: tensor {name!r}", header.dtype, header.shape, dtype, wanted.shape)
+            shape = wanted.shape
+            if name in self._coded:
+                dtype, shape = torch.uint8, header.shape if len(header.shape) == 1 else (-1,)
+            _check(f"{files[0].parent}: tensor {name!r}", header.dtype, header.shape, dtype, shape)
         self._markers = sorted(n for n, h in headers.items() if _is_marker(h) and n not in expected)
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in self._markers}
@@ -168,6 +179,9 @@ class ReallmQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for path, module in compressed_modules(model).items():
             for local, tensor in module.stored().items():
+                if f"{path}.{local}" in self._coded and tensor.device.type != "meta":
+                    tensor = self._uncoded(f"{path}.{local}", tensor)
+                    module.put(local, tensor)
                 self._check_arrived(f"{path}.{local}", tensor)
             try:
                 if self.quantization_config.mode == DECODE_AT_LOAD:
@@ -187,6 +201,12 @@ class ReallmQuantizer(HfQuantizer):
             raise ArtifactError(f"tensor {name!r} is missing; copy the artifact again")
         _check(f"tensor {name!r}", tensor.dtype, tensor.shape, wanted.dtype, wanted.shape)
 
+    def _uncoded(self, name: str, tensor: Tensor) -> Tensor:
+        try:
+            return decoded_tensor(tensor, self._stored[name])
+        except FormatError as error:
+            raise ArtifactError(f"tensor {name!r}: {error}") from error
+
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Stored tensors are never cast, whatever the model's rules for dtypes say."""
         targets = getattr(converter, "target_patterns", ())
@@ -201,9 +221,11 @@ class ReallmQuantizer(HfQuantizer):
         return []
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` writes: the state dict and the markers."""
+        """What `save_pretrained` writes: the state dict, coded tensors coded again, and the markers."""
         markers = {name: torch.empty(0, dtype=torch.uint8) for name in self._markers}
-        return {**model.state_dict(), **markers}, {}
+        state = model.state_dict()
+        coded = {name: coded_tensor(state[name]) for name in self._coded}
+        return {**state, **coded, **markers}, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Yes: saved as it was loaded."""
@@ -240,7 +262,7 @@ def with_mode(quantization: dict[str, Any], mode: str, verify: bool = True) -> d
     return {**copy.deepcopy(quantization), "mode": check_mode(mode), "verify": verify}
 
 
-def _within(model: nn.Module, matrices: dict[str, StoredMatrix]) -> dict[str, StoredMatrix]:
+def _within(model: nn.Module, matrices: dict[str, Any]) -> dict[str, Any]:
     """Paths as this model has them: a base model (AutoModel) lacks the first part, and the head."""
     prefix = f"{model.base_model_prefix}."
     if hasattr(model, model.base_model_prefix) or not any(path.startswith(prefix) for path in matrices):

@@ -159,6 +159,10 @@ class Source(abc.ABC):
         """The names of the state dict, in model order."""
         return list(self.shapes())
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype that `read` gives a tensor; told without reading it where that is possible."""
+        return self.dtype
+
     @property
     def total_parameters(self) -> int:
         """Numbers in the model, tied ones counted once."""
@@ -260,6 +264,10 @@ class FolderSource(Source):
             if header.dtype.is_floating_point:
                 sizes[header.dtype] = sizes.get(header.dtype, 0) + header.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """As its header says."""
+        return self.dtype if self._keys is None else self._headers[self._keys[name]].dtype
 
     @property
     def nbytes(self) -> int:

@@ -5,8 +5,20 @@ on from there; the output folder appears by one rename when everything is in it.
 """
 
 from reallm.pipeline.cost import Estimate, estimate, work_bytes
-from reallm.pipeline.job import Job, prepare
+from reallm.pipeline.job import Forecast, Job
+from reallm.pipeline.preparing import prepare
 from reallm.pipeline.running import compress, run
 from reallm.pipeline.settings import OBJECTIVES, Settings
 
-__all__ = ["OBJECTIVES", "Estimate", "Job", "Settings", "compress", "estimate", "prepare", "run", "work_bytes"]
+__all__ = [
+    "OBJECTIVES",
+    "Estimate",
+    "Forecast",
+    "Job",
+    "Settings",
+    "compress",
+    "estimate",
+    "prepare",
+    "run",
+    "work_bytes",
+]

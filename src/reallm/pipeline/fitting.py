@@ -22,10 +22,10 @@ from reallm.errors import FormatError, SourceError
 from reallm.fit import Objective, fit
 from reallm.formats import WeightFormat
 from reallm.formats.waist import inner, under
-from reallm.model import Matrix, load_tokenizer, read_matrix
-from reallm.model.calibration import SELF, windows_of_files, windows_written
+from reallm.model import Matrix, read_matrix
 from reallm.model.gradients import fisher, token_weights
 from reallm.model.stream import Stream
+from reallm.pipeline.calibrating import calculation_dtype, calibration_windows
 from reallm.pipeline.job import Job
 from reallm.pipeline.settings import GUIDED, OUTPUTS
 
@@ -33,7 +33,6 @@ Progress = Callable[[str, int, int], None]  # (matrix just finished, weights don
 
 _SEEDS = 1 << 63  # torch's generators take no larger seed
 _LARGEST_WEIGHT = 1e15  # squares of larger ones, summed over a matrix, overflow float32
-_STREAM_IN_FLOAT32 = 2_000_000_000  # parameters
 
 
 def fit_all(job: Job, work: Path, progress: Progress | None) -> None:
@@ -56,7 +55,7 @@ def _fit_along_the_stream(job: Job, work: Path, done: Callable[[Matrix], None]) 
         by_block[matrix.block].append((matrix, planned))
     with torch.no_grad():
         model = job.source.load(stream_dtype(job), "cpu").eval()
-        windows = _calibration_windows(job, model)
+        windows = calibration_windows(job.source, job.settings, model)
         knowledge = _end_loss(job, model, windows, work)
         for matrix, planned in by_block.pop(None, []):
             _put(model, matrix, planned.fmt, _fit_or_keep(job, work, matrix, planned.fmt, None))
@@ -126,18 +125,9 @@ def _counted(job: Job, progress: Progress | None) -> Callable[[Matrix], None]:
     return done
 
 
-def _calibration_windows(job: Job, model: torch.nn.Module) -> Tensor:
-    settings, tokenizer = job.settings, load_tokenizer(job.source.label)
-    limit = getattr(job.source.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    context = min(settings.calibration_context, limit or settings.calibration_context)
-    if settings.calibration == (SELF,):
-        return windows_written(model, tokenizer, settings.calibration_windows, context, settings.seed, settings.device)
-    return windows_of_files(settings.calibration, tokenizer, settings.calibration_windows, context)
-
-
 def stream_dtype(job: Job) -> torch.dtype:
-    """float32 for all that a workstation holds twice; 16 bits beyond."""
-    return torch.float32 if job.source.total_parameters < _STREAM_IN_FLOAT32 else torch.bfloat16
+    """What the dense model computes in."""
+    return calculation_dtype(job.source)
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,35 @@
-"""A model and what will become of it: source → walk → plan. Nothing is computed or written yet."""
+"""A model and what will become of it."""
 
 from __future__ import annotations
 
-import fnmatch
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from reallm.allocate import MatrixInfo, Plan, Planned, load_recipe, plan_for_bits, plan_from_recipe
-from reallm.allocate.recipe import DEFAULT_EMBEDDING
+from reallm.allocate import MatrixInfo, Plan, Planned
+from reallm.allocate.sizing import Options
 from reallm.artifact import Manifest, StoredMatrix
-from reallm.errors import RecipeError
-from reallm.fit import gaussian_error
-from reallm.model import Matrix, Source, Walk, open_source, walk
+from reallm.model import Matrix, Source, Walk
 from reallm.model.walk import LEFT_OUT
-from reallm.pipeline.settings import Settings, calibration_of, check_calibration, check_device
+from reallm.pipeline.settings import Settings, calibration_of
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a budget chose from: options by matrix, bytes that the whole artifact may take, and what was expected.
+
+    `size` is None under --bits. `loss` is the predicted KL to the original in nats a token; `calibrated` says whether
+    it comes from this model's end loss or from the table of roles.
+    """
+
+    options: Options
+    size: int | None
+    nbytes: int | None
+    loss: float
+    calibrated: bool
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,8 @@ class Job:
     walk: Walk
     plan: Plan
     settings: Settings
+    coding: bool = False  # stored tensors are entropy-coded where that makes them smaller
+    forecast: Forecast | None = None  # where a budget chose: what it chose from
 
     @property
     def compressed(self) -> list[tuple[Matrix, Planned]]:
@@ -44,29 +57,13 @@ class Job:
         left_out = {m.parameter: LEFT_OUT for m in self.walk.matrices if m.name not in planned}
         return reasons | left_out
 
-    def manifest(self, fingerprint: str) -> Manifest:
-        """What the loader must know."""
-        matrices = tuple(StoredMatrix(m.name, p.fmt, m.shape, m.kind) for m, p in self.compressed)
+    def manifest(self, fingerprint: str, coded: Mapping[str, tuple[str, ...]] | None = None) -> Manifest:
+        """What the loader must know. `coded`: local names of entropy-coded tensors by matrix."""
+        names = coded or {}
+        matrices = tuple(
+            StoredMatrix(m.name, p.fmt, m.shape, m.kind, names.get(m.name, ())) for m, p in self.compressed
+        )
         return Manifest(matrices, provenance(self, fingerprint))
-
-
-def prepare(model: str | Path, settings: Settings) -> Job:
-    """Open the model and decide every matrix's format.
-
-    Errors: SourceError, RecipeError or FormatError, before anything is written.
-    """
-    if (settings.bits is None) == (settings.recipe is None):
-        raise RecipeError("give either --bits or --recipe" + (", not both" if settings.recipe else ""))
-    check_calibration(settings)
-    if settings.rank is not None and settings.rank < 0:
-        raise RecipeError(f"--rank {settings.rank} is negative; 0 means no residual")
-    check_device(settings.device)
-    source = open_source(model)
-    walked = walk(source.skeleton)
-    chosen = [info_of(matrix) for matrix in _selected(walked.matrices, settings)]
-    plan = _plan(chosen, [info_of(matrix) for matrix in walked.matrices], settings)
-    _check_plan(plan, walked)
-    return Job(source, walked, plan, settings)
 
 
 def provenance(job: Job, fingerprint: str) -> dict[str, Any]:
@@ -85,52 +82,5 @@ def provenance(job: Job, fingerprint: str) -> dict[str, Any]:
     }
 
 
-def _plan(infos: Sequence[MatrixInfo], model: Sequence[MatrixInfo], settings: Settings) -> Plan:
-    """The plan for `infos`, which are all or some of the model's matrices."""
-    ends = {"embedding": settings.embedding, "head": settings.head}
-    chosen = {kind: spec for kind, spec in ends.items() if spec is not None}
-    if settings.bits is not None:
-        specs = dict.fromkeys(ends, DEFAULT_EMBEDDING) | chosen
-        return plan_for_bits(float(settings.bits), infos, gaussian_error, settings.rank, **specs)
-    assert settings.recipe is not None
-    recipe = load_recipe(settings.recipe).model_copy(update=chosen)
-    return plan_from_recipe(recipe, infos, settings.rank, model)
-
-
 def info_of(matrix: Matrix) -> MatrixInfo:
     return MatrixInfo(matrix.name, matrix.shape, matrix.role, matrix.kind, matrix.block)
-
-
-def _selected(matrices: Sequence[Matrix], settings: Settings) -> list[Matrix]:
-    """Matrices that --include and --exclude leave.
-
-    Errors: RecipeError for a pattern that fits nothing.
-    """
-    names = [matrix.name for matrix in matrices]
-    for option, patterns in (("--include", settings.include), ("--exclude", settings.exclude)):
-        for pattern in patterns:
-            if not fnmatch.filter(names, pattern):
-                raise RecipeError(f"{option} {pattern!r} fits no matrix (one is {names[0] if names else 'none'})")
-
-    def wanted(name: str) -> bool:
-        included = not settings.include or any(fnmatch.fnmatchcase(name, p) for p in settings.include)
-        return included and not any(fnmatch.fnmatchcase(name, p) for p in settings.exclude)
-
-    return [matrix for matrix in matrices if wanted(matrix.name)]
-
-
-def _check_plan(plan: Plan, walked: Walk) -> None:
-    """Errors: RecipeError if nothing would be compressed, or only some experts of one tensor."""
-    if not plan.entries:
-        raise RecipeError("the plan compresses nothing; loosen --include/--exclude, or keep less")
-    planned = {entry.matrix.name for entry in plan.entries}
-    experts: dict[str, list[bool]] = defaultdict(list)
-    for matrix in walked.matrices:
-        if matrix.expert is not None:
-            experts[matrix.parameter].append(matrix.name in planned)
-    for parameter, chosen in experts.items():
-        if any(chosen) and not all(chosen):
-            raise RecipeError(
-                f"{parameter}: {sum(chosen)} of {len(chosen)} experts would be compressed, but they are one tensor; "
-                f"take all or none ({parameter}.*)"
-            )

@@ -2,42 +2,57 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
 
-from reallm.allocate import recipe_of_plan
-from reallm.allocate.recipe import dump_recipe
+from reallm.allocate import MatrixInfo, Plan, Planned
+from reallm.allocate.sizing import LEAST_SHARE, Option, Options, nudged, option_of
 from reallm.artifact import (
     STAGING,
+    check_finished,
     check_finished_output,
     check_output,
+    code,
     finished_file,
     opened,
+    read_ledger,
     remove,
     work_folder,
     write_shards,
 )
+from reallm.artifact.checks import read_json
 from reallm.artifact.integrity import checksums_of
-from reallm.formats import to_spec
+from reallm.errors import ArtifactError, RecipeError
+from reallm.formats import WeightFormat, from_spec, to_spec
+from reallm.formats.waist import inner, under
+from reallm.pipeline.budgeting import plan_for_size
 from reallm.pipeline.fitting import Progress, check_finite, fit_all
-from reallm.pipeline.job import Job, info_of, prepare
+from reallm.pipeline.job import Job
+from reallm.pipeline.preparing import prepare
 from reallm.pipeline.settings import Settings, calibration_of
+from reallm.pipeline.whole import WholeFile, nbytes_by_file, write_texts
 
-PLAN_FILE = "plan.yaml"
+_CHANGED_PLAN = "changed.json"  # in the work folder: formats that differ from those the run began with
+_CHANGES, _GUESSES = 10, 5
+_TEXT_ROUNDS = 4  # config and plan name every format once, so that other formats may take other bytes of text
 
 
 def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = None) -> None:
     """Compress every matrix of the job and put the artifact at `out`.
 
     With `resume`, matrices finished by an interrupted run are taken over, whenever it was killed. The work folder
-    `<out>.work` is removed at the end.
+    `<out>.work` is removed at the end. A job with a size is measured once everything is fitted: what entropy coding
+    saved beyond expectation is spent on a few matrices, which are fitted anew.
 
     Errors: ArtifactError if `out` exists, or a work folder does and `resume` is not set; RecipeError if the
     interrupted run had another plan; SourceError for weights that are not finite.
@@ -47,22 +62,26 @@ def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = N
     fingerprint = job.source.fingerprint()
     work, state = work_folder(out), _state(job, fingerprint)
     if finished := out.exists():
-        check_finished_output(out, state)
+        # A job with a size may have changed formats on the way.
+        check_finished_output(out, state, formats_may_differ=job.forecast is not None and job.forecast.size is not None)
     with opened(work, state):
         if not finished:
-            _check_kept(job)
-            fit_all(job, work, progress)
-            _write(job, fingerprint, work, out)
+            _fit_and_write(job, fingerprint, work, out, progress)
         remove(work)
 
 
-def _write(job: Job, fingerprint: str, work: Path, out: Path) -> None:
-    """Put the artifact together in the work folder, then in its place by one rename."""
-    staging = work / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    write_shards(_tensors(job, work), staging)
-    _write_companions(job, fingerprint, staging)
+def _fit_and_write(job: Job, fingerprint: str, work: Path, out: Path, progress: Progress | None) -> None:
+    """Fit everything, put the artifact together in the work folder, then in its place by one rename."""
+    _check_kept(job)
+    job, past = _as_left(job, work)
+    fit_all(job, work, progress)
+    staging = _staged(job, fingerprint, work)
+    while (changed := _nearer_to_size(job, staging, past)) is not None:
+        _note_changes(job, changed, past, work)
+        job = changed
+        fit_all(job, work, progress)
+        staging = _staged(job, fingerprint, work)
+    _check_size(job, staging)
     os.rename(staging, out)
 
 
@@ -90,25 +109,197 @@ def _check_kept(job: Job) -> None:
             check_finite(name, tensor)
 
 
-def _tensors(job: Job, work: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the artifact in the order they are written: matrices, kept tensors, markers."""
+def _staged(job: Job, fingerprint: str, work: Path) -> Path:
+    """The whole artifact in a folder inside the work folder."""
+    staging = work / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    coded: dict[str, tuple[str, ...]] = {}
+    write_shards(_tensors(job, work, coded), staging)
+    _write_companions(job, fingerprint, coded, staging)
+    return staging
+
+
+def _tensors(job: Job, work: Path, coded: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the artifact in the order they are written: matrices, kept tensors, markers.
+
+    Notes in `coded` the local names of those that are entropy-coded, by matrix.
+    """
     from reallm.model import marker_tensors
 
     for matrix, _ in job.compressed:
         with safe_open(finished_file(work, matrix.name), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors file, not a dict
-                yield name, file.get_tensor(name)
+            tensors = inner(matrix.name, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no dict
+        if job.coding:
+            tensors, names = code(tensors)
+            coded |= {matrix.name: names} if names else {}
+        yield from under(matrix.name, tensors).items()
     for name in job.kept:
         yield name, job.source.read(name)
     yield from marker_tensors([matrix for matrix, _ in job.compressed]).items()
 
 
-def _write_companions(job: Job, fingerprint: str, folder: Path) -> None:
+def _write_companions(job: Job, fingerprint: str, coded: dict[str, tuple[str, ...]], folder: Path) -> None:
     """Config, tokenizer, generation settings, and the plan as run."""
-    from reallm.model import write_config
-
-    checksums = checksums_of(folder.glob("*.safetensors"))
-    write_config(job.source, replace(job.manifest(fingerprint), checksums=checksums), folder)
+    write_texts(job, fingerprint, coded, folder, checksums_of(folder.glob("*.safetensors")))
     job.source.save_companions(folder)
-    recipe = recipe_of_plan(job.plan, [info_of(matrix) for matrix in job.walk.matrices])
-    (folder / PLAN_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+@dataclass
+class _Past:
+    """Artifacts that were staged on the way to a size: their plans with all bytes, and bytes by matrix and format."""
+
+    plans: list[tuple[Plan, int]] = field(default_factory=list)
+    known: dict[tuple[str, WeightFormat], int] = field(default_factory=dict)
+
+    def best(self, size: int) -> Plan | None:
+        """The plan that fills the size best without exceeding it."""
+        fitting = [(total, -number, plan) for number, (plan, total) in enumerate(self.plans) if total <= size]
+        return max(fitting, key=lambda row: row[:2])[2] if fitting else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        known = [[name, to_spec(fmt), nbytes] for (name, fmt), nbytes in self.known.items()]
+        return {"plans": [[_formats(plan), total] for plan, total in self.plans], "known": known}
+
+    @staticmethod
+    def of(values: dict[str, Any], job: Job) -> _Past:
+        """The inverse, for the matrices of a job."""
+        plans = [(_with_formats(job.plan, formats), int(total)) for formats, total in values["plans"]]
+        return _Past(plans, {(name, from_spec(spec)): int(nbytes) for name, spec, nbytes in values["known"]})
+
+
+def _formats(plan: Plan) -> dict[str, Any]:
+    return {entry.matrix.name: to_spec(entry.fmt) for entry in plan.entries}
+
+
+def _with_formats(plan: Plan, formats: dict[str, Any]) -> Plan:
+    entries = tuple(Planned(entry.matrix, from_spec(formats[entry.matrix.name])) for entry in plan.entries)
+    return dataclasses.replace(plan, entries=entries)
+
+
+def _nearer_to_size(job: Job, staging: Path, past: _Past) -> Job | None:
+    """The job with a few other formats, which brings the staged artifact into its budget; None if nothing is to do.
+
+    What has not been measured counts as expected at first, and then with all the bytes it can take, so that the last
+    changes do not exceed the budget. When nothing new is left to try, the best of what was tried is taken.
+    """
+    if job.forecast is None or job.forecast.size is None:
+        return None
+    size, total = job.forecast.size, sum(nbytes_by_file(staging).values())
+    least = math.ceil(LEAST_SHARE * size)
+    stored = _stored_bytes(job, staging)
+    again = any(plan == job.plan for plan, _ in past.plans)
+    guess = len(past.plans) < _GUESSES
+    past.plans.append((job.plan, total))
+    past.known.update({(entry.matrix.name, entry.fmt): stored[entry.matrix.name] for entry in job.plan.entries})
+    known = past.known
+    if again or len(past.plans) > _CHANGES:
+        best = past.best(size)
+        return None if best is None or best == job.plan else dataclasses.replace(job, plan=best)
+    if least <= total <= size:
+        return None
+
+    def nbytes_of(matrix: MatrixInfo, option: Option) -> int:
+        unknown = option.nbytes if guess else option.fmt.nbytes(matrix.shape)
+        return known.get((matrix.name, option.fmt), unknown)
+
+    plan = _nudged_plan(job, stored, total, nbytes_of)
+    if plan is None:
+        options = {
+            entry.matrix.name: [
+                dataclasses.replace(option, nbytes=nbytes_of(entry.matrix, option))
+                for option in job.forecast.options[entry.matrix.name]
+            ]
+            for entry in job.plan.entries
+        }
+        # What names the coded tensors in the config is not foretold.
+        coded = total - sum(stored.values()) - WholeFile(job).beside(job.plan)
+        matrices = [entry.matrix for entry in job.plan.entries]
+        try:
+            plan, _ = plan_for_size(WholeFile(job), matrices, options, size - coded, job.plan.recipe)
+        except RecipeError:
+            plan = past.best(size) or _smallest(job.plan, job.forecast.options)
+    return None if plan == job.plan else dataclasses.replace(job, plan=plan)
+
+
+def _smallest(plan: Plan, options: Options) -> Plan:
+    """Every matrix in the fewest bytes whatever coding makes of them: the plan that the size was checked against."""
+    entries = [
+        Planned(e.matrix, min((o.fmt for o in options[e.matrix.name]), key=lambda fmt, e=e: fmt.nbytes(e.matrix.shape)))
+        for e in plan.entries
+    ]
+    return dataclasses.replace(plan, entries=tuple(entries))
+
+
+def _nudged_plan(
+    job: Job, stored: dict[str, int], total: int, nbytes_of: Callable[[MatrixInfo, Option], int]
+) -> Plan | None:
+    """The plan with few changes that brings `total` bytes into the budget; None if no few changes do."""
+    assert job.forecast is not None and job.forecast.size is not None
+    size, least = job.forecast.size, math.ceil(LEAST_SHARE * job.forecast.size)
+    whole = WholeFile(job)
+    beside, text = whole.beside(job.plan), 0
+    for _ in range(_TEXT_ROUNDS):
+        plan = nudged(job.plan, job.forecast.options, stored, size - total - text, least - total - text, nbytes_of)
+        before = {entry.matrix.name: entry.fmt for entry in job.plan.entries}
+        moved = sum(
+            nbytes_of(e.matrix, option_of(e, job.forecast.options)) - stored[e.matrix.name]
+            for e in plan.entries
+            if e.fmt != before[e.matrix.name]
+        )
+        text = whole.beside(plan) - beside
+        if least <= total + moved + text <= size:
+            return plan
+    return None
+
+
+def _stored_bytes(job: Job, staging: Path) -> dict[str, int]:
+    """Bytes in the file of every planned matrix."""
+    stored = {entry.matrix.name: 0 for entry in job.plan.entries}
+    for row in read_ledger(staging).rows:
+        if row.matrix is not None:
+            stored[row.matrix] += row.nbytes
+    return stored
+
+
+def _note_changes(before: Job, after: Job, past: _Past, work: Path) -> None:
+    """Remember the changed formats, so that an interrupted run goes on with them, and drop what they replace."""
+    old, formats = _formats(before.plan), _formats(after.plan)
+    changed = [name for name in formats if formats[name] != old[name]]
+    partial = work / f"{_CHANGED_PLAN}.partial"
+    text = json.dumps({"formats": formats, "changed": changed, "past": past.to_dict()})
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, work / _CHANGED_PLAN)
+    for name in changed:
+        finished_file(work, name).unlink(missing_ok=True)
+
+
+def _as_left(job: Job, work: Path) -> tuple[Job, _Past]:
+    """The job with the formats that an interrupted run had changed to, and what that run had tried."""
+    path = work / _CHANGED_PLAN
+    if not path.is_file():
+        return job, _Past()
+    try:
+        noted = read_json(path)
+        plan, past = _with_formats(job.plan, noted["formats"]), _Past.of(noted["past"], job)
+        changed = set(noted["changed"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: damaged; remove {work} to start anew") from error
+    job = dataclasses.replace(job, plan=plan)
+    for matrix, planned in job.compressed:
+        file = finished_file(work, matrix.name)
+        if matrix.name in changed and file.is_file():
+            try:
+                check_finished(file, under(matrix.name, planned.fmt.layout(matrix.shape)))
+            except ArtifactError:  # the run was interrupted before it was dropped
+                file.unlink()
+    return job, past
+
+
+def _check_size(job: Job, staging: Path) -> None:
+    if job.forecast is None or job.forecast.size is None:
+        return
+    total = sum(nbytes_by_file(staging).values())
+    if total > job.forecast.size:
+        raise RecipeError(f"the artifact takes {total:,} bytes of {job.forecast.size:,}; give a smaller size")

@@ -22,10 +22,15 @@ OBJECTIVES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose. Exactly one of `bits` and `recipe` is given."""
+    """What the user chose: one of `bits`, `size`, `bits_per_parameter` and `recipe`.
+
+    A recipe beside one of the two in the middle is changed in as few matrices as bring it into the budget.
+    """
 
     bits: float | int | None = None
     recipe: str | None = None
+    size: int | None = None  # bytes of the whole artifact
+    bits_per_parameter: float | int | None = None  # 8 · bytes of the whole artifact / parameters of the model
     rank: int | None = None
     seed: int = 0
     device: str = "cpu"
@@ -37,6 +42,12 @@ class Settings:
     calibration_windows: int = 128
     calibration_context: int = 2048
     objective: str = OUTPUTS  # what calibration makes of its inputs: OBJECTIVES
+    coding: bool | None = None  # entropy-code stored tensors; None: as the recipe says, and under a size
+    state_bits: int | None = None  # of trellis candidates, 0 for none; None: 16 on a GPU, none on a CPU
+    analysis: str | None = None  # folder that keeps what losses are predicted from, for the next budget
+    analysis_windows: int = 16
+    analysis_context: int = 1024
+    corrections: str | None = None  # file of what is known better than predicted
 
 
 def calibration_of(settings: Settings) -> dict[str, Any] | None:
@@ -67,6 +78,21 @@ def check_calibration(settings: Settings) -> None:
     for path in settings.calibration:
         if path != SELF:
             load_text(path)
+
+
+def check_goal(settings: Settings) -> None:
+    """Errors: RecipeError unless exactly one goal is given, and a possible one."""
+    goals = {"--bits": "bits", "--size": "size", "--bits-per-parameter": "bits_per_parameter", "--recipe": "recipe"}
+    given = [option for option, field in goals.items() if getattr(settings, field) is not None]
+    nudged = set(given) in ({"--recipe", "--size"}, {"--recipe", "--bits-per-parameter"})
+    if set(given) == {"--bits", "--recipe"}:
+        raise RecipeError("give either --bits or --recipe, not both")
+    if len(given) != 1 and not nudged:
+        raise RecipeError(f"give one of {', '.join(goals)}" + (f", not {' and '.join(given)}" if given else ""))
+    if settings.bits_per_parameter is not None and not 0 < settings.bits_per_parameter <= 64:
+        raise RecipeError(f"--bits-per-parameter {settings.bits_per_parameter:g} is not above 0 and up to 64")
+    if settings.state_bits is not None and settings.state_bits != 0 and not 6 <= settings.state_bits <= 16:
+        raise RecipeError(f"--state-bits {settings.state_bits} is neither 0 nor in 6 … 16")
 
 
 def check_device(device: str) -> None:

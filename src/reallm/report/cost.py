@@ -34,6 +34,7 @@ def cost_table(job: Job) -> str:
     original = job.source.nbytes
     stored = cost.compressed_bytes + cost.kept_bytes
     rows = [
+        *_budget_rows(job),
         ("bits per block weight", f"{cost.bits_per_weight:.4f}"),
         ("compressed tensors", f"{cost.compressed_bytes:,} bytes"),
         ("kept tensors", f"{cost.kept_bytes:,} bytes"),
@@ -43,6 +44,23 @@ def cost_table(job: Job) -> str:
         ("disk while working", f"about {size(cost.disk_bytes)}"),
     ]
     return "\n".join(f"{name:<22} {value}" for name, value in rows)
+
+
+def budget_table(job: Job) -> str:
+    """What a budget's plan is expected to take and to lose."""
+    rows = [*_budget_rows(job), ("bits per block weight", f"{job.plan.block_bits:.4f}")]
+    return "\n".join(f"{name:<22} {value}" for name, value in rows)
+
+
+def _budget_rows(job: Job) -> list[tuple[str, str]]:
+    if job.forecast is None:
+        return []
+    source = "" if job.forecast.calibrated else " (by role)"
+    rows = [("predicted loss", f"{job.forecast.loss:.4f} nats a token{source}")]
+    if job.forecast.nbytes is not None:
+        share = 100 * job.forecast.nbytes / (job.forecast.size or 1)
+        rows.append(("whole artifact", f"about {job.forecast.nbytes:,} bytes, {share:.2f} % of {job.forecast.size:,}"))
+    return rows
 
 
 def _bits(sizes: list[int], shape: tuple[int, int]) -> float:

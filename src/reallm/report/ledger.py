@@ -7,10 +7,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from reallm.artifact import Ledger, read_ledger, read_manifest
+from reallm.artifact import Ledger, decoding_seconds, read_ledger, read_manifest
 from reallm.model import not_compressed, resident_of_artifact, verify_artifact
 from reallm.report.names import short_name
-from reallm.report.text import size, table
+from reallm.report.text import duration, size, table
 
 
 def ledger_dict(folder: Path, verify: bool = True) -> dict[str, Any]:
@@ -41,6 +41,7 @@ def ledger_text(folder: Path, matrices: bool = False, verify: bool = True) -> st
         table(("whose they are", "bytes", "share"), by_kind),
         _kept_table(folder, ledger),
         _sizes(ledger),
+        *_coding_lines(folder, ledger),
         "\n".join(f"in memory, {mode:<15} {size(n)}" for mode, n in resident_of_artifact(folder).items()),
     ]
     if matrices:
@@ -61,6 +62,16 @@ def _kept_table(folder: Path, ledger: Ledger) -> str:
     return table(("not compressed because", "for instance", "tensors", "bytes"), rows, left=2)
 
 
+def _coding_lines(folder: Path, ledger: Ledger) -> list[str]:
+    if not (rows := ledger.coded):
+        return []
+    stored, raw = sum(row.nbytes for row in rows), sum(row.raw_nbytes or 0 for row in rows)
+    seconds = duration(decoding_seconds(folder, ledger))
+    share = 100 * (1 - stored / raw)
+    text = f"{len(rows)} tensors, {stored:,} bytes for {raw:,} ({share:.1f} % less); decoded at load in about {seconds}"
+    return [f"{'entropy-coded':<22} {text}"]
+
+
 def summary(folder: Path) -> str:
     """The few lines that end `reallm compress`."""
     return f"{folder}\n{_sizes(read_ledger(folder))}\nevery byte: reallm info {folder}"
@@ -78,8 +89,13 @@ def _sizes(ledger: Ledger) -> str:
 
 def _matrix_table(ledger: Ledger) -> str:
     stored = ledger.by("matrix")
-    rows = [
-        (m.name, short_name(m.fmt), f"{stored[m.name]:,}", f"{8 * stored[m.name] / m.weights:.3f}")
-        for m in ledger.compressed
-    ]
-    return table(("matrix", "format", "bytes", "bits/weight"), rows, left=2)
+    saved: dict[str | None, int] = defaultdict(int)
+    for row in ledger.coded:
+        saved[row.matrix] += (row.raw_nbytes or 0) - row.nbytes
+    rows = []
+    for matrix in ledger.compressed:
+        nbytes = stored[matrix.name]
+        bits = f"{8 * nbytes / matrix.weights:.3f}"
+        rows.append((matrix.name, short_name(matrix.fmt), f"{nbytes:,}", bits, f"{saved[matrix.name]:,}"))
+    head = ("matrix", "format", "bytes", "bits/weight", "saved by coding")
+    return table(head, rows, left=2) if saved else table(head[:-1], [row[:-1] for row in rows], left=2)

@@ -1,0 +1,59 @@
+"""What a budget with calibration chooses from."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+from reallm.formats import WeightFormat
+from reallm.formats.codebook import Codebook
+from reallm.formats.dense import Dense
+from reallm.formats.e8 import E8
+from reallm.formats.entropy_coded import EntropyCoded
+from reallm.formats.normal_float import NormalFloat
+from reallm.formats.rotated import Rotated
+from reallm.formats.trellis import Trellis
+from reallm.formats.uniform import Uniform
+
+BLOCK, ENDS = "block", ("embedding", "head")
+# Rates of entropy-coded candidates: a quarter of a bit is a step of 40 % in error.
+_QUARTERS = tuple(quarters / 4 for quarters in range(4, 25))
+
+
+@functools.cache
+def calibrated_candidates(kind: str, state_bits: int, entropy: bool | None = None) -> tuple[WeightFormat, ...]:
+    """Candidates for matrices of a kind. `state_bits` of trellis codes, 0 for none; `entropy`: whether entropy-coded
+    ones are among them, by default if the package they need is there.
+
+    Blocks: rotated trellis and E8 codes where bits are whole, entropy-coded lattice points at any rate beside them,
+    scalar codes for matrices so small that tables are dear. Ends are fitted without calibration and read row by row:
+    scalar codes, which the file holds entropy-coded, and lattice points.
+    """
+    entropy = importlib.util.find_spec("constriction") is not None if entropy is None else entropy
+    if kind == BLOCK:
+        return (*_block(state_bits), *(_entropy_coded() if entropy else ()), Dense())
+    return (*_end(), *(_plain_entropy_coded(_QUARTERS[4::2]) if entropy else ()), Dense())
+
+
+def _block(state_bits: int) -> list[WeightFormat]:
+    trellis = [Rotated(Trellis(bits=b, state_bits=state_bits)) for b in (1, 2, 3, 4)] if state_bits else []
+    lattice = [Rotated(E8(bits=b)) for b in (2, 3, 4)]
+    vectors = [Codebook(index_bits=i, vector_dim=2, group_size=g) for i in (4, 5, 6, 7, 8) for g in (64,)]
+    scalars = [Uniform(bits=b, group_size=g, symmetric=True) for b in (5, 6, 7, 8) for g in (64, 0)]
+    floats = [NormalFloat(bits=b) for b in (4, 5, 6)]
+    return [*trellis, *lattice, *vectors, *scalars, *floats]
+
+
+def _entropy_coded() -> list[WeightFormat]:
+    plain = _plain_entropy_coded(_QUARTERS)
+    return [*plain, *(Rotated(fmt) for fmt in plain)]
+
+
+def _plain_entropy_coded(rates: tuple[float, ...]) -> list[WeightFormat]:
+    # 31 levels are enough below 4 bits, where they save 64 bytes of table.
+    return [EntropyCoded(bits=rate, largest=31 if rate < 4 else 127) for rate in rates]
+
+
+def _end() -> list[WeightFormat]:
+    scalars = [Uniform(bits=b, group_size=g, symmetric=True) for b in (3, 4, 5, 6, 7, 8) for g in (32, 64, 0)]
+    return [*scalars, *(NormalFloat(bits=b) for b in (2, 3, 4, 5, 6))]

@@ -1,0 +1,71 @@
+"""Stored tensors entropy-coded as a whole: what a file holds of a tensor that coding makes smaller.
+
+Formats know nothing of it: a tensor is coded after `pack` and decoded before `unpack`, whatever it means. Of two
+codecs each tensor has the one that serves it best: symbols by their frequencies (`kernels/rans.py`), which is best for
+codes of weights, or LZMA, which is best for some thousand scales, where a table of frequencies is too large.
+"""
+
+from __future__ import annotations
+
+import lzma
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reallm.errors import FormatError
+from reallm.formats import Tensors
+from reallm.kernels.rans import coded_bytes, decoded_bytes
+
+# A coded tensor costs time at every load: 1 % is what it must save for that.
+LEAST_GAIN = 0.01
+# A matrix whose coded tensors are others than those of its like has a layout of its own in the manifest.
+_LEAST_SAVED = 400
+_LZMA = 0  # first byte; those of the other codec begin with 1 to 8
+_FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9, "lc": 0, "lp": 0, "pb": 0, "dict_size": 1 << 20}]
+_LARGEST_FOR_LZMA = 1 << 18  # beyond, the table of frequencies is nothing, and LZMA codes 2 MB a second
+
+
+def coded_tensor(tensor: Tensor, least_gain: float = LEAST_GAIN) -> Tensor | None:
+    """The tensor's bytes in fewer, uint8 of shape [bytes] on the CPU; None where that saves less than `least_gain`."""
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    most = float(min((1 - least_gain) * len(raw), len(raw) - _LEAST_SAVED))
+    found = coded_bytes(raw, most) if most > 0 else None
+    if most > 0 and len(raw) <= _LARGEST_FOR_LZMA:
+        packed = bytes([_LZMA]) + lzma.compress(raw.tobytes(), lzma.FORMAT_RAW, filters=_FILTERS)
+        most = most if found is None else len(found) - 1
+        found = np.frombuffer(packed, np.uint8) if len(packed) <= most else found
+    return None if found is None else torch.from_numpy(found.copy())
+
+
+def decoded_tensor(coded: Tensor, like: Tensor) -> Tensor:
+    """The tensor that `coded` stands for, of shape and dtype of `like` (any device), on the device of `coded`.
+
+    Errors: FormatError for bytes that are damaged.
+    """
+    stored = coded.detach().cpu().numpy()
+    if len(stored) and stored[0] == _LZMA:
+        raw = np.frombuffer(_unpacked(stored[1:].tobytes(), like.nbytes), np.uint8)
+    else:
+        raw = decoded_bytes(stored, like.nbytes)
+    return torch.from_numpy(raw.copy()).view(like.dtype).view(like.shape).to(coded.device)
+
+
+def code(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
+    """Tensors as they are written, and the names of those that are coded."""
+    coded = {name: found for name, tensor in tensors.items() if (found := coded_tensor(tensor)) is not None}
+    return tensors | coded, tuple(coded)
+
+
+def _unpacked(data: bytes, nbytes: int) -> bytes:
+    damaged = FormatError("entropy-coded tensor is damaged; copy the artifact again")
+    if nbytes > _LARGEST_FOR_LZMA:  # never written: a few bytes would stand for any number
+        raise damaged
+    try:
+        decompressor = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS)
+        found = decompressor.decompress(data, nbytes + 1)
+    except lzma.LZMAError as error:
+        raise damaged from error
+    if len(found) != nbytes or not decompressor.eof or decompressor.unused_data:
+        raise damaged
+    return found

@@ -1,0 +1,122 @@
+"""`reallm plan`: what a budget would choose, as a file to edit."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reallm.cli.compress import end_format
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hugging Face folder with safetensors, hub id, or GGUF file.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Recipe to write (.yaml); with --sizes the frontier (.json)."
+        ),
+    ],
+    size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Bytes of everything that will be written: 60MB, 57MiB, …")
+    ] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE,SIZE,…",
+            help="Several budgets: predicted losses as JSON in FILE, and a picture beside it if matplotlib is there.",
+        ),
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option("--bits", "-b", metavar="B", help="Stored bits per block weight.")
+    ] = None,
+    bits_per_parameter: Annotated[
+        float | None, typer.Option(metavar="B", help="8 times the bytes of everything / parameters of the model.")
+    ] = None,
+    embedding: Annotated[
+        str | None, typer.Option(metavar="BITS", help="Bits of the embedding: 1 to 8, or keep. Without: chosen.")
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(metavar="BITS", help="Bits of the output head where it is not tied: as above.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything that is drawn.")] = 0,
+    device: Annotated[str, typer.Option(metavar="NAME", help="Where to calculate: cpu, cuda, cuda:1 …")] = "cpu",
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Compress only matrices that fit; may be repeated.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Keep matrices that fit as they are; may be repeated.")
+    ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|self",
+            help="Text that tells what hurts the end loss (.txt, .raw, .jsonl; may be repeated), or self.",
+        ),
+    ] = None,
+    objective: Annotated[
+        str, typer.Option(metavar="NAME", help="What fits will minimise: outputs, guided or fisher, as in compress.")
+    ] = "outputs",
+    analysis_windows: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Windows of calibration text that losses are predicted from.")
+    ] = 16,
+    analysis_context: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of each of them.")] = 1024,
+    state_bits: Annotated[
+        int | None, typer.Option(metavar="N", help="Window of trellis candidates: 6 to 16, or 0 for none.")
+    ] = None,
+    corrections: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML with factors or figures for predicted losses, and candidate formats."),
+    ] = None,
+    analysis: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Where the analysis is kept for the next budget; default: .reallm beside FILE."
+        ),
+    ] = None,
+) -> None:
+    """Choose a format for every matrix under a budget, and write the choice as a recipe."""
+    import json
+
+    from reallm.allocate.sizing import parse_size
+    from reallm.errors import RecipeError
+    from reallm.pipeline import Settings, prepare
+    from reallm.report.cost import budget_table, plan_table
+    from reallm.report.predicted import frontier, plan_file, plot_frontier
+
+    if sizes is not None and (size is not None or bits is not None or bits_per_parameter is not None):
+        raise RecipeError("--sizes is given beside another goal; give one")
+
+    def settings(nbytes: int | None) -> Settings:
+        return Settings(
+            size=nbytes,
+            bits=bits,
+            bits_per_parameter=bits_per_parameter,
+            seed=seed,
+            device=device,
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            embedding=end_format("--embedding", embedding),
+            head=end_format("--head", head),
+            calibration=tuple(calibration or ()),
+            objective=objective,
+            analysis_windows=analysis_windows,
+            analysis_context=analysis_context,
+            state_bits=state_bits,
+            corrections=None if corrections is None else str(corrections),
+            analysis=str(analysis or output.absolute().parent / ".reallm"),
+        )
+
+    if sizes is None:
+        job = prepare(model, settings(None if size is None else parse_size(size)))
+        output.write_text(plan_file(job), encoding="utf-8")
+        print(plan_table(job), budget_table(job), f"written: {output}", sep="\n\n")
+        return
+    jobs = [prepare(model, settings(parse_size(word))) for word in sizes.split(",")]
+    points = frontier(jobs)
+    output.write_text(json.dumps(points, indent=1) + "\n", encoding="utf-8")
+    for job in jobs:
+        print(budget_table(job), end="\n\n")
+    picture = output.with_suffix(".png")
+    print(f"written: {output}" + (f", {picture}" if plot_frontier(points, picture) else " (no matplotlib, no picture)"))

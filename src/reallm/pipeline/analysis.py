@@ -1,0 +1,158 @@
+"""The numbers that predict losses, from one pass of the original model over the calibration windows, kept in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reallm.allocate.analysis import ROTATED_WIDTHS, Analysis, Measured, spec_key
+from reallm.artifact import code
+from reallm.fit import Objective, fit, relative_error
+from reallm.fit.feedback import costs_in_feedback
+from reallm.formats import WeightFormat
+from reallm.formats.rotated import Rotated
+from reallm.model import Matrix, Source, Walk, read_matrix
+from reallm.model.gradients import Curvature, EndCurvature, curvatures
+
+# Weights share a scale with so many neighbours of their row.
+_GROUP = 64
+# Rows of an embedding on which scalar codes are tried; BPE numbers its tokens by frequency, so that they are spread.
+_SAMPLE_ROWS = 1024
+# Steps a standard deviation in the histogram that tells how far from Gaussian weights are.
+_BINS = 8
+
+
+def analysed(
+    source: Source,
+    walk: Walk,
+    model: torch.nn.Module,
+    windows: Tensor,
+    device: str,
+    seed: int,
+    end_candidates: Sequence[WeightFormat] = (),
+    origin: dict[str, Any] | None = None,
+    guided: bool = False,
+) -> Analysis:
+    """Numbers of every matrix that calibration reaches, and the ends' scalar codes tried on a sample of rows.
+
+    `windows` are token ids (windows, context); `origin` is kept in the file; `guided`: fits will weigh tokens by the
+    end loss.
+    """
+    matrices = {matrix.name: matrix for matrix in walk.matrices}
+    blocks = [matrix for matrix in walk.matrices if matrix.kind == "block" and matrix.expert is None]
+    numbers: dict[str, dict[str, float]] = {}
+
+    def found(name: str, curvature: Curvature) -> None:
+        with torch.no_grad():
+            weight = read_matrix(source, matrices[name]).to(device, torch.float32)
+            numbers[name] = numbers_of_block(weight, curvature)
+
+    ends = curvatures(model, windows, blocks, device, found, seed, guided)
+    tied = bool(walk.tied_heads)
+    measured: dict[str, dict[str, Measured]] = {}
+    with torch.no_grad():
+        for matrix in walk.matrices:
+            if matrix.kind != "block":
+                weight = read_matrix(source, matrix).to(device, torch.float32)
+                numbers[matrix.name] = numbers_of_end(weight, matrix.kind, ends, tied)
+                measured[matrix.name] = {spec_key(fmt): tried(fmt, weight, seed) for fmt in end_candidates}
+    return Analysis(dict(sorted(numbers.items())), measured, origin or {})
+
+
+def numbers_of_block(weight: Float[Tensor, "out in"], curvature: Curvature) -> dict[str, float]:
+    """Losses at relative error 1 of a matrix whose codes are found with error feedback; see `allocate.analysis`.
+
+    Feedback as one half of the windows asks for it, its cost on the other half: on its own half a matrix would look
+    several times more robust than it is (docs/log.md, 2026-11-24).
+    """
+    pair = (curvature.fed_back, curvature.hessian)
+    seen, tested = (Objective.of_outputs(hessian.to(weight.device)) for hessian in pair)
+    size = (curvature.hessian.diagonal().mean() / 2).item()
+    outputs = curvature.outputs.to(weight.device)
+    columns = costs_in_feedback(seen.hessian, tested.hessian, (1,))[1]
+    turn = _rotation().turn_inputs
+    rotated = costs_in_feedback(seen.rotated(turn).hessian, tested.rotated(turn).hessian, ROTATED_WIDTHS)
+    spread = outputs.sum().item() * weight.square().mean().item() * size
+    return {
+        "grouped": size * _grouped(weight, outputs, columns),
+        "stepped": spread * columns.sum().item() * entropy_factor(weight),
+        **{f"rotated_{width}": spread * costs.sum().item() for width, costs in rotated.items()},
+    }
+
+
+def numbers_of_end(weight: Float[Tensor, "out in"], kind: str, ends: EndCurvature, tied: bool) -> dict[str, float]:
+    """Losses at relative error 1 of embedding, head, or both in one; no feedback, since they are fitted by weights."""
+    parts = []
+    if kind == "embedding":
+        parts.append((ends.frequencies, ends.inputs))
+    if kind == "head" or tied:
+        parts.append((ends.outputs, ends.states))
+    parts = [(rows.to(weight.device), columns.to(weight.device)) for rows, columns in parts]
+    energy = weight.square().mean().item() / 2
+    flat = energy * sum((rows.sum() * columns.sum()).item() for rows, columns in parts)
+    grouped = sum(_grouped(weight, rows, columns) for rows, columns in parts) / 2
+    rotated = {f"rotated_{width}": flat for width in ROTATED_WIDTHS}
+    return {"grouped": grouped, "stepped": flat * entropy_factor(weight), **rotated}
+
+
+def tried(fmt: WeightFormat, weight: Float[Tensor, "out in"], seed: int, most: int = _SAMPLE_ROWS) -> Measured:
+    """Relative error and share after entropy coding on at most `most` rows of a matrix, fitted without calibration."""
+    rows = torch.linspace(0, len(weight) - 1, min(len(weight), most), device=weight.device).round().long()
+    sample = weight[rows].contiguous()
+    shape = (sample.shape[0], sample.shape[1])
+    parts = fit(fmt, sample, Objective.relative_columns(sample), seed)
+    stored, _ = code(fmt.pack(parts, shape))
+    share = sum(tensor.nbytes for tensor in stored.values()) / fmt.nbytes(shape)
+    return Measured(relative_error(sample, fmt.decode(parts, shape)), min(share, 1.0))
+
+
+def entropy_factor(weight: Float[Tensor, "out in"]) -> float:
+    """The variance of Gaussian weights that take as many bits at one step, over the variance of these: at most about 1.
+
+    2^(2 (h - h_Gauss)), entropies of histograms of `_BINS` steps a standard deviation.
+    """
+    size = weight.square().mean().sqrt()
+    if size == 0:
+        return 1.0
+    bins = (weight / size * _BINS).round().clamp(-20 * _BINS, 20 * _BINS).long() + 20 * _BINS
+    share = torch.bincount(bins.reshape(-1)).double() / weight.numel()
+    share = share[share > 0]
+    entropy = -(share * share.log2()).sum().item()
+    return 2 ** (2 * (entropy - math.log2(_BINS) - math.log2(2 * math.pi * math.e) / 2))
+
+
+def _grouped(weight: Tensor, rows: Float[Tensor, " out"], columns: Float[Tensor, " in"]) -> float:
+    """Σ_ij rows_i · columns_j · variance of the group of weight ij."""
+    width = weight.shape[1]
+    filled = torch.nn.functional.pad(weight.square(), (0, -width % _GROUP)).view(len(weight), -1, _GROUP)
+    sizes = torch.full((filled.shape[1],), float(_GROUP), device=weight.device)
+    sizes[-1] = width - _GROUP * (filled.shape[1] - 1)
+    variances = filled.sum(2) / sizes
+    weights = torch.nn.functional.pad(columns, (0, -width % _GROUP)).view(-1, _GROUP).sum(1)
+    return (rows @ (variances @ weights)).item()
+
+
+def _rotation() -> Rotated:
+    """Any base does: only the transform of the inputs is asked for."""
+    from reallm.formats.uniform import Uniform
+
+    return Rotated(Uniform(bits=8))
+
+
+def analysis_file(folder: Path, fingerprint: str, calibration: dict[str, Any] | None, seed: int) -> Path:
+    """Where the analysis of a model and a calibration is kept: found again whatever the budget is."""
+    key = json.dumps([fingerprint, calibration, seed], sort_keys=True)
+    return folder / f"analysis-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def unreached(analysis: Analysis, matrices: Sequence[Matrix]) -> list[str]:
+    """Names of matrices that calibration told nothing of: experts of a fused parameter, blocks of another shape."""
+    return [matrix.name for matrix in matrices if not analysis.knows(matrix.name)]

@@ -1,0 +1,232 @@
+"""Plans from one number: bytes of the whole artifact, or bits of the block matrices, by predicted loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from reallm.allocate import MatrixInfo, Plan, Planned
+from reallm.allocate.analysis import Analysis, load_corrections
+from reallm.allocate.budget import candidate_formats
+from reallm.allocate.candidates import calibrated_candidates
+from reallm.allocate.recipe import DEFAULT_EMBEDDING
+from reallm.allocate.sensitivity import sensitivity
+from reallm.allocate.sizing import (
+    LEAST_SHARE,
+    Option,
+    Options,
+    chosen_plan,
+    nudged,
+    option_of,
+    options_for,
+    predicted_bytes,
+    predicted_loss,
+)
+from reallm.errors import RecipeError
+from reallm.fit import gaussian_error, gaussian_share
+from reallm.formats import WeightFormat
+from reallm.model import Source, Walk
+from reallm.pipeline.analysis import analysed, analysis_file
+from reallm.pipeline.calibrating import calculation_dtype, calibration_windows
+from reallm.pipeline.job import Forecast, Job
+from reallm.pipeline.settings import GUIDED, Settings, calibration_of
+from reallm.pipeline.whole import WholeFile
+
+_BITS_TOLERANCE = 0.01
+_NEAR_SMALLEST = 0.02
+_ROUNDS = 12  # of choosing anew with the bytes of headers and texts that the last choice has
+# Without calibration: KL per unit of relative error of an embedding that is the head too, and of each by itself;
+# second-order, on SmolLM2-135M (docs/log.md, 2026-11-24).
+_ENDS = {"tied": 9.75, "embedding": 0.9, "head": 8.85}
+
+
+def from_budget(
+    source: Source, walked: Walk, matrices: Sequence[MatrixInfo], settings: Settings, given: Plan | None = None
+) -> Job:
+    """A job whose plan has the least predicted loss within `size`, `bits_per_parameter` or `bits`.
+
+    A `given` plan is taken as it is; its options are for the changes that bring it into the size.
+
+    Errors: RecipeError naming what is possible.
+    """
+    size = settings.size
+    if settings.bits_per_parameter is not None:
+        size = math.floor(settings.bits_per_parameter * source.total_parameters / 8)
+    coding = size is not None if settings.coding is None else settings.coding
+    analysis = analysis_of(source, walked, settings) if settings.calibration else None
+    if given is not None:
+        matrices = [entry.matrix for entry in given.entries]
+    options = options_of(matrices, walked, settings, analysis, coding and size is not None, given)
+    draft = Job(source, walked, Plan((), _name(settings, size)), settings, coding)
+    if given is not None:
+        plan, nbytes = given, WholeFile(draft).beside(given) + predicted_bytes(given, options)
+    elif size is None:
+        plan = _for_bits(matrices, options, float(settings.bits or 0), draft.plan.recipe)
+        nbytes = None
+    else:
+        plan, nbytes = plan_for_size(WholeFile(draft), matrices, options, size, draft.plan.recipe)
+    plan.check()
+    forecast = Forecast(options, size, nbytes, predicted_loss(plan, options), analysis is not None)
+    return dataclasses.replace(draft, plan=plan, forecast=forecast)
+
+
+def _name(settings: Settings, size: int | None) -> str:
+    return f"{settings.bits:g} bits" if size is None else f"{size} bytes"
+
+
+def options_of(
+    matrices: Sequence[MatrixInfo],
+    walked: Walk,
+    settings: Settings,
+    analysis: Analysis | None,
+    coding: bool,
+    given: Plan | None = None,
+) -> Options:
+    """What every matrix can be stored as, with bytes and predicted losses."""
+    corrections = load_corrections(settings.corrections)
+    ends = {"embedding": settings.embedding, "head": settings.head}
+    if settings.bits is not None:
+        ends = {kind: DEFAULT_EMBEDDING if spec is None else spec for kind, spec in ends.items()}
+    depth = 1 + max((matrix.block for matrix in matrices if matrix.block is not None), default=0)
+
+    def candidates(matrix: MatrixInfo) -> Sequence[WeightFormat]:
+        known = analysis is not None and analysis.knows(matrix.name)
+        if matrix.kind == "block" and not known:
+            found: Sequence[WeightFormat] = candidate_formats()
+        else:
+            found = calibrated_candidates(matrix.kind, _state_bits(settings))
+        return corrections.candidates_of(matrix.kind, found)
+
+    def loss(matrix: MatrixInfo, fmt: WeightFormat) -> float:
+        if analysis is not None and analysis.knows(matrix.name):
+            predicted = analysis.loss(matrix.name, fmt, gaussian_error)
+        elif matrix.kind == "block":
+            of_role = sum(other.weights for other in matrices if other.role == matrix.role)
+            predicted = matrix.weights / of_role * sensitivity(matrix, fmt, depth) * gaussian_error(fmt)
+        else:
+            predicted = _ENDS["tied" if walked.tied_heads else matrix.kind] * gaussian_error(fmt)
+        return corrections.corrected(matrix, fmt, predicted)
+
+    def share(matrix: MatrixInfo, fmt: WeightFormat) -> float:
+        measured = analysis.share(matrix.name, fmt) if analysis is not None else None
+        return 1.0 if not coding else gaussian_share(fmt) if measured is None else measured
+
+    always = {entry.matrix.name: entry.fmt for entry in given.entries} if given else None
+    return options_for(matrices, candidates, loss, share, settings.rank, {} if given else ends, always)
+
+
+def _state_bits(settings: Settings) -> int:
+    """Of trellis candidates. A CPU takes 60 s for 10⁶ weights at 12 bits, 2 h for a 135M model: none there."""
+    if settings.state_bits is not None:
+        return settings.state_bits
+    return 0 if torch.device(settings.device).type == "cpu" else 16
+
+
+def analysis_of(source: Source, walked: Walk, settings: Settings) -> Analysis:
+    """Numbers of every matrix: from the folder of analyses if they are there, else computed and put there."""
+    path = None
+    few = dataclasses.replace(
+        settings,
+        calibration_windows=min(settings.calibration_windows, settings.analysis_windows),
+        calibration_context=min(settings.calibration_context, settings.analysis_context),
+    )
+    calibration = calibration_of(few)
+    fingerprint = source.fingerprint()
+    if settings.analysis is not None:
+        path = analysis_file(Path(settings.analysis), fingerprint, calibration, settings.seed)
+        if path.is_file():
+            return Analysis.load(path)
+    model = source.load(calculation_dtype(source), "cpu").eval()
+    windows = calibration_windows(source, few, model)
+    tried = [fmt for fmt in calibrated_candidates("embedding", 0) if fmt.name in ("uniform", "normal_float")]
+    origin = {"source": Path(source.label).name, "source_sha256": fingerprint, "calibration": calibration}
+    guided = settings.objective == GUIDED
+    found = analysed(source, walked, model, windows, settings.device, settings.seed, tried, origin, guided)
+    if path is not None:
+        found.save(path)
+    return found
+
+
+def plan_for_size(
+    whole: WholeFile, matrices: Sequence[MatrixInfo], options: Options, size: int, name: str
+) -> tuple[Plan, int]:
+    """The plan of least predicted loss whose artifact takes 99.5 to 100 % of `size` bytes, and the bytes expected.
+
+    Errors: RecipeError naming the smallest possible size, or the largest useful one.
+    """
+    least = _checked_size(whole, matrices, options, size, name)
+    smallest = _extreme(matrices, options, name, lambda o: (o.nbytes, o.loss))
+    fewest = predicted_bytes(smallest, options)
+    beside, best = whole.beside(smallest), None
+    for number in range(_ROUNDS):
+        # Where texts are some percent of the file they go up and down with the choice: try budgets around.
+        trial = beside - int((number - 3) * 0.001 * size) if number > 3 else beside
+        chosen = chosen_plan(matrices, options, max(size - trial, fewest), math.ceil(LEAST_SHARE * size) - trial, name)
+        for plan in (chosen, _filled(whole, chosen, options, size)):
+            now = whole.beside(plan)
+            nbytes = now + predicted_bytes(plan, options)
+            if nbytes <= size and (best is None or nbytes > best[1]):
+                best = plan, nbytes
+                if nbytes >= LEAST_SHARE * size:
+                    return best
+        if number < 3:
+            beside = max(now, beside + nbytes - size) if nbytes > size else now
+    if best is not None and size <= (1 + _NEAR_SMALLEST) * least:
+        return best  # there is nothing finer between the smallest possible file and the next
+    near = least if best is None else max(best[1], least)
+    raise RecipeError(f"--size {size:,} bytes cannot be met within 0.5 %; {near:,} can")
+
+
+def _filled(whole: WholeFile, plan: Plan, options: Options, size: int) -> Plan:
+    """The plan with a few exchanges that bring it into the budget, as far as texts of the same length go."""
+    expected = {entry.matrix.name: option_of(entry, options).nbytes for entry in plan.entries}
+    room = size - whole.beside(plan) - sum(expected.values())
+    return nudged(plan, options, expected, room, room - int((1 - LEAST_SHARE) * size), lambda _, option: option.nbytes)
+
+
+def _checked_size(whole: WholeFile, matrices: Sequence[MatrixInfo], options: Options, size: int, name: str) -> int:
+    """Bytes of the smallest possible artifact; RecipeError if `size` is below them or beyond all use."""
+    smallest = _extreme(matrices, options, name, lambda o: (o.nbytes, o.loss))
+    least = whole.nbytes(smallest)
+    if size < least:
+        tokenizer = sum(whole.companions.values())
+        kept = whole.beside(smallest) - tokenizer
+        parts = f"{tokenizer:,} of tokenizer, {kept:,} of headers, config and tensors that are kept"
+        raise RecipeError(f"--size {size:,} bytes is too small: the smallest possible is {least:,} bytes ({parts})")
+    finest = _extreme(matrices, options, name, lambda o: (o.loss, o.nbytes))
+    most = whole.beside(finest) + predicted_bytes(finest, options)
+    if math.ceil(LEAST_SHARE * size) > most:
+        raise RecipeError(f"--size {size:,} bytes is more than this model needs: the largest useful is {most:,} bytes")
+    return least
+
+
+def _extreme(matrices: Sequence[MatrixInfo], options: Options, name: str, key: Callable[[Option], tuple]) -> Plan:
+    """Each matrix in the option that is least by `key`."""
+    named = [matrix for matrix in matrices if matrix.name in options]
+    return Plan(tuple(Planned(m, min(options[m.name], key=key).fmt) for m in named), name)
+
+
+def _for_bits(matrices: Sequence[MatrixInfo], options: Options, bits: float, name: str) -> Plan:
+    """The plan of least predicted loss whose block matrices take `bits` stored bits a weight, within 1 % below.
+
+    Errors: RecipeError naming the possible range.
+    """
+    blocks = [matrix for matrix in matrices if matrix.kind == "block"]
+    if not blocks:
+        raise RecipeError("no block matrix is left to compress; loosen --include/--exclude")
+    weights = sum(matrix.weights for matrix in blocks)
+    extremes = [sum(pick(o.nbytes for o in options[m.name]) for m in blocks) * 8 / weights for pick in (min, max)]
+    if not extremes[0] <= bits <= extremes[1] * (1 + _BITS_TOLERANCE):
+        least, most = math.ceil(100 * extremes[0]) / 100, math.floor(100 * extremes[1]) / 100
+        raise RecipeError(f"--bits {bits:g} is not possible for this model; between {least:.2f} and {most:.2f} is")
+    least_bytes = int(bits * (1 - _BITS_TOLERANCE) * weights / 8) + 1
+    plan = chosen_plan(blocks, options, int(bits * weights / 8), least_bytes, name)
+    if plan.block_bits < bits * (1 - _BITS_TOLERANCE):
+        raise RecipeError(f"{bits:g} bits cannot be met within 1 %: the nearest below is {plan.block_bits:.3f}")
+    ends = [m for m in matrices if m.kind != "block" and m.name in options]
+    by_name = {e.matrix.name: e for e in plan.entries} | {m.name: Planned(m, options[m.name][0].fmt) for m in ends}
+    return Plan(tuple(by_name[m.name] for m in matrices if m.name in by_name), name)

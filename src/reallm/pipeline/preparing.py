@@ -1,0 +1,97 @@
+"""source → walk → plan: what will become of a model. Nothing is fitted or written yet."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from reallm.allocate import MatrixInfo, Plan, load_recipe, plan_for_bits, plan_from_recipe
+from reallm.allocate.recipe import DEFAULT_EMBEDDING
+from reallm.errors import RecipeError
+from reallm.fit import gaussian_error
+from reallm.model import Matrix, Source, Walk, open_source, walk
+from reallm.pipeline.budgeting import from_budget
+from reallm.pipeline.job import Job, info_of
+from reallm.pipeline.settings import Settings, check_calibration, check_device, check_goal
+
+
+def prepare(model: str | Path, settings: Settings) -> Job:
+    """Open the model and decide every matrix's format.
+
+    Errors: SourceError, RecipeError or FormatError, before anything is written.
+    """
+    check_goal(settings)
+    check_calibration(settings)
+    if settings.rank is not None and settings.rank < 0:
+        raise RecipeError(f"--rank {settings.rank} is negative; 0 means no residual")
+    check_device(settings.device)
+    source = open_source(model)
+    walked = walk(source.skeleton)
+    chosen = [info_of(matrix) for matrix in _selected(walked.matrices, settings)]
+    infos = [info_of(matrix) for matrix in walked.matrices]
+    if settings.recipe is not None:
+        job = _from_recipe(source, walked, chosen, infos, settings)
+        if settings.size is not None or settings.bits_per_parameter is not None:
+            job = from_budget(source, walked, chosen, settings, job.plan)
+    elif settings.bits is not None and not settings.calibration:
+        job = _from_bits(source, walked, chosen, settings)
+    else:
+        job = from_budget(source, walked, chosen, settings)
+    _check_plan(job.plan, walked)
+    return job
+
+
+def _from_recipe(
+    source: Source, walked: Walk, chosen: list[MatrixInfo], infos: list[MatrixInfo], settings: Settings
+) -> Job:
+    ends = {"embedding": settings.embedding, "head": settings.head}
+    assert settings.recipe is not None
+    recipe = load_recipe(settings.recipe)
+    recipe = recipe.model_copy(update={kind: spec for kind, spec in ends.items() if spec is not None})
+    plan = plan_from_recipe(recipe, chosen, settings.rank, infos)
+    return Job(source, walked, plan, settings, recipe.coding if settings.coding is None else settings.coding)
+
+
+def _from_bits(source: Source, walked: Walk, chosen: list[MatrixInfo], settings: Settings) -> Job:
+    ends = {"embedding": settings.embedding, "head": settings.head}
+    specs = {kind: DEFAULT_EMBEDDING if spec is None else spec for kind, spec in ends.items()}
+    assert settings.bits is not None
+    plan = plan_for_bits(float(settings.bits), chosen, gaussian_error, settings.rank, **specs)
+    return Job(source, walked, plan, settings, bool(settings.coding))
+
+
+def _selected(matrices: Sequence[Matrix], settings: Settings) -> list[Matrix]:
+    """Matrices that --include and --exclude leave.
+
+    Errors: RecipeError for a pattern that fits nothing.
+    """
+    names = [matrix.name for matrix in matrices]
+    for option, patterns in (("--include", settings.include), ("--exclude", settings.exclude)):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise RecipeError(f"{option} {pattern!r} fits no matrix (one is {names[0] if names else 'none'})")
+
+    def wanted(name: str) -> bool:
+        included = not settings.include or any(fnmatch.fnmatchcase(name, p) for p in settings.include)
+        return included and not any(fnmatch.fnmatchcase(name, p) for p in settings.exclude)
+
+    return [matrix for matrix in matrices if wanted(matrix.name)]
+
+
+def _check_plan(plan: Plan, walked: Walk) -> None:
+    """Errors: RecipeError if nothing would be compressed, or only some experts of one tensor."""
+    if not plan.entries:
+        raise RecipeError("the plan compresses nothing; loosen --include/--exclude, or keep less")
+    planned = {entry.matrix.name for entry in plan.entries}
+    experts: dict[str, list[bool]] = defaultdict(list)
+    for matrix in walked.matrices:
+        if matrix.expert is not None:
+            experts[matrix.parameter].append(matrix.name in planned)
+    for parameter, chosen in experts.items():
+        if any(chosen) and not all(chosen):
+            raise RecipeError(
+                f"{parameter}: {sum(chosen)} of {len(chosen)} experts would be compressed, but they are one tensor; "
+                f"take all or none ({parameter}.*)"
+            )

@@ -1,0 +1,77 @@
+"""Every byte of an artifact before it exists: texts are rendered, and tensors are counted by their layouts."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reallm.allocate import Plan, recipe_of_plan
+from reallm.allocate.recipe import dump_recipe
+from reallm.artifact import foretold_files, foretold_nbytes
+from reallm.artifact.integrity import foretold_checksums
+from reallm.formats.waist import under
+from reallm.pipeline.job import Job, info_of
+
+PLAN_FILE = "plan.yaml"
+_FINGERPRINT = "0" * 64  # as long as any
+
+
+class WholeFile:
+    """Bytes of the artifacts that a job with other plans would write; no tensor counts as entropy-coded."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    @cached_property
+    def companions(self) -> dict[str, int]:
+        """Bytes of tokenizer and generation settings, by file."""
+        with tempfile.TemporaryDirectory() as place:
+            self._job.source.save_companions(Path(place))
+            return nbytes_by_file(Path(place))
+
+    def nbytes(self, plan: Plan) -> int:
+        """Bytes of all files."""
+        return self.beside(plan) + plan.nbytes
+
+    def beside(self, plan: Plan) -> int:
+        """Bytes of all that is not a compressed matrix: kept tensors, headers, config, plan, tokenizer."""
+        job = dataclasses.replace(self._job, plan=plan)
+        with tempfile.TemporaryDirectory() as place:
+            write_texts(job, _FINGERPRINT, {}, Path(place), foretold_checksums(foretold_files(_tensors_of(job))))
+            texts = nbytes_by_file(Path(place)) | self.companions
+        return sum(texts.values()) + foretold_nbytes(_tensors_of(job)) - plan.nbytes
+
+
+def write_texts(
+    job: Job, fingerprint: str, coded: Mapping[str, tuple[str, ...]], folder: Path, checksums: dict[str, str]
+) -> None:
+    """Config and the plan as run. `coded`: local names of entropy-coded tensors by matrix."""
+    from reallm.model import write_config
+
+    manifest = dataclasses.replace(job.manifest(fingerprint, coded), checksums=checksums)
+    write_config(job.source, manifest, folder)
+    recipe = recipe_of_plan(job.plan, [info_of(matrix) for matrix in job.walk.matrices], job.coding)
+    (folder / PLAN_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def nbytes_by_file(folder: Path) -> dict[str, int]:
+    """Bytes of every file in a folder."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def _tensors_of(job: Job) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the artifact, on the meta device, in the order they are written."""
+    from reallm.model import marker_tensors
+
+    for matrix, planned in job.compressed:
+        yield from under(matrix.name, planned.fmt.layout(matrix.shape)).items()
+    shapes = job.source.shapes()
+    for name in job.kept:
+        yield name, torch.empty(shapes[name], dtype=job.source.dtype_of(name), device="meta")
+    yield from marker_tensors([matrix for matrix, _ in job.compressed]).items()

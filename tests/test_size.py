@@ -1,0 +1,217 @@
+"""One budget for the whole file: met, never exceeded, or refused before any work."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+import reallm
+from reallm.allocate.sizing import parse_size
+from reallm.artifact import read_ledger
+from reallm.errors import RecipeError
+from reallm.formats import from_spec
+from reallm.pipeline import Settings, prepare, run
+from reallm.pipeline.whole import WholeFile, nbytes_by_file
+
+CALIBRATION = {"calibration_windows": 6, "calibration_context": 64}
+
+
+def total(folder):
+    return sum(nbytes_by_file(folder).values())
+
+
+def test_the_foretold_bytes_are_those_of_the_files(tiny_llama, tmp_path):
+    for number, settings in enumerate(({"bits": 3}, {"recipe": "mixed", "exclude": ("*.1.*",), "embedding": "keep"})):
+        job = prepare(tiny_llama, Settings(**settings))
+        run(job, tmp_path / str(number))
+        assert WholeFile(job).nbytes(job.plan) == total(tmp_path / str(number))
+
+
+@pytest.mark.parametrize("size", [63_000, 75_000, 100_001, 180_000])
+def test_a_size_is_met_within_half_a_percent_and_never_exceeded(tiny_llama, tmp_path, size):
+    reallm.compress(tiny_llama, tmp_path / "out", size=size)
+    assert 0.995 * size <= total(tmp_path / "out") <= size
+    assert torch.isfinite(reallm.load(tmp_path / "out")(torch.arange(8)[None]).logits).all()
+
+
+def test_bits_per_parameter_are_those_of_the_ledger(tiny_llama, tmp_path):
+    reallm.compress(tiny_llama, tmp_path / "out", bits_per_parameter=7.5)
+    assert 0.995 * 7.5 <= read_ledger(tmp_path / "out").bits_per_parameter <= 7.5
+
+
+@pytest.mark.parametrize("size", [70_000, 110_000])
+def test_a_size_with_calibration_is_met_and_a_second_budget_asks_the_model_nothing(
+    tiny_llama, text_file, tmp_path, size, monkeypatch
+):
+    settings = {"calibration": (str(text_file),), "analysis": str(tmp_path / "cache"), **CALIBRATION}
+    reallm.compress(tiny_llama, tmp_path / "out", size=size, **settings)
+    assert 0.995 * size <= total(tmp_path / "out") <= size
+    monkeypatch.setattr("reallm.pipeline.budgeting.analysed", None)
+    small, large = (prepare(tiny_llama, Settings(size=size + more, **settings)).forecast for more in (0, 20_000))
+    assert small.calibrated and large.loss < small.loss
+
+
+def test_too_small_a_size_names_the_smallest_possible_which_then_works(tiny_llama, tmp_path):
+    with pytest.raises(RecipeError, match=r"smallest possible is ([\d,]+) bytes .*of tokenizer") as caught:
+        prepare(tiny_llama, Settings(size=30_000))
+    least = int(str(caught.value).split("possible is ")[1].split(" bytes")[0].replace(",", ""))
+    reallm.compress(tiny_llama, tmp_path / "out", size=least)
+    assert 0.98 * least < total(tmp_path / "out") <= least
+
+
+def test_a_size_that_the_tokenizer_alone_exceeds_says_so(tiny_llama):
+    with pytest.raises(RecipeError, match=r"--size 9,000 bytes is too small: .*1\d,\d\d\d of tokenizer"):
+        prepare(tiny_llama, Settings(size=9_000))
+
+
+def test_more_bytes_than_the_model_has_use_for_are_refused_naming_the_most(tiny_llama):
+    with pytest.raises(RecipeError, match="the largest useful is"):
+        prepare(tiny_llama, Settings(size=900_000))
+
+
+@pytest.mark.parametrize("text", ["60MB", "60 mb", "60000KB", "0.06GB", "60000000", "57.220458984375MiB"])
+def test_sizes_are_read_in_decimal_and_binary_units(text):
+    assert parse_size(text) == 60_000_000
+
+
+@pytest.mark.parametrize("text", ["", "MB", "60TB", "-3MB", "0", "sixty", "1e6"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(RecipeError, match="is not a size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("goal", [{}, {"bits": 3, "size": 10}, {"bits_per_parameter": 2.0, "size": 10}])
+def test_one_goal_is_given(tiny_llama, goal):
+    with pytest.raises(RecipeError, match="give one of --bits, --size, --bits-per-parameter, --recipe"):
+        prepare(tiny_llama, Settings(**goal))
+
+
+@pytest.mark.parametrize("kept", [{"embedding": "keep"}, {"exclude": ("*.1.*",)}, {"rank": 2}])
+def test_what_is_kept_or_added_is_inside_the_size(tiny_llama, tmp_path, kept):
+    size = 150_000 if "rank" in kept else 235_000
+    reallm.compress(tiny_llama, tmp_path / "out", size=size, **kept)
+    assert 0.995 * size <= total(tmp_path / "out") <= size
+
+
+def test_an_interrupted_run_with_a_size_goes_on_to_the_same_bytes(tiny_llama, tmp_path):
+    class Killed(Exception):
+        pass
+
+    job = prepare(tiny_llama, Settings(size=81_000))
+    calls = []
+    run(job, tmp_path / "whole", progress=lambda *values: calls.append(values))
+    assert len(calls) > 15, "nothing was fitted anew: the size should be one that asks for it"
+    for number in (5, 16, 29):
+        out, left = tmp_path / str(number), iter(range(number))
+
+        def kill(*_, left=left):
+            if next(left, None) is None:
+                raise Killed
+
+        with pytest.raises(Killed):
+            run(job, out, progress=kill)
+        run(job, out, resume=True)
+        for file in (tmp_path / "whole").iterdir():
+            assert (out / file.name).read_bytes() == file.read_bytes()
+
+
+def plan(*arguments):
+    from reallm.cli import main
+
+    assert main(["plan", *map(str, arguments)]) == 0
+
+
+CALIBRATED = ("--analysis-windows", 4, "--analysis-context", 64)
+
+
+def test_a_plan_is_written_edited_and_carried_out_as_it_says(tiny_llama, text_file, tmp_path):
+    file = tmp_path / "plan.yaml"
+    plan(tiny_llama, "-o", file, "--size", "80KB", "--calibration", text_file, *CALIBRATED)
+    text = file.read_text()
+    assert text.count(" bytes, ") == 15 and text.count(" loss ") >= 15  # beside every matrix, the embedding too
+    lines = text.splitlines()
+    place = next(i for i, line in enumerate(lines) if "layers.1.self_attn.q_proj" in line)
+    lines[place] = '- {match: "model.layers.1.self_attn.q_proj", format: {format: uniform, bits: 7}}'
+    file.write_text("\n".join(lines))
+    reallm.compress(tiny_llama, tmp_path / "out", recipe=str(file))
+    wanted = {rule["match"]: rule["format"] for rule in yaml.safe_load(file.read_text())["rules"]}
+    found = {m.name: m for m in read_ledger(tmp_path / "out").compressed}
+    for name, spec in wanted.items():
+        assert from_spec(spec) == found[name].fmt
+    assert found["model.layers.1.self_attn.q_proj"].fmt.bits == 7
+    assert yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text())["coding"] is True
+
+
+def test_a_recipe_beside_a_size_is_changed_as_little_as_brings_it_there(tiny_llama, tmp_path):
+    job = prepare(tiny_llama, Settings(size=80_000))
+    run(job, tmp_path / "first")
+    recipe = str(tmp_path / "first" / "plan.yaml")
+    reallm.compress(tiny_llama, tmp_path / "second", recipe=recipe, size=84_000)
+    assert 0.995 * 84_000 <= total(tmp_path / "second") <= 84_000
+    formats = [{m.name: m.fmt for m in read_ledger(tmp_path / name).compressed} for name in ("first", "second")]
+    assert 0 < sum(formats[0][name] != formats[1][name] for name in formats[0]) <= 8
+
+
+def test_the_frontier_holds_a_point_for_every_size(tiny_llama, tmp_path):
+    plan(tiny_llama, "-o", tmp_path / "frontier.json", "--sizes", "70KB,90KB,140KB")
+    points = json.loads((tmp_path / "frontier.json").read_text())["points"]
+    assert [point["size"] for point in points] == [70_000, 90_000, 140_000]
+    losses = [point["loss"] for point in points]
+    assert losses == sorted(losses, reverse=True) and all(len(point["plan"]) == 15 for point in points)
+
+
+def test_bits_with_calibration_are_met_and_chosen_by_the_end_loss(tiny_llama, text_file):
+    for bits in (2.5, 4.0):
+        job = prepare(tiny_llama, Settings(bits=bits, calibration=(str(text_file),), **CALIBRATION))
+        assert job.forecast.calibrated and 0.99 * bits <= job.plan.block_bits <= bits
+
+
+def test_corrections_change_what_is_chosen(tiny_llama, text_file, tmp_path):
+    def bits_of(role, **changes):
+        cache = str(tmp_path / "cache")
+        goal = {"bits": 4.0, "calibration": (str(text_file),), "analysis": cache, **CALIBRATION}
+        job = prepare(tiny_llama, Settings(**goal, **changes))
+        entries = [e for e in job.plan.entries if e.matrix.role == role]
+        return sum(8 * e.nbytes / e.matrix.weights for e in entries) / len(entries), job
+
+    file = tmp_path / "corrections.yaml"
+    file.write_text(
+        "factors: {q: 50}\ncandidates: {block: "
+        + json.dumps(
+            [
+                {"format": "uniform", "bits": b, "symmetric": True, "group_size": g}
+                for b in range(2, 9)
+                for g in (0, 32, 64)
+            ]
+        )
+        + "}"
+    )
+    before, _ = bits_of("q")
+    after, job = bits_of("q", corrections=str(file))
+    assert after > before + 0.5
+    assert {e.fmt.name for e in job.plan.entries if e.matrix.kind == "block"} == {"uniform"}
+    file.write_text("losses: [{match: '*', format: {format: uniform, bits: 8}, loss: nonsense}]")
+    with pytest.raises(RecipeError, match="corrections.yaml: losses.0.loss"):
+        bits_of("q", corrections=str(file))
+
+
+def test_a_calibrated_size_ends_with_predicted_and_realised_loss(tiny_llama, text_file, tmp_path, capsys):
+    from reallm.cli import main
+
+    options = ["--calibration-context", "64", "--calibration-windows", "6"]
+    arguments = ["compress", str(tiny_llama), "-o", str(tmp_path / "out"), "--size", "90KB"]
+    assert main([*arguments, "--calibration", str(text_file), *options]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("loss (KL)") and "held out" in line
+    predicted, realised = (float(line.split(word)[1].split()[0].strip(",")) for word in ("predicted", "realised"))
+    assert 0.2 < predicted / realised < 5
+
+
+def test_a_damaged_analysis_is_one_line(tiny_llama, text_file, tmp_path):
+    settings = Settings(size=80_000, calibration=(str(text_file),), analysis=str(tmp_path), **CALIBRATION)
+    prepare(tiny_llama, settings)
+    (file,) = tmp_path.glob("analysis-*.json")
+    file.write_text("{")
+    with pytest.raises(RecipeError, match="damaged .*remove it"):
+        prepare(tiny_llama, settings)
