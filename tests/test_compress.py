@@ -231,6 +231,7 @@ def test_ctrl_c_says_where_the_finished_matrices_are_and_how_to_go_on(tiny_llama
     slow += "m._compressed = lambda *a: (time.sleep(0.5), f(*a))[1];"
     arguments = ["compress", str(tiny_llama), "-o", str(tmp_path / "out"), "--recipe", recipe]
     running = subprocess.Popen([sys.executable, "-c", slow + code, *arguments], stderr=subprocess.PIPE, text=True)
+    assert running.stderr.readline().startswith("work folder: ")
     running.stderr.read(1)  # a matrix is finished
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)

@@ -117,3 +117,17 @@ def test_the_layout_names_every_room():
     rooms = [f"{path.name}/" for path in package.iterdir() if (path / "__init__.py").is_file()]
     rooms += [path.name for path in package.glob("*.py") if path.name != "__init__.py"]
     assert [room for room in rooms if f"| `{room}` |" not in page] == []
+
+
+def test_every_test_that_the_guarantees_name_exists():
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (DOCS / "guarantees.md").read_text(encoding="utf-8"))
+    assert len(named) > 40
+    tests = ROOT / "tests"
+    missing = [f"{file}::{name}" for file, name in named if f"\ndef {name}(" not in (tests / file).read_text("utf-8")]
+    assert missing == []
+
+
+def test_every_promise_names_a_test():
+    page = (DOCS / "guarantees.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith(("| ---", "| promise"))]
+    assert len(rows) > 25 and all("::test_" in row for row in rows)

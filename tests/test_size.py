@@ -98,7 +98,7 @@ def test_an_interrupted_run_with_a_size_goes_on_to_the_same_bytes(tiny_llama, tm
     class Killed(Exception):
         pass
 
-    job = prepare(tiny_llama, Settings(size=80_000))
+    job = prepare(tiny_llama, Settings(size=81_000))
     calls = []
     run(job, tmp_path / "whole", progress=lambda *values: calls.append(values))
     assert len(calls) > 15, "nothing was fitted anew: the size should be one that asks for it"

@@ -2,7 +2,13 @@
 
 
 class ReallmError(ValueError):
-    """A mistake or a condition the user can mend; the message names the thing and the remedy."""
+    """A mistake or a condition the user can mend; the message names the thing and the remedy.
+
+    Names and values in it come out of files: a long one is cut in its middle, so that the remedy still is there.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message if len(message) <= 1500 else f"{message[:1000]} … {message[-300:]}")
 
 
 class FormatError(ReallmError):

@@ -136,8 +136,24 @@ def test_a_damaged_coded_tensor_is_named(pair, tmp_path):
     name = next(row.name for row in read_ledger(folder).coded)
     stored[name][-40:] = 0
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ArtifactError, match=f"{name}.*damaged"):
+    with pytest.raises(ArtifactError, match=f"{name}.*checksum"):
         reallm.load(folder)
+    with pytest.raises(ArtifactError, match=f"{name}.*damaged"):
+        reallm.load(folder, verify=False)
+
+
+def test_a_few_bytes_never_stand_for_many():
+    # One symbol takes no bits: without a bound, 270 bytes in one lane would be any number of them.
+    table = np.zeros(256, np.uint8)
+    table[7] = 255
+    state = np.array([1 << 16], "<u4").view(np.uint8)
+    bomb = np.concatenate([np.array([8, 1, 0, 0, 0], np.uint8), table, state])
+    assert (decoded_bytes(bomb, 2048) == 7).all()
+    for nbytes in (2049, 10**12):
+        with pytest.raises(FormatError, match="damaged"):
+            decoded_bytes(bomb, nbytes)
+    with pytest.raises(FormatError, match="damaged"):
+        decoded_tensor(torch.zeros(9, dtype=torch.uint8), torch.empty(10**12, dtype=torch.uint8, device="meta"))
 
 
 def test_names_of_coded_tensors_that_the_format_has_not_are_refused(pair, tmp_path):

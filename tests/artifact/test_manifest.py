@@ -3,7 +3,7 @@ import json
 import pytest
 
 from reallm.artifact import Manifest, StoredMatrix, read_manifest
-from reallm.artifact.ledger import read_header
+from reallm.artifact.checks import read_header
 from reallm.errors import ArtifactError, FormatError
 from reallm.formats import from_spec
 
@@ -74,9 +74,9 @@ def test_a_damaged_manifest_names_what_is_wrong(change, error, says):
     ("content", "says"),
     [
         (None, "no config.json"),
-        (b"{", "not readable as JSON"),
-        (b"[" * 100_000, "not readable as JSON"),
-        (b"\xff\xfe", "not readable as JSON"),
+        (b"{", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
         (b"[]", "not compressed by reallm"),
         (b"{}", "not compressed by reallm"),
         (b'{"quantization_config": 3}', "not compressed by reallm"),

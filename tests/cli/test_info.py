@@ -168,8 +168,8 @@ def drop_tensor(folder):
     ("damage", "says"),
     [
         (lambda f: (f / "config.json").unlink(), "no config.json"),
-        (lambda f: (f / "config.json").write_text("{"), "not readable as JSON"),
-        (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "not readable as JSON"),
+        (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
+        (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "is not JSON"),
         (lambda f: config(f, lambda c: c.pop("quantization_config")), "not compressed by reallm"),
         (lambda f: config(f, lambda c: c["quantization_config"].update(version=3)), "written by a newer reallm"),
         (lambda f: config(f, lambda c: c["quantization_config"].update(version=None)), "None is not a version"),
@@ -178,9 +178,9 @@ def drop_tensor(folder):
         (lambda f: (f / "model.safetensors").unlink(), "is missing"),
         (drop_tensor, "'model.layers.1.mlp.up_proj.base.left' is missing"),
         (lambda f: truncate(f, -10), "10 bytes are missing"),
-        (lambda f: truncate(f, 100), "the file is damaged"),
-        (lambda f: truncate(f, 3), "the file is damaged"),
-        (lambda f: truncate(f, 0), "is damaged"),
+        (lambda f: truncate(f, 100), "damaged safetensors file"),
+        (lambda f: truncate(f, 3), "damaged safetensors file"),
+        (lambda f: truncate(f, 0), "damaged safetensors file"),
     ],
 )
 def test_a_damaged_artifact_is_one_line_and_exit_2(copy, damage, says, capsys):

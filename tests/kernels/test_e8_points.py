@@ -1,6 +1,6 @@
 """The cheapest points of E8: on the lattice, none cheaper nearby, and the Triton kernel against the plain code.
 
-    TRITON_INTERPRET=1 pytest tests/kernels/test_e8_points.py
+TRITON_INTERPRET=1 pytest tests/kernels/test_e8_points.py
 """
 
 import importlib.util

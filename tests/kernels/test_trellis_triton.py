@@ -1,6 +1,6 @@
 """The Triton kernel of Viterbi's algorithm against the plain one: on a GPU, or in Triton's interpreter.
 
-    TRITON_INTERPRET=1 pytest tests/kernels/test_trellis_triton.py
+TRITON_INTERPRET=1 pytest tests/kernels/test_trellis_triton.py
 """
 
 import os

@@ -3,6 +3,7 @@
 import filecmp
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import torch
 import reallm
 from reallm.artifact import read_ledger, work_folder
 from reallm.cli import main
-from reallm.errors import RecipeError, SourceError, TextError
+from reallm.errors import ArtifactError, RecipeError, SourceError, TextError
 from reallm.model import load, load_tokenizer
 from reallm.tune import blockwise, end_to_end
 from reallm.tune.data import drawn, split, windows_of
@@ -127,6 +128,32 @@ def test_a_killed_run_goes_on_to_the_same_bytes(compressed, tiny_llama, tuning_t
     assert not (tmp_path / "out").exists() and work_folder(tmp_path / "out").exists()
     reallm.tune(compressed, tmp_path / "out", resume=True, **arguments)
     assert same(tuned[0], tmp_path / "out") and not work_folder(tmp_path / "out").exists()
+
+
+def test_a_run_killed_after_its_last_rename_is_finished_by_resume(
+    compressed, tiny_llama, tuning_text, tuned, tmp_path, monkeypatch
+):
+    arguments = {"text": (tuning_text,), "reference": str(tiny_llama), **SHORT}
+
+    def killed(_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("reallm.tune.running.remove", killed)
+        reallm.tune(compressed, tmp_path / "out", **arguments)
+    assert (tmp_path / "out").exists() and work_folder(tmp_path / "out").exists()
+    reallm.tune(compressed, tmp_path / "out", resume=True, **arguments)
+    assert same(tuned[0], tmp_path / "out") and not work_folder(tmp_path / "out").exists()
+    with pytest.raises(ArtifactError, match="exists; give another --output"):
+        reallm.tune(compressed, tmp_path / "out", resume=True, **arguments)
+
+
+def test_the_checksums_of_a_tuned_artifact_are_its_own(compressed, tuned, tmp_path):
+    load(tuned[0])
+    shutil.copytree(tuned[0], tmp_path / "mixed")
+    shutil.copyfile(compressed / "model.safetensors", tmp_path / "mixed" / "model.safetensors")
+    with pytest.raises(ArtifactError, match="is not as it was written"):
+        load(tmp_path / "mixed")
 
 
 def test_a_resumed_run_does_not_do_finished_work_again(compressed, tiny_llama, tuning_text, tmp_path):

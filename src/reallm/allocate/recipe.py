@@ -20,6 +20,7 @@ A format of `keep` leaves the matrix as it is.
 from __future__ import annotations
 
 import fnmatch
+import reprlib
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -35,6 +36,8 @@ from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.uniform import Uniform
 
 KEEP = "keep"
+LARGEST_YAML = 4_000_000  # the plan of a model of 70,000 matrices; characters, and values once aliases are written out
+DEEPEST_YAML = 24
 # 8 bits in groups of 64 leave an embedding's rows within 0.5 % of themselves: perplexity does not move.
 DEFAULT_EMBEDDING = to_spec(Uniform(bits=8, group_size=64, symmetric=True))
 
@@ -89,22 +92,53 @@ def parse_recipe(text: str, origin: str) -> Recipe:
     Errors: RecipeError for YAML that does not parse, unknown or missing keys; FormatError for bad formats.
     """
     try:
-        values = yaml.safe_load(text)
+        values = read_yaml(text, origin)
         if not isinstance(values, dict):
             raise RecipeError(f"{origin}: not a recipe, which is a mapping with the key 'rules'")
         recipe = Recipe.model_validate(values)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{origin}: not valid YAML ({' '.join(str(error).split())})") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise RecipeError(f"{origin}: {where}: {first['msg'].lower()} (got {first['input']!r})") from error
+        raise RecipeError(f"{origin}: {where}: {first['msg'].lower()} (got {reprlib.repr(first['input'])})") from error
     for role in [role for rule in recipe.rules for role in rule.role or []]:
         if role not in ROLES:
             raise RecipeError(f"{origin}: unknown role {role!r}; known roles: {', '.join(ROLES)}")
     for spec in [rule.format for rule in recipe.rules] + [recipe.embedding, recipe.head]:
         _format(spec, origin)
     return recipe
+
+
+def read_yaml(text: str, origin: str) -> Any:
+    """Plain values of YAML of bounded size and depth, repetitions by alias counted out.
+
+    Errors: RecipeError.
+    """
+    if len(text) > LARGEST_YAML:
+        raise RecipeError(f"{origin}: {len(text):,} characters, more than {LARGEST_YAML:,}; no recipe needs that")
+    try:
+        values = yaml.safe_load(text)
+    except Exception as error:  # beside its own errors yaml lets through what int, dates and recursion raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise RecipeError(f"{origin}: not valid YAML ({reason})") from error
+    _check_extent(values, origin)
+    return values
+
+
+def _check_extent(values: Any, origin: str) -> None:
+    """Errors: RecipeError for depth, or for what a few aliases of aliases stand for."""
+    level, left = [values], LARGEST_YAML
+    for _ in range(DEEPEST_YAML):
+        level = [v for holder in level if isinstance(holder, dict | list | set) for v in _held(holder)]
+        left -= len(level)
+        if left < 0:
+            raise RecipeError(f"{origin}: aliases (*) make more than {LARGEST_YAML:,} values of it")
+        if not level:
+            return
+    raise RecipeError(f"{origin}: nested more than {DEEPEST_YAML} deep")
+
+
+def _held(holder: Any) -> list[Any]:
+    return [*holder, *holder.values()] if isinstance(holder, dict) else list(holder)
 
 
 def shipped_recipes() -> dict[str, Recipe]:
@@ -127,6 +161,8 @@ def load_recipe(name_or_path: str) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"{name_or_path}: no such recipe file, and no shipped recipe; shipped: {', '.join(shipped)}")
     try:
+        if path.stat().st_size > 4 * LARGEST_YAML:
+            raise RecipeError(f"{name_or_path}: {path.stat().st_size:,} bytes; no recipe needs that")
         return parse_recipe(path.read_text(encoding="utf-8"), name_or_path)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{name_or_path}: not readable as text ({error})") from error

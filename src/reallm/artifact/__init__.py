@@ -3,26 +3,39 @@
 from reallm.artifact.coding import code, coded_tensor, decoded_tensor
 from reallm.artifact.ledger import Ledger, Row, decoding_seconds, read_ledger
 from reallm.artifact.manifest import VERSION, Manifest, StoredMatrix, read_manifest
-from reallm.artifact.work import check_finished, check_output, finished_file, opened, work_folder
-from reallm.artifact.writer import foretold_nbytes, save_tensors, write_shards
+from reallm.artifact.work import (
+    STAGING,
+    check_finished,
+    check_finished_output,
+    check_output,
+    finished_file,
+    opened,
+    remove,
+    work_folder,
+)
+from reallm.artifact.writer import foretold_files, foretold_nbytes, save_tensors, write_shards
 
 __all__ = [
+    "STAGING",
     "VERSION",
     "Ledger",
     "Manifest",
     "Row",
     "StoredMatrix",
     "check_finished",
+    "check_finished_output",
     "check_output",
     "code",
     "coded_tensor",
     "decoded_tensor",
     "decoding_seconds",
     "finished_file",
+    "foretold_files",
     "foretold_nbytes",
     "opened",
     "read_ledger",
     "read_manifest",
+    "remove",
     "save_tensors",
     "work_folder",
     "write_shards",

@@ -59,6 +59,8 @@ def code(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
 
 def _unpacked(data: bytes, nbytes: int) -> bytes:
     damaged = FormatError("entropy-coded tensor is damaged; copy the artifact again")
+    if nbytes > _LARGEST_FOR_LZMA:  # never written: a few bytes would stand for any number
+        raise damaged
     try:
         decompressor = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS)
         found = decompressor.decompress(data, nbytes + 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import math
 import time
 from collections import defaultdict
@@ -12,13 +12,11 @@ from typing import Any
 
 from safetensors import safe_open
 
+from reallm.artifact.checks import check_inside, read_header
 from reallm.artifact.coding import decoded_tensor
 from reallm.artifact.manifest import Manifest, StoredMatrix, read_manifest
 from reallm.errors import ArtifactError
-
-# A safetensors file: 8 bytes of header length, the header (JSON), the data section.
-_LENGTH_BYTES = 8
-_LARGEST_HEADER = 100_000_000
+from reallm.formats import Shape, WeightFormat
 
 _TOKENIZER_WORDS = ("token", "vocab", "merges", "chat_template", "spiece")
 
@@ -120,6 +118,7 @@ def read_ledger(folder: Path) -> Ledger:
     rows: list[Row] = []
     kept_weights = 0
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        check_inside(path, folder)
         if path.suffix == ".safetensors":
             tensors, kept = _tensor_rows(path, folder, manifest)
             rows += tensors
@@ -157,44 +156,17 @@ def _tensor_rows(path: Path, folder: Path, manifest: Manifest) -> tuple[list[Row
     file = path.relative_to(folder).as_posix()
     owners = {matrix.name: matrix for matrix in manifest.matrices}
     rows = [Row(file, "header", None, "file", "headers", header_bytes)]
-    kept_weights, covered = 0, header_bytes
+    kept_weights = 0
     for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        covered += end - start
         matrix = _owner(name, owners)
         role = _role(matrix, name) if matrix else None
         if matrix is None or role is None:
-            rows.append(Row(file, name, None, "kept", "kept", end - start))
-            kept_weights += math.prod(entry["shape"])
+            rows.append(Row(file, name, None, "kept", "kept", entry.nbytes))
+            kept_weights += math.prod(entry.shape)
         else:
             raw = _raw_nbytes(matrix, name)
-            rows.append(Row(file, name, matrix.name, matrix.kind, role, end - start, raw))
-    if gap := path.stat().st_size - covered:
-        what = f"{gap} bytes belong to no tensor" if gap > 0 else f"{-gap} bytes are missing"
-        raise ArtifactError(f"{path}: {what}; the file is damaged, copy the artifact again")
+            rows.append(Row(file, name, matrix.name, matrix.kind, role, entry.nbytes, raw))
     return rows, kept_weights
-
-
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """(tensor entries, bytes of length field and header) of a safetensors file.
-
-    Errors: ArtifactError if the header does not parse or says more than the file holds.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        if length > min(size - _LENGTH_BYTES, _LARGEST_HEADER):
-            raise ArtifactError(f"{path}: header of {length} bytes in a file of {size}; the file is damaged")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            for entry in header.values():
-                start, end = entry["data_offsets"]
-                if not 0 <= start <= end <= size or not isinstance(entry["shape"], list):
-                    raise ValueError(entry)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ArtifactError(f"{path}: header is damaged ({error})") from error
-    return header, _LENGTH_BYTES + length
 
 
 def _owner(tensor: str, owners: dict[str, StoredMatrix]) -> StoredMatrix | None:
@@ -210,7 +182,12 @@ def _owner(tensor: str, owners: dict[str, StoredMatrix]) -> StoredMatrix | None:
 def _role(matrix: StoredMatrix, tensor: str) -> str | None:
     """What the bytes are for; None for a neighbour that is kept as it was, such as the module's bias."""
     local = tensor.removeprefix(f"{matrix.name}.")
-    return matrix.fmt.role(local) if local in matrix.fmt.layout(matrix.shape) else None
+    return matrix.fmt.role(local) if local in _local_names(matrix.fmt, matrix.shape) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _local_names(fmt: WeightFormat, shape: Shape) -> frozenset[str]:
+    return frozenset(fmt.layout(shape))
 
 
 # Bytes of coded tensors that are decoded to tell how long all of them take.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from reallm.artifact.checks import check_folder, check_name, read_json
 from reallm.errors import ArtifactError
 from reallm.formats import Shape, WeightFormat, from_spec, to_spec
 
@@ -14,6 +14,9 @@ QUANT_METHOD = "reallm"
 VERSION = 2
 _VERSION_WITHOUT_CODING = 1
 KINDS = ("block", "embedding", "head")
+# The largest matrices of today, embeddings, have 2^32 weights. Sizes beyond these overflow 64 bits further on.
+_MOST_ROWS = 1 << 31
+_MOST_WEIGHTS = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,15 @@ class StoredMatrix:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All compressed matrices of an artifact, in model order, and where they come from."""
+    """All compressed matrices of an artifact, in model order, where they come from, and checksums by weight file.
+
+    Without `checksums` (see `integrity.py`) nothing can be verified: version 1 began without them.
+    """
 
     matrices: tuple[StoredMatrix, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
     version: int = field(default=VERSION, compare=False)  # as read
+    checksums: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values. Matrices stored alike share one entry of `layouts`: hundreds of matrices, few lines."""
@@ -66,6 +73,7 @@ class Manifest:
             "layouts": layouts,
             "matrices": indices,
             "provenance": self.provenance,
+            **({"checksums": self.checksums} if self.checksums else {}),
         }
 
     @staticmethod
@@ -77,14 +85,19 @@ class Manifest:
         version = check_version(values.get("version"))
         try:
             layouts = [(e["kind"], e["shape"], e["format"], e.get("coded", [])) for e in values["layouts"]]
-            named = {str(name): index for name, index in values["matrices"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
+            named = {check_name(str(name)): index for name, index in values["matrices"].items()}
+            checksums = dict(values.get("checksums") or {})
+            provenance = dict(values.get("provenance") or {})
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ArtifactError(f"quantization_config in config.json is damaged: {error!r}") from error
+        if not all(isinstance(word, str) for word in checksums.values()):
+            raise ArtifactError("checksums in config.json are no words; it is damaged")
         for name, index in named.items():
             if not isinstance(index, int) or not 0 <= index < len(layouts):
-                raise ArtifactError(f"quantization_config: {name} has layout {index!r} of {len(layouts)}; damaged")
-        matrices = tuple(_stored_matrix(name, *layouts[index]) for name, index in named.items())
-        return Manifest(matrices, values.get("provenance") or {}, version)
+                raise ArtifactError(f"quantization_config: {name} has layout {index!r:.50} of {len(layouts)}; damaged")
+        built = {index: _stored_matrix(name, *layouts[index]) for name, index in named.items()}
+        matrices = tuple(replace(built[index], name=name) for name, index in named.items())
+        return Manifest(matrices, provenance, version, checksums)
 
 
 def check_version(version: Any) -> int:
@@ -103,9 +116,9 @@ def check_version(version: Any) -> int:
 
 
 def _stored_matrix(name: str, kind: Any, shape: Any, spec: Any, coded: Any) -> StoredMatrix:
-    ok = isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
-    if not ok or kind not in KINDS:
-        raise ArtifactError(f"{name}: kind={kind!r} shape={shape!r} is not a stored matrix")
+    ok = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < _MOST_ROWS for n in shape)
+    if not ok or shape[0] * shape[1] > _MOST_WEIGHTS or kind not in KINDS:
+        raise ArtifactError(f"{name}: kind={kind!r:.50} shape={shape!r:.50} is not a stored matrix")
     fmt = from_spec(spec)
     fmt.check((shape[0], shape[1]))
     if not isinstance(coded, list) or not set(map(str, coded)) <= set(fmt.layout((shape[0], shape[1]))):
@@ -116,7 +129,8 @@ def _stored_matrix(name: str, kind: Any, shape: Any, spec: Any, coded: Any) -> S
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the artifact in `folder`.
 
-    Errors: ArtifactError if there is no folder, no config.json, or it is not a reallm artifact.
+    Errors: ArtifactError if there is no folder, no config.json, it is not a reallm artifact, or something in it
+    leads out of it.
     """
     path = Path(folder) / "config.json"
     if Path(folder).is_file():
@@ -125,10 +139,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{folder}: no such folder")
     if not path.is_file():
         raise ArtifactError(f"{folder}: no config.json; is this a folder written by `reallm compress`?")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not readable as JSON ({error})") from error
+    check_folder(Path(folder))
+    config = read_json(path)
     section = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
         raise ArtifactError(f"{folder}: not compressed by reallm (config.json names no quant_method 'reallm')")

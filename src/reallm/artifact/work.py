@@ -12,10 +12,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from reallm.artifact.checks import read_json
+from reallm.artifact.manifest import read_manifest
 from reallm.errors import ArtifactError, FormatError, RecipeError, SourceError
-from reallm.formats import Tensors
+from reallm.formats import Tensors, to_spec
 
 STATE_FILE = "state.json"
+STAGING = "artifact"  # where the output is put together, inside the work folder
 
 
 def work_folder(out: Path) -> Path:
@@ -35,7 +38,7 @@ def check_output(out: Path, resume: bool = False) -> None:
     """
     if not out.name:
         raise ArtifactError(f"--output {str(out)!r} is not the name of a new folder; give one")
-    if os.path.lexists(out):
+    if os.path.lexists(out) and not (resume and _may_be_finished(out)):
         raise ArtifactError(f"{out} exists; give another --output or remove it")
     if not out.absolute().parent.is_dir():
         raise ArtifactError(f"{out}: the folder {out.absolute().parent} does not exist; make it first")
@@ -47,6 +50,41 @@ def check_output(out: Path, resume: bool = False) -> None:
     # It is removed at the end: never take a folder that is somebody else's.
     if not work.is_dir() or (any(work.glob("[!.]*")) and not any(work.glob(f"{STATE_FILE}*"))):
         raise ArtifactError(f"{work} is not the work folder of an interrupted run; give another --output or remove it")
+
+
+def _may_be_finished(out: Path) -> bool:
+    """Whether a run may have been killed after it had put its artifact at `out`, by the last of its renames."""
+    try:
+        read_manifest(out)
+    except (ArtifactError, FormatError):
+        return False
+    return not (work_folder(out) / STAGING).exists()
+
+
+def check_finished_output(out: Path, state: dict[str, Any], formats_may_differ: bool = False) -> None:
+    """What a killed run left at `out` must be what this one would make.
+
+    `formats_may_differ`: the run may have changed formats on the way, so that the plan is compared by its names.
+    Errors: ArtifactError if it is of another source, seed, calibration or plan.
+    """
+    manifest = read_manifest(out)
+    found = {key: manifest.provenance.get(key) for key in ("seed", "calibration")}
+    found["source"] = manifest.provenance.get("source_sha256")
+    found["plan"] = {matrix.name: to_spec(matrix.fmt) for matrix in manifest.matrices}
+    for key, value in found.items():
+        wanted = state[key]
+        if formats_may_differ and key == "plan":
+            value, wanted = set(value), set(wanted)
+        if value != wanted:
+            raise ArtifactError(f"{out} exists and is of another {key}; give another --output or remove it")
+
+
+def remove(work: Path) -> None:
+    """Remove a work folder, its state last: killed on the way, it still is known for one."""
+    for path in work.iterdir():
+        if path.name != STATE_FILE:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(work)
 
 
 @contextlib.contextmanager
@@ -98,9 +136,9 @@ def _check_or_write(work: Path, state: dict[str, Any]) -> None:
 
 def _check_state(path: Path, now: dict[str, Any]) -> None:
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         old_plan, new_plan = dict(before["plan"]), now["plan"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path}: damaged; remove {path.parent} to start anew") from error
     remedy = f"go back to that, or remove {path.parent} to start anew"
     if before.get("source") != now["source"]:

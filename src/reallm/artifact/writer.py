@@ -13,8 +13,8 @@ from torch import Tensor
 
 from reallm.formats import Tensors
 
-# Large enough that a 135M or 7B model at 3 bits is one or two files, small enough to hold in memory.
-MAX_SHARD_BYTES = 2_000_000_000
+# A shard is held in memory beside the libraries: a run may take 1.5 GB beyond the working set of its largest matrix.
+MAX_SHARD_BYTES = 500_000_000
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -61,6 +61,22 @@ _DTYPES = {
 
 def foretold_nbytes(tensors: Iterable[tuple[str, Tensor]], max_bytes: int = MAX_SHARD_BYTES) -> int:
     """Bytes of the files that `write_shards` makes of tensors, which may be on the meta device."""
+    shards = _foretold_shards(tensors, max_bytes)
+    files = sum(_file_nbytes(shard) for shard in shards)
+    if len(shards) == 1:
+        return files
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    return files + len(_index([list(shard) for shard in shards], total)[1])
+
+
+def foretold_files(tensors: Iterable[tuple[str, Tensor]], max_bytes: int = MAX_SHARD_BYTES) -> dict[str, int]:
+    """Name of every safetensors file that `write_shards` makes, and how many tensors it holds."""
+    shards = _foretold_shards(tensors, max_bytes)
+    names = [SINGLE] if len(shards) == 1 else _index([list(shard) for shard in shards], 0)[0]
+    return {name: len(shard) for name, shard in zip(names, shards, strict=True)}
+
+
+def _foretold_shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> list[Tensors]:
     shards: list[Tensors] = [{}]
     size = 0
     for name, tensor in tensors:
@@ -69,11 +85,7 @@ def foretold_nbytes(tensors: Iterable[tuple[str, Tensor]], max_bytes: int = MAX_
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    files = sum(_file_nbytes(shard) for shard in shards)
-    if len(shards) == 1:
-        return files
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    return files + len(_index([list(shard) for shard in shards], total)[1])
+    return shards
 
 
 def _file_nbytes(tensors: Tensors) -> int:

@@ -73,5 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    # Names come out of files: one may hold what moves a terminal's cursor.
+    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
+    print(f"error: {line}", file=sys.stderr)
     return 2

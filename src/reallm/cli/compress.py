@@ -123,10 +123,11 @@ def command(
     """Compress a model into a folder that from_pretrained loads."""
     from reallm.allocate.sizing import parse_size
     from reallm.artifact import check_output, work_folder
-    from reallm.pipeline import Settings, prepare, run
+    from reallm.pipeline import Settings, prepare, run, work_bytes
     from reallm.report.cost import cost_table, plan_table
     from reallm.report.ledger import summary
     from reallm.report.predicted import realised_line
+    from reallm.report.text import size as in_units
 
     if not dry_run:
         check_output(output, resume)
@@ -156,6 +157,7 @@ def command(
     if dry_run:
         print(plan_table(job), cost_table(job), sep="\n\n")
         return
+    print(f"work folder: {work_folder(output)}, up to {in_units(work_bytes(job))}, removed at the end", file=sys.stderr)
     try:
         with _progress() as progress:
             run(job, output, resume, progress)

@@ -35,6 +35,10 @@ def command(
     mode: Annotated[
         str, typer.Option(metavar="NAME", help="decode_at_load, or decode_per_use: slower, in less memory.")
     ] = "decode_at_load",
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Compare a compressed model's tensors with their checksums first."),
+    ] = True,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Windows that go through a model at once.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON to this file.")] = None,
@@ -59,6 +63,7 @@ def command(
             device=device,
             dtype=dtype,
             mode=mode,
+            verify=verify,
         )
     if output is not None:
         output.write_text(to_json(result) + "\n", encoding="utf-8")

@@ -38,6 +38,10 @@ def command(
     mode: Annotated[
         str, typer.Option(metavar="NAME", help="decode_at_load, or decode_per_use: slower, in less memory.")
     ] = "decode_at_load",
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Compare a compressed model's tensors with their checksums first."),
+    ] = True,
 ) -> None:
     """Answer a prompt, printing the text as it is made."""
     from reallm.evaluate.generate import generate_stream
@@ -45,7 +49,7 @@ def command(
     from reallm.model import load, load_tokenizer
 
     pieces = generate_stream(
-        load(model, mode=mode, **load_options(device, dtype)),
+        load(model, mode=mode, verify=verify, **load_options(device, dtype)),
         load_tokenizer(model),
         sys.stdin.read() if prompt == "-" else prompt,
         max_new_tokens=max_new_tokens,

@@ -29,6 +29,7 @@ def measure(
     device: str = "auto",
     dtype: str = "auto",
     mode: str = models.DECODE_AT_LOAD,
+    verify: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate the model at a path or hub id on a text file, both models on `device` in `dtype`.
@@ -36,7 +37,7 @@ def measure(
     The result is ready for JSON: the fields of `Evaluation`, what was measured on what, with which
     versions, and `seconds`, the time of scoring without that of loading. ReallmError as `evaluate`.
     """
-    loading = load_options(device, dtype) | {"mode": mode}
+    loading = load_options(device, dtype) | {"mode": mode, "verify": verify}
     documents = texts.load_text(text)  # first: it is cheap, and most often what is wrong
     tokenizer = models.load_tokenizer(model)
     token_ids = texts.tokenize(tokenizer, documents)

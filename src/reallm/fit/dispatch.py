@@ -9,6 +9,7 @@ from torch import Tensor
 
 from reallm.fit.objective import Objective
 from reallm.formats import Parts, Shape, WeightFormat
+from reallm.kernels import total
 
 
 @singledispatch
@@ -40,11 +41,11 @@ def decoded(fmt: WeightFormat, parts: Parts, weight: Float[Tensor, "out in"]) ->
 
 def squared_error(weight: Float[Tensor, "out in"], approximation: Float[Tensor, "out in"]) -> float:
     """Sum of squared differences, accumulated in float64 so that iterates can be compared."""
-    return (weight - approximation).double().square().sum().item()
+    return total((weight - approximation).double().square()).item()
 
 
 def relative_error(weight: Float[Tensor, "out in"], approximation: Float[Tensor, "out in"]) -> float:
     """Squared error over the sum of squared weights; 0 for a zero matrix that is met exactly."""
-    energy = weight.double().square().sum().item()
+    energy = total(weight.double().square()).item()
     error = squared_error(weight, approximation)
     return error / energy if energy else error

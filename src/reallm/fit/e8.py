@@ -15,7 +15,6 @@ from reallm.fit.feedback import coded
 from reallm.fit.objective import Objective
 from reallm.fit.refit import alternated
 from reallm.formats import Parts
-from reallm.formats import scales as scale_store
 from reallm.formats.e8 import (
     E8,
     FIRST_BITS,
@@ -28,7 +27,7 @@ from reallm.formats.e8 import (
     short_words,
     values_of,
 )
-from reallm.kernels import nearest_entry
+from reallm.kernels import average, nearest_entry
 
 # Scales in units of the root mean square that serve Gaussian entries best, by bits.
 _BEST = {2: 0.97, 3: 1.0, 4: 1.11}
@@ -153,9 +152,10 @@ def _second(vectors: Float[Tensor, "n 8"], importance: Float[Tensor, "n 8"], bit
 
 def _vectors(matrix: Float[Tensor, "out in"]) -> Float[Tensor, "n 8"]:
     """Rows cut into vectors; a short last vector is filled with zeros."""
-    return scale_store.grouped(matrix, VECTOR_DIM).flatten(0, 1)
+    filled = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % VECTOR_DIM))
+    return filled.view(-1, VECTOR_DIM)
 
 
 def _root_mean_square(weight: Float[Tensor, "out in"]) -> Float[Tensor, " 1"]:
     """Over the whole matrix; squares of tiny weights would be 0 in float32."""
-    return weight.double().square().mean().sqrt().to(torch.float32).view(1)
+    return average(weight.double().square()).sqrt().to(torch.float32).view(1)

@@ -18,6 +18,7 @@ from reallm.fit.feedback import coded, importance_in_feedback
 from reallm.fit.objective import Objective
 from reallm.formats import Parts
 from reallm.formats.entropy_coded import EntropyCoded, EntropyCodedParts
+from reallm.kernels import average
 from reallm.kernels.ans import RAW_BITS
 from reallm.kernels.e8_points import cheapest_points, has_triton, points_with_feedback
 from reallm.kernels.e8_stream import DIM, largest_code
@@ -110,7 +111,7 @@ def fit_entropy_coded(
         return EntropyCodedParts(torch.zeros_like(weight, dtype=torch.int32), weight.new_zeros(1))
     sample = _Sample.of(fmt, weight, objective, largest)
     # Squares of tiny weights would be 0.
-    size = largest * (weight / largest).square().mean().sqrt().item()
+    size = largest * average((weight / largest).square()).sqrt().item()
     exponent, costs = sample.search(math.log2(size) + 1 - sample.budget)
     return _filled(weight, objective, sample, exponent, costs)
 
@@ -146,7 +147,7 @@ class _Sample:
         return torch.tensor(max(2.0 ** min(exponent, _LARGEST_EXPONENT), self.least_step)).item()
 
     def coder(self, step: float, costs: _Costs) -> _Coder:
-        return _Coder(step, costs, self.importance.mean().item(), self.fmt.largest)
+        return _Coder(step, costs, average(self.importance).item(), self.fmt.largest)
 
     def costs(self, codes: Int[Tensor, "rows in"] | None = None) -> _Costs:
         """By the histogram of codes; nothing costs anything without one."""

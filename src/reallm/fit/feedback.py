@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.fit.objective import Objective
+from reallm.kernels import one_thread
 
 # Share of the mean diagonal added to the diagonal: keeps a hessian of too few tokens invertible.
 _DAMPING = 0.01
@@ -161,6 +162,7 @@ def swept(
     return codes, decoded
 
 
+@one_thread()
 def _own_roots(hessian: Tensor, width: int) -> tuple[Float[Tensor, "blocks w w"], Float[Tensor, "blocks w w"]]:
     """Lower Cholesky factors and inverses of all diagonal blocks of H + damping, filled up with ones.
 
@@ -227,7 +229,9 @@ def _rounding_of(coder: Coder) -> Callable[[Tensor, int, Tensor], tuple[Tensor, 
 
     def by_metric(columns: Tensor, start: int, own: Float[Tensor, "width width"]) -> tuple[Tensor, Tensor]:
         identity = torch.eye(len(own), dtype=own.dtype, device=own.device)
-        return coder.encode_by(columns, start, torch.linalg.solve_triangular(own, identity, upper=True))
+        with one_thread():
+            inverse = torch.linalg.solve_triangular(own, identity, upper=True)
+        return coder.encode_by(columns, start, inverse)
 
     def by_diagonal(columns: Tensor, start: int, own: Float[Tensor, "width width"]) -> tuple[Tensor, Tensor]:
         return coder.encode(columns, start, own.diagonal().reciprocal().square()[None])
@@ -280,11 +284,11 @@ def _damped(hessian: Tensor, derived: Callable[[Tensor], tuple[Tensor, Tensor]])
     identity = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
     damping = _DAMPING * exact.diagonal().mean()
     for _ in range(8):
-        lower, failed = torch.linalg.cholesky_ex(exact + damping * identity)
-        if not failed:
-            result, failed = derived(lower)
-            if not failed and torch.isfinite(result).all():
-                return result.float()
+        with one_thread():
+            lower, failed = torch.linalg.cholesky_ex(exact + damping * identity)
+            result, failed = (lower, failed) if failed else derived(lower)
+        if not failed and torch.isfinite(result).all():
+            return result.float()
         damping = damping * 10
     raise AssertionError("a symmetric matrix that 1e6 times its mean diagonal does not make positive definite")
 
@@ -293,4 +297,5 @@ def _solved(errors: Float[Tensor, "out width"], own: Float[Tensor, "width width"
     """errors · own⁻¹."""
     if own.shape[0] == 1:
         return errors / own
-    return torch.linalg.solve_triangular(own, errors, upper=True, left=False)
+    with one_thread():
+        return torch.linalg.solve_triangular(own, errors, upper=True, left=False)

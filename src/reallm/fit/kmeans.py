@@ -17,7 +17,7 @@ from reallm.formats import Parts
 from reallm.formats import scales as scale_store
 from reallm.formats.codebook import Codebook, CodebookParts
 from reallm.formats.normal_float import normal_levels
-from reallm.kernels import nearest_entry, nearest_level, segment_sum
+from reallm.kernels import average, nearest_entry, nearest_level, segment_sum
 
 _ITERATIONS = 30
 _WARM_ITERATIONS = 5
@@ -106,7 +106,7 @@ def kmeans(
     if len(vectors) > count:
         chosen = torch.randint(len(vectors), (count,), generator=generator, device=vectors.device)
         vectors, importance = vectors[chosen], importance[chosen]
-    importance = importance / importance.mean().clamp(min=_TINY)
+    importance = importance / average(importance).clamp(min=_TINY)
     codebook = _first_entries(vectors, importance, size, generator) if start is None else start
     for _ in range(_ITERATIONS if start is None else _WARM_ITERATIONS):
         codebook = _lloyd_step(vectors, importance, _anchored(codebook) if anchored else codebook)
@@ -132,7 +132,7 @@ def _first_entries(vectors: Tensor, importance: Tensor, size: int, generator: to
     if vectors.shape[1] == 1:
         return torch.tensor(normal_levels(size.bit_length() - 1), device=vectors.device)[:, None]
     # Groups of zeros stay possible: something must be drawn.
-    probable = importance.mean(1) + importance.mean() * 1e-3 + _TINY
+    probable = importance.mean(1) + average(importance) * 1e-3 + _TINY
     # With fewer vectors than entries some are drawn twice; the copies die and are moved.
     chosen = torch.multinomial(probable, size, replacement=len(vectors) < size, generator=generator)
     return vectors[chosen].clone()

@@ -11,6 +11,7 @@ from reallm.fit.feedback import damped_root
 from reallm.fit.objective import Objective
 from reallm.formats import Parts
 from reallm.formats.low_rank_plus import LowRankPlus, LowRankPlusParts
+from reallm.kernels import one_thread
 
 _ALTERNATIONS = 10
 # An iterate that gains less than 0.1 % does not pay for the next one.
@@ -34,10 +35,10 @@ def fit_low_rank_plus(
     base = None
     left, right = _residual(fmt, weight, objective, seed, None)
     for _ in range(_ALTERNATIONS):
-        base = fit(fmt.base, weight - left @ right.T, objective, seed, base)
+        base = fit(fmt.base, weight - _product(left, right), objective, seed, base)
         approximation = decoded(fmt.base, base, weight)
         left, right = _residual(fmt, weight - approximation, objective, seed, right)
-        error = objective.error(weight, approximation + left @ right.T)
+        error = objective.error(weight, approximation + _product(left, right))
         if best is not None and error > least * (1 - _LEAST_GAIN):
             break
         best, least = LowRankPlusParts(left, right, base), error
@@ -82,6 +83,12 @@ def _range_basis(matrix: Tensor, width: int, seed: int, start: Tensor | None) ->
     return basis
 
 
+@one_thread()
+def _product(left: Tensor, right: Tensor) -> Float[Tensor, "out in"]:
+    return left @ right.T
+
+
+@one_thread()
 def _residual(
     fmt: LowRankPlus, matrix: Tensor, objective: Objective, seed: int, start: Tensor | None
 ) -> tuple[Tensor, Tensor]:

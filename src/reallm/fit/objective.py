@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.errors import FormatError
+from reallm.kernels import average, one_thread, total
 
 # A column that is (nearly) zero counts at most 1,000 times as much as the mean column.
 _LEAST_ENERGY = 1e-3
@@ -51,8 +52,8 @@ class Objective:
         if largest == 0:
             return Objective.plain(weight)
         energy = (weight / largest).square().mean(0, keepdim=True)  # squares of tiny weights would be 0
-        importance = 1 / (energy + energy.mean() * _LEAST_ENERGY)
-        return Objective(importance / importance.mean())
+        importance = 1 / (energy + average(energy) * _LEAST_ENERGY)
+        return Objective(importance / average(importance))
 
     @staticmethod
     def of_outputs(hessian: Float[Tensor, "in in"]) -> Objective:
@@ -73,8 +74,8 @@ class Objective:
         """The cost, accumulated in float64 so that iterates can be compared."""
         difference = weight - decoded
         if self.hessian is None:
-            return (difference.square() * self.importance).sum(dtype=torch.float64).item()
-        return ((difference @ self.hessian) * difference).sum(dtype=torch.float64).item()
+            return total(difference.square() * self.importance, torch.float64).item()
+        return total((difference @ self.hessian) * difference, torch.float64).item()
 
     def row_errors(self, weight: Float[Tensor, "out in"], decoded: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
         """The cost of each output row, float64."""
@@ -114,7 +115,8 @@ class Objective:
         assert self.hessian is not None
         own = self.hessian[kept][:, kept].double()
         own.diagonal().add_(ANSWER_DAMPING * own.diagonal().mean())
-        return torch.linalg.solve(own, self.hessian[kept][:, rest].double()).T
+        with one_thread():
+            return torch.linalg.solve(own, self.hessian[kept][:, rest].double()).T
 
     def with_rows_scaled(self, sizes: Float[Tensor, " out"]) -> Objective:
         """The objective of the matrix whose rows were divided by `sizes`. The hessian is the same for every row."""

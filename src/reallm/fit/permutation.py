@@ -76,6 +76,6 @@ def greedy_chain(blocks: Float[Tensor, "blocks rows in"]) -> Int[Tensor, "blocks
 
 def _row_blocks(weight: Float[Tensor, "out in"], block_rows: int) -> Float[Tensor, "blocks rows in"]:
     """Rows in blocks; a short last block is filled with zero rows, which change no distance."""
-    rows = block_rows or weight.shape[0]
+    rows = min(block_rows or weight.shape[0], weight.shape[0])
     filled = torch.nn.functional.pad(weight, (0, 0, 0, -weight.shape[0] % rows))
     return filled.view(-1, rows, weight.shape[1])

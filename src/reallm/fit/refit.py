@@ -19,6 +19,7 @@ from reallm.fit.dispatch import decoded, shape_of
 from reallm.fit.feedback import Coder, by_code_row, swept
 from reallm.fit.objective import Objective
 from reallm.formats import Parts, WeightFormat, map_tensors
+from reallm.kernels import average, total
 
 _STEPS = 30
 # Steps end when the squared gradient, in units of the preconditioner, has fallen by this factor.
@@ -140,11 +141,11 @@ def _positive(diagonal: Tensor) -> Tensor:
 
     Entries that no code uses have 0 there, and no gradient either.
     """
-    return torch.where(diagonal > diagonal.abs().mean() * 1e-6, diagonal, diagonal.abs().mean().clamp(min=1e-30))
+    return torch.where(diagonal > average(diagonal.abs()) * 1e-6, diagonal, average(diagonal.abs()).clamp(min=1e-30))
 
 
 def _dot(one: list[Tensor], other: list[Tensor]) -> Tensor:
-    return torch.stack([(a * b).sum() for a, b in zip(one, other, strict=True)]).sum()
+    return torch.stack([total(a * b) for a, b in zip(one, other, strict=True)]).sum()
 
 
 def _at(parts: Parts, name: str) -> Tensor:

@@ -12,6 +12,7 @@ from reallm.fit.rounding import divisors
 from reallm.formats import Parts
 from reallm.formats import scales as scale_store
 from reallm.formats.scaled import BOTH, Scaled, ScaledParts
+from reallm.kernels import average
 
 _ROUNDS = 10
 # A row or column that is (nearly) zero counts as one of a thousandth of the mean energy.
@@ -57,7 +58,7 @@ def balancing_scales(
         if both:
             rows = _sizes(unit / columns, 1)
         columns = _sizes(unit / rows, 0)
-    mean = columns.square().mean().sqrt()
+    mean = average(columns.square()).sqrt()
     return (rows * mean * largest if both else rows), columns / mean
 
 
@@ -66,5 +67,5 @@ def _sizes(matrix: Float[Tensor, "out in"], dim: int) -> Float[Tensor, "rows col
     energy = matrix.square().mean(dim, keepdim=True)
     if not energy.any():
         return torch.ones_like(energy)
-    sizes = (energy + energy.mean() * _LEAST_ENERGY).sqrt()
+    sizes = (energy + average(energy) * _LEAST_ENERGY).sqrt()
     return sizes.clamp(min=sizes.max() * _LEAST_SCALE)

@@ -14,7 +14,7 @@ from reallm.fit.objective import Objective
 from reallm.fit.refit import alternated
 from reallm.formats import Parts
 from reallm.formats.trellis import Trellis, TrellisParts, normal_quantiles
-from reallm.kernels import closest_codes, quantile_of_state, segment_sum, states_of
+from reallm.kernels import average, closest_codes, quantile_of_state, segment_sum, states_of
 
 # Of 1.00 and 1.03 the former has the least error at 16 state bits, the latter at 12 and below; both within 1 %.
 _WIDTH = 1.01
@@ -32,7 +32,7 @@ def fit_trellis(
 
     With a hessian scale, table and codes then improve in turn by the objective (`alternated`).
     """
-    scale = (weight.double().square().mean().sqrt() * _WIDTH).to(torch.float32)
+    scale = (average(weight.double().square()).sqrt() * _WIDTH).to(torch.float32)
     table = _table(fmt, weight, scale) if fmt.table_bits else None
     coder = _TrellisCoder(fmt, fmt.values(table, weight.device), scale)
     parts = TrellisParts(coded(weight, coder, objective), scale.reshape(1), table)

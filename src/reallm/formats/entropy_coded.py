@@ -59,8 +59,9 @@ class EntropyCoded(WeightFormat):
     }
 
     def __post_init__(self) -> None:
-        if not 0 < self.bits <= 16:  # also refuses nan
-            raise FormatError(f"entropy_coded: bits={self.bits} is not above 0 and up to 16")
+        # Below 1/8 bit a small file could ask for any amount of memory. The comparison also refuses nan.
+        if not 0.125 <= self.bits <= 16:
+            raise FormatError(f"entropy_coded: bits={self.bits} is not in 0.125 … 16")
         if not 1 <= self.largest <= 127:
             raise FormatError(f"entropy_coded: largest={self.largest} is not in 1 … 127")
         if not 1 <= self.classes <= 256:

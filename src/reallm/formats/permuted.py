@@ -66,9 +66,14 @@ class Permuted(WeightFormat):
         return {"order": order, **under("base", self.base.pack(parts.base, shape))}
 
     def unpack(self, tensors: Tensors, shape: Shape) -> PermutedParts:
-        """The inverse of `pack`."""
+        """The inverse of `pack`.
+
+        Errors: FormatError if an order does not name every column once: it is damaged.
+        """
         grid = (self.blocks(shape), shape[1])
         order = unpack_bits(tensors["order"], _index_bits(shape), grid[0] * grid[1]).view(grid)
+        if not (order.sort(1).values == torch.arange(shape[1], device=order.device)).all():
+            raise FormatError("permuted: the stored order is no permutation of the columns; it is damaged")
         return PermutedParts(order, self.base.unpack(inner("base", tensors), shape))
 
     def decode(self, parts: PermutedParts, shape: Shape) -> Float[Tensor, "out in"]:
@@ -77,7 +82,8 @@ class Permuted(WeightFormat):
 
     def gather(self, matrix: Float[Tensor, "out in"], order: Int[Tensor, "blocks in"]) -> Float[Tensor, "out in"]:
         """Reorder columns: result[i, j] = matrix[i, order[block of i, j]]."""
-        rows = torch.arange(matrix.shape[0], device=matrix.device) // (self.block_rows or matrix.shape[0])
+        block_rows = min(self.block_rows or matrix.shape[0], matrix.shape[0])
+        rows = torch.arange(matrix.shape[0], device=matrix.device) // block_rows
         return matrix.gather(1, order.long()[rows])
 
 

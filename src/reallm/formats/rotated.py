@@ -17,6 +17,7 @@ from reallm.formats.waist import Parts, Shape, Tensors, WeightFormat, inner, reg
 from reallm.kernels import rotate, rotate_back
 
 SIDES = ("both", "inputs", "outputs")
+MAX_ODD = 4096  # sizes of models have 1 to 255; a cosine transform of 4096 takes 134 MB in float64
 _OUTPUTS_SEED = 0x5851F42D4C957F2D  # the two sides have different signs
 
 
@@ -50,7 +51,13 @@ class Rotated(WeightFormat):
             raise FormatError(f"rotated: seed={self.seed} is not in 0 … 2^63 - 1")
 
     def check(self, shape: Shape) -> None:
-        """Fits whatever the base fits."""
+        """Fits whatever the base fits, but for sizes whose odd part is huge: it takes a square matrix of its own."""
+        turned = {"both": shape, "inputs": shape[1:], "outputs": shape[:1]}[self.sides]
+        for size in turned:
+            if (odd := size // (size & -size)) > MAX_ODD:
+                raise FormatError(
+                    f"rotated: {size} = {size // odd} · {odd} in a {shape} matrix: {odd} exceeds {MAX_ODD}"
+                )
         self.base.check(shape)
 
     def layout(self, shape: Shape) -> Tensors:

@@ -46,8 +46,7 @@ def grid(shape: Shape, group_size: int) -> Shape:
 
 def spread(values: Shaped[Tensor, "out groups"], in_features: int, group_size: int) -> Shaped[Tensor, "out in"]:
     """One value a group -> one value a weight."""
-    width = group_size or in_features
-    return values.repeat_interleave(width, dim=1)[:, :in_features]
+    return values.repeat_interleave(_width(in_features, group_size), dim=1)[:, :in_features]
 
 
 def of_columns(
@@ -55,7 +54,8 @@ def of_columns(
 ) -> Shaped[Tensor, "out count"]:
     """The scales of `count` columns from column `start` on, one a weight."""
     columns = torch.arange(start, start + count, device=scales.device)
-    return scales[:, columns // group_size if group_size else columns * 0]
+    # One group takes all columns where it is wider than a row: torch divides by no number beyond 64 bits.
+    return scales[:, columns // group_size if scales.shape[1] > 1 else columns * 0]
 
 
 def scaled(
@@ -70,7 +70,7 @@ def scaled(
 
 def grouped(weight: Float[Tensor, "out in"], group_size: int, fill: float = 0.0) -> Float[Tensor, "out groups width"]:
     """Split rows into groups; the short last group is filled up with `fill`."""
-    width = group_size or weight.shape[1]
+    width = _width(weight.shape[1], group_size)
     missing = -weight.shape[1] % width
     return torch.nn.functional.pad(weight, (0, missing), value=fill).view(weight.shape[0], -1, width)
 
@@ -103,6 +103,11 @@ def unpack(kind: str, tensors: Tensors, shape: Shape) -> Float[Tensor, "out grou
 def stored(kind: str, scales: Float[Tensor, "out groups"], signed: bool = False) -> Float[Tensor, "out groups"]:
     """Scales as they come back from the file: what codes must be chosen against."""
     return unpack(kind, pack(kind, scales, signed), (scales.shape[0], scales.shape[1]))
+
+
+def _width(in_features: int, group_size: int) -> int:
+    """Columns of a full group; a group wider than a row is the row, and takes no memory for what it lacks."""
+    return min(group_size or in_features, in_features)
 
 
 def _code_dtype(signed: bool) -> torch.dtype:

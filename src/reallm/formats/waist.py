@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import reprlib
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -88,7 +89,7 @@ def known_formats() -> dict[str, type[WeightFormat]]:
 def known_format(name: Any) -> type[WeightFormat]:
     """The format registered as `name`; FormatError that lists the known ones if there is none."""
     if not isinstance(name, str) or name not in _REGISTRY:
-        raise FormatError(f"unknown format {name!r}; known formats: {', '.join(known_formats())}")
+        raise FormatError(f"unknown format {reprlib.repr(name)}; known formats: {', '.join(known_formats())}")
     return _REGISTRY[name]
 
 
@@ -106,27 +107,35 @@ def to_spec(fmt: WeightFormat) -> dict[str, Any]:
     return spec
 
 
-def from_spec(spec: Any) -> WeightFormat:
+_DEEPEST = 8  # formats in formats; all that differ make 5
+
+
+def from_spec(spec: Any, _depth: int = 1) -> WeightFormat:
     """The inverse of `to_spec`; fields left out take their defaults.
 
-    Errors: FormatError for an unknown format (lists the known ones), an unknown field or a bad value.
+    Errors: FormatError for an unknown format (lists the known ones), an unknown field, a bad value, or formats nested
+    more than 8 deep.
     """
     if not isinstance(spec, dict) or "format" not in spec:
-        raise FormatError(f"a format is a mapping with the key 'format', not {spec!r}")
+        raise FormatError(f"a format is a mapping with the key 'format', not {reprlib.repr(spec)}")
+    if _depth > _DEEPEST:
+        raise FormatError(f"formats are nested more than {_DEEPEST} deep")
     name = spec["format"]
     cls = known_format(name)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = {k: v for k, v in spec.items() if k != "format"}
-    if unknown := sorted(set(values) - set(fields)):
-        raise FormatError(f"{name}: unknown field {unknown[0]!r}; its fields: {', '.join(fields) or 'none'}")
+    if unknown := sorted(set(values) - set(fields), key=str):
+        raise FormatError(
+            f"{name}: unknown field {reprlib.repr(unknown[0])}; its fields: {', '.join(fields) or 'none'}"
+        )
     required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     if absent := [name for name in required if name not in values]:
         raise FormatError(f"{name}: field {absent[0]!r} is missing")
     for key, value in values.items():
         if fields[key].type in ("WeightFormat", WeightFormat):
-            values[key] = from_spec(value)
+            values[key] = from_spec(value, _depth + 1)
         elif not _plain_type_matches(str(fields[key].type), value):
-            raise FormatError(f"{name}: {key}={value!r} is not of type {fields[key].type}")
+            raise FormatError(f"{name}: {key}={reprlib.repr(value)} is not of type {fields[key].type}")
     return cls(**values)
 
 

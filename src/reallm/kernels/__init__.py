@@ -2,20 +2,24 @@
 
 from reallm.kernels.hadamard import rotate, rotate_back
 from reallm.kernels.nearest import nearest_entry, nearest_level
+from reallm.kernels.ordered import average, one_thread, total
 from reallm.kernels.packing import pack_bits, packed_nbytes, unpack_bits
 from reallm.kernels.segments import segment_sum
 from reallm.kernels.trellis import closest_codes, quantile_of_state, states_of
 
 __all__ = [
+    "average",
     "closest_codes",
     "quantile_of_state",
     "states_of",
     "nearest_entry",
     "nearest_level",
+    "one_thread",
     "pack_bits",
     "packed_nbytes",
     "rotate",
     "rotate_back",
     "segment_sum",
+    "total",
     "unpack_bits",
 ]

@@ -170,9 +170,7 @@ def _cheapest(
 
 
 @compiled
-def _point(
-    target, weight, costs, parities, own_class, whole, class_count, size: tl.constexpr, largest: tl.constexpr
-):
+def _point(target, weight, costs, parities, own_class, whole, class_count, size: tl.constexpr, largest: tl.constexpr):
     """Codes of (points, 8) targets. Rows left over are no point: each takes its cheaper even code."""
     own_costs = costs + own_class * size
     place = tl.arange(0, 8)[None, :]

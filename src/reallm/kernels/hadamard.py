@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reallm.kernels.ordered import one_thread
+
 _MASK = (1 << 64) - 1
 
 
@@ -48,7 +50,8 @@ def _mixed(values: Tensor, transposed: bool) -> Tensor:
     flat = values.reshape(-1, power, n // power)
     if n > power:
         cosines = _cosines(n // power).to(values)
-        flat = flat @ (cosines if transposed else cosines.T)
+        with one_thread():  # products of m columns depend on how threads share them
+            flat = flat @ (cosines if transposed else cosines.T)
     half = 1
     while half < power:
         pairs = flat.reshape(len(flat), power // (2 * half), 2, half, n // power)

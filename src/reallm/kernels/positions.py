@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from reallm.errors import FormatError
 from reallm.kernels.packing import pack_bits, packed_nbytes, unpack_bits
 
 _MOST_LOW_BITS = 16  # what `pack_bits` packs
@@ -35,12 +36,20 @@ def pack_positions(positions: Int[Tensor, " count"], places: int) -> UInt8[Tenso
 
 
 def unpack_positions(packed: UInt8[Tensor, " nbytes"], count: int, places: int) -> Int[Tensor, " count"]:
-    """The inverse of `pack_positions`, int64."""
+    """The inverse of `pack_positions`, int64.
+
+    Errors: FormatError unless they are `count` rising positions below `places`.
+    """
     low = _low_bits(count, places)
     cut = packed_nbytes(count, low)
     ones = unpack_bits(packed[cut:], 1, _stream_length(count, places)).nonzero()[:, 0]
+    if len(ones) != count:
+        raise FormatError(f"stored positions are damaged: {len(ones)} in place of {count}")
     high = (ones - torch.arange(count, device=packed.device)) << low
-    return high | unpack_bits(packed[:cut], low, count).to(torch.int64) if low else high
+    found = high | unpack_bits(packed[:cut], low, count).to(torch.int64) if low else high
+    if (found.diff() <= 0).any() or not found[-1] < places:
+        raise FormatError(f"stored positions are damaged: they do not rise, or exceed {places}")
+    return found
 
 
 def _low_bits(count: int, places: int) -> int:

@@ -51,7 +51,10 @@ def decoded_bytes(coded: np.ndarray, nbytes: int) -> np.ndarray:
     lanes = int(coded[1:_HEAD].view("<u4")[0])
     table, rest = coded[_HEAD : _HEAD + (1 << width)], coded[_HEAD + (1 << width) :]
     count = -(-8 * nbytes // width)
-    if not 0 < lanes <= count or len(rest) < 4 * lanes or len(rest) % 2 or not table.any():
+    # Each lane is four bytes of the file: so many steps bound time and memory by its size.
+    if not 0 < lanes <= count or -(-count // lanes) > _MOST_STEPS:
+        raise damaged
+    if len(rest) < 4 * lanes or len(rest) % 2 or not table.any():
         raise damaged
     states = rest[: 4 * lanes].view("<u4").astype(np.int64)
     symbols = _read(states, rest[4 * lanes :].view("<u2"), frequencies(table), count)

@@ -18,7 +18,13 @@ from reallm.model.modules import (
     CompressedLinear,
     TiedLinear,
 )
-from reallm.model.resident import expected_resident_nbytes, resident_nbytes, resident_of_artifact
+from reallm.model.resident import (
+    expected_resident_nbytes,
+    not_compressed,
+    resident_nbytes,
+    resident_of_artifact,
+    verify_artifact,
+)
 from reallm.model.silence import quiet
 from reallm.model.source import Source, open_source
 from reallm.model.walk import Kept, Matrix, Walk, meta_model, read_matrix, walk
@@ -42,11 +48,13 @@ __all__ = [
     "load",
     "load_tokenizer",
     "meta_model",
+    "not_compressed",
     "open_source",
     "quiet",
     "read_matrix",
     "resident_nbytes",
     "resident_of_artifact",
+    "verify_artifact",
     "walk",
     *_WITH_TRANSFORMERS,
 ]

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from reallm.kernels import average
 from reallm.model.walk import Matrix, linear_shape
 
 # (module path, its inputs (tokens, in), gradients of its outputs (tokens, out)) of one window
@@ -31,7 +32,7 @@ def token_weights(
 
     _backward_each(model, windows, matrices, device, seen)
     weights = {name: torch.stack(parts) for name, parts in found.items() if len(parts) == len(windows)}
-    return {name: weight / weight.mean() for name, weight in weights.items() if weight.mean() > 0}
+    return {name: weight / average(weight) for name, weight in weights.items() if average(weight) > 0}
 
 
 def fisher(
@@ -45,7 +46,7 @@ def fisher(
         found[name] = found[name] + update.cpu() if name in found else update.cpu()
 
     _backward_each(model, windows, matrices, device, seen)
-    return {name: total / total.mean() for name, total in found.items() if total.mean() > 0}
+    return {name: total / average(total) for name, total in found.items() if average(total) > 0}
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from reallm.artifact.checks import check_shard_name, read_header, read_json
 from reallm.errors import ReallmError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# The dtype words of the safetensors specification that torch has too.
+# The dtypes of `artifact.checks.DTYPE_BYTES`.
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -35,25 +37,31 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Header:
-    """One tensor of a safetensors file; `nbytes` is what its data takes."""
+    """One tensor of a safetensors file; `nbytes` is what its data takes, from byte `start` of the file on."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
+    start: int
 
 
 def weight_files(folder: Path, error: type[ReallmError]) -> list[Path]:
     """The safetensors files of a model folder: one, or the shards its index names.
 
-    Errors: `error` for no safetensors at all, an unreadable index or a missing shard (named).
+    Errors: `error` for no safetensors at all, an unreadable index, one that leads out of the folder, or a missing
+    shard (named).
     """
     if (index := folder / INDEX).is_file():
         try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as problem:
+            shards = sorted({check_shard_name(name) for name in read_json(index, error)["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError, TypeError) as problem:
+            if isinstance(problem, error):
+                raise
             raise error(f"{index}: not a safetensors index ({problem}); copy or download the model again") from problem
         files = [folder / shard for shard in shards]
+        if not files:
+            raise error(f"{index}: names no weight file; copy or download the model again")
     else:
         files = [folder / SINGLE]
     for file in files:
@@ -69,29 +77,29 @@ def read_headers(files: list[Path], error: type[ReallmError]) -> dict[str, Heade
     """
     headers: dict[str, Header] = {}
     for file in files:
-        headers.update(_read_header(file, error))
+        entries, _ = read_header(file, error)
+        for name, entry in entries.items():
+            if name in headers:
+                raise error(f"{file}: tensor {name!r} is in {headers[name].file.name} too; download the model again")
+            headers[name] = Header(file, DTYPES[entry.dtype], entry.shape, entry.nbytes, entry.start)
     return headers
 
 
-def _read_header(file: Path, error: type[ReallmError]) -> dict[str, Header]:
-    """One file: 8 bytes of length, JSON, then the data up to the largest offset."""
-    damaged = f"{file}: damaged safetensors file; copy or download the model again"
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            # A length beyond the file would make read() try to allocate garbage sizes.
-            if length > file.stat().st_size:
-                raise error(damaged)
-            entries = json.loads(stream.read(length))
-        entries.pop("__metadata__", None)
-        headers = {
-            name: Header(file, DTYPES[e["dtype"]], tuple(e["shape"]), e["data_offsets"][1] - e["data_offsets"][0])
-            for name, e in entries.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        if isinstance(problem, error):
-            raise
-        raise error(f"{damaged} ({type(problem).__name__}: {problem})") from problem
-    if 8 + length + sum(h.nbytes for h in headers.values()) != file.stat().st_size:
-        raise error(damaged)
-    return headers
+def read_tensor(header: Header, index: int | None = None) -> Tensor:
+    """A tensor from its file, or one slice of its first axis, into memory of its own.
+
+    Not mapped: a file that becomes shorter under a mapping ends the process, and pages of it count as memory.
+    Errors: OSError naming a file that is gone, or became shorter since its header was read.
+    """
+    shape, start = header.shape, header.start
+    if index is not None:
+        start, shape = start + index * header.nbytes // shape[0], shape[1:]
+    tensor = torch.empty(shape, dtype=header.dtype)
+    left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    with header.file.open("rb", buffering=0) as file:
+        file.seek(start)
+        while len(left):
+            if not (count := file.readinto(left)):
+                raise OSError(errno.EIO, "the file became shorter while it was read", str(header.file))
+            left = left[count:]
+    return tensor

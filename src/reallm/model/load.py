@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from reallm.artifact.manifest import QUANT_METHOD
+from reallm.artifact.checks import read_json
+from reallm.artifact.manifest import QUANT_METHOD, read_manifest
 from reallm.errors import ArtifactError, SourceError
-from reallm.model.headers import weight_files
+from reallm.model.headers import read_headers, weight_files
 from reallm.model.modules import DECODE_AT_LOAD, check_mode
 from reallm.model.silence import quiet
-from reallm.model.source import device_options, open_source
+from reallm.model.source import device_options, open_source, read_config
+from reallm.model.untrusted import bounded, said
 
 
 def load(
@@ -22,18 +23,17 @@ def load(
     mode: str = DECODE_AT_LOAD,
     device: str | torch.device | int | None = None,
     dtype: torch.dtype | None = None,
+    verify: bool = True,
 ) -> nn.Module:
     """A model in eval mode: a compressed one in `mode`, or an original folder, hub id or GGUF file.
 
-    `dtype` is what it computes in, its own by default.
+    `dtype` is what it computes in, its own by default. `verify` compares a compressed one with its checksums first.
     Errors: ArtifactError, FormatError or SourceError, one line with the remedy.
     """
     check_mode(mode)
     if not is_artifact(path):
         return open_source(path).load(dtype, device).eval()
-    folder = Path(path).expanduser()
-    weight_files(folder, ArtifactError)
-    return _load_artifact(folder, mode, device, dtype).eval()
+    return _load_artifact(Path(path).expanduser(), mode, device, dtype, verify).eval()
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -57,33 +57,34 @@ def load_tokenizer(path: str | Path) -> Any:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except SourceError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as problem:
-        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        raise SourceError(f"{path}: the tokenizer cannot be read ({reason})") from problem
+    except Exception as problem:  # tokenizers are code of many families that meets any file
+        raise SourceError(f"{path}: the tokenizer cannot be read ({said(problem)})") from problem
 
 
 def is_artifact(path: str | Path) -> bool:
     """Whether a path is a folder that reallm wrote, by its config alone."""
     file = Path(path).expanduser() / "config.json"
     try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError):
+        config = read_json(file)
+    except ArtifactError:
         return False
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
-def _load_artifact(folder: Path, mode: str, device: Any, dtype: torch.dtype | None) -> nn.Module:
+def _load_artifact(folder: Path, mode: str, device: Any, dtype: torch.dtype | None, verify: bool) -> nn.Module:
+    """Everything that can be known of the files is checked before transformers builds anything."""
     from transformers import AutoModelForCausalLM
 
     from reallm.model.quantizer import register_with_transformers, with_mode
-    from reallm.model.source import read_config
 
+    read_manifest(folder)
+    headers = read_headers(weight_files(folder, ArtifactError), ArtifactError)
     options = device_options(device)
     register_with_transformers()
     config = read_config(folder, str(folder))
-    config.quantization_config = with_mode(config.quantization_config, mode)
-    with quiet():
+    config.quantization_config = with_mode(config.quantization_config, mode, verify)
+    with quiet(), bounded(str(folder), ArtifactError, len(headers)):
         return AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, **options
         )

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reallm.errors import ArtifactError
-from reallm.formats import Shape, Tensors, WeightFormat, decode_rows
+from reallm.formats import Parts, Shape, Tensors, WeightFormat, decode_rows
+from reallm.model.values import check_decoded, check_parts
 
 DECODE_AT_LOAD = "decode_at_load"
 DECODE_PER_USE = "decode_per_use"
@@ -62,9 +63,22 @@ class _Compressed(nn.Module):
         return self.fmt.decode(self.fmt.unpack(self.stored(), self.shape), self.shape).to(self.compute_dtype)
 
     def decode_once(self) -> None:
-        """Keep the decoded matrix from now on."""
+        """Keep the decoded matrix from now on. Errors: FormatError if stored numbers are not what a fit gives."""
         with torch.no_grad():
-            self.dense = self.decode().contiguous()
+            parts = self._checked_parts()
+            dense = self.fmt.decode(parts, self.shape).to(self.compute_dtype).contiguous()
+            check_decoded(dense)
+            self.dense = dense
+
+    def check_values(self) -> None:
+        """Errors: FormatError if stored numbers are not what a fit gives; unpacks the matrix once."""
+        with torch.no_grad():
+            self._checked_parts()
+
+    def _checked_parts(self) -> Parts:
+        parts = self.fmt.unpack(self.stored(), self.shape)
+        check_parts(parts)
+        return parts
 
     def come_alive(self, live: nn.Module) -> None:
         """Take the matrix from what `live()` decodes from now on, and let go of what is stored."""

@@ -14,6 +14,7 @@ from transformers.quantizers import auto as registry
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from reallm.artifact.coding import coded_tensor, decoded_tensor
+from reallm.artifact.integrity import verify
 from reallm.artifact.manifest import QUANT_METHOD, VERSION, Manifest, check_version
 from reallm.errors import ArtifactError, FormatError
 from reallm.formats import WeightFormat
@@ -22,6 +23,8 @@ from reallm.model.modules import DECODE_AT_LOAD, check_mode
 from reallm.model.silence import quiet
 from reallm.model.source import Source
 from reallm.model.swap import compressed_modules, swap_in, swap_out
+from reallm.model.untrusted import check_own_tables
+from reallm.model.values import check_kept
 from reallm.model.walk import Matrix
 
 # Shown by a loader that does not know reallm, in its table of unexpected tensors.
@@ -31,8 +34,9 @@ REMEDY = "COMPRESSED_BY_REALLM.pip_install_reallm-compress_and_IMPORT_REALLM_bef
 class ReallmConfig(QuantizationConfigMixin):
     """`quantization_config` of an artifact: plain JSON values only, those of `artifact.Manifest` and `mode`.
 
-    A user may pass `ReallmConfig(mode=...)` to `from_pretrained`: the mode is taken over, the rest is the
-    artifact's. Keys that this version does not know are kept as they are.
+    A user may pass `ReallmConfig(mode=..., verify=...)` to `from_pretrained`: these are taken over, the rest is the
+    artifact's. `verify`: compare the tensors with the checksums before they are loaded. Keys that this version does
+    not know are kept as they are.
     Errors: ArtifactError for a version of the future or an unknown mode.
     """
 
@@ -43,6 +47,8 @@ class ReallmConfig(QuantizationConfigMixin):
         layouts: list[dict[str, Any]] | None = None,
         matrices: dict[str, int] | None = None,
         provenance: dict[str, Any] | None = None,
+        checksums: dict[str, str] | None = None,
+        verify: bool = True,
         **others: Any,
     ) -> None:
         others.pop("quant_method", None)
@@ -52,12 +58,22 @@ class ReallmConfig(QuantizationConfigMixin):
         self.layouts = layouts or []
         self.matrices = matrices or {}
         self.provenance = provenance or {}
+        self.checksums = checksums or {}
+        self.verify = verify
         for key, value in others.items():
             setattr(self, key, value)
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a config passed to `from_pretrained` may change."""
-        return {"mode": self.mode}
+        return {"mode": self.mode, "verify": self.verify}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json keeps."""
+        values = super().to_dict()
+        del values["verify"]
+        if not self.checksums:
+            del values["checksums"]
+        return values
 
     def manifest(self) -> Manifest:
         """The compressed matrices.
@@ -115,8 +131,15 @@ class ReallmQuantizer(HfQuantizer):
             raise ArtifactError("device_map: a compressed model cannot be offloaded to disk; use cpu or a GPU")
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        formats = _within(model, self.quantization_config.weight_formats())
-        swap_in(model, formats)
+        named = {matrix.name: matrix for matrix in self.quantization_config.manifest().matrices}
+        matrices = _within(model, named)
+        swap_in(model, {path: matrix.fmt for path, matrix in matrices.items()})
+        for path, module in compressed_modules(model).items():
+            if module.shape != matrices[path].shape:
+                raise ArtifactError(
+                    f"{path}: the model has {module.shape}, config.json stores {matrices[path].shape}; it is damaged"
+                )
+        check_own_tables(model, "artifact", ArtifactError)
         self._stored = {
             f"{path}.{local}": tensor
             for path, module in compressed_modules(model).items()
@@ -131,6 +154,8 @@ class ReallmQuantizer(HfQuantizer):
     def _check_files(self, model: nn.Module, files: list[Path]) -> None:
         """Compare the headers with the model before any tensor is read, and note the markers."""
         headers = read_headers(files, ArtifactError)
+        if self.quantization_config.verify:
+            verify(files, self.quantization_config.checksums)
         expected = model.state_dict()
         prefix = f"{model.base_model_prefix}."
         ties = set(model.all_tied_weights_keys)
@@ -158,8 +183,16 @@ class ReallmQuantizer(HfQuantizer):
                     tensor = self._uncoded(f"{path}.{local}", tensor)
                     module.put(local, tensor)
                 self._check_arrived(f"{path}.{local}", tensor)
-            if self.quantization_config.mode == DECODE_AT_LOAD:
-                module.decode_once()
+            try:
+                if self.quantization_config.mode == DECODE_AT_LOAD:
+                    module.decode_once()
+                else:
+                    module.check_values()
+            except FormatError as error:
+                raise ArtifactError(f"{path}: {error}; copy the artifact again") from error
+        check_kept(model)
+        # What is saved from now on may differ from what was loaded.
+        self.quantization_config.checksums = {}
         return model
 
     def _check_arrived(self, name: str, tensor: Tensor) -> None:
@@ -224,17 +257,17 @@ def register_with_transformers() -> None:
     registry.LOADING_ATTRIBUTES_CONFIG_TYPES = (*others, ReallmConfig)
 
 
-def with_mode(quantization: dict[str, Any], mode: str) -> dict[str, Any]:
-    """A copy of an artifact's `quantization_config` with another mode."""
-    return {**copy.deepcopy(quantization), "mode": check_mode(mode)}
+def with_mode(quantization: dict[str, Any], mode: str, verify: bool = True) -> dict[str, Any]:
+    """A copy of an artifact's `quantization_config` with another mode, and whether checksums are compared."""
+    return {**copy.deepcopy(quantization), "mode": check_mode(mode), "verify": verify}
 
 
-def _within(model: nn.Module, formats: dict[str, Any]) -> dict[str, Any]:
+def _within(model: nn.Module, matrices: dict[str, Any]) -> dict[str, Any]:
     """Paths as this model has them: a base model (AutoModel) lacks the first part, and the head."""
     prefix = f"{model.base_model_prefix}."
-    if hasattr(model, model.base_model_prefix) or not any(path.startswith(prefix) for path in formats):
-        return formats
-    return {path.removeprefix(prefix): fmt for path, fmt in formats.items() if path.startswith(prefix)}
+    if hasattr(model, model.base_model_prefix) or not any(path.startswith(prefix) for path in matrices):
+        return matrices
+    return {path.removeprefix(prefix): matrix for path, matrix in matrices.items() if path.startswith(prefix)}
 
 
 def _check(what: str, dtype: torch.dtype, shape: Any, wanted_dtype: torch.dtype, wanted_shape: Any) -> None:

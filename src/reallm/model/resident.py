@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,16 @@ import torch
 from torch import nn
 
 from reallm.artifact import read_manifest
+from reallm.artifact.integrity import verify
+from reallm.errors import ArtifactError
 from reallm.formats import WeightFormat
+from reallm.model.headers import read_headers, weight_files
 from reallm.model.modules import DECODE_AT_LOAD, DECODE_PER_USE
+from reallm.model.silence import quiet
 from reallm.model.source import read_config
 from reallm.model.swap import compressed_modules, swap_in
-from reallm.model.walk import meta_model
+from reallm.model.untrusted import bounded
+from reallm.model.walk import LEFT_OUT, meta_model, walk
 
 
 def resident_nbytes(model: nn.Module) -> int:
@@ -42,4 +49,28 @@ def expected_resident_nbytes(
 def resident_of_artifact(folder: Path) -> dict[str, int]:
     """`expected_resident_nbytes` of the artifact in `folder`; nothing is loaded."""
     formats = {matrix.name: matrix.fmt for matrix in read_manifest(folder).matrices}
-    return expected_resident_nbytes(read_config(folder, str(folder)), formats)
+    with _building(folder) as config:
+        return expected_resident_nbytes(config, formats)
+
+
+def not_compressed(folder: Path) -> dict[str, str]:
+    """Tensors that an artifact stores as the original has them, in model order, each with the reason."""
+    compressed = {matrix.name for matrix in read_manifest(folder).matrices}
+    with _building(folder) as config:
+        found = walk(meta_model(config))
+    left_out = {m.parameter: LEFT_OUT for m in found.matrices if m.name not in compressed}
+    return {kept.name: kept.reason for kept in found.kept} | left_out
+
+
+def verify_artifact(folder: Path) -> None:
+    """Compare every tensor of an artifact with its checksum. Errors: ArtifactError naming the first that differs."""
+    verify(weight_files(Path(folder), ArtifactError), read_manifest(folder).checksums)
+
+
+@contextlib.contextmanager
+def _building(folder: Path) -> Iterator[Any]:
+    """The config of an artifact, and the bounds of what is built of it."""
+    headers = read_headers(weight_files(Path(folder), ArtifactError), ArtifactError)
+    config = read_config(Path(folder), str(folder))
+    with quiet(), bounded(str(folder), ArtifactError, len(headers)):
+        yield config

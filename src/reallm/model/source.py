@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import hashlib
 import importlib.util
-import json
 import os
 import shutil
 from functools import cached_property
@@ -15,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reallm.artifact.checks import read_json
 from reallm.artifact.manifest import QUANT_METHOD
 from reallm.errors import SourceError
 from reallm.model.gguf import fast_reader, gguf_arguments, gguf_tokenizer, require_gguf
-from reallm.model.headers import INDEX, SINGLE, read_headers, weight_files
+from reallm.model.headers import INDEX, SINGLE, read_headers, read_tensor, weight_files
 from reallm.model.silence import quiet
+from reallm.model.untrusted import bounded, check_plain, said
 from reallm.model.walk import meta_model, tied_names
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -85,7 +86,7 @@ def _download(name: str, revision: str | None) -> Path:
         )
     except Exception as problem:  # the network stack raises exceptions of many libraries
         raise SourceError(
-            f"{name}: no such file or folder, and not to be had from the Hugging Face hub ({_first_line(problem)}); "
+            f"{name}: no such file or folder, and not to be had from the Hugging Face hub ({said(problem)}); "
             "check the name, the network, or HF_TOKEN for a gated model"
         ) from problem
     return Path(folder)
@@ -128,9 +129,17 @@ class Source(abc.ABC):
 
     @cached_property
     def skeleton(self) -> nn.Module:
-        """The model on the meta device; made once, not to be changed."""
-        with quiet():
+        """The model on the meta device; made once, not to be changed.
+
+        Errors: SourceError for a config that transformers cannot build, or of far more tensors than there are.
+        """
+        with quiet(), bounded(self.label, SourceError, self.tensors):
             return meta_model(self.config, self.dtype)
+
+    @property
+    def tensors(self) -> int:
+        """About how many tensors the files hold, for a bound."""
+        return 10_000
 
     @property
     def loaded_nbytes(self) -> int:
@@ -182,8 +191,8 @@ class Source(abc.ABC):
                 model, info = AutoModelForCausalLM.from_pretrained(
                     folder, trust_remote_code=False, output_loading_info=True, **arguments
                 )
-        except (RuntimeError, ValueError, KeyError, OSError, NotImplementedError) as problem:
-            raise SourceError(f"{self.label}: transformers cannot load it ({_first_line(problem)})") from problem
+        except Exception as problem:  # see `read_config`
+            raise SourceError(f"{self.label}: transformers cannot load it ({said(problem)})") from problem
         if missing := sorted(info["missing_keys"]):
             raise SourceError(f"{self.label}: tensor {missing[0]!r} is missing; copy or download the model again")
         return model
@@ -234,6 +243,11 @@ class FolderSource(Source):
         self._keys = self._match()
 
     @property
+    def tensors(self) -> int:
+        """How many tensors the files hold."""
+        return len(self._headers)
+
+    @property
     def lazy(self) -> bool:
         """Unless transformers must convert."""
         return self._keys is not None
@@ -261,15 +275,15 @@ class FolderSource(Source):
         return sum(header.nbytes for header in self._headers.values())
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        """A tensor of the state dict. Errors: SourceError for a name the model does not have."""
+        """A tensor of the state dict.
+
+        Errors: SourceError for a name the model does not have, OSError for a file that is gone.
+        """
         if self._keys is None:
             return _pick(self._complete, name, index, self.label)
         if name not in self._keys:
             raise SourceError(f"{self.label}: the model has no tensor {name!r}")
-        handle = self._handle(self._headers[self._keys[name]].file)
-        if index is None:
-            return handle.get_tensor(self._keys[name])
-        return handle.get_slice(self._keys[name])[index]
+        return read_tensor(self._headers[self._keys[name]], index)
 
     def load(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:
         """The original model through `from_pretrained`, safetensors only."""
@@ -339,17 +353,6 @@ class FolderSource(Source):
                 )
 
     @cached_property
-    def _handles(self) -> dict[Path, Any]:
-        return {}
-
-    def _handle(self, file: Path) -> Any:
-        from safetensors import safe_open
-
-        if file not in self._handles:
-            self._handles[file] = safe_open(file, framework="pt")
-        return self._handles[file]
-
-    @cached_property
     def _complete(self) -> dict[str, Tensor]:
         return self.load().state_dict()
 
@@ -367,7 +370,7 @@ class GGUFSource(Source):
                 self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         except (ValueError, KeyError, IndexError, OSError, NotImplementedError) as problem:
             raise SourceError(
-                f"{path}: cannot be read as GGUF ({_first_line(problem)}); give the Hugging Face folder"
+                f"{path}: cannot be read as GGUF ({said(problem)}); give the Hugging Face folder"
             ) from problem
         if hasattr(self.config, "quantization_config"):
             del self.config.quantization_config
@@ -431,19 +434,12 @@ def device_options(device: Any) -> dict[str, Any]:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as problem:  # torch without CUDA asserts
-        raise SourceError(
-            f"device {str(device)!r} is not available here ({_first_line(problem)}); use cpu"
-        ) from problem
+        raise SourceError(f"device {str(device)!r} is not available here ({said(problem)}); use cpu") from problem
     if torch.device(device).type == "cpu":
         return {}
     if importlib.util.find_spec("accelerate") is None:
         raise SourceError(f"loading to device {str(device)!r} needs accelerate: pip install accelerate")
     return {"device_map": {"": device}}
-
-
-def _first_line(problem: BaseException) -> str:
-    """What an exception of another library says, as part of one line."""
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
 
 
 def _pick(state: dict[str, Tensor], name: str, index: int | None, label: str) -> Tensor:
@@ -462,19 +458,17 @@ def read_config(folder: Path, label: str) -> Any:
     file = folder / "config.json"
     if not file.is_file():
         raise SourceError(f"{label}: has no config.json, so it is not a Hugging Face model folder, or not a whole one")
-    try:
-        plain = json.loads(file.read_text())
-    except ValueError as problem:
-        raise SourceError(f"{file}: is not JSON ({problem}); copy or download the model again") from problem
+    plain = read_json(file, SourceError)
     kind = plain.get("model_type") if isinstance(plain, dict) else None
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         if isinstance(plain, dict) and "auto_map" in plain:
             raise SourceError(f"{label}: needs model code from its own folder, which reallm never runs")
         raise SourceError(
             f"{label}: model type {kind!r} is not known to this transformers; pip install -U transformers"
         )
+    check_plain(plain, label, SourceError)
     try:
         with quiet():
             return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, OSError) as problem:
-        raise SourceError(f"{file}: cannot be read ({_first_line(problem)})") from problem
+    except Exception as problem:  # the code of hundreds of families meets any value: there is no closed list
+        raise SourceError(f"{file}: cannot be read ({said(problem)})") from problem

@@ -75,7 +75,7 @@ def _replacement(module: nn.Module, path: str, fmt: WeightFormat) -> nn.Module:
     if (shape := linear_shape(module)) is None:
         raise ArtifactError(f"{path}: is a {type(module).__name__}, not a matrix; the artifact is of another model")
     fmt.check(shape)
-    return CompressedLinear(fmt, shape, module.weight.dtype, module.bias, is_conv1d(module))
+    return CompressedLinear(fmt, shape, module.weight.dtype, getattr(module, "bias", None), is_conv1d(module))
 
 
 def _swap_experts(model: nn.Module, path: str, by_number: dict[int, WeightFormat]) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from reallm.formats import Shape
 from reallm.model.families import POSITION_WORDS, is_router, role_of
 
+LEFT_OUT = "left out by the plan"  # why a matrix is kept
+
 
 @runtime_checkable
 class Readable(Protocol):
@@ -99,10 +101,30 @@ def linear_shape(module: nn.Module) -> Shape | None:
     """(out, in) of a module that acts exactly as a linear; None for any other."""
     if is_conv1d(module):
         return (module.weight.shape[1], module.weight.shape[0])
-    # A subclass with its own forward does something else with its weight.
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return (module.out_features, module.in_features)
-    return None
+    return tuple(module.weight.shape) if _acts_as_linear(module) else None
+
+
+def _acts_as_linear(module: nn.Module) -> bool:
+    """Whether a module of an unknown class computes x · weightᵀ + bias and nothing more: it is tried on small numbers.
+
+    Families write linears of their own (Falcon's class adds the bias in a step of its own), and others that scale,
+    clamp or route.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    if set(own) not in ({"weight"}, {"weight", "bias"}) or own["weight"].ndim != 2 or any(module.children()):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator, device="cpu") for shape in ((2, 5), (3, 5), (3,)))
+    tried = {"weight": weight, "bias": bias} if "bias" in own else {"weight": weight}
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            found = torch.func.functional_call(module, tried, (x,))
+    except Exception:  # whatever a stranger's forward raises, it is no linear
+        return False
+    wanted = nn.functional.linear(x, weight, tried.get("bias"))
+    return isinstance(found, Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-6)
 
 
 def has_fused_experts(module: nn.Module) -> bool:

@@ -4,10 +4,21 @@ Finished matrices are kept in a work folder beside the output as they come, so t
 on from there; the output folder appears by one rename when everything is in it.
 """
 
-from reallm.pipeline.cost import Estimate, estimate
+from reallm.pipeline.cost import Estimate, estimate, work_bytes
 from reallm.pipeline.job import Forecast, Job
 from reallm.pipeline.preparing import prepare
 from reallm.pipeline.running import compress, run
 from reallm.pipeline.settings import OBJECTIVES, Settings
 
-__all__ = ["OBJECTIVES", "Estimate", "Forecast", "Job", "Settings", "compress", "estimate", "prepare", "run"]
+__all__ = [
+    "OBJECTIVES",
+    "Estimate",
+    "Forecast",
+    "Job",
+    "Settings",
+    "compress",
+    "estimate",
+    "prepare",
+    "run",
+    "work_bytes",
+]

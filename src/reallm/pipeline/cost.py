@@ -16,7 +16,7 @@ from reallm.pipeline.job import Job
 from reallm.pipeline.settings import FISHER, GUIDED, OUTPUTS
 
 # Beside the largest matrix in float32 a fit holds its decoding, the error and a few chunks.
-_COPIES_WHILE_FITTING = 6
+COPIES_WHILE_FITTING = 6
 _LIBRARY_BYTES = 600_000_000  # Python, torch and transformers once imported
 
 
@@ -44,11 +44,17 @@ def estimate(job: Job) -> Estimate:
         bits_per_weight=job.plan.block_bits,
         seconds=_predicted_seconds(job) + _stream_seconds(job),
         peak_memory_bytes=(
-            _LIBRARY_BYTES + job.source.loaded_nbytes + _COPIES_WHILE_FITTING * 4 * largest + _stream_bytes(job)
+            _LIBRARY_BYTES + job.source.loaded_nbytes + COPIES_WHILE_FITTING * 4 * largest + _stream_bytes(job)
         ),
-        # The finished matrices wait in the work folder while the shards are written.
-        disk_bytes=2 * compressed + kept,
+        disk_bytes=work_bytes(job),
     )
+
+
+def work_bytes(job: Job) -> int:
+    """Bytes of the work folder at its fullest: finished matrices, and the artifact that is put together of them."""
+    shapes = job.source.shapes()
+    kept = sum(math.prod(shapes[name]) for name in job.kept) * job.source.dtype.itemsize
+    return 2 * sum(planned.nbytes for _, planned in job.compressed) + kept
 
 
 def _predicted_seconds(job: Job) -> float:

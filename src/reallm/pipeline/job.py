@@ -13,6 +13,7 @@ from reallm.allocate import MatrixInfo, Plan, Planned
 from reallm.allocate.sizing import Options
 from reallm.artifact import Manifest, StoredMatrix
 from reallm.model import Matrix, Source, Walk
+from reallm.model.walk import LEFT_OUT
 from reallm.pipeline.settings import Settings, calibration_of
 
 
@@ -53,7 +54,7 @@ class Job:
         """Tensors that stay as they are, with the reason."""
         reasons = {kept.name: kept.reason for kept in self.walk.kept}
         planned = {entry.matrix.name for entry in self.plan.entries}
-        left_out = {m.parameter: "left out by the plan" for m in self.walk.matrices if m.name not in planned}
+        left_out = {m.parameter: LEFT_OUT for m in self.walk.matrices if m.name not in planned}
         return reasons | left_out
 
     def manifest(self, fingerprint: str, coded: Mapping[str, tuple[str, ...]] | None = None) -> Manifest:

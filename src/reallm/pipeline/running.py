@@ -18,15 +18,20 @@ from torch import Tensor
 from reallm.allocate import MatrixInfo, Plan, Planned
 from reallm.allocate.sizing import LEAST_SHARE, Option, Options, nudged, option_of
 from reallm.artifact import (
+    STAGING,
     check_finished,
+    check_finished_output,
     check_output,
     code,
     finished_file,
     opened,
     read_ledger,
+    remove,
     work_folder,
     write_shards,
 )
+from reallm.artifact.checks import read_json
+from reallm.artifact.integrity import checksums_of
 from reallm.errors import ArtifactError, RecipeError
 from reallm.formats import WeightFormat, from_spec, to_spec
 from reallm.formats.waist import inner, under
@@ -45,9 +50,9 @@ _TEXT_ROUNDS = 4  # config and plan name every format once, so that other format
 def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = None) -> None:
     """Compress every matrix of the job and put the artifact at `out`.
 
-    With `resume`, matrices finished by an interrupted run are taken over. The work folder `<out>.work` is
-    removed at the end. A job with a size is measured once everything is fitted: what entropy coding saved beyond
-    expectation is spent on a few matrices, which are fitted anew.
+    With `resume`, matrices finished by an interrupted run are taken over, whenever it was killed. The work folder
+    `<out>.work` is removed at the end. A job with a size is measured once everything is fitted: what entropy coding
+    saved beyond expectation is spent on a few matrices, which are fitted anew.
 
     Errors: ArtifactError if `out` exists, or a work folder does and `resume` is not set; RecipeError if the
     interrupted run had another plan; SourceError for weights that are not finite.
@@ -55,20 +60,29 @@ def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = N
     out = Path(out)
     check_output(out, resume)
     fingerprint = job.source.fingerprint()
-    work = work_folder(out)
-    with opened(work, _state(job, fingerprint)):
-        _check_kept(job)
-        job, past = _as_left(job, work)
+    work, state = work_folder(out), _state(job, fingerprint)
+    if finished := out.exists():
+        # A job with a size may have changed formats on the way.
+        check_finished_output(out, state, formats_may_differ=job.forecast is not None and job.forecast.size is not None)
+    with opened(work, state):
+        if not finished:
+            _fit_and_write(job, fingerprint, work, out, progress)
+        remove(work)
+
+
+def _fit_and_write(job: Job, fingerprint: str, work: Path, out: Path, progress: Progress | None) -> None:
+    """Fit everything, put the artifact together in the work folder, then in its place by one rename."""
+    _check_kept(job)
+    job, past = _as_left(job, work)
+    fit_all(job, work, progress)
+    staging = _staged(job, fingerprint, work)
+    while (changed := _nearer_to_size(job, staging, past)) is not None:
+        _note_changes(job, changed, past, work)
+        job = changed
         fit_all(job, work, progress)
         staging = _staged(job, fingerprint, work)
-        while (changed := _nearer_to_size(job, staging, past)) is not None:
-            _note_changes(job, changed, past, work)
-            job = changed
-            fit_all(job, work, progress)
-            staging = _staged(job, fingerprint, work)
-        _check_size(job, staging)
-        os.rename(staging, out)
-    shutil.rmtree(work, ignore_errors=True)
+    _check_size(job, staging)
+    os.rename(staging, out)
 
 
 def compress(model: str | Path, out: str | Path, *, resume: bool = False, **settings: Any) -> None:
@@ -97,7 +111,7 @@ def _check_kept(job: Job) -> None:
 
 def _staged(job: Job, fingerprint: str, work: Path) -> Path:
     """The whole artifact in a folder inside the work folder."""
-    staging = work / "artifact"
+    staging = work / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     coded: dict[str, tuple[str, ...]] = {}
@@ -127,7 +141,7 @@ def _tensors(job: Job, work: Path, coded: dict[str, tuple[str, ...]]) -> Iterato
 
 def _write_companions(job: Job, fingerprint: str, coded: dict[str, tuple[str, ...]], folder: Path) -> None:
     """Config, tokenizer, generation settings, and the plan as run."""
-    write_texts(job, fingerprint, coded, folder)
+    write_texts(job, fingerprint, coded, folder, checksums_of(folder.glob("*.safetensors")))
     job.source.save_companions(folder)
 
 
@@ -267,7 +281,7 @@ def _as_left(job: Job, work: Path) -> tuple[Job, _Past]:
     if not path.is_file():
         return job, _Past()
     try:
-        noted = json.loads(path.read_text(encoding="utf-8"))
+        noted = read_json(path)
         plan, past = _with_formats(job.plan, noted["formats"]), _Past.of(noted["past"], job)
         changed = set(noted["changed"])
     except (ValueError, KeyError, TypeError) as error:

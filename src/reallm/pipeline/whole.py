@@ -13,7 +13,8 @@ from torch import Tensor
 
 from reallm.allocate import Plan, recipe_of_plan
 from reallm.allocate.recipe import dump_recipe
-from reallm.artifact import foretold_nbytes
+from reallm.artifact import foretold_files, foretold_nbytes
+from reallm.artifact.integrity import foretold_checksums
 from reallm.formats.waist import under
 from reallm.pipeline.job import Job, info_of
 
@@ -42,16 +43,19 @@ class WholeFile:
         """Bytes of all that is not a compressed matrix: kept tensors, headers, config, plan, tokenizer."""
         job = dataclasses.replace(self._job, plan=plan)
         with tempfile.TemporaryDirectory() as place:
-            write_texts(job, _FINGERPRINT, {}, Path(place))
+            write_texts(job, _FINGERPRINT, {}, Path(place), foretold_checksums(foretold_files(_tensors_of(job))))
             texts = nbytes_by_file(Path(place)) | self.companions
         return sum(texts.values()) + foretold_nbytes(_tensors_of(job)) - plan.nbytes
 
 
-def write_texts(job: Job, fingerprint: str, coded: Mapping[str, tuple[str, ...]], folder: Path) -> None:
+def write_texts(
+    job: Job, fingerprint: str, coded: Mapping[str, tuple[str, ...]], folder: Path, checksums: dict[str, str]
+) -> None:
     """Config and the plan as run. `coded`: local names of entropy-coded tensors by matrix."""
     from reallm.model import write_config
 
-    write_config(job.source, job.manifest(fingerprint, coded), folder)
+    manifest = dataclasses.replace(job.manifest(fingerprint, coded), checksums=checksums)
+    write_config(job.source, manifest, folder)
     recipe = recipe_of_plan(job.plan, [info_of(matrix) for matrix in job.walk.matrices], job.coding)
     (folder / PLAN_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
 

@@ -8,29 +8,38 @@ from pathlib import Path
 from typing import Any
 
 from reallm.artifact import Ledger, decoding_seconds, read_ledger, read_manifest
-from reallm.model import resident_of_artifact
+from reallm.model import not_compressed, resident_of_artifact, verify_artifact
 from reallm.report.names import short_name
 from reallm.report.text import duration, size, table
 
 
-def ledger_dict(folder: Path) -> dict[str, Any]:
-    """Everything of the ledger as JSON values, with the resident bytes of both ways of loading."""
-    manifest = read_manifest(folder)
-    return read_ledger(folder).to_dict() | {
+def ledger_dict(folder: Path, verify: bool = True) -> dict[str, Any]:
+    """Everything of the ledger as JSON values, with what is not compressed and the resident bytes of both ways of
+    loading; `verify` compares the tensors with their checksums first."""
+    manifest, ledger = read_manifest(folder), read_ledger(folder)
+    if verify:
+        verify_artifact(folder)
+    return ledger.to_dict() | {
+        "not_compressed": not_compressed(folder),
         "resident_bytes": resident_of_artifact(folder),
+        "verified": verify and bool(manifest.checksums),
         "provenance": manifest.provenance,
     }
 
 
-def ledger_text(folder: Path, matrices: bool = False) -> str:
-    """Bytes by role and by kind, sizes, and memory once loaded; with `matrices` a line for each matrix."""
+def ledger_text(folder: Path, matrices: bool = False, verify: bool = True) -> str:
+    """Bytes by role and by kind, what is not compressed, sizes, and memory once loaded; with `matrices` a line for each
+    matrix; `verify` compares the tensors with their checksums first."""
     ledger = read_ledger(folder)
+    if verify:
+        verify_artifact(folder)
     total = ledger.total_bytes
     by_role = [(role, f"{n:,}", f"{100 * n / total:.2f} %") for role, n in ledger.by("role").items()]
     by_kind = [(kind, f"{n:,}", f"{100 * n / total:.2f} %") for kind, n in ledger.by("kind").items()]
     parts = [
         table(("what the bytes are", "bytes", "share"), [*by_role, ("total", f"{total:,}", "")]),
         table(("whose they are", "bytes", "share"), by_kind),
+        _kept_table(folder, ledger),
         _sizes(ledger),
         *_coding_lines(folder, ledger),
         "\n".join(f"in memory, {mode:<15} {size(n)}" for mode, n in resident_of_artifact(folder).items()),
@@ -38,6 +47,19 @@ def ledger_text(folder: Path, matrices: bool = False) -> str:
     if matrices:
         parts.insert(0, _matrix_table(ledger))
     return "\n\n".join(parts)
+
+
+def _kept_table(folder: Path, ledger: Ledger) -> str:
+    """Tensors that are stored as the original has them, by reason."""
+    sizes = {row.name: row.nbytes for row in ledger.rows if row.kind == "kept"}
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, reason in not_compressed(folder).items():
+        found[reason].append(name)
+    rows = [
+        (reason, names[0], f"{len(names):,}", f"{sum(sizes.get(name, 0) for name in names):,}")
+        for reason, names in found.items()
+    ]
+    return table(("not compressed because", "for instance", "tensors", "bytes"), rows, left=2)
 
 
 def _coding_lines(folder: Path, ledger: Ledger) -> list[str]:

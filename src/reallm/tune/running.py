@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from reallm.artifact import check_output, opened, read_manifest, work_folder
+from reallm.artifact import STAGING, check_output, opened, read_manifest, remove, work_folder
 from reallm.errors import ArtifactError, RecipeError, SourceError
 from reallm.model import DECODE_PER_USE, load, load_tokenizer, meta_model, open_source, quiet, walk
 from reallm.model.headers import read_headers, weight_files
@@ -85,6 +85,9 @@ def run(
         read_manifest(artifact)
         if workers.first:
             check_output(out, resume)
+            # Killed between its last two deeds a run leaves both: then only the work folder is to be removed.
+            if out.exists() and not work_folder(out).exists():
+                raise ArtifactError(f"{out} exists; give another --output or remove it")
         workers.wait()
         log = Log(log, listener) if workers.first else Log()
         return _Run(artifact, out, settings, workers, log).tuned()
@@ -102,29 +105,36 @@ class _Run:
         training, validation = self._windows()
         trainables = self._trainables()
         original = self._original(trainables.model)
-        work = work_folder(self.out)
+        work, finished = work_folder(self.out), self.out.exists()
+        figures: dict[str, Any] = {}
         with opened(work, self._state()) if self.workers.first else contextlib.nullcontext():
             self.workers.wait()
-            self.log.add(phase="begin", trained=trainables.counts, windows=len(training), checked=len(validation))
-            # What was saved end to end includes what the blocks had learned.
-            if self.settings.block_wise and not (work / STEP_FILE).is_file():
-                assert original is not None
-                blocks = training[: self._whole_batches(len(training))]
-                tune_blocks(
-                    original, trainables, blocks.ids, validation.ids, self.settings, work, self.workers, self.log
-                )
-            figures: dict[str, Any] = {}
-            if self.settings.end_to_end:
-                if original is not None:
-                    _in_dtype(original, self.settings.compute_dtype)
-                course = Course(trainables, original, training, validation, self.settings, work, self.workers, self.log)
-                figures = tune_whole(course)
+            if not finished:
+                self.log.add(phase="begin", trained=trainables.counts, windows=len(training), checked=len(validation))
+                figures = self._learn(trainables, original, training, validation, work)
             if self.workers.first:
-                self._write(trainables, figures, work)
-        if self.workers.first:
-            shutil.rmtree(work, ignore_errors=True)
+                if not finished:
+                    self._write(trainables, figures, work)
+                remove(work)
         self.workers.wait()
         return Tuned(trainables.counts, len(training), len(validation), figures, self.log.events, self.workers.first)
+
+    def _learn(
+        self, trainables: Trainables, original: nn.Module | None, training: Windows, validation: Windows, work: Path
+    ) -> dict[str, Any]:
+        """Block by block, then end to end, as chosen; figures of the latter."""
+        # What was saved end to end includes what the blocks had learned.
+        if self.settings.block_wise and not (work / STEP_FILE).is_file():
+            assert original is not None
+            blocks = training[: self._whole_batches(len(training))]
+            tune_blocks(original, trainables, blocks.ids, validation.ids, self.settings, work, self.workers, self.log)
+        if not self.settings.end_to_end:
+            return {}
+        if original is not None:
+            _in_dtype(original, self.settings.compute_dtype)
+        return tune_whole(
+            Course(trainables, original, training, validation, self.settings, work, self.workers, self.log)
+        )
 
     def _windows(self) -> tuple[Windows, Windows]:
         """(training, validation): the latter of a file of its own, or drawn from the text."""
@@ -188,7 +198,7 @@ class _Run:
         }
 
     def _write(self, trainables: Trainables, figures: dict[str, Any], work: Path) -> None:
-        staging = work / "artifact"
+        staging = work / STAGING
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         parts = {name: tensor.cpu() for name, tensor in trainables.to_store().items()}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reallm.artifact import StoredMatrix, read_manifest, write_shards
 from reallm.artifact.coding import coded_tensor, decoded_tensor
+from reallm.artifact.integrity import checksums_of
 from reallm.artifact.writer import INDEX
 from reallm.errors import ArtifactError
 from reallm.formats import Tensors, named_tensors, with_tensors
@@ -61,7 +62,9 @@ def write_changed(
             shutil.copyfile(file, target)
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     provenance = {**manifest.provenance, "tuned": [*manifest.provenance.get("tuned", []), note]}
-    config["quantization_config"] |= replace(manifest, matrices=tuple(matrices), provenance=provenance).to_dict()
+    checksums = checksums_of(staging.glob("*.safetensors"))
+    manifest = replace(manifest, matrices=tuple(matrices), provenance=provenance, checksums=checksums)
+    config["quantization_config"] |= manifest.to_dict()
     (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -1,0 +1,42 @@
+"""Sums and factorisations that are the same to the bit whatever the number of threads.
+
+torch splits a sum of everything into one part a thread, and LAPACK its matrices; products of matrices and sums along an
+axis keep their order (docs/log.md, 2026-11-24).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+_WIDTH = 1024  # torch adds up to 32,768 numbers in one thread
+
+
+def total(values: Shaped[Tensor, "..."], dtype: torch.dtype | None = None) -> Shaped[Tensor, ""]:
+    """Sum of all values, in their dtype or another."""
+    flat = values.reshape(-1)
+    while len(flat) > _WIDTH:
+        end = len(flat) // _WIDTH * _WIDTH
+        rows = flat[:end].view(-1, _WIDTH).sum(1, dtype=dtype)
+        flat = torch.cat([rows, flat[end:].sum(0, keepdim=True, dtype=dtype)])
+    return flat.sum(dtype=dtype)
+
+
+def average(values: Float[Tensor, "..."]) -> Float[Tensor, ""]:
+    """Mean of all values in their dtype."""
+    return total(values) / values.numel()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Factorise in here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,37 @@
+"""Whether the numbers of a loaded artifact can be what a compressor wrote."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from reallm.errors import ArtifactError, FormatError
+from reallm.formats import Parts, map_tensors
+
+# The compressor refuses weights above 1e15. Products of two numbers below this stay finite in float32.
+_LARGEST = 1e18
+
+
+def check_parts(parts: Parts) -> None:
+    """Errors: FormatError if a float part (scales, codebooks, factors) is not finite, or larger than any weight."""
+
+    def checked(part: Tensor) -> Tensor:
+        # One pass: the largest magnitude of a tensor with a NaN is NaN, and NaN <= x is false.
+        if part.is_floating_point() and part.numel() and not part.detach().abs().max().item() <= _LARGEST:
+            raise FormatError("a stored number is NaN, infinite or huge")
+        return part
+
+    map_tensors(checked, parts)
+
+
+def check_decoded(weight: Tensor) -> None:
+    """Errors: FormatError if a decoded matrix is not finite."""
+    if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
+        raise FormatError("the stored numbers decode to NaN or infinity")
+
+
+def check_kept(model: nn.Module) -> None:
+    """Errors: ArtifactError naming a parameter that is not finite: the compressor refuses those."""
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "meta" and not torch.isfinite(parameter).all():
+            raise ArtifactError(f"tensor {name!r} holds NaN or infinity; copy the artifact again")
