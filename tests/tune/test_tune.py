@@ -114,6 +114,10 @@ class Killed(Exception):
     pass
 
 
+def diverge(*_):
+    raise Diverged
+
+
 @pytest.mark.parametrize("events", [2, 6, 8, 9, 15, 18])
 def test_a_killed_run_goes_on_to_the_same_bytes(compressed, tiny_llama, tuning_text, tuned, tmp_path, events):
     left = iter(range(events))
@@ -264,10 +268,15 @@ def test_a_loss_that_is_not_finite_ends_with_the_last_good_parameters(
     assert divergence(tiny_llama, tmp_path / "out", tuning_text) < divergence(tiny_llama, compressed, tuning_text)
 
 
-def test_a_block_that_diverges_keeps_its_best_parameters(compressed, tiny_llama, tuning_text, tmp_path, monkeypatch):
-    def diverge(*_):
-        raise Diverged
+def test_a_loss_that_is_never_finite_is_an_error(compressed, tiny_llama, tuning_text, tmp_path, monkeypatch):
+    monkeypatch.setattr(end_to_end.Descent, "step", diverge)
+    options = {**SHORT, "method": "end-to-end", "reference": str(tiny_llama)}
+    with pytest.raises(SourceError, match="not finite before the first step"):
+        reallm.tune(compressed, tmp_path / "out", text=(tuning_text,), **options)
+    assert list(tmp_path.iterdir()) == []
 
+
+def test_a_block_that_diverges_keeps_its_best_parameters(compressed, tiny_llama, tuning_text, tmp_path, monkeypatch):
     monkeypatch.setattr(blockwise.Descent, "step", diverge)
     options = {**SHORT, "method": "blockwise"}
     reallm.tune(compressed, tmp_path / "out", text=(tuning_text,), reference=str(tiny_llama), **options)

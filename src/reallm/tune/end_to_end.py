@@ -67,7 +67,7 @@ def tune_whole(course: Course) -> dict[str, Any]:
     """Train, keep the parameters that were best on the validation windows, and say how it went.
 
     Goes on from the state in the work folder if there is one.
-    Errors: SourceError if the loss is not finite before the first step.
+    Errors: SourceError if the loss is not finite before the first step, and no block has learned anything either.
     """
     settings = course.settings
     model = course.trainables.model.to(settings.device)
@@ -99,7 +99,7 @@ def _train(course: Course, descent: Descent, scored: _Scored, best: _Best) -> di
             figures = _step(course, descent, scored)
         except Diverged:
             course.log.add(phase="end-to-end", step=descent.done + 1, stopped="not finite")
-            if descent.done == 0:
+            if descent.done == 0 and not course.settings.block_wise:
                 raise SourceError("the loss is not finite before the first step; nothing was learned") from None
             return {"stopped": f"loss or gradient not finite at step {descent.done + 1}"}
         step = descent.done
