@@ -110,6 +110,10 @@ TASKS: list[Task] = [
     *end_to_end(
         "what trains, codebook", VECTORS, **{w: {"train": w} for w in ("norms", "gains", "scales", "codebooks")}
     ),
+    *[
+        Task("block rate", str(rate), VECTORS, {"method": "blockwise", "block_learning_rate": rate})
+        for rate in (1e-3, 5e-3, 2e-2)
+    ],
     *end_to_end("what trains, trellis", TRELLIS, **{w: {"train": w} for w in ("norms", "gains", "scales")}),
     *end_to_end("what trains, rank 32", PUBLISHED, **{w: {"train": w} for w in ("norms", "residual", SEVERAL)}),
     *end_to_end("loss", VECTORS, kl={"loss": "kl"}, ce={"loss": "ce"}, mix={"loss": "mix"}, top_64={"top_k": 64}),

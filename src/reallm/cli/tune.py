@@ -87,7 +87,7 @@ def command(
     ] = 1,
     block_learning_rate: Annotated[
         float, typer.Option(metavar="X", help="Block-wise, relative to the size of each tensor that trains.")
-    ] = 1e-3,
+    ] = 5e-3,
     round_at_end: Annotated[
         bool, typer.Option("--round-at-end", help="Round what trains when it is stored, not at every step.")
     ] = False,

@@ -54,7 +54,7 @@ class Settings:
     block_windows: int = 128
     block_epochs: int = 4
     block_patience: int = 1
-    block_learning_rate: float = 1e-3
+    block_learning_rate: float = 5e-3
     round_at_end: bool = False  # else parts are rounded as stored at every step, gradients passing straight through
     save_memory: bool = False  # decode everything at every use, also what no trained part changes
     checkpointing: bool = True
