@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
+from reallm.cli.options import Corrections, Exclude, Include, Model, Seed
+
 DEFAULT_RECIPE = "mixed"
 
 
 def command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Hugging Face folder with safetensors, hub id, or GGUF file.")
-    ],
+    model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to write; must not exist.")],
     bits: Annotated[
         float | None,
@@ -56,14 +56,10 @@ def command(
         str | None,
         typer.Option(metavar="BITS", help="Bits of the output head where it is not tied to the embedding: as above."),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything that is drawn.")] = 0,
+    seed: Seed = 0,
     device: Annotated[str, typer.Option(metavar="NAME", help="Where to fit: cpu, cuda, cuda:1 …")] = "cpu",
-    include: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Compress only matrices that fit; may be repeated.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Keep matrices that fit as they are; may be repeated.")
-    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
     calibration: Annotated[
         list[str] | None,
         typer.Option(
@@ -100,10 +96,7 @@ def command(
             "By default 16 on a GPU and none on a CPU, where 12 take an hour for 60 million weights.",
         ),
     ] = None,
-    corrections: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="YAML with factors or figures for predicted losses, and candidate formats."),
-    ] = None,
+    corrections: Corrections = None,
     analysis: Annotated[
         Path | None,
         typer.Option(

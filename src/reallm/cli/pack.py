@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from reallm.cli.options import Seed
+
 
 def command(
     state: Annotated[Path, typer.Argument(metavar="STATE", help="State dict as safetensors; no model is needed.")],
@@ -16,7 +18,7 @@ def command(
         list[Path] | None,
         typer.Option("--with", metavar="FILE", help="Code file to pack too, compressed; may be repeated."),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything that is drawn.")] = 0,
+    seed: Seed = 0,
     device: Annotated[str, typer.Option(metavar="NAME", help="Where to fit: cpu, cuda, cuda:1 …")] = "cpu",
     matrices: Annotated[
         bool, typer.Option("--matrices", help="Also list every matrix with its bytes and error.")

@@ -6,12 +6,11 @@ from typing import Annotated
 import typer
 
 from reallm.cli.compress import end_format
+from reallm.cli.options import Corrections, Exclude, Include, Model, Seed
 
 
 def command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Hugging Face folder with safetensors, hub id, or GGUF file.")
-    ],
+    model: Model,
     output: Annotated[
         Path,
         typer.Option(
@@ -40,14 +39,10 @@ def command(
     head: Annotated[
         str | None, typer.Option(metavar="BITS", help="Bits of the output head where it is not tied: as above.")
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything that is drawn.")] = 0,
+    seed: Seed = 0,
     device: Annotated[str, typer.Option(metavar="NAME", help="Where to calculate: cpu, cuda, cuda:1 …")] = "cpu",
-    include: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Compress only matrices that fit; may be repeated.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Keep matrices that fit as they are; may be repeated.")
-    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
     calibration: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,10 +60,7 @@ def command(
     state_bits: Annotated[
         int | None, typer.Option(metavar="N", help="Window of trellis candidates: 6 to 16, or 0 for none.")
     ] = None,
-    corrections: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="YAML with factors or figures for predicted losses, and candidate formats."),
-    ] = None,
+    corrections: Corrections = None,
     analysis: Annotated[
         Path | None,
         typer.Option(

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from reallm.cli.options import Seed
+
 
 def command(
     artifact: Annotated[Path, typer.Argument(metavar="OUT", help="Folder written by reallm compress or reallm tune.")],
@@ -94,7 +96,7 @@ def command(
     save_memory: Annotated[
         bool, typer.Option("--save-memory", help="Decode at every use also what training does not change.")
     ] = False,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything that is drawn.")] = 0,
+    seed: Seed = 0,
     device: Annotated[str, typer.Option(metavar="NAME", help="Where to train: cpu, cuda, cuda:1 …")] = "cpu",
     dtype: Annotated[
         str, typer.Option(metavar="NAME", help="What products are computed in: auto, float32 or bfloat16.")

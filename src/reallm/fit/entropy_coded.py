@@ -20,7 +20,8 @@ from reallm.formats import Parts
 from reallm.formats.entropy_coded import EntropyCoded, EntropyCodedParts
 from reallm.kernels import average
 from reallm.kernels.ans import RAW_BITS
-from reallm.kernels.e8_points import cheapest_points, has_triton, points_with_feedback
+from reallm.kernels.backend import has_triton
+from reallm.kernels.e8_points import cheapest_points, points_with_feedback
 from reallm.kernels.e8_stream import DIM, largest_code
 
 # Squared steps that one bit is worth. Theory at high rates says 2 ln 2 · D = 0.40, D = 4 · 0.0717 (E8 of spacing 2).

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reallm.kernels.backend import has_triton
 from reallm.kernels.e8_stream import DIM
 
 
@@ -46,11 +46,6 @@ def points_with_feedback(
     """
     kernels = importlib.import_module("reallm.kernels.e8_points_triton")
     return kernels.with_feedback(moving, factor, importance, costs, parities, classes, step, limit)
-
-
-def has_triton(device: str) -> bool:
-    """Whether there are Triton kernels for a device."""
-    return device == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

@@ -5,15 +5,13 @@ Importable only where Triton is: torch brings it with its CUDA builds for Linux.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reallm.kernels.jit import compiled
+from reallm.kernels.jit import compiled, on_device_of
 
 _POINTS = 32  # of a program
 _POINTS_OF_PANEL = 2  # with 128 columns 2,048 numbers in registers, and 36 programs for 576 rows
@@ -30,7 +28,7 @@ def cheapest(
     rows, columns = targets.shape
     found = torch.empty_like(targets)
     points = triton.cdiv(rows, 8)
-    with torch.cuda.device(targets.device) if targets.is_cuda else contextlib.nullcontext():
+    with on_device_of(targets):
         _cheapest[(triton.cdiv(points, _POINTS), columns)](
             targets,
             importance,
@@ -64,7 +62,7 @@ def with_feedback(
     rows, columns = moving.shape
     codes = torch.empty(rows, columns, dtype=torch.int32, device=moving.device)
     answers = torch.empty_like(moving)
-    with torch.cuda.device(moving.device) if moving.is_cuda else contextlib.nullcontext():
+    with on_device_of(moving):
         _with_feedback[(triton.cdiv(rows, 8 * _POINTS_OF_PANEL),)](
             moving.contiguous(),
             factor.contiguous(),

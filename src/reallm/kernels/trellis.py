@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from reallm.kernels.backend import has_triton
 
 _MIXING = ((0x9E3779B1, 0), (0x85EBCA6B, 1), (0xC2B2AE35, 0))  # odd factors, and how much less to shift
 # Decisions kept for the way back, a byte each: what bounds the sequences of one pass.
@@ -84,7 +85,7 @@ def _ring(targets: Tensor, values: Tensor, bits: int, importance: Tensor | None)
 @functools.cache
 def _path_on(device: str) -> Callable[[Tensor, Tensor, int, Tensor | None, Tensor | None], Tensor]:
     """The Triton kernel on a GPU where there is Triton, else `_path`."""
-    if device == "cuda" and importlib.util.find_spec("triton"):
+    if has_triton(device):
         return importlib.import_module("reallm.kernels.trellis_triton").path
     return _path
 

@@ -1,0 +1,23 @@
+"""Options that several commands have in the same words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+Model: TypeAlias = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hugging Face folder with safetensors, hub id, or GGUF file.")
+]
+Seed: TypeAlias = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything that is drawn.")]
+Include: TypeAlias = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="Compress only matrices that fit; may be repeated.")
+]
+Exclude: TypeAlias = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="Keep matrices that fit as they are; may be repeated.")
+]
+Corrections: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="YAML with factors or figures for predicted losses, and candidate formats."),
+]
