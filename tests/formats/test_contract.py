@@ -32,6 +32,8 @@ EXAMPLES = [
     {"format": "low_rank_plus", "rank": 3, "factors": "int8", "base": NORMAL},
     {"format": "permuted", "base": CODEBOOK},
     {"format": "permuted", "base": NORMAL, "method": "greedy", "block_rows": 7},
+    {"format": "permuted", "base": CODEBOOK, "method": "spectral", "rows": True},
+    {"format": "permuted", "base": NORMAL, "method": "greedy", "block_rows": 7, "rows": True},
     {"format": "gain", "base": CODEBOOK},
     {"format": "gain", "base": {"format": "entropy_coded", "bits": 4, "largest": 15}},
     {"format": "rotated", "base": CODEBOOK},

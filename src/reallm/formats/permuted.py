@@ -1,4 +1,4 @@
-"""`permuted`: any format of the matrix with its columns in another order, so that neighbours are alike."""
+"""`permuted`: any format of the matrix with columns, or rows too, in another order, so that neighbours are alike."""
 
 from __future__ import annotations
 
@@ -13,32 +13,39 @@ from reallm.errors import FormatError
 from reallm.formats.waist import Parts, Shape, Tensors, WeightFormat, empty, inner, register, under
 from reallm.kernels import pack_bits, packed_nbytes, unpack_bits
 
-METHODS = ("sort", "greedy")
+METHODS = ("sort", "greedy", "spectral")
 
 
 @dataclass(frozen=True)
 class PermutedParts:
-    """Position j of row block b of the base holds column order[b, j] of the weight."""
+    """Row i of the base holds row row_order[i] of the weight, all in their own places if that is None.
+
+    Position j of row block b of the base holds column order[b, j] of the weight.
+    """
 
     order: Int[Tensor, "blocks in"]
     base: Parts
+    row_order: Int[Tensor, " out"] | None = None
 
 
 @register
 @dataclass(frozen=True)
 class Permuted(WeightFormat):
-    """`base` of the reordered matrix; one order for all rows, or one for every `block_rows` rows.
+    """`base` of the reordered matrix; one order of columns for all rows, or one for every `block_rows` rows.
 
-    Stored as ⌈log2 in_features⌉ bits a column and order. `method` is how `fit` looks for the order:
-    `sort` by the columns' norms, or `greedy`, the chain of nearest columns of ReALLM (arXiv:2405.13155).
+    Stored as ⌈log2 in_features⌉ bits a column and order. With `rows` the rows have an order too, at
+    ⌈log2 out_features⌉ bits a row; blocks are then of rows in that order. `method` is how `fit` looks for orders:
+    `sort` by norms; `greedy`, the chain of nearest columns of ReALLM (arXiv:2405.13155); `spectral`, by the Fiedler
+    vector of their likeness.
     """
 
     base: WeightFormat
     block_rows: int = 0
     method: str = "sort"
+    rows: bool = False
 
     name: ClassVar[str] = "permuted"
-    roles: ClassVar[dict[str, str]] = {"order": "permutation"}
+    roles: ClassVar[dict[str, str]] = {"order": "permutation", "row_order": "permutation"}
     examples: ClassVar[tuple[dict, ...]] = ({"base": {"format": "codebook", "index_bits": 6}},)
 
     def __post_init__(self) -> None:
@@ -56,29 +63,32 @@ class Permuted(WeightFormat):
         return -(-shape[0] // self.block_rows) if self.block_rows else 1
 
     def layout(self, shape: Shape) -> Tensors:
-        """`order` packed; the base under `base.`"""
-        nbytes = packed_nbytes(self.blocks(shape) * shape[1], _index_bits(shape))
-        return {"order": empty((nbytes,), torch.uint8), **under("base", self.base.layout(shape))}
+        """`order` packed, with `rows` also `row_order`; the base under `base.`"""
+        tensors = {"order": _empty_orders(self.blocks(shape), shape[1])}
+        if self.rows:
+            tensors["row_order"] = _empty_orders(1, shape[0])
+        return tensors | under("base", self.base.layout(shape))
 
     def pack(self, parts: PermutedParts, shape: Shape) -> Tensors:
-        """Pack order and base."""
-        order = pack_bits(parts.order, _index_bits(shape))
-        return {"order": order, **under("base", self.base.pack(parts.base, shape))}
+        """Pack orders and base."""
+        tensors = {"order": pack_bits(parts.order, _index_bits(shape[1]))}
+        if parts.row_order is not None:
+            tensors["row_order"] = pack_bits(parts.row_order, _index_bits(shape[0]))
+        return tensors | under("base", self.base.pack(parts.base, shape))
 
     def unpack(self, tensors: Tensors, shape: Shape) -> PermutedParts:
         """The inverse of `pack`.
 
-        Errors: FormatError if an order does not name every column once: it is damaged.
+        Errors: FormatError if an order does not name every column, or row, once: it is damaged.
         """
-        grid = (self.blocks(shape), shape[1])
-        order = unpack_bits(tensors["order"], _index_bits(shape), grid[0] * grid[1]).view(grid)
-        if not (order.sort(1).values == torch.arange(shape[1], device=order.device)).all():
-            raise FormatError("permuted: the stored order is no permutation of the columns; it is damaged")
-        return PermutedParts(order, self.base.unpack(inner("base", tensors), shape))
+        order = _unpacked(tensors["order"], self.blocks(shape), shape[1], "columns")
+        row_order = _unpacked(tensors["row_order"], 1, shape[0], "rows")[0] if self.rows else None
+        return PermutedParts(order, self.base.unpack(inner("base", tensors), shape), row_order)
 
     def decode(self, parts: PermutedParts, shape: Shape) -> Float[Tensor, "out in"]:
-        """The base with its columns put back."""
-        return self.gather(self.base.decode(parts.base, shape), parts.order.long().argsort(1))
+        """The base with its columns, and its rows, put back."""
+        weight = self.gather(self.base.decode(parts.base, shape), parts.order.long().argsort(1))
+        return weight if parts.row_order is None else weight[parts.row_order.long().argsort()]
 
     def gather(self, matrix: Float[Tensor, "out in"], order: Int[Tensor, "blocks in"]) -> Float[Tensor, "out in"]:
         """Reorder columns: result[i, j] = matrix[i, order[block of i, j]]."""
@@ -87,5 +97,21 @@ class Permuted(WeightFormat):
         return matrix.gather(1, order.long()[rows])
 
 
-def _index_bits(shape: Shape) -> int:
-    return max(1, (shape[1] - 1).bit_length())
+def order_nbytes(size: int, count: int = 1) -> int:
+    """Bytes of `count` orders of `size` rows or columns as they are stored."""
+    return packed_nbytes(count * size, _index_bits(size))
+
+
+def _index_bits(size: int) -> int:
+    return max(1, (size - 1).bit_length())
+
+
+def _empty_orders(count: int, size: int) -> Tensor:
+    return empty((order_nbytes(size, count),), torch.uint8)
+
+
+def _unpacked(packed: Tensor, count: int, size: int, what: str) -> Int[Tensor, "count size"]:
+    order = unpack_bits(packed, _index_bits(size), count * size).view(count, size)
+    if not (order.sort(1).values == torch.arange(size, device=order.device)).all():
+        raise FormatError(f"permuted: the stored order is no permutation of the {what}; it is damaged")
+    return order
