@@ -20,6 +20,7 @@ COMMANDS = (
     "info",
     "recipes",
     "formats",
+    "analyze",
     "eval",
     "generate",
     "pack",

@@ -1,14 +1,13 @@
 """`reallm compress`: a model in fewer bytes."""
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from reallm.cli.options import Corrections, Exclude, Include, Model, Seed
+from reallm.cli.progress import progress_bar
 
 DEFAULT_RECIPE = "mixed"
 
@@ -152,7 +151,7 @@ def command(
         return
     print(f"work folder: {work_folder(output)}, up to {in_units(work_bytes(job))}, removed at the end", file=sys.stderr)
     try:
-        with _progress() as progress:
+        with progress_bar() as progress:
             run(job, output, resume, progress)
     except KeyboardInterrupt:
         print(f"stopped; finished matrices are in {work_folder(output)}: add --resume to go on", file=sys.stderr)
@@ -175,32 +174,3 @@ def end_format(option: str, bits: str | None) -> Any:
     if bits not in tuple("12345678"):
         raise RecipeError(f"{option} {bits!r} is neither a number from 1 to 8 nor keep")
     return {**DEFAULT_EMBEDDING, "bits": int(bits)}
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A function (matrix, weights done, in all) that draws a bar with the time left, or plain lines in a log."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _plain_progress(console)
-        return
-    columns = BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("reading", total=None)
-        yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
-
-
-def _plain_progress(console: Any) -> Callable[[str, int, int], None]:
-    """A line every tenth of the way."""
-    tenths = 0
-
-    def show(name: str, done: int, total: int) -> None:
-        nonlocal tenths
-        if done * 10 // total > tenths:
-            tenths = done * 10 // total
-            console.print(f"{10 * tenths:3d} %  {name}", highlight=False)
-
-    return show

@@ -60,7 +60,7 @@ def work_bytes(job: Job) -> int:
 def _predicted_seconds(job: Job) -> float:
     """Time each format on two sample sizes, take a fixed and a per-weight cost from them, sum over the plan."""
     formats = {_timed_as(planned.fmt) for _, planned in job.compressed}
-    costs = {fmt: _fitting_cost(fmt, job.settings.device) for fmt in formats}
+    costs = {fmt: fitting_cost(fmt, job.settings.device) for fmt in formats}
     of_each = [(costs[_timed_as(p.fmt)], p.matrix.weights) for _, p in job.compressed]
     return sum(fixed + slope * weights for (fixed, slope), weights in of_each)
 
@@ -107,7 +107,7 @@ def _stream_seconds(job: Job) -> float:
     return _stream_tokens(job) * operations * per_operation
 
 
-def _fitting_cost(fmt: WeightFormat, device: str) -> tuple[float, float]:
+def fitting_cost(fmt: WeightFormat, device: str) -> tuple[float, float]:
     """(seconds a matrix, seconds a weight) of fitting."""
     # From 32,768 vectors on k-means works on a sample: both sizes lie there, so that the slope is the right one.
     small, large = (64, 1024), (96, 1024)
