@@ -14,25 +14,26 @@ from reallm.kernels import average
 
 @dataclass(frozen=True)
 class ScaleBits:
-    """Bits a weight that a code gains at most when it knows the scale of every row, of every column, or of both.
+    """Bits a weight that a code gains at most when it knows the scale of every row and of every column.
 
     ½ log2 of the arithmetic over the geometric mean of the variances: at one error for all weights, small ones need so
-    many bits fewer. The scales' own bytes are not taken off.
+    many bits fewer. Variances are products of a row's and a column's, so that the worth of both is the sum. The scales'
+    own bytes are not taken off.
     """
 
     rows: float
     columns: float
-    both: float
+
+    @property
+    def both(self) -> float:
+        """Bits a weight for rows and columns together."""
+        return self.rows + self.columns
 
 
 def scale_bits(weight: Float[Tensor, "out in"]) -> ScaleBits:
     """Worth of the scales. Of independent noise it is not quite 0: 0.7 / in for rows and 0.7 / out for columns."""
     rows, columns = balancing_scales(weight)
-    return ScaleBits(
-        rows=_worth(balancing_scales(weight.T.contiguous(), both=False)[1]),
-        columns=_worth(balancing_scales(weight, both=False)[1]),
-        both=_worth(rows * columns),
-    )
+    return ScaleBits(_worth(rows), _worth(columns))
 
 
 def unscaled(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import operator
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from reallm.analyze import Work
+from reallm.analyze.orders import RAW
 from reallm.errors import ReallmError
 from reallm.evaluate.measure import versions
 from reallm.formats import from_spec
@@ -17,6 +20,7 @@ from reallm.report.names import short_name
 from reallm.report.text import duration, table
 
 Row = dict[str, Any]
+_SIDES = ("along_rows", "along_columns")
 PICTURES = ("spectra.png", "orders.png", "codecs.png")
 
 
@@ -24,8 +28,8 @@ def work_line(work: Work, seconds: float) -> str:
     """What will be done, in a line, before it begins."""
     fits = 3 * len(work.matrices) * len(work.scope.codecs)
     return (
-        f"{len(work.matrices)} of {work.of} matrices, {work.weights / 1e6:.1f} million weights, {fits} fits of codecs; "
-        f"about {duration(max(1.0, seconds))} on {work.scope.device}"
+        f"{len(work.matrices)} of {work.of} matrices, {work.weights / 1e6:.1f} million weights, "
+        f"{fits} fits of codecs; about {duration(max(1.0, seconds))} on {work.scope.device}"
     )
 
 
@@ -82,7 +86,7 @@ _SPECTRA_NOTE = """\
 top 1/16: share of the energy in the leading 1/16 of the singular values; noise: that of Gaussian noise with the
 scales of the same rows and columns; MP: of noise with equal scales, by Marchenko and Pastur. above: singular values
 larger than all of the noise. rank saves: bits a weight that the best int8 residual saves, its bytes taken off.
-rows, columns, both: bits a weight that knowing their scales is worth at most. kurtosis: 3 is normal; even: with
+rows, columns: bits a weight that knowing their scales is worth at most. kurtosis: 3 is normal; even: with
 rows and columns brought to one size."""
 _ORDERS_NOTE = """\
 stores: bits a weight of the order or basis. rows, columns: correlation of neighbours along the rows and along the
@@ -101,28 +105,24 @@ def _groups(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[Ro
     return groups
 
 
-def _mean(rows: Sequence[Row], *path: str | int) -> float:
-    def of(row: Any) -> float:
-        for step in path:
-            row = row[step]
-        return row
-
-    return statistics.fmean(of(row) for row in rows)
+def _mean(rows: Sequence[Any], *path: str | int) -> float:
+    """The mean of a figure of all rows, found by the keys that lead to it."""
+    return statistics.fmean(functools.reduce(operator.getitem, path, row) for row in rows)
 
 
 def _spectra(groups: dict[str, list[Row]]) -> str:
     head = ("matrices", "n", "top 1/16", "noise", "MP", "above", "rank", "rank saves")
-    head += ("rows", "columns", "both", "kurtosis", "even")
+    head += ("rows", "columns", "kurtosis", "even")
     rows = []
     for name, members in groups.items():
         shares = (_mean(members, "spectrum", f"{kind}top_share") for kind in ("", "noise_", "marchenko_pastur_"))
         rows.append(
             (name, len(members))
-            + tuple(f"{share:.3f}" for share in shares)
-            + tuple(f"{_mean(members, 'spectrum', key):.0f}" for key in ("above_noise", "best_rank"))
-            + (f"{_mean(members, 'spectrum', 'rank_bits'):.3f}",)
-            + tuple(f"{_mean(members, 'scales', side):.3f}" for side in ("rows", "columns", "both"))
-            + (f"{_mean(members, 'kurtosis'):.2f}", f"{_mean(members, 'unscaled_kurtosis'):.2f}")
+            + tuple(f"{share:z.3f}" for share in shares)
+            + tuple(f"{_mean(members, 'spectrum', key):z.0f}" for key in ("above_noise", "best_rank"))
+            + (f"{_mean(members, 'spectrum', 'rank_bits'):z.3f}",)
+            + tuple(f"{_mean(members, 'scales', side):z.3f}" for side in ("rows", "columns"))
+            + (f"{_mean(members, 'kurtosis'):z.2f}", f"{_mean(members, 'unscaled_kurtosis'):z.2f}")
         )
     return table(head, rows)
 
@@ -131,33 +131,38 @@ def _orders(groups: dict[str, list[Row]]) -> str:
     head = ("matrices", "order", "stores", "rows", "columns", "sizes", "kurtosis", "net")
     rows = []
     for name, members in groups.items():
-        for place, view in enumerate(members[0]["orders"]):
-            every = [_order(row, view["name"]) for row in members]
-            sides = (_side(every, side, place == 0) for side in ("along_rows", "along_columns"))
-            own = [own for own, _ in every]
-            sizes = [_mean(own, side, "sizes", "value") for side in ("along_rows", "along_columns")]
-            stores = statistics.fmean(
-                8 * found["nbytes"] / math.prod(row["shape"]) for row, found in zip(members, own, strict=True)
-            )
-            figures = (f"{stores:.3f}", *sides, f"{statistics.fmean(sizes):.3f}")
-            rows.append(
-                (name, view["name"], *figures, f"{_mean(own, 'kurtosis'):.2f}", f"{_mean(own, 'net_bits'):.3f}")
-            )
+        for order in _order_names(members):
+            pairs = _pairs(members, order)
+            own = [own for own, _ in pairs]
+            stores = statistics.fmean(8 * view["nbytes"] / view["weights"] for view in own)
+            sides = [_side(pairs, side, order == RAW) for side in _SIDES]
+            sizes = statistics.fmean(_mean(own, side, "sizes", "value") for side in _SIDES)
+            tails, net = f"{_mean(own, 'kurtosis'):z.2f}", f"{_mean(own, 'net_bits'):z.3f}"
+            rows.append((name, order, f"{stores:z.3f}", *sides, f"{sizes:z.3f}", tails, net))
             name = ""
     return table(head, rows, left=2)
 
 
-def _order(row: Row, name: str) -> tuple[Row, Row]:
-    """A view of a matrix, and that of the noise beside it."""
-    return next(pair for pair in zip(row["orders"], row["noise_orders"], strict=True) if pair[0]["name"] == name)
+def _order_names(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(view["name"] for row in rows for view in row["orders"]))
+
+
+def _pairs(rows: Sequence[Row], order: str) -> list[tuple[Row, Row]]:
+    """One view of every matrix that has it, with the number of its weights, and that of the noise beside it."""
+    return [
+        (own | {"weights": math.prod(row["shape"])}, noise)
+        for row in rows
+        for own, noise in zip(row["orders"], row["noise_orders"], strict=True)
+        if own["name"] == order
+    ]
 
 
 def _side(pairs: Sequence[tuple[Row, Row]], side: str, raw: bool) -> str:
     own = _mean([own for own, _ in pairs], side, "alike", "value")
     if raw:
         error = math.sqrt(sum(own[side]["alike"]["error"] ** 2 for own, _ in pairs)) / len(pairs)
-        return f"{own:.3f} ± {error:.3f}"
-    return f"{own:.3f} ({_mean([noise for _, noise in pairs], side, 'alike', 'value'):.3f})"
+        return f"{own:z.3f} ± {error:z.3f}"
+    return f"{own:z.3f} ({_mean([noise for _, noise in pairs], side, 'alike', 'value'):z.3f})"
 
 
 def _codecs(groups: dict[str, list[Row]]) -> str:
@@ -165,10 +170,10 @@ def _codecs(groups: dict[str, list[Row]]) -> str:
     rows = []
     for name, members in groups.items():
         for number, codec in enumerate(members[0]["codecs"]):
-            figures = [f"{_mean(members, 'codecs', number, kind):.5f}" for kind in ("real", "shuffled", "noise")]
+            figures = [f"{_mean(members, 'codecs', number, kind):z.5f}" for kind in ("real", "shuffled", "noise")]
             bits = _mean(members, "codecs", number, "bits_per_weight")
             worth = _mean(members, "codecs", number, "order_bits")
-            rows.append((name, short_name(from_spec(codec["codec"])), f"{bits:.3f}", *figures, f"{worth:+.4f}"))
+            rows.append((name, short_name(from_spec(codec["codec"])), f"{bits:z.3f}", *figures, f"{worth:+.4f}"))
             name = ""
     return table(head, rows, left=2)
 
@@ -184,7 +189,7 @@ def verdicts(rows: Sequence[Row]) -> Iterator[tuple[str, float, float]]:
 def _verdicts(rows: Sequence[Row]) -> str:
     lines = []
     for codec, worth, error in verdicts(rows):
-        doubt = "" if math.isnan(error) else f" ± {error:.4f}"
+        doubt = "" if math.isnan(error) else f" ± {error:z.4f}"
         lines.append(f"{codec}: the order is worth {worth:+.4f}{doubt} bits a weight over {len(rows)} matrices")
     return "\n".join(lines)
 
@@ -235,22 +240,23 @@ def _plot_spectra(figure: Any, groups: dict[str, list[Row]]) -> bool:
 
 
 def _plot_orders(figure: Any, groups: dict[str, list[Row]]) -> bool:
-    orders = [view["name"] for view in next(iter(groups.values()))[0]["orders"]]
+    orders = _order_names([row for members in groups.values() for row in members])
     figure.set_size_inches(max(7, 1.3 * len(groups) + 2), 6)
     width = 0.8 / len(orders)
-    for panel, side in zip(figure.subplots(2, 1, sharex=True), ("along_rows", "along_columns"), strict=True):
-        title = side.replace("_", " ")
+    for panel, side in zip(figure.subplots(2, 1, sharex=True), _SIDES, strict=True):
         for number, order in enumerate(orders):
-            places = [place + (number - (len(orders) - 1) / 2) * width for place in range(len(groups))]
-            pairs = [[_order(row, order) for row in members] for members in groups.values()]
+            found = {place: _pairs(members, order) for place, members in enumerate(groups.values())}
+            found = {place: pairs for place, pairs in found.items() if pairs}
+            places = [place + (number - (len(orders) - 1) / 2) * width for place in found]
             own, noise = (
-                [statistics.fmean(pair[which][side]["alike"]["value"] for pair in of_role) for of_role in pairs]
+                [_mean([pair[which] for pair in pairs], side, "alike", "value") for pairs in found.values()]
                 for which in (0, 1)
             )
             panel.bar(places, own, width, color=f"C{number}", label=order)
             panel.scatter(places, noise, color="black", marker="_", s=60, zorder=3, label=None if number else "noise")
         panel.axhline(0, color="0.5", linewidth=0.8)
-        panel.set(title=f"correlation of neighbours {title}", xticks=range(len(groups)), xticklabels=list(groups))
+        title = f"correlation of neighbours {side.replace('_', ' ')}"
+        panel.set(title=title, xticks=range(len(groups)), xticklabels=list(groups))
         panel.grid(alpha=0.3, axis="y")
     panel.legend(fontsize=8, ncols=len(orders) + 1, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     return True
@@ -269,7 +275,7 @@ def _plot_codecs(figure: Any, groups: dict[str, list[Row]]) -> bool:
                 label = kind if place == 0 else None
                 panel.scatter([place + shift] * len(errors), errors, color=colour, marker=marker, s=28, label=label)
         bits = statistics.fmean(_mean(members, "codecs", number, "bits_per_weight") for members in groups.values())
-        title = f"{short_name(from_spec(codecs[number]['codec']))}: {bits:.2f} bits a weight"
+        title = f"{short_name(from_spec(codecs[number]['codec']))}: {bits:z.2f} bits a weight"
         panel.set(title=title, xticks=range(len(groups)), xticklabels=list(groups), ylabel="relative error")
         panel.title.set_fontsize(9)
         every = [
