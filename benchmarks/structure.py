@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path("results/structure.json"))
     args = parser.parse_args()
+    at = commit()
     codecs = (*DEFAULT_CODECS, *map(from_spec, SPECS))
     patterns = tuple(f"*.{block}.*" for block in args.blocks)
     scope = Scope(matrices=(*patterns, "*embed*"), sample=args.sample, codecs=codecs, device=args.device)
@@ -44,7 +45,7 @@ def main() -> None:
     blocks = " ".join(map(str, args.blocks))
     origin = {
         "command": f"python benchmarks/structure.py --model MODEL --blocks {blocks} --sample {args.sample}",
-        "commit": commit(),
+        "commit": at,
         "machine": machine(torch.device(args.device)),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
