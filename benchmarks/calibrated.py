@@ -24,7 +24,7 @@ from reallm.fit import Objective, fit, squared_error
 from reallm.formats import from_spec
 from reallm.model import Matrix, load_tokenizer, walk
 from reallm.model.calibration import windows_of_files
-from reallm.model.gradients import fisher, token_weights
+from reallm.model.gradients import Guidance, fisher, guidance
 from reallm.model.stream import Stream
 
 
@@ -134,8 +134,8 @@ class Bench:
         return [matrix for matrix in walk(self.lab.model).matrices if matrix.kind == "block"]
 
     @functools.cached_property
-    def token_weights(self) -> dict[str, torch.Tensor]:
-        return token_weights(self.lab.reference, self.windows, self.matrices, self.lab.device)
+    def guidance(self) -> dict[str, Guidance]:
+        return guidance(self.lab.reference, self.windows, self.matrices, self.lab.device)
 
     @functools.cached_property
     def fisher(self) -> dict[str, torch.Tensor]:
@@ -151,8 +151,10 @@ class Bench:
         """By matrix of the stream's present block."""
         if objective == "fisher":
             return {matrix.name: Objective(self.fisher[matrix.name]) for matrix in matrices}
-        moments = stream.moments(matrices, self.token_weights if objective == "guided" else None)
-        return {matrix.name: Objective.of_outputs(moments.of(matrix.name)) for matrix in matrices}
+        guided = self.guidance if objective == "guided" else {}
+        moments = stream.moments(matrices, {name: own.tokens for name, own in guided.items()} or None)
+        rows = {name: own.rows for name, own in guided.items()}
+        return {m.name: Objective.of_outputs(moments.of(m.name), rows.get(m.name)) for m in matrices}
 
     def run(self, task: Task) -> Arm:
         """Compress along the stream, as `reallm compress --calibration` does, and score."""
