@@ -45,6 +45,7 @@ def main() -> None:
     if args.child:
         print(json.dumps(measured(args)))
         return
+    args.work.mkdir(parents=True, exist_ok=True)
     base = args.work / args.recipe
     if not base.is_dir():
         reallm.compress(args.model, base, recipe=args.recipe)
