@@ -235,7 +235,7 @@ class Bench:
         run(replace(job, plan=replace(job.plan, entries=tuple(entries)), forecast=None), out, True)
 
     def base(self, name: str) -> Path:
-        return self.given.get(name) or self.work / re.sub(r"[^a-z0-9.]+", "-", name)
+        return self.given.get(name) or self.work / re.sub(r"[^a-z0-9.]+", "-", name.lower())
 
     def run(self, task: Task) -> Arm:
         """Tune and score."""
@@ -380,6 +380,7 @@ def _more(parser: Any) -> None:
     parser.add_argument(
         "--base", nargs="*", default=[], metavar="NAME=FOLDER", help="bases that are compressed already"
     )
+    parser.add_argument("--only", nargs="*", default=None, help="only arms whose names hold one of these words")
     parser.add_argument("--tasks", default="", help="tasks of lm-eval for the arms of group target, with commas")
     parser.add_argument("--limit", type=int, default=None, help="only the first N examples of every task")
     parser.add_argument("--keep", action="store_true", help="leave the tuned models of group target in WORK")
@@ -433,6 +434,7 @@ def main() -> None:
              arms=rows)  # fmt: skip
 
     todo = [task for task in TASKS if key_of(task) not in arms and (not args.groups or task.group in args.groups)]
+    todo = [task for task in todo if not args.only or any(word in key_of(task) for word in args.only)]
     make = functools.partial(bench_of, settings)
     tune = functools.partial(_run, latest=args.deadline and begun + args.deadline)
     bench = make(args.device)
