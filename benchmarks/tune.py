@@ -21,7 +21,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,19 @@ import torch
 from lab import Lab, Workers, arguments, earlier_runs, original_of, save
 
 import reallm
-from reallm.allocate.candidates import calibrated_candidates
 from reallm.artifact import read_ledger
 from reallm.errors import ReallmError
 from reallm.evaluate.generate import generate_stream
 from reallm.evaluate.measure import measure
 from reallm.evaluate.tasks import score_tasks
 from reallm.formats import to_spec
+from reallm.formats.gain import Gain
+from reallm.formats.rotated import Rotated
 from reallm.formats.waist import from_spec
-from reallm.model import load, load_tokenizer
+from reallm.model import load, load_tokenizer, open_source, walk
 from reallm.model.text import load_text
+from reallm.pipeline import Settings as PipelineSettings
+from reallm.pipeline import prepare, run
 
 C4 = ("c4", "c4-train-sample.jsonl")
 PLAIN = (
@@ -74,25 +77,15 @@ def budget(bits: float, rank: int | None = None) -> dict[str, Any]:
     return {"bits": bits, "objective": "guided", **({} if rank is None else {"rank": rank})}
 
 
-def with_gains() -> dict[str, Any]:
-    """Candidates of block matrices that all have numbers to train: trellises in `gain`, 0.028 bits for rows of 576.
-
-    Without entropy-coded ones, whose errors inside `gain` are in no table: measuring 40 takes minutes.
-    """
-    found = [to_spec(fmt) for fmt in calibrated_candidates("block", 16, entropy=False)]
-    trellises = [gain(s) for s in found if s["format"] == "rotated" and s["base"]["format"] == "trellis"]
-    own_scales = [s for s in found if s["format"] in ("codebook", "uniform", "normal_float", "scaled")]
-    return {"candidates": {"block": trellises + own_scales}}
-
-
-# Name -> settings of reallm.compress; dicts under `recipe` and `corrections` are written to files. All are calibrated.
+# Name -> settings of reallm.compress; a dict under `recipe` is written to a file. All are calibrated. `gains`: rotated
+# matrices are put into `gain`, for numbers to train, and the budget pays for it (0.023 bits).
 BASES: dict[str, dict[str, Any]] = {
     "bits 2": budget(2.0),
     "bits 2.5": budget(2.5),
     "bits 3": budget(3.0),
     "60 MB": {"size": 60_000_000, "objective": "guided"},
-    "bits 2, gains": {**budget(2.0), "corrections": with_gains()},
-    "60 MB, gains": {"size": 60_000_000, "objective": "guided", "corrections": with_gains()},
+    "bits 2, gains": {**budget(2.0), "gains": True},
+    "60 MB, gains": {"size": 60_000_000, "objective": "guided", "gains": True},
     "gain, trellis 2": {"recipe": every(trellis(2)), "objective": "guided"},
     "gain, trellis 3": {"recipe": every(trellis(3)), "objective": "guided"},
     "gain, codebook d=4": {"recipe": every(gain(vectors())), "objective": "guided"},
@@ -214,18 +207,32 @@ class Bench:
         if out.is_dir():
             return None
         settings = dict(BASES[name])
-        for key in ("recipe", "corrections"):
-            if isinstance(settings.get(key), dict):
-                path = self.work / f"{out.name}-{key}.yaml"
-                path.write_text(json.dumps(settings[key]), encoding="utf-8")  # JSON is YAML
-                settings[key] = str(path)
+        if isinstance(settings.get("recipe"), dict):
+            path = out.with_suffix(".yaml")
+            path.write_text(json.dumps(settings["recipe"]), encoding="utf-8")  # JSON is YAML
+            settings["recipe"] = str(path)
         calibration = {"calibration": (str(self.data.joinpath(*C4)),), "calibration_windows": self.sizes["calibration"]}
         calibration["calibration_context"] = self.sizes["calibration_context"]
+        gains = settings.pop("gains", False)
         try:
-            reallm.compress(self.model, out, device=self.device, resume=True, **calibration, **settings)
+            if gains:
+                self._compress_with_gains(out, settings | calibration)
+            else:
+                reallm.compress(self.model, out, device=self.device, resume=True, **calibration, **settings)
         except ReallmError as error:
             return str(error)
         return None
+
+    def _compress_with_gains(self, out: Path, settings: dict[str, Any]) -> None:
+        blocks = [matrix for matrix in walk(open_source(self.model).skeleton).matrices if matrix.kind == "block"]
+        spent = 2 * sum(matrix.shape[0] for matrix in blocks)
+        if "size" in settings:
+            settings["size"] -= spent + 250 * len(blocks)  # and what names them in headers and config
+        else:
+            settings["bits"] -= 8 * spent / sum(matrix.shape[0] * matrix.shape[1] for matrix in blocks)
+        job = prepare(self.model, PipelineSettings(device=self.device, **settings))
+        entries = [replace(e, fmt=Gain(e.fmt)) if isinstance(e.fmt, Rotated) else e for e in job.plan.entries]
+        run(replace(job, plan=replace(job.plan, entries=tuple(entries)), forecast=None), out, True)
 
     def base(self, name: str) -> Path:
         return self.given.get(name) or self.work / re.sub(r"[^a-z0-9.]+", "-", name.lower())
@@ -429,10 +436,10 @@ def main() -> None:
     todo = [task for task in TASKS if key_of(task) not in arms and (not args.groups or task.group in args.groups)]
     todo = [task for task in todo if not args.only or any(word in key_of(task) for word in args.only)]
     make = functools.partial(bench_of, settings)
-    run = functools.partial(_run, latest=args.deadline and begun + args.deadline)
+    tune = functools.partial(_run, latest=args.deadline and begun + args.deadline)
     bench = make(args.device)
     with Workers(args.jobs, args.device, make) as pool:
-        tuning = {pool.submit(run, task): task for task in todo if bench.base(task.base).is_dir()}
+        tuning = {pool.submit(tune, task): task for task in todo if bench.base(task.base).is_dir()}
         there = {task.base for task in tuning.values()}
         making = {pool.submit(_compress, t): t for t in dict.fromkeys(task.base for task in todo) if t not in there}
         own = pool.submit(_original) if any(task.writes for task in todo) and not written else None
@@ -440,7 +447,7 @@ def main() -> None:
             if problem := future.result():
                 failed[making[future]] = problem
             else:
-                tuning |= {pool.submit(run, task): task for task in todo if task.base == making[future]}
+                tuning |= {pool.submit(tune, task): task for task in todo if task.base == making[future]}
         for future in concurrent.futures.as_completed(tuning):
             try:
                 arm = future.result()
