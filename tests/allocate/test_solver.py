@@ -89,6 +89,13 @@ def test_the_exact_budget_of_the_smallest_plan_is_enough_and_one_byte_less_is_re
         choose(tables, least - 1)
 
 
+def test_candidates_that_are_larger_and_lose_more_change_nothing_unless_they_fill_the_budget():
+    table = [Candidate(10, 1.0), Candidate(20, 0.5)]
+    worse = [Candidate(30, 0.7), *table, Candidate(10, 1.5)]
+    assert [cost([worse], choose([worse], budget)) for budget in (10, 25, 40)] == [(10, 1.0), (20, 0.5), (20, 0.5)]
+    assert cost([worse], choose([worse], 40, 28)) == (30, 0.7)
+
+
 def test_equal_candidates_and_zero_losses_are_no_problem():
     tables = [[Candidate(10, 0.0), Candidate(10, 0.0)], [Candidate(5, 1.0)]]
     assert cost(tables, choose(tables, 15)) == (15, 1.0)
