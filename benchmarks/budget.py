@@ -161,6 +161,7 @@ class Bench:
     device: str
     shared: dict[str, Any]  # settings of every arm
     corrections: Path | None
+    keep: bool = False  # artifacts, once they are scored
 
     def settings(self, task: Task) -> Settings:
         """With the candidates of the task beside what corrections there are."""
@@ -240,7 +241,8 @@ class Bench:
             torch.cuda.max_memory_allocated() if self.lab.device.type == "cuda" else 0,
             {role: dict(of) for role, of in formats.items()},
         )  # fmt: skip
-        shutil.rmtree(out)
+        if not self.keep:
+            shutil.rmtree(out)
         seconds = " + ".join(f"{s:.0f}" for s in arm.seconds.values())
         foretold = "" if arm.predicted is None else f" (foretold {arm.predicted:.4f})"
         sizes = f"{arm.bits:7.4f} b {arm.nbytes / 1e6:7.2f} MB"
@@ -298,10 +300,17 @@ def _by_role(chosen: Job) -> list[dict[str, Any]]:
 
 
 def bench_of(
-    model: str, text: Path, work: Path, windows: int | None, shared: dict, corrections: Path | None, device: str
+    model: str,
+    text: Path,
+    work: Path,
+    windows: int | None,
+    shared: dict,
+    corrections: Path | None,
+    keep: bool,
+    device: str,
 ) -> Bench:
     fitting.guidance = _Remembered()
-    return Bench(model, Lab(model, text, device, windows), work, device, shared, corrections)
+    return Bench(model, Lab(model, text, device, windows), work, device, shared, corrections, keep)
 
 
 def _run(task: Task, latest: float | None) -> Arm | None:
@@ -334,6 +343,7 @@ def _more(parser: Any) -> None:
     parser.add_argument("--analysis-context", type=int, default=2048)
     parser.add_argument("--state-bits", type=int, default=None, help="of trellis codes; default 16 on a GPU")
     parser.add_argument("--sizes", nargs="*", default=None, help="in place of 60MB 50MB 80MB 40MB")
+    parser.add_argument("--keep", action="store_true", help="leave the artifacts in the work folder")
     parser.add_argument("--only", nargs="*", default=None, help="only arms whose names hold one of these words")
 
 
@@ -356,10 +366,12 @@ def main() -> None:
     arms = finished(args.output) if args.resume else {}
     earlier = earlier_runs(args.output, args.resume)
     failed: dict[str, str] = {}
-    make = functools.partial(bench_of, args.model, text, args.work, args.windows, shared, args.corrections)
+    make = functools.partial(bench_of, args.model, text, args.work, args.windows, shared, args.corrections, args.keep)
     analysing = time.perf_counter()
+    todo = [task for task in tasks if task.key not in arms and (not args.groups or task.group in args.groups)]
+    todo = [task for task in todo if not args.only or any(word in task.key for word in args.only)]
     for objective in ("guided", "outputs"):  # before any arm, so that none of them makes it twice
-        wanted = [task for task in tasks if task.settings["objective"] == objective and task.key not in arms]
+        wanted = [task for task in todo if task.settings["objective"] == objective]
         if objective == "guided" or wanted:
             device = args.device
             prepare(args.model, Settings(**{"device": device, **shared, "bits": 3.5, "objective": objective}))
@@ -382,8 +394,6 @@ def main() -> None:
         if factors := factors_of(arms):
             (args.work / "factors.json").write_text(json.dumps({"factors": factors}, indent=1) + "\n")
 
-    todo = [task for task in tasks if task.key not in arms and (not args.groups or task.group in args.groups)]
-    todo = [task for task in todo if not args.only or any(word in task.key for word in args.only)]
     run_one = functools.partial(_run, latest=args.deadline and begun + args.deadline)
     with Workers(args.jobs, args.device, make) as pool:
         running = {pool.submit(run_one, task): task for task in todo}
