@@ -161,6 +161,12 @@ def test_the_frontier_holds_a_point_for_every_size(tiny_llama, tmp_path):
     assert losses == sorted(losses, reverse=True) and all(len(point["plan"]) == 15 for point in points)
 
 
+def test_the_frontier_is_drawn_where_matplotlib_is(tiny_llama, tmp_path):
+    pytest.importorskip("matplotlib")
+    plan(tiny_llama, "-o", tmp_path / "frontier.json", "--sizes", "90KB,70KB")
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_bits_with_calibration_are_met_and_chosen_by_the_end_loss(tiny_llama, text_file):
     for bits in (2.5, 4.0):
         job = prepare(tiny_llama, Settings(bits=bits, calibration=(str(text_file),), **CALIBRATION))

@@ -12,12 +12,12 @@ from reallm.allocate import Candidate, choose
 from reallm.errors import RecipeError
 
 
-def random_tables(seed, matrices=5, candidates=5):
+def random_tables(seed, matrices=5, candidates=5, sizes=(1000, 3000, 9000)):
     """Losses that fall about four times a bit, with noise, in matrices of very different sizes."""
     rng = random.Random(seed)
     tables = []
     for _ in range(matrices):
-        weights, sensitivity = rng.choice((1000, 3000, 9000)), rng.uniform(0.2, 5)
+        weights, sensitivity = rng.choice(sizes), rng.uniform(0.2, 5)
         bits = sorted(rng.uniform(1, 8) for _ in range(candidates))
         tables.append([Candidate(int(b * weights / 8), sensitivity * 4**-b * rng.uniform(0.8, 1.2)) for b in bits])
     return tables
@@ -51,6 +51,15 @@ def test_the_loss_is_close_to_that_of_trying_everything():
         for budget in budgets(tables):
             ratios.append(cost(tables, choose(tables, budget))[1] / brute_force(tables, budget))
     assert min(ratios) >= 1 - 1e-9 and max(ratios) < 1.005
+
+
+@pytest.mark.parametrize("seed", [14, 87, 0, 1])
+def test_one_matrix_hundreds_of_times_as_large_as_the_others_makes_no_choice_worse(seed):
+    tables = random_tables(seed, candidates=6, sizes=(110_592, 331_776, 884_736, 28_311_552))
+    least, most = (sum(pick(c.nbytes for c in table) for table in tables) for pick in (min, max))
+    for share in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9):
+        budget = int(least + share * (most - least))
+        assert cost(tables, choose(tables, budget))[1] <= brute_force(tables, budget) * (1 + 1e-9)
 
 
 def test_with_many_matrices_the_loss_is_within_half_a_percent_of_the_lower_bound():
@@ -87,6 +96,13 @@ def test_the_exact_budget_of_the_smallest_plan_is_enough_and_one_byte_less_is_re
     assert cost(tables, choose(tables, least))[0] == least
     with pytest.raises(RecipeError, match=f"takes {least:,} bytes, the budget is {least - 1:,}"):
         choose(tables, least - 1)
+
+
+def test_candidates_that_are_larger_and_lose_more_change_nothing_unless_they_fill_the_budget():
+    table = [Candidate(10, 1.0), Candidate(20, 0.5)]
+    worse = [Candidate(30, 0.7), *table, Candidate(10, 1.5)]
+    assert [cost([worse], choose([worse], budget)) for budget in (10, 25, 40)] == [(10, 1.0), (20, 0.5), (20, 0.5)]
+    assert cost([worse], choose([worse], 40, 28)) == (30, 0.7)
 
 
 def test_equal_candidates_and_zero_losses_are_no_problem():

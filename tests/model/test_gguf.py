@@ -96,6 +96,17 @@ def test_the_tokenizer_of_a_gguf_file_survives_saving(file, tiny_llama, tmp_path
     assert saved.chat_template == "{{ messages[0]['content'] }}"
 
 
+def test_a_file_is_parsed_once_and_again_when_it_has_changed(file, tmp_path, monkeypatch):
+    copy, parsed = tmp_path / "copy.gguf", []
+    copy.write_bytes(file.read_bytes())
+    build = gguf.GGUFReader._build_fields
+    monkeypatch.setattr(gguf.GGUFReader, "_build_fields", lambda *a: parsed.append(1) or build(*a))
+    open_source(copy).save_companions(tmp_path)
+    assert len(parsed) == 1
+    copy.write_bytes(file.read_bytes().replace(b"llama.context_length", b"llama.contexT_length"))
+    assert open_source(copy).config.max_position_embeddings != open_source(file).config.max_position_embeddings
+
+
 def test_reading_leaves_gguf_as_it_was(file):
     before = gguf.GGUFReader, gguf.get_tensor_name_map
     open_source(file).read("model.norm.weight")

@@ -56,6 +56,23 @@ def test_a_column_that_nobody_fills_is_left_out():
     assert "KL" not in table(sample())
 
 
+def test_an_arm_of_a_budget_says_the_bytes_of_the_file_and_what_was_foretold():
+    results, seconds = sample(), {"plan": 1.6, "fit": 41.0, "measure": 9.0}
+    more = {"nbytes": 59_990_000, "kl": 0.171, "seconds": seconds}
+    results["arms"] = [
+        arm("chosen by matrix", "60 MB", **more, predicted=0.1529),
+        arm("one format", "60 MB", **more, predicted=None),
+    ]
+    for row in results["arms"]:
+        row["key"] = f"{row['group']} | {row.pop('name')}"
+        del row["fit_seconds"], row["relative_error"]
+    lines = table(results).splitlines()
+    head = "bits/weight | whole file, MB | perplexity | KL | KL foretold | plan, s | fit, s"
+    assert any(head in line for line in lines)
+    assert any("59.99 | 78.70 | 0.171 | 0.153 | 1.6 | 41.0" in line for line in lines)
+    assert any("| one format |" in line and "| 0.171 | – |" in line for line in lines)
+
+
 def test_the_command_and_the_machine_are_named():
     assert "`python benchmarks/run.py` at commit 0123456789ab, 2 cores, torch 2.13.0" in table(sample())
 

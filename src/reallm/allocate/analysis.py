@@ -14,6 +14,7 @@ The model room computes them, `reallm.pipeline.analysis`; a file keeps them, and
 from __future__ import annotations
 
 import fnmatch
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -90,11 +91,13 @@ class Analysis:
             raise RecipeError(f"{path}: damaged ({error}); remove it") from error
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def spec_key(fmt: WeightFormat) -> str:
     """A format as a key of JSON objects."""
     return json.dumps(to_spec(fmt))
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def kind_of_error(fmt: WeightFormat) -> str:
     """Which of a matrix's numbers a format's error is multiplied by."""
     rotated, scaled = False, ""

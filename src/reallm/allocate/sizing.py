@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from reallm.allocate.plan import MatrixInfo, Plan, Planned
 from reallm.allocate.recipe import KEEP, FormatSpec, with_rank
 from reallm.allocate.solver import Candidate, choose
 from reallm.errors import FormatError, RecipeError
-from reallm.formats import WeightFormat, from_spec
+from reallm.formats import Shape, WeightFormat, from_spec
 
 # The whole file is at least this share of its budget.
 LEAST_SHARE = 0.995
@@ -58,6 +61,7 @@ def options_for(
     Errors: RecipeError for a matrix that no candidate can store.
     """
     found = {}
+    size_of = functools.cache(_size)  # 30 matrices of a role have one shape
     for matrix in matrices:
         fixed = (ends or {}).get(matrix.kind)
         if fixed == KEEP:
@@ -67,8 +71,7 @@ def options_for(
         bases = candidates(matrix) if fixed is None else [from_spec(fixed)]
         for base in bases if given is None else [given, *bases]:
             fmt = with_rank(base, rank) if matrix.kind == "block" and base is not given else base
-            if _fits(fmt, matrix):
-                full = fmt.nbytes(matrix.shape)
+            if (full := size_of(fmt, matrix.shape)) is not None:
                 nbytes = min(full, round(full * share(matrix, fmt)) + _CODED_TABLES)
                 rows.append(Option(fmt, nbytes, loss(matrix, base)))
         if not rows:
@@ -118,44 +121,46 @@ def nudged(
     `stored` are the measured bytes of every matrix as planned now; one that is changed counts with `nbytes_of` its new
     option. As near as it comes where no change helps any more.
     """
-    chosen = {entry.matrix.name: option_of(entry, options) for entry in plan.entries}
-    infos = {entry.matrix.name: entry.matrix for entry in plan.entries}
-    used = dict(stored)
+    rows = [(row, entry, option) for row, entry in enumerate(plan.entries) for option in options[entry.matrix.name]]
+    row_of = np.array([row for row, _, _ in rows])
+    nbytes = np.array([nbytes_of(entry.matrix, option) for _, entry, option in rows])
+    loss = np.array([option.loss for _, _, option in rows])
+    chosen = np.array([place for place, (_, entry, option) in enumerate(rows) if option.fmt == entry.fmt])
+    used = np.array([stored[entry.matrix.name] for entry in plan.entries])
     while True:
-        left = room - (sum(used.values()) - sum(stored.values()))
+        left = room - (int(used.sum()) - sum(stored.values()))
         wanted = left - (room - least)
         if left >= 0 and wanted <= 0:
             break
-        exchanges = [
-            (name, option, nbytes_of(infos[name], option) - used[name], option.loss - chosen[name].loss)
-            for name in chosen
-            for option in options[name]
-            if option.fmt != chosen[name].fmt
-        ]
-        best = _cheapest_saving(exchanges, left) if left < 0 else _best_filling(exchanges, left, wanted)
+        more, worse = nbytes - used[row_of], loss - loss[chosen][row_of]
+        more[chosen] = 0  # no exchange
+        best = _cheapest_saving(more, worse, left) if left < 0 else _best_filling(more, worse, left, wanted)
         if best is None:
             break
-        name, option, more, _ = best
-        chosen[name], used[name] = option, used[name] + more
-    return Plan(tuple(Planned(entry.matrix, chosen[entry.matrix.name].fmt) for entry in plan.entries), plan.recipe)
+        used[row_of[best]] += more[best]
+        chosen[row_of[best]] = best
+    return Plan(tuple(Planned(rows[place][1].matrix, rows[place][2].fmt) for place in chosen), plan.recipe)
 
 
-_Exchange = tuple[str, Option, int, float]  # matrix, new option, bytes more, loss more
+# Of exchanges: bytes more, loss more.
+_Bytes, _Losses = np.ndarray, np.ndarray
 
 
-def _cheapest_saving(exchanges: Sequence[_Exchange], left: int) -> _Exchange | None:
+def _cheapest_saving(more: _Bytes, worse: _Losses, left: int) -> int | None:
     """The exchange that saves at the least loss a byte; saving more than is needed counts for nothing."""
-    saving = [e for e in exchanges if e[2] < 0]
-    return min(saving, key=lambda e: max(e[3], 0.0) / min(-e[2], -left), default=None)
+    saving = np.flatnonzero(more < 0)
+    return _least(saving, np.maximum(worse[saving], 0.0) / np.minimum(-more[saving], -left))
 
 
-def _best_filling(exchanges: Sequence[_Exchange], left: int, wanted: int) -> _Exchange | None:
+def _best_filling(more: _Bytes, worse: _Losses, left: int, wanted: int) -> int | None:
     """One exchange that fills the budget, of those the one that gains most; else the one that gains most a byte."""
-    gaining = [e for e in exchanges if 0 < e[2] <= left and e[3] < 0]
-    enough = [e for e in gaining if e[2] >= wanted]
-    if enough:
-        return min(enough, key=lambda e: e[3])
-    return min(gaining, key=lambda e: e[3] / e[2], default=None)
+    gaining = np.flatnonzero((more > 0) & (more <= left) & (worse < 0))
+    enough = gaining[more[gaining] >= wanted]
+    return _least(enough, worse[enough]) if len(enough) else _least(gaining, worse[gaining] / more[gaining])
+
+
+def _least(places: np.ndarray, cost: np.ndarray) -> int | None:
+    return int(places[cost.argmin()]) if len(places) else None
 
 
 def _candidates(options: Sequence[Option]) -> list[Candidate]:
@@ -172,9 +177,10 @@ def _useful(options: list[Option], given: WeightFormat | None) -> list[Option]:
     return [best[nbytes] for nbytes in sorted(best)]
 
 
-def _fits(fmt: WeightFormat, matrix: MatrixInfo) -> bool:
+def _size(fmt: WeightFormat, shape: Shape) -> int | None:
+    """Bytes before entropy coding; None for a shape that the format cannot store."""
     try:
-        fmt.check(matrix.shape)
+        fmt.check(shape)
     except FormatError:
-        return False
-    return True
+        return None
+    return fmt.nbytes(shape)

@@ -38,17 +38,33 @@ def choose(tables: Sequence[Sequence[Candidate]], budget: int, least: int = 0) -
     """
     if not tables:
         return []
-    numbers = _Numbers.of(tables)
+    kept = [_undominated(table) for table in tables]
+    useful = [[table[i] for i in few] for table, few in zip(tables, kept, strict=True)]
+    numbers = _Numbers.of(useful)
     smallest = numbers.smallest()
     if (fewest := numbers.bytes_of(smallest)) > budget:
         raise RecipeError(f"the smallest possible plan takes {fewest:,} bytes, the budget is {budget:,}")
     chosen = min(_relaxed(numbers, budget, split=len(tables) > _FEW), key=numbers.loss_of, default=smallest)
-    short = numbers.bytes_of(chosen) < least
-    if short or len(tables) <= _FEW:
+    if numbers.bytes_of(chosen) < least:
+        # What is large for its loss may be what fills the budget.
         found = _searched(tables, budget, least)
-        if found is not None and (short or numbers.loss_of(found) < numbers.loss_of(chosen)):
+        if found is not None:
             return found
-    return chosen.tolist()
+    elif len(tables) <= _FEW:
+        found = _searched(useful, budget, least)
+        if found is not None and numbers.loss_of(found) < numbers.loss_of(chosen):
+            chosen = np.asarray(found)
+    return [few[i] for few, i in zip(kept, chosen, strict=True)]
+
+
+def _undominated(table: Sequence[Candidate]) -> list[int]:
+    """Candidates than which none is as small and loses as little: of SmolLM2's 115 a matrix some 40."""
+    found: list[int] = []
+    least = float("inf")
+    for i in sorted(range(len(table)), key=lambda i: (table[i].nbytes, table[i].loss)):
+        if table[i].loss < least:
+            found, least = [*found, i], table[i].loss
+    return found
 
 
 @dataclass(frozen=True)
@@ -165,12 +181,42 @@ def _near(numbers: _Numbers, chosen: np.ndarray, price: float, budget: int) -> n
         for row in open_rows
     ]
     room = min(budget - sum(least), sum(max(c.nbytes for c in table) for table in tables))
-    found = _searched(tables, room, 0)
+    found = _tried(tables, room, price, gap) if len(tables) <= _FEW else None
+    if found is None:
+        found = _searched(tables, room, 0)
     if found is None:
         return None
     better = np.array([few[0] for few in kept])
     better[open_rows] = [kept[row][place] for row, place in zip(open_rows, found, strict=True)]
     return better if numbers.loss_of(better) < numbers.loss_of(chosen) else None
+
+
+def _tried(tables: Sequence[Sequence[Candidate]], budget: int, price: float, gap: float) -> list[int] | None:
+    """The choice of least loss, to the byte; None if too many choices are in question, or none is.
+
+    Sums of the matrices so far, without those that are larger and lose more than another, and without those whose cost
+    at `price` lies more than `gap` above the least: no better choice goes on from there. Rounded sizes alone left 4 of
+    1,400 choices for 5 matrices up to 11 % above the optimum, where one matrix is 250 times as large as another.
+    """
+    nbytes, loss, bound = np.zeros(1), np.zeros(1), 0.0
+    steps: list[tuple[np.ndarray, int]] = []
+    for table in tables:
+        sizes, losses = np.array([c.nbytes for c in table], float), np.array([c.loss for c in table])
+        bound += float((losses + price * sizes).min())
+        nbytes, loss = (nbytes[:, None] + sizes).ravel(), (loss[:, None] + losses).ravel()
+        open_ones = np.flatnonzero((nbytes <= budget) & (loss + price * nbytes - bound <= gap * (1 + 1e-9) + 1e-15))
+        order = open_ones[np.lexsort((loss[open_ones], nbytes[open_ones]))]
+        before = np.minimum.accumulate(np.concatenate(([np.inf], loss[order])))[:-1]
+        order = order[loss[order] < before]
+        if not 0 < len(order) <= _GRID:
+            return None
+        nbytes, loss = nbytes[order], loss[order]
+        steps.append((order, len(table)))
+    place, chosen = int(loss.argmin()), []
+    for order, width in reversed(steps):
+        place, candidate = divmod(int(order[place]), width)
+        chosen.append(candidate)
+    return chosen[::-1]
 
 
 def _searched(tables: Sequence[Sequence[Candidate]], budget: int, least: int) -> list[int] | None:

@@ -19,11 +19,12 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-def save_tensors(tensors: Tensors, path: Path) -> None:
+def save_tensors(tensors: Tensors, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file by an atomic rename: it is there whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     # transformers refuses files whose metadata does not name the framework.
-    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial, metadata={"format": "pt"})
+    metadata = {"format": "pt", **(metadata or {})}
+    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial, metadata=metadata)
     partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
     os.replace(partial, path)
 

@@ -103,6 +103,14 @@ def command(
             help="Where the analysis behind predicted losses is kept for the next budget; default: .reallm beside OUT.",
         ),
     ] = None,
+    fits: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Keep fitted matrices here, and take those that are here already: the same matrix in the same format "
+            "under the same objective, whatever the budget. Nothing is ever removed from it.",
+        ),
+    ] = None,
     check: Annotated[
         bool,
         typer.Option("--check/--no-check", help="Measure what a budget with calibration has predicted, on 4 windows."),
@@ -144,6 +152,7 @@ def command(
         state_bits=state_bits,
         corrections=None if corrections is None else str(corrections),
         analysis=str(analysis or output.absolute().parent / ".reallm"),
+        fits=None if fits is None else str(fits),
     )
     job = prepare(model, settings)
     if dry_run:

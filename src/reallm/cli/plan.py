@@ -73,6 +73,7 @@ def command(
 
     from reallm.allocate.sizing import parse_size
     from reallm.errors import RecipeError
+    from reallm.model import open_source
     from reallm.pipeline import Settings, prepare
     from reallm.report.cost import budget_table, plan_table
     from reallm.report.predicted import frontier, plan_file, plot_frontier
@@ -105,7 +106,8 @@ def command(
         output.write_text(plan_file(job), encoding="utf-8")
         print(plan_table(job), budget_table(job), f"written: {output}", sep="\n\n")
         return
-    jobs = [prepare(model, settings(parse_size(word))) for word in sizes.split(",")]
+    source = open_source(model)
+    jobs = [prepare(source, settings(parse_size(word))) for word in sizes.split(",")]
     points = frontier(jobs)
     output.write_text(json.dumps(points, indent=1) + "\n", encoding="utf-8")
     for job in jobs:

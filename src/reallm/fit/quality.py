@@ -83,6 +83,7 @@ def gaussian_error(fmt: WeightFormat) -> float:
     return measured_gaussian_error(fmt) if known is None else known["error"]
 
 
+@functools.cache
 def gaussian_share(fmt: WeightFormat) -> float:
     """Stored bytes / bytes before entropy coding of a budget's candidate on Gaussian weights; 1 for other formats."""
     return _table().get(json.dumps(to_spec(fmt)), {}).get("share", 1.0)

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,14 @@ class Source(abc.ABC):
     def total_parameters(self) -> int:
         """Numbers in the model, tied ones counted once."""
         return sum(parameter.numel() for parameter in self.skeleton.parameters())
+
+    @cached_property
+    def companion_bytes(self) -> dict[str, int]:
+        """Bytes of what `save_companions` writes, by file; converting the tokenizer of a GGUF file takes seconds."""
+        with tempfile.TemporaryDirectory() as place:
+            self.save_companions(Path(place))
+            files = [path for path in Path(place).rglob("*") if path.is_file()]
+            return {str(path.relative_to(place)): path.stat().st_size for path in files}
 
     def fingerprint(self) -> str:
         """sha256 (hex) of names and bytes of the weight files; reads all of them."""

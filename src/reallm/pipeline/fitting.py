@@ -26,6 +26,7 @@ from reallm.model import Matrix, read_matrix
 from reallm.model.gradients import Guidance, fisher, guidance
 from reallm.model.stream import Stream
 from reallm.pipeline.calibrating import calculation_dtype, calibration_windows
+from reallm.pipeline.fits import Fits, key_of
 from reallm.pipeline.job import Job
 from reallm.pipeline.settings import GUIDED, OUTPUTS
 
@@ -92,7 +93,14 @@ def _compressed(job: Job, matrix: Matrix, fmt: WeightFormat, objective: Objectiv
     seed = (job.settings.seed + zlib.crc32(matrix.name.encode())) % _SEEDS
     with torch.no_grad():
         objective = objective.to(weight.device) if objective else Objective.relative_columns(weight)
-        return fmt.pack(fit(fmt, weight, objective, seed), matrix.shape)
+        if job.settings.fits is None:
+            return fmt.pack(fit(fmt, weight, objective, seed), matrix.shape)
+        fits, key = Fits(Path(job.settings.fits)), key_of(fmt, weight, objective, seed)
+        tensors = fits.found(key, fmt, matrix.shape)
+        if tensors is None:
+            tensors = fmt.pack(fit(fmt, weight, objective, seed), matrix.shape)
+            fits.keep(key, tensors)
+        return tensors
 
 
 def check_finite(name: str, weight: Tensor) -> None:

@@ -17,8 +17,8 @@ from reallm.pipeline.job import Job, info_of
 from reallm.pipeline.settings import Settings, check_calibration, check_device, check_goal
 
 
-def prepare(model: str | Path, settings: Settings) -> Job:
-    """Open the model and decide every matrix's format.
+def prepare(model: str | Path | Source, settings: Settings) -> Job:
+    """Open the model, unless it is open already, and decide every matrix's format.
 
     Errors: SourceError, RecipeError or FormatError, before anything is written.
     """
@@ -27,7 +27,7 @@ def prepare(model: str | Path, settings: Settings) -> Job:
     if settings.rank is not None and settings.rank < 0:
         raise RecipeError(f"--rank {settings.rank} is negative; 0 means no residual")
     check_device(settings.device)
-    source = open_source(model)
+    source = model if isinstance(model, Source) else open_source(model)
     walked = walk(source.skeleton)
     chosen = [info_of(matrix) for matrix in _selected(walked.matrices, settings)]
     infos = [info_of(matrix) for matrix in walked.matrices]

@@ -47,6 +47,7 @@ class Settings:
     analysis: str | None = None  # folder that keeps what losses are predicted from, for the next budget
     analysis_windows: int = 16
     analysis_context: int = 1024
+    fits: str | None = None  # folder that keeps fitted matrices, for the next budget
     corrections: str | None = None  # file of what is known better than predicted
 
 

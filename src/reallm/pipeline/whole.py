@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -28,12 +27,10 @@ class WholeFile:
     def __init__(self, job: Job) -> None:
         self._job = job
 
-    @cached_property
+    @property
     def companions(self) -> dict[str, int]:
         """Bytes of tokenizer and generation settings, by file."""
-        with tempfile.TemporaryDirectory() as place:
-            self._job.source.save_companions(Path(place))
-            return nbytes_by_file(Path(place))
+        return self._job.source.companion_bytes
 
     def nbytes(self, plan: Plan) -> int:
         """Bytes of all files."""

@@ -131,7 +131,7 @@ def frontier(jobs: Sequence[Job]) -> dict[str, Any]:
         for job in jobs
         if job.forecast is not None
     ]
-    return {"points": points}
+    return {"model": Path(jobs[0].source.label).name, "points": points}
 
 
 def plot_frontier(points: dict[str, Any], path: Path) -> bool:
@@ -140,11 +140,21 @@ def plot_frontier(points: dict[str, Any], path: Path) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    rows = sorted(points["points"], key=lambda row: row["nbytes"])
+    unit, name = (1e6, "MB") if rows[-1]["nbytes"] >= 1e6 else (1e3, "KB")
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
-    rows = points["points"]
-    axes.plot([row["nbytes"] / 1e6 for row in rows], [row["loss"] for row in rows], "o-")
-    axes.set(xlabel="whole artifact, MB", ylabel="predicted KL, nats a token", yscale="log")
+    axes.plot([row["nbytes"] / unit for row in rows], [row["loss"] for row in rows], "o-", markersize=4)
+    for row in rows:
+        # A falling line leaves room above on the right and below on the left: there the last words stay in the frame.
+        place, side = ((5, 4), "left") if row is not rows[-1] else ((-5, -11), "right")
+        axes.annotate(
+            f"{row['loss']:.2g}, {row['bits_per_weight']:.2f} bits", (row["nbytes"] / unit, row["loss"]),
+            xytext=place, ha=side, textcoords="offset points", fontsize=8,
+        )  # fmt: skip
+    axes.set(xlabel=f"whole artifact, {name}", ylabel="predicted KL, nats a token", yscale="log", title=points["model"])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.margins(y=0.1)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
     return True

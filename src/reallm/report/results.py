@@ -137,11 +137,14 @@ def _settings(results: dict[str, Any]) -> str:
 # Heading of a column and its cell. A column that is empty in all rows is left out.
 _COLUMNS: tuple[tuple[str, Callable[[Arm], str]], ...] = (
     ("bits/weight", lambda arm: f"{arm['bits']:.3f}"),
+    ("whole file, MB", lambda arm: _NOTHING if "nbytes" not in arm else f"{arm['nbytes'] / 1e6:.2f}"),
     ("perplexity", lambda arm: number(arm["perplexity"])),
     ("KL", lambda arm: number(arm.get("kl"), 3)),
+    ("KL foretold", lambda arm: number(arm.get("predicted"), 3)),
     ("the same bytes without residual", lambda arm: _same_bytes(arm.get("same_bytes"))),
     ("relative error", lambda arm: number(arm.get("relative_error"), 4)),
-    ("fit, s", lambda arm: number(arm.get("fit_seconds"), 1)),
+    ("plan, s", lambda arm: number(arm.get("seconds", {}).get("plan"), 1)),
+    ("fit, s", lambda arm: number(arm.get("fit_seconds", arm.get("seconds", {}).get("fit")), 1)),
     ("peak memory, MB", lambda arm: _megabytes(arm.get("peak_memory_bytes"))),
 )
 
@@ -151,7 +154,7 @@ def _same_bytes(other: dict[str, Any] | None) -> str:
 
 
 def _megabytes(nbytes: int | None) -> str:
-    return _NOTHING if nbytes is None else f"{nbytes / 1e6:,.0f}"
+    return _NOTHING if not nbytes else f"{nbytes / 1e6:,.0f}"
 
 
 def _arms(arms: Sequence[Arm]) -> str:
@@ -167,7 +170,8 @@ def _rows(arms: Sequence[Arm], cells: Sequence[Callable[[Arm], str]]) -> Iterato
     for group, members in groupby(sorted(arms, key=lambda arm: order.index(arm["group"])), lambda arm: arm["group"]):
         yield [f"**{group}**", *("" for _ in cells)]
         for arm in members:
-            yield [arm["name"], *(cell(arm) for cell in cells)]
+            # Budgets name an arm by its key alone, "60 MB | one format".
+            yield [arm.get("name") or arm["key"].rpartition(" | ")[2], *(cell(arm) for cell in cells)]
 
 
 def _row(cells: Sequence[str]) -> str:
