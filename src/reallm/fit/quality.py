@@ -17,6 +17,7 @@ from torch import Tensor
 
 from reallm.fit.dispatch import fit, relative_error
 from reallm.formats import Shape, WeightFormat, to_spec
+from reallm.formats.shared import unshared
 
 Result = TypeVar("Result")
 
@@ -96,10 +97,10 @@ def measured_gaussian_error(fmt: WeightFormat) -> float:
     """Relative squared error on a seeded Gaussian matrix, large enough that no codebook learns it by heart."""
     # The tables of an entropy coder, which a real matrix hardly feels, would be 6 % of the bytes of 16,384 weights.
     shape = (512, 1024) if "entropy_coded" in json.dumps(to_spec(fmt)) else (32, 512)
-    learned = sum(t.numel() for name, t in fmt.layout(shape).items() if fmt.role(name) == "codebooks")
+    learned = sum(t.numel() for name, t in fmt.layout(shape).items() if fmt.role(name) in ("codebooks", "decoders"))
     # 4,096 entries of four for the 4,096 vectors of the small sample had an error of 0.0003 in place of 0.02.
     shape = (max(shape[0], _WEIGHTS_PER_LEARNED * learned // shape[1]), shape[1])
-    sample = gaussian(shape)
+    sample, fmt = gaussian(shape), unshared(fmt)
     return relative_error(sample, fmt.decode(fit(fmt, sample), shape))
 
 
