@@ -4,5 +4,6 @@ They know nothing of formats: how their parameters are stored is `formats/parame
 """
 
 from reallm.decoders.codeword import CodewordNet
+from reallm.decoders.conv import ConvNet
 
-__all__ = ["CodewordNet"]
+__all__ = ["CodewordNet", "ConvNet"]

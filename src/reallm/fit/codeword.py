@@ -16,7 +16,7 @@ from reallm.fit.objective import Objective
 from reallm.fit.refit import alternated
 from reallm.fit.rounding import normalised
 from reallm.fit.shared import Demand, note_demand, train_shared
-from reallm.fit.training import Adam, falling, quantised, stored_parameters
+from reallm.fit.training import Adam, descend, falling, quantised, stored_parameters
 from reallm.formats import Parts, parameters
 from reallm.formats import scales as scale_store
 from reallm.formats.codeword import Codeword, CodewordParts
@@ -113,9 +113,9 @@ def trained(
     count, bits = fmt.net.parameters, fmt.decoder_bits
     flat = _first(fmt, vectors, importance, seed) if start is None else parameters.values(bits, start, count)
     assignments = _ASSIGNMENTS if start is None else _WARM_ASSIGNMENTS
-    adam, best, least = Adam([flat], [_RATE if start is None else _RATE / 4]), None, float("inf")
+    adam, best, least = Adam(flat, _RATE if start is None else _RATE / 4), None, float("inf")
     for number in range(assignments + 1):
-        stored = stored_parameters(bits, adam.tensors[0])
+        stored = stored_parameters(bits, adam.tensor)
         table = fmt.table(stored)
         codes = nearest(vectors, table, importance).long()
         error = total((vectors - table[codes]).square() * importance, torch.float64).item()
@@ -131,7 +131,7 @@ def trained(
             return ((fmt.net.table(quantised(bits, flat)) - means).square() * mass).sum(0).sum()
 
         for step in range(number * _STEPS, (number + 1) * _STEPS):
-            adam.step(loss, falling(step, assignments * _STEPS))
+            descend([adam], loss, falling(step, assignments * _STEPS))
     assert best is not None
     return best
 

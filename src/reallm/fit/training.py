@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,30 +42,31 @@ def quantised(bits: int, flat: Float[Tensor, " parameters"]) -> Float[Tensor, " 
 
 
 class Adam:
-    """Adam (Kingma and Ba, arXiv:1412.6980) on a few tensors: elementwise, so the same in every run."""
+    """Adam (Kingma and Ba, arXiv:1412.6980) on one tensor: elementwise, so the same in every run."""
 
-    def __init__(self, tensors: list[Tensor], rates: list[float]) -> None:
-        self.tensors = [tensor.detach().clone().requires_grad_() for tensor in tensors]
-        self._rates = rates
-        self._moments = [(torch.zeros_like(tensor), torch.zeros_like(tensor)) for tensor in tensors]
+    def __init__(self, tensor: Tensor, rate: float) -> None:
+        self.tensor = tensor.detach().clone().requires_grad_()
+        self._rate = rate
+        self._mean, self._square = torch.zeros_like(tensor), torch.zeros_like(tensor)
         self._steps = 0
 
-    def step(self, loss_of: Callable[..., Tensor], share: float) -> float:
-        """One step of `share` of the rates along the gradient of `loss_of(*tensors)`; the loss before it."""
-        with torch.enable_grad(), one_thread():
-            loss = loss_of(*self.tensors)
-            gradients = torch.autograd.grad(loss, self.tensors)
+    @torch.no_grad()
+    def move(self, gradient: Tensor, share: float) -> None:
+        """One step of `share` of the rate."""
         self._steps += 1
-        corrections = [1 - beta**self._steps for beta in _BETAS]
-        for tensor, gradient, (mean, square), rate in zip(
-            self.tensors, gradients, self._moments, self._rates, strict=True
-        ):
-            with torch.no_grad():
-                mean.lerp_(gradient, 1 - _BETAS[0])
-                square.lerp_(gradient.square(), 1 - _BETAS[1])
-                size = (square / corrections[1]).sqrt() + _EPSILON
-                tensor.sub_(share * rate / corrections[0] * mean / size)
-        return float(loss.detach())
+        self._mean.lerp_(gradient, 1 - _BETAS[0])
+        self._square.lerp_(gradient.square(), 1 - _BETAS[1])
+        mean, square = self._mean / (1 - _BETAS[0] ** self._steps), self._square / (1 - _BETAS[1] ** self._steps)
+        self.tensor.sub_(share * self._rate * mean / (square.sqrt() + _EPSILON))
+
+
+def descend(adams: Sequence[Adam], loss_of: Callable[..., Tensor], share: float) -> None:
+    """One step of all tensors along the gradient of `loss_of(*tensors)`."""
+    tensors = [adam.tensor for adam in adams]
+    with torch.enable_grad(), one_thread():
+        gradients = torch.autograd.grad(loss_of(*tensors), tensors)
+    for adam, gradient in zip(adams, gradients, strict=True):
+        adam.move(gradient, share)
 
 
 def falling(step: int, steps: int) -> float:
