@@ -18,20 +18,31 @@ from reallm.model import DECODE_AT_LOAD, DECODE_PER_USE, load
 from reallm.model.swap import compressed_modules
 from reallm.pipeline import Settings, estimate, prepare, run
 from reallm.pipeline.whole import WholeFile
-from reallm.report.ledger import ledger_text
+from reallm.report.ledger import ledger_dict, ledger_text
 
 CODEWORD = "{format: codeword, index_bits: 5, vector_dim: 4, hidden: 4, shared: %s}"
 RECIPE = f"""
 rules:
 - {{role: [q, k, v, o], format: {CODEWORD % "attention"}}}
 - {{role: down, format: {{format: low_rank_plus, rank: 2, base: {{format: permuted, base: {CODEWORD % "mlp"}}}}}}}
-- {{match: "*", format: {CODEWORD % "mlp"}}}
+- role: gate
+  format:
+    format: conv_latents
+    channels: 3
+    width: 2
+    steps: 4
+    shared: net
+    base: {{format: normal_float, bits: 4}}
+- role: up
+  format:
+    format: linear_latents
+    transform: learned
+    kept: 7
+    shared: basis
+    base: {{format: normal_float, bits: 4}}
 """
-NAMES = {
-    f"reallm_shared.{name}.decoder.{leaf}"
-    for name in ("attention", "mlp")
-    for leaf in ("codes", "scales", "scales_max")
-}
+TABLES = ("attention", "basis", "mlp", "net")
+NAMES = {f"reallm_shared.{name}.decoder.{leaf}" for name in TABLES for leaf in ("codes", "scales", "scales_max")}
 Q = "model.layers.0.self_attn.q_proj"
 
 
@@ -57,7 +68,7 @@ def artifact(job, tmp_path_factory):
 def decoded_from_file(folder):
     """Every compressed matrix, decoded from what is in the file."""
     tensors = load_file(folder / "model.safetensors")
-    tables = {name: inner(f"reallm_shared.{name}", tensors) for name in ("attention", "mlp")}
+    tables = {name: inner(f"reallm_shared.{name}", tensors) for name in TABLES}
     with tables_at_hand(tables):
         return {
             matrix.name: matrix.fmt.decode(matrix.fmt.unpack(inner(matrix.name, tensors), matrix.shape), matrix.shape)
@@ -126,7 +137,7 @@ def test_a_saved_model_has_the_decoders_again(artifact, tmp_path):
     reallm.load(str(artifact)).save_pretrained(tmp_path / "again")
     before, after = (load_file(folder / "model.safetensors") for folder in (artifact, tmp_path / "again"))
     assert all(torch.equal(before[name], after[name]) for name in NAMES)
-    assert set(read_manifest(tmp_path / "again").tables) == {"attention", "mlp"}
+    assert tuple(read_manifest(tmp_path / "again").tables) == TABLES
 
 
 def test_half_precision_leaves_stored_numbers_alone(artifact):
@@ -162,8 +173,15 @@ def test_the_estimate_counts_shared_decoders_and_trains_none_of_the_model(job):
     assert estimate(job).compressed_bytes == job.plan.nbytes
 
 
-def test_info_lists_decoders(artifact):
-    assert "decoders" in ledger_text(artifact)
+def test_info_tells_what_decoder_nets_cost(artifact):
+    costs = {cost["format"]["format"]: cost for cost in ledger_dict(artifact)["decoders"]}
+    assert set(costs) == {"codeword", "low_rank_plus", "conv_latents", "linear_latents"}
+    assert costs["linear_latents"]["multiply_adds_per_weight"] == 7
+    # 3 + 3 · 2 / 4 for the two ways from latents, 36 · 2² / 4 for the stage, 9 · 2 for the head
+    assert costs["conv_latents"]["multiply_adds_per_weight"] == 3 + 1.5 + 36 + 18
+    assert costs["conv_latents"]["matrices"] == 2 and costs["conv_latents"]["weights"] == 2 * 176 * 64
+    assert all(cost["seconds"] > 0 and cost["peak_bytes"] > 4 * 176 * 64 for cost in (costs["conv_latents"],))
+    assert "multiply-adds/weight" in ledger_text(artifact)
 
 
 def test_one_name_for_two_decoders_is_refused():
