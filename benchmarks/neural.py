@@ -319,6 +319,7 @@ def end_to_end(name: str, args: argparse.Namespace, run: int) -> dict[str, Any]:
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         folder, file = Path(place) / "out", Path(place) / "recipe.yaml"
+        how = {"device": args.device, "dtype": "float32", "context": args.context}
         begun = time.perf_counter()
         if name in EVERYWHERE:
             file.write_text(yaml.safe_dump({"rules": [{"match": "*", "format": EVERYWHERE[name][0]}]}))
@@ -332,7 +333,7 @@ def end_to_end(name: str, args: argparse.Namespace, run: int) -> dict[str, Any]:
         seconds = time.perf_counter() - begun
         ledger = read_ledger(folder)
         formats = Counter(short_name(m.fmt) for m in read_manifest(folder).matrices if m.kind == "block")
-        found = measure(str(folder), args.text, max_windows=args.windows, device=args.device, dtype="float32")
+        found = measure(str(folder), args.text, max_windows=args.windows, **how)
     row = {
         "name": name, "format": EVERYWHERE[name][0] if name in EVERYWHERE else None, "bits": ledger.bits_per_weight,
         "decoder_bytes": ledger.by("role").get("decoders", 0), "perplexity": found["perplexity"],
@@ -359,6 +360,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depths", nargs="*", type=int, default=[0, 15, 29])
     parser.add_argument("--sources", nargs="*", default=[ORIGINAL, SHUFFLED, NOISE, SMOOTH])
     parser.add_argument("--end-to-end", action="store_true", help="perplexity of whole models in place of matrices")
+    parser.add_argument("--context", type=int, default=2048, help="tokens of a window that is scored")
     parser.add_argument("--data-free", action="store_true", help="end to end without calibration")
 
 

@@ -26,7 +26,7 @@ from reallm.kernels import average, segment_sum, total
 # (8 a codeword: 0.090 on them, 0.0985 on others, d = 6 at 12 bits); of its own matrix it may.
 _LEAST_SAMPLES, _MOST_SAMPLES = 1 << 15, 1 << 17
 _SAMPLES_PER_CODEWORD = 16
-_ASSIGNMENTS, _STEPS, _RATE = 12, 40, 0.01
+_ASSIGNMENTS, _STEPS, _RATE = 12, 20, 0.02
 _WARM_ASSIGNMENTS = 2
 _ROUNDS = 2
 _TINY = 1e-30
