@@ -5,6 +5,7 @@ import torch
 
 from reallm.errors import FormatError
 from reallm.fit import Objective, demand_of, fit, relative_error, train_shared
+from reallm.fit.codeword import answering
 from reallm.formats import from_spec, parameters, tables_at_hand
 
 SHAPE = (96, 256)
@@ -107,3 +108,14 @@ def test_a_field_out_of_range_is_named_with_its_value(field):
     ((name, value),) = field.items()
     with pytest.raises(FormatError, match=f"{name}={value}"):
         from_spec({"format": "codeword", **field})
+
+
+def test_the_net_itself_answers_for_errors_of_outputs():
+    weight = gaussian()
+    inputs = gaussian(1, (600, SHAPE[1])) @ gaussian(2, (SHAPE[1], SHAPE[1])) / 16
+    objective = Objective.of_outputs(inputs.T @ inputs / 600)
+    fmt = from_spec({"format": "codeword", "index_bits": 6})
+    parts = fit(fmt, weight, Objective(objective.importance))
+    moved = answering(fmt, parts, weight, objective)
+    before, after = (objective.error(weight, fmt.decode(p, SHAPE)) for p in (parts, moved))
+    assert torch.equal(moved.codes, parts.codes) and after < 0.99 * before

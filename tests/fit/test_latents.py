@@ -131,6 +131,7 @@ def test_latents_can_be_entropy_coded():
     [
         ({"format": "conv_latents", "channels": 0}, "channels=0"),
         ({"format": "conv_latents", "stages": 9}, "stages=9"),
+        ({"format": "conv_latents", "width": 256, "stages": 4}, "multiply-adds a weight"),
         ({"format": "conv_latents", "method": "magic"}, "method='magic'"),
         ({"format": "conv_latents", "steps": -1}, "steps=-1"),
         ({"format": "linear_latents", "kept": 9}, "kept=9"),
@@ -142,3 +143,16 @@ def test_latents_can_be_entropy_coded():
 def test_a_field_out_of_range_is_named_with_its_value(spec, said):
     with pytest.raises(FormatError, match=said):
         from_spec({**spec, "base": VECTORS})
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"format": "conv_latents", "channels": 1, "stages": 4, "width": 1, "base": {"format": "uniform", "bits": 1}},
+        {"format": "linear_latents", "patch_columns": 64, "kept": 1, "base": {"format": "uniform", "bits": 1}},
+        {"format": "codeword", "index_bits": 1, "vector_dim": 32},
+    ],
+)
+def test_a_small_file_cannot_ask_for_any_memory(spec):
+    with pytest.raises(FormatError, match="below 1/8 bit a weight"):
+        from_spec(spec).check((4096, 4096))

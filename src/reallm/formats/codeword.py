@@ -86,7 +86,9 @@ class Codeword(WeightFormat):
         return -(-in_features // self.vector_dim)
 
     def check(self, shape: Shape) -> None:
-        """Every shape fits: the last vector and the last group of a row may be short."""
+        """The last vector and the last group of a row may be short; 1/8 bit a weight is the least."""
+        codes = packed_nbytes(shape[0] * self.vectors_per_row(shape[1]), self.index_bits)
+        parameters.check_rate(self.name, codes, shape)
 
     def own_tables(self) -> dict[str, Table]:
         """The decoder, if it is shared."""

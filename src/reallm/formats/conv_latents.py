@@ -25,6 +25,7 @@ from reallm.formats.waist import Parts, Shape, Table, Tensors, WeightFormat, inn
 from reallm.kernels import one_thread
 
 MAX_CHANNELS, MAX_WIDTH, MAX_STAGES = 256, 256, 4
+MAX_MULTIPLY_ADDS = 600_000  # a weight: 445,000 are those of the authors' default; more is hours for a small file
 AUTO_DECODER, ENCODER = "auto_decoder", "encoder"
 METHODS = (AUTO_DECODER, ENCODER)
 _MAX_STEPS = 1_000_000
@@ -66,6 +67,11 @@ class ConvLatents(WeightFormat):
         for name, most in (("channels", MAX_CHANNELS), ("width", MAX_WIDTH), ("stages", MAX_STAGES)):
             if not 1 <= getattr(self, name) <= most:
                 raise FormatError(f"conv_latents: {name}={getattr(self, name)} is not in 1 … {most}")
+        if (dear := self.net.multiply_adds_per_weight) > MAX_MULTIPLY_ADDS:
+            raise FormatError(
+                f"conv_latents: width={self.width} and stages={self.stages} take {dear:,.0f} multiply-adds a weight, "
+                f"more than {MAX_MULTIPLY_ADDS:,}"
+            )
         if not 0 <= self.steps <= _MAX_STEPS:
             raise FormatError(f"conv_latents: steps={self.steps} is not in 0 … {_MAX_STEPS}")
         if self.method not in METHODS:
@@ -84,8 +90,9 @@ class ConvLatents(WeightFormat):
         return rows, columns * self.channels
 
     def check(self, shape: Shape) -> None:
-        """Fits where the base fits the latents."""
+        """Fits where the base fits the latents, down to 1/8 bit a weight."""
         self.base.check(self.inner_shape(shape))
+        parameters.check_rate(self.name, self.base.nbytes(self.inner_shape(shape)), shape)
 
     def own_tables(self) -> dict[str, Table]:
         """The net, if it is shared."""

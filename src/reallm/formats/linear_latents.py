@@ -80,8 +80,9 @@ class LinearLatents(WeightFormat):
         return -(-shape[0] // self.patch_rows), -(-shape[1] // self.patch_columns) * self.kept
 
     def check(self, shape: Shape) -> None:
-        """Fits where the base fits the latents."""
+        """Fits where the base fits the latents, down to 1/8 bit a weight."""
         self.base.check(self.inner_shape(shape))
+        parameters.check_rate(self.name, self.base.nbytes(self.inner_shape(shape)), shape)
 
     def own_tables(self) -> dict[str, Table]:
         """The basis, if it is shared."""

@@ -13,7 +13,7 @@ from reallm.errors import FormatError
 from reallm.formats import scales as scale_store
 from reallm.formats.dense import Dense, DenseParts
 from reallm.formats.uniform import Uniform, UniformParts
-from reallm.formats.waist import Tensors, WeightFormat, inner, under
+from reallm.formats.waist import Shape, Tensors, WeightFormat, inner, under
 
 PREFIX = "decoder"
 BITS = (3, 4, 6, 8, 16)
@@ -28,6 +28,12 @@ def check_bits(owner: str, bits: int) -> None:
     """Errors: FormatError unless parameters can have so many bits."""
     if bits not in BITS:
         raise FormatError(f"{owner}: decoder_bits={bits} is not one of {BITS}")
+
+
+def check_rate(owner: str, codes: int, shape: Shape) -> None:
+    """Errors: FormatError for codes below 1/8 bit a weight, by which a small file could ask for any memory."""
+    if 64 * codes < shape[0] * shape[1]:
+        raise FormatError(f"{owner}: {codes:,} bytes of codes for a {shape} matrix are below 1/8 bit a weight")
 
 
 def storage(bits: int) -> WeightFormat:

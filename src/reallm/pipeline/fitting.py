@@ -60,7 +60,7 @@ def _fit_along_the_stream(job: Job, work: Path, done: Callable[[Matrix], None]) 
         tables = trained_tables(job, work, objectives)
     with torch.no_grad(), tables_at_hand(tables):
         for matrix, planned in by_block.pop(None, []):
-            _put(model, matrix, planned.fmt, _fit_or_keep(job, work, matrix, planned.fmt, None))
+            _put(model, matrix, planned.fmt, _fit_or_keep(job, work, matrix, planned.fmt, None), job.settings.device)
             done(matrix)
         stream = Stream(model, windows, job.settings.device)
         for number in range(len(stream.blocks)):
@@ -68,8 +68,8 @@ def _fit_along_the_stream(job: Job, work: Path, done: Callable[[Matrix], None]) 
             open_ones = [matrix for matrix, _ in of_block if not finished_file(work, matrix.name).is_file()]
             objectives = knowledge.objectives(stream, open_ones)
             for matrix, planned in of_block:
-                objective = objectives.get(matrix.name)
-                _put(model, matrix, planned.fmt, _fit_or_keep(job, work, matrix, planned.fmt, objective))
+                file = _fit_or_keep(job, work, matrix, planned.fmt, objectives.get(matrix.name))
+                _put(model, matrix, planned.fmt, file, job.settings.device)
                 done(matrix)
             stream.advance()
         assert not by_block, f"blocks {list(by_block)} are not decoder blocks"
@@ -114,10 +114,12 @@ def _compressed(job: Job, matrix: Matrix, fmt: WeightFormat, objective: Objectiv
         return fmt.pack(fit(fmt, weight, objective, seed_of(job, matrix.name)), matrix.shape)
 
 
-def _put(model: torch.nn.Module, matrix: Matrix, fmt: WeightFormat, file: Path) -> None:
+def _put(model: torch.nn.Module, matrix: Matrix, fmt: WeightFormat, file: Path, device: str) -> None:
     """Replace a matrix of the dense model by its decoded self."""
     with safe_open(file, framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no dict
+    if fmt.multiply_adds(matrix.shape):  # a net: a processor takes half an hour for what a GPU does in seconds
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     decoded = fmt.decode(fmt.unpack(inner(matrix.name, tensors), matrix.shape), matrix.shape)
     target = model.get_parameter(matrix.parameter)
     target = target if matrix.expert is None else target[matrix.expert]
