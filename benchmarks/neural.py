@@ -118,6 +118,8 @@ B_ARMS = [
     Arm("b", "learned 1×8, 8 of 8", linear("learned", 8, _TWO)),
     Arm("b", "learned 8×8, 32 of 64", linear("learned", 32, vectors(2, 8), 8, 8)),
 ]
+# (channels, width, stages): 1e4 to 4e6 parameters.
+NETS = ((4, 16, 1), (16, 32, 2), (64, 128, 3), (16, 64, 2), (4, 128, 2), (16, 208, 3))
 C_ARMS = [
     Arm("c", "conv 2×2, 4 channels, width 8", conv(4, 8, 1, _TWO)),
     Arm("c", "conv 2×2, 4 channels, width 16, b_φ = 3", conv(4, 16, 1, _TWO, decoder_bits=3)),
@@ -129,10 +131,10 @@ C_ARMS = [
     *(
         Arm(
             "c", f"conv {2**s}×{2**s}, {c} channels, width {w}, {n} matrices",
-            conv(c, w, s, _TWO, steps=2000, **own), n, gpu=True,
+            conv(c, w, s, _TWO, steps=steps, **own), n, gpu=True,
         )
-        for c, w, s in ((4, 16, 1), (16, 32, 2), (16, 64, 2), (4, 128, 2), (64, 128, 3), (16, 208, 3))
-        for n, own in ((1, {}), (4, {"shared": "x"}), (30, {"shared": "x"}))
+        for n, steps, own in ((1, 1000, {}), (4, 300, {"shared": "x"}), (30, 60, {"shared": "x"}))
+        for c, w, s in NETS[: len(NETS) if n == 1 else 3]
     ),
 ]  # fmt: skip
 BEST_ARMS = [
