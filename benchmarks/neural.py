@@ -92,6 +92,11 @@ VQ_ARMS += [
     for turn, wrap in (("", dict), ("rotated ", turned))
     for dim, bits in ((4, 8), (8, 8), (8, 10), (8, 12), (16, 10))
 ]
+VQ_ARMS += [
+    Arm(VQ, f"one book d={dim}, {bits} bits", {**table_of_rows, "vector_dim": dim, "index_bits": bits})
+    for table_of_rows in ({"format": "additive", "books": 1},)
+    for dim, bits in ((16, 4), (16, 8), (8, 4))
+]
 A_ARMS = [
     Arm("a", "codeword d=8, 12 bits", codeword(12)),
     Arm("a", "codeword d=8, 12 bits, linear", codeword(12, hidden=0)),
@@ -120,6 +125,11 @@ B_ARMS = [
 ]
 # (channels, width, stages): 1e4 to 4e6 parameters.
 NETS = ((4, 16, 1), (16, 32, 2), (64, 128, 3), (16, 64, 2), (4, 128, 2), (16, 208, 3))
+_EIGHT = {"format": "uniform", "bits": 8, "symmetric": True, "scales": "two_level"}
+LOW_ARMS = [
+    Arm("b", "dct 8×8, 6 of 64", linear("dct", 6, _EIGHT, 8, 8)),
+    Arm("c", "conv 4×4, 1 channel, width 8", conv(1, 8, 2, {**_EIGHT, "bits": 6}, decoder_bits=6)),
+]
 C_ARMS = [
     Arm("c", "conv 2×2, 4 channels, width 8", conv(4, 8, 1, _TWO)),
     Arm("c", "conv 2×2, 4 channels, width 16, b_φ = 3", conv(4, 16, 1, _TWO, decoder_bits=3)),
@@ -144,7 +154,8 @@ BEST_ARMS = [
     Arm("best", "rotated trellis, 2 bits", turned({"format": "trellis", "bits": 2, "state_bits": 16}), gpu=True),
     Arm("best", "rotated trellis, 1 bit", turned({"format": "trellis", "bits": 1, "state_bits": 16}), gpu=True),
 ]
-ARMS = [*VQ_ARMS, BEST_ARMS[0], *A_ARMS[:6], *B_ARMS, *C_ARMS[:4], *A_ARMS[6:], *BEST_ARMS[1:], *C_ARMS[4:]]
+ARMS = [*VQ_ARMS, BEST_ARMS[0], *A_ARMS[:6], *B_ARMS, *C_ARMS[:2], LOW_ARMS[0]]
+ARMS += [*A_ARMS[6:9], *BEST_ARMS[1:], LOW_ARMS[1], *A_ARMS[9:], *C_ARMS[2:]]
 
 
 @dataclass(frozen=True)
