@@ -95,7 +95,7 @@ VQ_ARMS += [
 VQ_ARMS += [
     Arm(VQ, f"one book d={dim}, {bits} bits", {**table_of_rows, "vector_dim": dim, "index_bits": bits})
     for table_of_rows in ({"format": "additive", "books": 1},)
-    for dim, bits in ((16, 4), (16, 8), (8, 4))
+    for dim, bits in ((16, 4), (16, 8), (8, 4), (8, 6), (4, 4), (4, 5), (4, 6), (4, 7))
 ]
 A_ARMS = [
     Arm("a", "codeword d=8, 12 bits", codeword(12)),
