@@ -22,7 +22,7 @@ from reallm.fit import Objective, fit
 from reallm.formats import WeightFormat, tables_at_hand
 from reallm.formats.waist import inner, under
 from reallm.model import Matrix
-from reallm.model.gradients import fisher, token_weights
+from reallm.model.gradients import Guidance, fisher, guidance
 from reallm.model.stream import Stream
 from reallm.pipeline.calibrating import calculation_dtype, calibration_windows
 from reallm.pipeline.job import Job
@@ -147,9 +147,9 @@ def stream_dtype(job: Job) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _EndLoss:
-    """What the end loss says of tokens (guided) or of weights (fisher); nothing for plain outputs."""
+    """What the end loss says of tokens and channels (guided) or of weights (fisher); nothing for plain outputs."""
 
-    weights: dict[str, Tensor] | None = None
+    guidance: dict[str, Guidance] | None = None
     fisher: dict[str, Tensor] | None = None
 
     def objectives(self, stream: Stream, matrices: Sequence[Matrix]) -> dict[str, Objective]:
@@ -158,12 +158,14 @@ class _EndLoss:
             return {}
         if self.fisher is not None:
             return {m.name: Objective(self.fisher[m.name]) for m in matrices if m.name in self.fisher}
-        moments = stream.moments(matrices, self.weights)
+        guided = self.guidance or {}
+        moments = stream.moments(matrices, {name: own.tokens for name, own in guided.items()} or None)
         found = {}
         for matrix in matrices:
             if (hessian := moments.of(matrix.name)) is not None:
                 try:
-                    found[matrix.name] = Objective.of_outputs(hessian)
+                    rows = guided[matrix.name].rows if matrix.name in guided else None
+                    found[matrix.name] = Objective.of_outputs(hessian, rows)
                 except FormatError as error:
                     raise SourceError(f"{matrix.name}: {error}") from error
         return found
@@ -179,5 +181,5 @@ def _end_loss(job: Job, model: torch.nn.Module, windows: Tensor, work: Path) -> 
     if job.settings.objective == OUTPUTS or not open_ones:
         return _EndLoss()
     if job.settings.objective == GUIDED:
-        return _EndLoss(weights=token_weights(model, windows, open_ones, job.settings.device))
+        return _EndLoss(guidance=guidance(model, windows, open_ones, job.settings.device))
     return _EndLoss(fisher=fisher(model, windows, open_ones, job.settings.device))
