@@ -310,7 +310,7 @@ EVERYWHERE: dict[str, tuple[Spec, float | None]] = {
     "table d=8, 16 bits, one table": ({**table(16, 8), "shared": "all"}, None),
     "rotated e8, 2 bits": (turned({"format": "e8", "bits": 2}), None),
     "rotated trellis, 2 bits": (turned({"format": "trellis", "bits": 2, "state_bits": 16}), None),
-    "conv 2×2, width 16, one decoder, 2 bits": (conv(4, 16, 1, _TWO, shared="all", steps=500), None),
+    "conv 2×2, width 16, one decoder, 2 bits": (conv(4, 16, 1, _TWO, shared="all", steps=100), None),
     "learned 1×8, one basis, 2 bits": ({**linear("learned", 8, _TWO), "shared": "all"}, None),
 }
 CHOICES = [
