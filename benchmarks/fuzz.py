@@ -72,6 +72,15 @@ embedding: {format: uniform, bits: 8, group_size: 16, symmetric: true}
 """
 # Codes of an even grid on Gaussian weights are worth coding.
 CODED = "rules: [{match: '*', format: {format: uniform, bits: 8, group_size: 0, symmetric: true}}]"
+NEURAL = """
+rules:
+- {role: [q, k, v], format: {format: codeword, index_bits: 5, vector_dim: 4, hidden: 3, shared: all}}
+- role: o
+  format: {format: permuted, base: {format: codeword, index_bits: 5, vector_dim: 4, hidden: 3, shared: all}}
+- {role: up, format: {format: conv_latents, width: 2, steps: 2, shared: net, base: {format: uniform, bits: 3}}}
+- {role: gate, format: {format: conv_latents, width: 2, channels: 3, steps: 2, base: {format: normal_float, bits: 3}}}
+- {match: "*", format: {format: linear_latents, transform: learned, kept: 6, base: {format: uniform, bits: 4}}}
+"""
 IDS = torch.arange(8).view(2, 4)
 SECONDS = 20  # for one mutant; the slowest that is none of our doing took 2 s on a busy core
 MEMORY = 3_000_000_000  # bytes of address space beyond those at the start
@@ -191,7 +200,7 @@ def make_model(folder: Path) -> Path:
 
 
 def make_artifacts(place: Path) -> list[Path]:
-    """One artifact in one file, the same in shards, and one whose tensors are entropy-coded."""
+    """One artifact in one file, the same in shards, one with entropy-coded tensors, and one with neural decoders."""
     from safetensors.torch import load_file
 
     from reallm.artifact import write_shards
@@ -205,7 +214,9 @@ def make_artifacts(place: Path) -> list[Path]:
     _seal(sharded)
     (place / "coded.yaml").write_text(CODED, encoding="utf-8")
     reallm.compress(place / "model", place / "coded", recipe=str(place / "coded.yaml"), coding=True)
-    return [whole, sharded, place / "coded"]
+    (place / "neural.yaml").write_text(NEURAL, encoding="utf-8")
+    reallm.compress(place / "model", place / "neural", recipe=str(place / "neural.yaml"))
+    return [whole, sharded, place / "coded", place / "neural"]
 
 
 def _seal(folder: Path) -> None:

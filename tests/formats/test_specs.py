@@ -9,7 +9,7 @@ from reallm.formats.normal_float import NormalFloat, normal_levels
 from reallm.formats.uniform import Uniform
 
 BAD_SPECS = {
-    "unknown format 'nf5'; known formats: additive, codebook, decoupled": {"format": "nf5"},
+    "unknown format 'nf5'; known formats: additive, codebook, codeword": {"format": "nf5"},
     "unknown field 'bit'": {"format": "uniform", "bit": 3},
     "bits='3' is not of type int": {"format": "uniform", "bits": "3"},
     "bits=True is not of type int": {"format": "uniform", "bits": True},

@@ -1,6 +1,7 @@
 """The compressed model on disk: manifest, writer, reader, ledger. Specified in docs/artifact.md."""
 
 from reallm.artifact.coding import code, coded_tensor, decoded_tensor
+from reallm.artifact.decoding import DecoderCost, decoder_costs
 from reallm.artifact.ledger import Ledger, Row, decoding_seconds, read_ledger
 from reallm.artifact.manifest import VERSION, Manifest, StoredMatrix, read_manifest
 from reallm.artifact.work import (
@@ -18,6 +19,7 @@ from reallm.artifact.writer import foretold_files, foretold_nbytes, save_tensors
 __all__ = [
     "STAGING",
     "VERSION",
+    "DecoderCost",
     "Ledger",
     "Manifest",
     "Row",
@@ -28,6 +30,7 @@ __all__ = [
     "code",
     "coded_tensor",
     "decoded_tensor",
+    "decoder_costs",
     "decoding_seconds",
     "finished_file",
     "foretold_files",

@@ -16,7 +16,8 @@ from reallm.artifact.checks import check_inside, read_header
 from reallm.artifact.coding import decoded_tensor
 from reallm.artifact.manifest import Manifest, StoredMatrix, read_manifest
 from reallm.errors import ArtifactError
-from reallm.formats import Shape, WeightFormat
+from reallm.formats import Shape, WeightFormat, table_tensors, tables_of
+from reallm.formats.parameters import ROLE
 
 _TOKENIZER_WORDS = ("token", "vocab", "merges", "chat_template", "spiece")
 
@@ -26,8 +27,9 @@ class Row:
     """Some bytes of one file: a stored tensor, a header, or a whole companion file.
 
     `role` says what the bytes are for (codes, scales, …), `matrix` whose they are; `kind` is block,
-    embedding or head for compressed matrices, `kept` for tensors left as they were, else `file`. `nbytes` are those
-    of the file, `raw_nbytes` those before entropy coding where a tensor is coded.
+    embedding or head for compressed matrices, `kept` for tensors left as they were, else `file`. A decoder that
+    matrices share has no `matrix`, and is of the kind `block` if a block matrix uses it. `nbytes` are those of the
+    file, `raw_nbytes` those before entropy coding where a tensor is coded.
     """
 
     file: str
@@ -131,7 +133,10 @@ def read_ledger(folder: Path) -> Ledger:
 
 def _check_complete(folder: Path, rows: list[Row], manifest: Manifest) -> None:
     """Every tensor that the manifest leads to is there, with the bytes it should have."""
-    found = {row.name: row.nbytes for row in rows if row.matrix is not None}
+    found = {row.name: row.nbytes for row in rows if row.kind not in ("file", "kept")}
+    for name, tensor in table_tensors(manifest.tables).items():
+        if found.get(name) != tensor.nbytes:
+            raise ArtifactError(f"{folder}: tensor {name!r} is missing or has another size; copy the artifact again")
     for matrix in manifest.matrices:
         for local, tensor in matrix.fmt.layout(matrix.shape).items():
             name = f"{matrix.name}.{local}"
@@ -155,9 +160,13 @@ def _tensor_rows(path: Path, folder: Path, manifest: Manifest) -> tuple[list[Row
     header, header_bytes = read_header(path)
     file = path.relative_to(folder).as_posix()
     owners = {matrix.name: matrix for matrix in manifest.matrices}
+    shared = _kinds_of_shared(manifest)
     rows = [Row(file, "header", None, "file", "headers", header_bytes)]
     kept_weights = 0
     for name, entry in header.items():
+        if name in shared:
+            rows.append(Row(file, name, None, shared[name], ROLE, entry.nbytes))
+            continue
         matrix = _owner(name, owners)
         role = _role(matrix, name) if matrix else None
         if matrix is None or role is None:
@@ -167,6 +176,15 @@ def _tensor_rows(path: Path, folder: Path, manifest: Manifest) -> tuple[list[Row
             raw = _raw_nbytes(matrix, name)
             rows.append(Row(file, name, matrix.name, matrix.kind, role, entry.nbytes, raw))
     return rows, kept_weights
+
+
+def _kinds_of_shared(manifest: Manifest) -> dict[str, str]:
+    """The kind of every tensor of a shared decoder, by full name: what all matrices are that use it, or `block`."""
+    found: dict[str, str] = {}
+    for kind in sorted({matrix.kind for matrix in manifest.matrices}, key=lambda kind: kind == "block"):
+        tables = tables_of(matrix.fmt for matrix in manifest.matrices if matrix.kind == kind)
+        found |= dict.fromkeys(table_tensors(tables), kind)
+    return found
 
 
 def _owner(tensor: str, owners: dict[str, StoredMatrix]) -> StoredMatrix | None:

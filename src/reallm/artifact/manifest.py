@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from reallm.artifact.checks import check_folder, check_name, read_json
-from reallm.errors import ArtifactError
-from reallm.formats import Shape, WeightFormat, from_spec, to_spec
+from reallm.errors import ArtifactError, FormatError
+from reallm.formats import Shape, Table, WeightFormat, from_spec, table_tensors, tables_of, to_spec
+from reallm.formats.shared import PREFIX as SHARED
 
 QUANT_METHOD = "reallm"
 VERSION = 2
@@ -55,6 +56,20 @@ class Manifest:
     version: int = field(default=VERSION, compare=False)  # as read
     checksums: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def tables(self) -> dict[str, Table]:
+        """Decoders that matrices share, by name: they follow from the formats."""
+        return tables_of(matrix.fmt for matrix in self.matrices)
+
+    def check_tables(self) -> None:
+        """Errors: ArtifactError if one name stands for two shared decoders, or the name of a matrix for one."""
+        try:
+            names = table_tensors(self.tables)
+        except FormatError as error:
+            raise ArtifactError(f"config.json: {error}; it is damaged") from error
+        if taken := [m.name for m in self.matrices if names and f"{m.name}.".startswith(f"{SHARED}.")]:
+            raise ArtifactError(f"config.json: {taken[0]} is no name of a matrix; it is damaged")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values. Matrices stored alike share one entry of `layouts`: hundreds of matrices, few lines."""
         layouts: list[dict[str, Any]] = []
@@ -97,7 +112,9 @@ class Manifest:
                 raise ArtifactError(f"quantization_config: {name} has layout {index!r:.50} of {len(layouts)}; damaged")
         built = {index: _stored_matrix(name, *layouts[index]) for name, index in named.items()}
         matrices = tuple(replace(built[index], name=name) for name, index in named.items())
-        return Manifest(matrices, provenance, version, checksums)
+        manifest = Manifest(matrices, provenance, version, checksums)
+        manifest.check_tables()
+        return manifest
 
 
 def check_version(version: Any) -> int:

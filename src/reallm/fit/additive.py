@@ -19,6 +19,7 @@ from reallm.fit.rounding import divisors, normalised
 from reallm.formats import Parts
 from reallm.formats import scales as scale_store
 from reallm.formats.additive import Additive, AdditiveParts, sum_of_entries
+from reallm.formats.codeword import Codeword
 
 _BEAM = 8
 _ROUNDS = 4
@@ -73,9 +74,9 @@ def _first(fmt: Additive, weight: Tensor, objective: Objective, seed: int) -> tu
 
 @dataclass(frozen=True)
 class AdditiveCoder:
-    """Beam search for vectors of neighbouring columns."""
+    """Beam search for vectors of neighbouring columns; a codebook made by a net is one of one book."""
 
-    fmt: Additive
+    fmt: Additive | Codeword
     codebooks: Float[Tensor, "books entries dim"]
     scales: Float[Tensor, "out groups"]
     beam: int = _BEAM

@@ -5,9 +5,11 @@ import pkgutil
 
 from reallm.formats.rounding import as_stored, rounding_of
 from reallm.formats.rows import decode_rows
+from reallm.formats.shared import table_at_hand, table_tensors, tables_at_hand, tables_of
 from reallm.formats.waist import (
     Parts,
     Shape,
+    Table,
     Tensors,
     WeightFormat,
     example_formats,
@@ -28,6 +30,7 @@ for _module in pkgutil.iter_modules(__path__):
 __all__ = [
     "Parts",
     "Shape",
+    "Table",
     "Tensors",
     "WeightFormat",
     "as_stored",
@@ -40,6 +43,10 @@ __all__ = [
     "named_tensors",
     "register",
     "rounding_of",
+    "table_at_hand",
+    "table_tensors",
+    "tables_at_hand",
+    "tables_of",
     "to_spec",
     "with_tensors",
 ]

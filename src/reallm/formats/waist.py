@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import reprlib
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -22,6 +23,14 @@ Tensors: TypeAlias = dict[str, Tensor]  # local names: "codes", "base.scales"
 Parts: TypeAlias = Any  # the format's own frozen dataclass of tensors
 
 _REGISTRY: dict[str, type[WeightFormat]] = {}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A decoder that many matrices share: what it is, in plain values, and what is stored of it (meta device)."""
+
+    decoder: tuple[Any, ...]
+    layout: Tensors = dataclasses.field(compare=False)
 
 
 class WeightFormat(abc.ABC):
@@ -66,12 +75,38 @@ class WeightFormat(abc.ABC):
         """Shape of the inner format's matrix, where there is one: the same, unless a format takes something out."""
         return shape
 
+    def own_tables(self) -> dict[str, Table]:
+        """The shared decoder that this format names, by its name; those of inner formats apart."""
+        return {}
+
+    def own_multiply_adds(self, shape: Shape) -> int:
+        """Multiply-adds of this format's decoder net for a matrix; look-ups, scales and inner formats apart."""
+        return 0
+
+    def tables(self) -> dict[str, Table]:
+        """Shared decoders, inner formats' too: they are stored once, and are not in the layout. Never overridden."""
+        found = self.own_tables()
+        for fmt in inner_formats(self):
+            found |= fmt.tables()
+        return found
+
+    def multiply_adds(self, shape: Shape) -> int:
+        """Multiply-adds of all decoder nets for a matrix of `shape`, inner formats' too. Never overridden."""
+        inside = sum(fmt.multiply_adds(self.inner_shape(shape)) for fmt in inner_formats(self))
+        return self.own_multiply_adds(shape) + inside
+
     def role(self, local_name: str) -> str:
         """Ledger role of a stored tensor; a name under `base.` is the inner format's."""
         head, _, rest = local_name.partition(".")
         if rest and isinstance(inner := getattr(self, head, None), WeightFormat):
             return inner.role(rest)
         return self.roles[local_name]
+
+
+def inner_formats(fmt: WeightFormat) -> list[WeightFormat]:
+    """The formats that are fields of a format."""
+    values = (getattr(fmt, field.name) for field in dataclasses.fields(fmt))  # type: ignore[arg-type]
+    return [value for value in values if isinstance(value, WeightFormat)]
 
 
 def register(cls: type[WeightFormat]) -> type[WeightFormat]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reallm.errors import ArtifactError
-from reallm.formats import Parts, Shape, Tensors, WeightFormat, decode_rows
+from reallm.formats import Parts, Shape, Table, Tensors, WeightFormat, decode_rows, tables_at_hand
 from reallm.model.values import check_decoded, check_parts
 
 DECODE_AT_LOAD = "decode_at_load"
@@ -21,6 +21,30 @@ MODES = (DECODE_AT_LOAD, DECODE_PER_USE)
 
 # Names of the modules' own; a stored tensor of such a local name would hide one of them.
 RESERVED = frozenset({"weight", "bias", "dense", "shell", "live"})
+
+
+class SharedTables(nn.Module):
+    """The stored tensors of decoders that many matrices share, as buffers `<table>.<local name>`."""
+
+    def __init__(self, tables: dict[str, Table]) -> None:
+        super().__init__()
+        self._names = {name: tuple(table.layout) for name, table in tables.items()}
+        for name, table in tables.items():
+            for local, tensor in table.layout.items():
+                parent, leaf = _descend(self, f"{name}.{local}")
+                parent.register_buffer(leaf, tensor)
+        self._is_hf_initialized = True
+
+    def stored(self) -> dict[str, Tensors]:
+        """The tensors by table and local name."""
+        return {
+            table: {local: self.get_buffer(f"{table}.{local}") for local in names}
+            for table, names in self._names.items()
+        }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Move stored tensors with the model, but never cast them."""
+        return super()._apply(lambda tensor: _moved_only(fn, tensor), recurse)
 
 
 class _Compressed(nn.Module):
@@ -41,6 +65,7 @@ class _Compressed(nn.Module):
             parent.register_buffer(leaf, tensor)
         self.register_buffer("dense", torch.empty(0, dtype=dtype, device="meta"), persistent=False)
         self.live: nn.Module | None = None
+        self._shared: tuple[SharedTables, ...] = ()  # in a tuple: a child would list its tensors once a matrix
         # Nothing in here is for the model's random initialisation.
         self._is_hf_initialized = True
 
@@ -60,7 +85,21 @@ class _Compressed(nn.Module):
 
     def decode(self) -> Float[Tensor, "out in"]:
         """The matrix from its stored tensors, in the compute dtype."""
-        return self.fmt.decode(self.fmt.unpack(self.stored(), self.shape), self.shape).to(self.compute_dtype)
+        return self.fmt.decode(self.unpacked(), self.shape).to(self.compute_dtype)
+
+    def use_shared(self, tables: SharedTables) -> None:
+        """Take shared decoders from there."""
+        self._shared = (tables,)
+
+    def shared_tables(self) -> dict[str, Tensors]:
+        """Stored tensors of the decoders that this matrix shares with others, by table."""
+        names = self.fmt.tables()
+        return {name: t for shared in self._shared for name, t in shared.stored().items() if name in names}
+
+    def unpacked(self) -> Parts:
+        """The parts of the matrix."""
+        with tables_at_hand(self.shared_tables()):
+            return self.fmt.unpack(self.stored(), self.shape)
 
     def decode_once(self) -> None:
         """Keep the decoded matrix from now on. Errors: FormatError if stored numbers are not what a fit gives."""
@@ -76,7 +115,7 @@ class _Compressed(nn.Module):
             self._checked_parts()
 
     def _checked_parts(self) -> Parts:
-        parts = self.fmt.unpack(self.stored(), self.shape)
+        parts = self.unpacked()
         check_parts(parts)
         return parts
 
@@ -99,17 +138,16 @@ class _Compressed(nn.Module):
             return F.embedding(ids, self.weight)
         # A token that occurs twice is decoded once.
         rows, place = torch.unique(ids, return_inverse=True)
-        return F.embedding(place, decode_rows(self.fmt, self.stored(), self.shape, rows).to(self.compute_dtype))
+        with tables_at_hand(self.shared_tables()):
+            found = decode_rows(self.fmt, self.stored(), self.shape, rows)
+        return F.embedding(place, found.to(self.compute_dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move stored tensors with the model, but never cast them: their dtype is the format's."""
         stored = {id(tensor) for tensor in self.stored().values()}
 
         def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) in stored and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
+            return _moved_only(fn, tensor) if id(tensor) in stored else fn(tensor)
 
         return super()._apply(move, recurse)
 
@@ -242,6 +280,12 @@ def check_mode(mode: Any) -> str:
     if mode not in MODES:
         raise ArtifactError(f"mode={mode!r} is not one of {', '.join(MODES)}")
     return mode
+
+
+def _moved_only(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """What `fn` makes of a stored tensor, in its own dtype."""
+    moved = fn(tensor)
+    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
 
 def _descend(module: nn.Module, name: str) -> tuple[nn.Module, str]:

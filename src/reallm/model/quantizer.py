@@ -17,7 +17,7 @@ from reallm.artifact.coding import coded_tensor, decoded_tensor
 from reallm.artifact.integrity import verify
 from reallm.artifact.manifest import QUANT_METHOD, VERSION, Manifest, check_version
 from reallm.errors import ArtifactError, FormatError
-from reallm.formats import WeightFormat
+from reallm.formats import WeightFormat, table_tensors, tables_of
 from reallm.model.headers import Header, read_headers
 from reallm.model.modules import DECODE_AT_LOAD, check_mode
 from reallm.model.silence import quiet
@@ -121,6 +121,7 @@ class ReallmQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         check_mode(quantization_config.mode)
         self._stored: dict[str, Tensor] = {}  # full name -> what it must be, on the meta device
+        self._shared: dict[str, Tensor] = {}  # those of them that matrices share
         self._coded: set[str] = set()  # those of them that the file holds entropy-coded
         self._markers: list[str] = []
 
@@ -145,6 +146,8 @@ class ReallmQuantizer(HfQuantizer):
             for path, module in compressed_modules(model).items()
             for local, tensor in module.stored().items()
         }
+        self._shared = table_tensors(tables_of(matrix.fmt for matrix in matrices.values()))
+        self._stored |= self._shared
         coded = _within(model, self.quantization_config.coded_tensors())
         self._coded = {f"{path}.{local}" for path, names in coded.items() for local in names}
         if files := kwargs.get("checkpoint_files"):
@@ -177,6 +180,8 @@ class ReallmQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in self._markers}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name in self._shared:
+            self._check_arrived(name, model.get_buffer(name))
         for path, module in compressed_modules(model).items():
             for local, tensor in module.stored().items():
                 if f"{path}.{local}" in self._coded and tensor.device.type != "meta":

@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from reallm.errors import ArtifactError
-from reallm.formats import WeightFormat
+from reallm.formats import WeightFormat, tables_of
+from reallm.formats.shared import PREFIX as SHARED
 from reallm.model.modules import (
     CompressedEmbedding,
     CompressedExpert,
     CompressedExperts,
     CompressedLinear,
+    SharedTables,
     TiedLinear,
     _Compressed,
 )
@@ -40,6 +42,11 @@ def swap_in(model: nn.Module, formats: dict[str, WeightFormat]) -> None:
         _swap_experts(model, path, by_number)
     for target, owner in ties.items():
         _swap_tied(model, target.removesuffix(".weight"), owner.removesuffix(".weight"))
+    if tables := tables_of(formats.values()):
+        shared = SharedTables(tables)
+        model.add_module(SHARED, shared)
+        for module in compressed_modules(model).values():
+            module.use_shared(shared)
 
 
 def swap_out(model: nn.Module, dtype: torch.dtype) -> None:
@@ -52,6 +59,7 @@ def swap_out(model: nn.Module, dtype: torch.dtype) -> None:
             holder.register_parameter(name, module.dense_parameter(dtype))
         elif isinstance(module, (CompressedLinear, CompressedEmbedding, TiedLinear)):
             model.set_submodule(path, module.dense_module(dtype))
+    model._modules.pop(SHARED, None)
     for module in model.modules():
         if "_tied_weights_keys" in module.__dict__:
             del module._tied_weights_keys

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from reallm.fit import fit
-from reallm.formats import WeightFormat
+from reallm.fit import Objective, demand_of, fit, train_shared
+from reallm.formats import Tensors, WeightFormat, tables_at_hand
 from reallm.pipeline.fitting import stream_dtype
 from reallm.pipeline.job import Job
 from reallm.pipeline.settings import FISHER, GUIDED, OUTPUTS
 
 # Beside the largest matrix in float32 a fit holds its decoding, the error and a few chunks.
 COPIES_WHILE_FITTING = 6
+# From 32,768 vectors on k-means works on a sample: both sizes lie there, so that the slope is the right one.
+_SMALL, _LARGE = (64, 1024), (96, 1024)
 _LIBRARY_BYTES = 600_000_000  # Python, torch and transformers once imported
 
 
@@ -34,7 +37,7 @@ class Estimate:
 
 def estimate(job: Job) -> Estimate:
     """Cost of a job: timed on small samples of every format in the plan, some seconds in all."""
-    compressed = sum(planned.nbytes for _, planned in job.compressed)
+    compressed = job.plan.nbytes
     shapes = job.source.shapes()
     kept = sum(math.prod(shapes[name]) for name in job.kept) * job.source.dtype.itemsize
     largest = max((planned.matrix.weights for _, planned in job.compressed), default=0)
@@ -54,15 +57,30 @@ def work_bytes(job: Job) -> int:
     """Bytes of the work folder at its fullest: finished matrices, and the artifact that is put together of them."""
     shapes = job.source.shapes()
     kept = sum(math.prod(shapes[name]) for name in job.kept) * job.source.dtype.itemsize
-    return 2 * sum(planned.nbytes for _, planned in job.compressed) + kept
+    return 2 * job.plan.nbytes + kept
 
 
 def _predicted_seconds(job: Job) -> float:
     """Time each format on two sample sizes, take a fixed and a per-weight cost from them, sum over the plan."""
     formats = {_timed_as(planned.fmt) for _, planned in job.compressed}
-    costs = {fmt: fitting_cost(fmt, job.settings.device) for fmt in formats}
+    tables, training = _sample_tables(formats, job.settings.device)
+    with tables_at_hand(tables):
+        costs = {fmt: fitting_cost(fmt, job.settings.device) for fmt in formats}
     of_each = [(costs[_timed_as(p.fmt)], p.matrix.weights) for _, p in job.compressed]
-    return sum(fixed + slope * weights for (fixed, slope), weights in of_each)
+    return training + sum(fixed + slope * weights for (fixed, slope), weights in of_each)
+
+
+def _sample_tables(formats: Iterable[WeightFormat], device: str) -> tuple[dict[str, Tensors], float]:
+    """(a decoder for every name that formats share, seconds of their training), trained on the larger sample."""
+    tables: dict[str, Tensors] = {}
+    begun = time.perf_counter()
+    for fmt in formats:
+        for name in set(fmt.tables()) - set(tables):
+            sample = _sample(_LARGE, device)
+            demand = demand_of(fmt, sample, Objective.plain(sample), 0)
+            with torch.no_grad():
+                tables[name] = demand.fmt.pack_table(train_shared(demand.fmt, [demand], device))
+    return tables, time.perf_counter() - begun
 
 
 def _timed_as(fmt: WeightFormat) -> WeightFormat:
@@ -109,15 +127,17 @@ def _stream_seconds(job: Job) -> float:
 
 def fitting_cost(fmt: WeightFormat, device: str) -> tuple[float, float]:
     """(seconds a matrix, seconds a weight) of fitting."""
-    # From 32,768 vectors on k-means works on a sample: both sizes lie there, so that the slope is the right one.
-    small, large = (64, 1024), (96, 1024)
-    times = [_timed_fit(fmt, shape, device) for shape in (small, large)]
-    slope = max(0.0, (times[1] - times[0]) / (math.prod(large) - math.prod(small)))
-    return max(0.0, times[0] - slope * math.prod(small)), slope
+    times = [_timed_fit(fmt, shape, device) for shape in (_SMALL, _LARGE)]
+    slope = max(0.0, (times[1] - times[0]) / (math.prod(_LARGE) - math.prod(_SMALL)))
+    return max(0.0, times[0] - slope * math.prod(_SMALL)), slope
 
 
 def _timed_fit(fmt: WeightFormat, shape: tuple[int, int], device: str) -> float:
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    weight = _sample(shape, device)
     start = time.perf_counter()
     fmt.pack(fit(fmt, weight), shape)
     return time.perf_counter() - start
+
+
+def _sample(shape: tuple[int, int], device: str) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)

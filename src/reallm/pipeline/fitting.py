@@ -6,7 +6,6 @@ Finished matrices are kept in the work folder as they come, so that an interrupt
 from __future__ import annotations
 
 import math
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,20 +19,19 @@ from reallm.allocate import Planned
 from reallm.artifact import check_finished, finished_file, save_tensors
 from reallm.errors import FormatError, SourceError
 from reallm.fit import Objective, fit
-from reallm.formats import WeightFormat
+from reallm.formats import WeightFormat, tables_at_hand
 from reallm.formats.waist import inner, under
-from reallm.model import Matrix, read_matrix
+from reallm.model import Matrix
 from reallm.model.gradients import Guidance, fisher, guidance
 from reallm.model.stream import Stream
 from reallm.pipeline.calibrating import calculation_dtype, calibration_windows
 from reallm.pipeline.fits import Fits, key_of
 from reallm.pipeline.job import Job
+from reallm.pipeline.reading import checked_weight, seed_of
 from reallm.pipeline.settings import GUIDED, OUTPUTS
+from reallm.pipeline.sharing import missing_tables, trained_tables
 
 Progress = Callable[[str, int, int], None]  # (matrix just finished, weights done, weights in all)
-
-_SEEDS = 1 << 63  # torch's generators take no larger seed
-_LARGEST_WEIGHT = 1e15  # squares of larger ones, summed over a matrix, overflow float32
 
 
 def fit_all(job: Job, work: Path, progress: Progress | None) -> None:
@@ -41,9 +39,10 @@ def fit_all(job: Job, work: Path, progress: Progress | None) -> None:
     if job.settings.calibration:
         _fit_along_the_stream(job, work, done)
     else:
-        for matrix, planned in job.compressed:
-            _fit_or_keep(job, work, matrix, planned.fmt, None)
-            done(matrix)
+        with torch.no_grad(), tables_at_hand(trained_tables(job, work, {})):
+            for matrix, planned in job.compressed:
+                _fit_or_keep(job, work, matrix, planned.fmt, None)
+                done(matrix)
 
 
 def _fit_along_the_stream(job: Job, work: Path, done: Callable[[Matrix], None]) -> None:
@@ -58,8 +57,11 @@ def _fit_along_the_stream(job: Job, work: Path, done: Callable[[Matrix], None]) 
         model = job.source.load(stream_dtype(job), "cpu").eval()
         windows = calibration_windows(job.source, job.settings, model)
         knowledge = _end_loss(job, model, windows, work)
+        objectives = _before_the_stream(job, model, windows, work, knowledge)
+        tables = trained_tables(job, work, objectives)
+    with torch.no_grad(), tables_at_hand(tables):
         for matrix, planned in by_block.pop(None, []):
-            _put(model, matrix, planned.fmt, _fit_or_keep(job, work, matrix, planned.fmt, None))
+            _put(model, matrix, planned.fmt, _fit_or_keep(job, work, matrix, planned.fmt, None), job.settings.device)
             done(matrix)
         stream = Stream(model, windows, job.settings.device)
         for number in range(len(stream.blocks)):
@@ -67,11 +69,33 @@ def _fit_along_the_stream(job: Job, work: Path, done: Callable[[Matrix], None]) 
             open_ones = [matrix for matrix, _ in of_block if not finished_file(work, matrix.name).is_file()]
             objectives = knowledge.objectives(stream, open_ones)
             for matrix, planned in of_block:
-                objective = objectives.get(matrix.name)
-                _put(model, matrix, planned.fmt, _fit_or_keep(job, work, matrix, planned.fmt, objective))
+                file = _fit_or_keep(job, work, matrix, planned.fmt, objectives.get(matrix.name))
+                _put(model, matrix, planned.fmt, file, job.settings.device)
                 done(matrix)
             stream.advance()
         assert not by_block, f"blocks {list(by_block)} are not decoder blocks"
+
+
+def _before_the_stream(
+    job: Job, model: torch.nn.Module, windows: Tensor, work: Path, knowledge: _EndLoss
+) -> dict[str, Objective]:
+    """What errors cost on the inputs of the original model, for matrices whose shared decoder is still to be trained.
+
+    Only the diagonal: a decoder cannot tell which columns answer for which, and hessians of all blocks are as large as
+    the model.
+    """
+    by_block: dict[int | None, list[Matrix]] = defaultdict(list)
+    for matrix, _ in missing_tables(job, work):
+        by_block[matrix.block].append(matrix)
+    found: dict[str, Objective] = {}
+    if not any(number is not None for number in by_block):
+        return found
+    stream = Stream(model, windows, job.settings.device)
+    for number in range(len(stream.blocks)):
+        for name, objective in knowledge.objectives(stream, by_block[number]).items():
+            found[name] = Objective(objective.importance.cpu())
+        stream.advance()
+    return found
 
 
 def _fit_or_keep(job: Job, work: Path, matrix: Matrix, fmt: WeightFormat, objective: Objective | None) -> Path:
@@ -85,15 +109,11 @@ def _fit_or_keep(job: Job, work: Path, matrix: Matrix, fmt: WeightFormat, object
 
 
 def _compressed(job: Job, matrix: Matrix, fmt: WeightFormat, objective: Objective | None) -> dict[str, Tensor]:
-    weight = read_matrix(job.source, matrix).to(job.settings.device, torch.float32)
-    check_finite(matrix.parameter, weight)
-    if (largest := weight.abs().max().item()) > _LARGEST_WEIGHT:
-        raise SourceError(f"{matrix.parameter}: a weight of {largest:.3g}; the model is damaged")
-    # Every matrix has its own seed, so that none depends on which were fitted before it.
-    seed = (job.settings.seed + zlib.crc32(matrix.name.encode())) % _SEEDS
+    weight = checked_weight(job, matrix)
     with torch.no_grad():
         objective = objective.to(weight.device) if objective else Objective.relative_columns(weight)
-        if job.settings.fits is None:
+        seed = seed_of(job, matrix.name)
+        if job.settings.fits is None or fmt.tables():  # the key knows nothing of decoders that matrices share
             return fmt.pack(fit(fmt, weight, objective, seed), matrix.shape)
         fits, key = Fits(Path(job.settings.fits)), key_of(fmt, weight, objective, seed)
         tensors = fits.found(key, fmt, matrix.shape)
@@ -103,16 +123,12 @@ def _compressed(job: Job, matrix: Matrix, fmt: WeightFormat, objective: Objectiv
         return tensors
 
 
-def check_finite(name: str, weight: Tensor) -> None:
-    if not torch.isfinite(weight).all():
-        bad = int((~torch.isfinite(weight)).sum())
-        raise SourceError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite; the model is damaged")
-
-
-def _put(model: torch.nn.Module, matrix: Matrix, fmt: WeightFormat, file: Path) -> None:
+def _put(model: torch.nn.Module, matrix: Matrix, fmt: WeightFormat, file: Path, device: str) -> None:
     """Replace a matrix of the dense model by its decoded self."""
     with safe_open(file, framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no dict
+    if fmt.multiply_adds(matrix.shape):  # a net: a processor takes half an hour for what a GPU does in seconds
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     decoded = fmt.decode(fmt.unpack(inner(matrix.name, tensors), matrix.shape), matrix.shape)
     target = model.get_parameter(matrix.parameter)
     target = target if matrix.expert is None else target[matrix.expert]

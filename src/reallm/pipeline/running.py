@@ -34,11 +34,13 @@ from reallm.artifact.checks import read_json
 from reallm.artifact.integrity import checksums_of
 from reallm.errors import ArtifactError, RecipeError
 from reallm.formats import WeightFormat, from_spec, to_spec
+from reallm.formats.shared import PREFIX as SHARED
 from reallm.formats.waist import inner, under
 from reallm.pipeline.budgeting import plan_for_size
-from reallm.pipeline.fitting import Progress, check_finite, fit_all
+from reallm.pipeline.fitting import Progress, fit_all
 from reallm.pipeline.job import Job
 from reallm.pipeline.preparing import prepare
+from reallm.pipeline.reading import check_finite
 from reallm.pipeline.settings import Settings, calibration_of
 from reallm.pipeline.whole import WholeFile, nbytes_by_file, write_texts
 
@@ -134,6 +136,10 @@ def _tensors(job: Job, work: Path, coded: dict[str, tuple[str, ...]]) -> Iterato
             tensors, names = code(tensors)
             coded |= {matrix.name: names} if names else {}
         yield from under(matrix.name, tensors).items()
+    for name in job.plan.tables:
+        with safe_open(finished_file(work, f"{SHARED}.{name}"), framework="pt") as file:
+            stored = {local: file.get_tensor(local) for local in file.keys()}  # noqa: SIM118 - no dict
+        yield from under(f"{SHARED}.{name}", stored).items()
     for name in job.kept:
         yield name, job.source.read(name)
     yield from marker_tensors([matrix for matrix, _ in job.compressed]).items()

@@ -14,6 +14,7 @@ from reallm.allocate import Plan, recipe_of_plan
 from reallm.allocate.recipe import dump_recipe
 from reallm.artifact import foretold_files, foretold_nbytes
 from reallm.artifact.integrity import foretold_checksums
+from reallm.formats import table_tensors
 from reallm.formats.waist import under
 from reallm.pipeline.job import Job, info_of
 
@@ -68,6 +69,7 @@ def _tensors_of(job: Job) -> Iterator[tuple[str, Tensor]]:
 
     for matrix, planned in job.compressed:
         yield from under(matrix.name, planned.fmt.layout(matrix.shape)).items()
+    yield from table_tensors(job.plan.tables).items()
     shapes = job.source.shapes()
     for name in job.kept:
         yield name, torch.empty(shapes[name], dtype=job.source.dtype_of(name), device="meta")

@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from reallm.artifact import Ledger, decoding_seconds, read_ledger, read_manifest
+from reallm.artifact import Ledger, decoder_costs, decoding_seconds, read_ledger, read_manifest
 from reallm.model import not_compressed, resident_of_artifact, verify_artifact
 from reallm.report.names import short_name
 from reallm.report.text import duration, size, table
@@ -20,6 +20,7 @@ def ledger_dict(folder: Path, verify: bool = True) -> dict[str, Any]:
     if verify:
         verify_artifact(folder)
     return ledger.to_dict() | {
+        "decoders": [cost.to_dict() for cost in decoder_costs(folder, ledger)],
         "not_compressed": not_compressed(folder),
         "resident_bytes": resident_of_artifact(folder),
         "verified": verify and bool(manifest.checksums),
@@ -42,6 +43,7 @@ def ledger_text(folder: Path, matrices: bool = False, verify: bool = True) -> st
         _kept_table(folder, ledger),
         _sizes(ledger),
         *_coding_lines(folder, ledger),
+        *_decoder_tables(folder, ledger),
         "\n".join(f"in memory, {mode:<15} {size(n)}" for mode, n in resident_of_artifact(folder).items()),
     ]
     if matrices:
@@ -70,6 +72,21 @@ def _coding_lines(folder: Path, ledger: Ledger) -> list[str]:
     share = 100 * (1 - stored / raw)
     text = f"{len(rows)} tensors, {stored:,} bytes for {raw:,} ({share:.1f} % less); decoded at load in about {seconds}"
     return [f"{'entropy-coded':<22} {text}"]
+
+
+def _decoder_tables(folder: Path, ledger: Ledger) -> list[str]:
+    """What decoder nets cost: multiply-adds, and seconds and memory as measured here."""
+    rows = [
+        (
+            short_name(cost.fmt),
+            f"{cost.matrices:,}",
+            f"{cost.multiply_adds_per_weight:,.1f}",
+            f"{cost.seconds:.2f} s" if cost.seconds < 10 else duration(cost.seconds),
+            size(cost.peak_bytes),
+        )
+        for cost in decoder_costs(folder, ledger)
+    ]
+    return [table(("decoder nets", "matrices", "multiply-adds/weight", "at load", "peak"), rows)] if rows else []
 
 
 def summary(folder: Path) -> str:

@@ -7,7 +7,8 @@ from reallm.formats import WeightFormat, to_spec
 
 def short_name(fmt: WeightFormat) -> str:
     """A format in one word and its fields, inner formats in brackets: `codebook 6 2 64 two_level`."""
-    spec = {key: value for key, value in to_spec(fmt).items() if key not in ("format", "base") and value is not False}
-    text = " ".join([fmt.name, *(key if value is True else str(value) for key, value in spec.items())])
+    spec = {key: value for key, value in to_spec(fmt).items() if key not in ("format", "base")}
+    said = {key: value for key, value in spec.items() if value is not False and value != ""}
+    text = " ".join([fmt.name, *(key if value is True else str(value) for key, value in said.items())])
     base = getattr(fmt, "base", None)
     return f"{text} [{short_name(base)}]" if isinstance(base, WeightFormat) else text

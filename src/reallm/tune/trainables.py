@@ -30,6 +30,7 @@ from reallm.formats import (
     map_tensors,
     named_tensors,
     rounding_of,
+    tables_at_hand,
     with_tensors,
 )
 from reallm.formats.dense import DenseParts
@@ -181,14 +182,16 @@ def choose(
     counts: dict[str, int] = defaultdict(int)
     matrices, kinds, there = {}, {m.name: m.kind for m in walked.matrices}, set()
     for path, module in compressed_modules(model).items():
-        roles = float_roles(module.fmt, module.stored(), module.shape)
+        with tables_at_hand(module.shared_tables()):
+            roles = float_roles(module.fmt, module.stored(), module.shape)
         there |= set(roles.values())
         wanted = kinds[path] == "block" or kinds[path] in train
         chosen = [name for name, role in roles.items() if wanted and role in train]
         if not chosen:
             module.decode_once()
             continue
-        live = _made(module.fmt, module.shape, module.stored(), chosen, rounded, kept_dtype, device)
+        with tables_at_hand(module.shared_tables()):
+            live = _made(module.fmt, module.shape, module.stored(), chosen, rounded, kept_dtype, device)
         module.come_alive(live)
         matrices[path] = live
         for name in chosen:
@@ -235,7 +238,8 @@ def choose_new_residuals(
         right = torch.randn(columns, rank, generator=generator) / math.sqrt(columns)
         factors = fmt.pack_factor("left", torch.zeros(rows, rank)) | fmt.pack_factor("right", right)
         stored = factors | under("base", module.stored())
-        matrices[path] = _made(fmt, module.shape, stored, ("left", "right"), rounded, kept_dtype, device)
+        with tables_at_hand(module.shared_tables()):
+            matrices[path] = _made(fmt, module.shape, stored, ("left", "right"), rounded, kept_dtype, device)
         module.come_alive(matrices[path])
         parameters |= {f"{path}.{side}": matrices[path].get_parameter(_leaf(side)) for side in ("left", "right")}
     if not parameters:

@@ -18,7 +18,8 @@ from reallm.artifact.coding import coded_tensor, decoded_tensor
 from reallm.artifact.integrity import checksums_of
 from reallm.artifact.writer import INDEX
 from reallm.errors import ArtifactError
-from reallm.formats import Tensors, named_tensors, with_tensors
+from reallm.formats import Tensors, named_tensors, tables_at_hand, with_tensors
+from reallm.formats.shared import PREFIX as SHARED
 from reallm.formats.waist import inner, under
 from reallm.model.headers import weight_files
 
@@ -75,10 +76,16 @@ def _tensors(source: Path, change: Change, kept: Tensors, matrices: list[StoredM
     """
     handles = [safe_open(file, framework="pt") for file in weight_files(source, ArtifactError)]
     places = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 - no dict
-    for matrix in read_manifest(source).matrices:
+    manifest = read_manifest(source)
+    full = {name: {local: f"{SHARED}.{name}.{local}" for local in t.layout} for name, t in manifest.tables.items()}
+    tables = {
+        name: {local: places[path].get_tensor(path) for local, path in paths.items()} for name, paths in full.items()
+    }
+    for matrix in manifest.matrices:
         names = [f"{matrix.name}.{local}" for local in matrix.fmt.layout(matrix.shape)]
         stored = inner(matrix.name, {name: places.pop(name).get_tensor(name) for name in names})
-        matrix, stored = change(matrix, stored)
+        with tables_at_hand(tables):
+            matrix, stored = change(matrix, stored)
         matrices.append(matrix)
         yield from sorted(under(matrix.name, stored).items())
     for name, handle in places.items():

@@ -1,0 +1,158 @@
+"""`conv_latents`: a grid of latents, stored in any format, and a convolutional upsampler that makes the matrix of it.
+
+The neural decoder of ReALLM (Leconte et al., arXiv:2405.13155), which took HNeRV's (arXiv:2304.02633) for patches of
+512 weights. Here one net takes a matrix of any size, tile by tile without seams; it is run once at load. It is dear:
+`reallm info` counts its multiply-adds, and its parameters weigh like all bytes unless many matrices share it.
+
+    latents (a matrix in `base`) -> net (decoders/conv.py), b_φ bits a parameter -> times the scale of the row
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reallm.decoders import ConvNet
+from reallm.errors import FormatError
+from reallm.formats import parameters
+from reallm.formats import scales as scale_store
+from reallm.formats.shared import check_table_name, table_at_hand
+from reallm.formats.waist import Parts, Shape, Table, Tensors, WeightFormat, inner, register, under
+from reallm.kernels import one_thread
+
+MAX_CHANNELS, MAX_WIDTH, MAX_STAGES = 256, 256, 4
+MAX_MULTIPLY_ADDS = 600_000  # a weight: 445,000 are those of the authors' default; more is hours for a small file
+AUTO_DECODER, ENCODER = "auto_decoder", "encoder"
+METHODS = (AUTO_DECODER, ENCODER)
+_MAX_STEPS = 1_000_000
+
+
+@dataclass(frozen=True)
+class ConvLatentsParts:
+    """weight = net(base) · scale of the row; row i of the base holds all channels of row i of the grid."""
+
+    decoder: parameters.Stored
+    scales: Float[Tensor, "out 1"]
+    base: Parts
+
+
+@register
+@dataclass(frozen=True)
+class ConvLatents(WeightFormat):
+    """`channels` latents in `base` for each square of 2^stages × 2^stages weights, and a net of `width` channels.
+
+    Parameters take `decoder_bits` bits (3, 4, 6, 8, 16), by themselves or `shared`; rows have a float16 scale. `method`
+    and `steps` say how `fit` trains and are nothing to a decoder: auto_decoder moves latents and net by gradients,
+    encoder first trains a net from weights to latents beside it, which is thrown away.
+    """
+
+    base: WeightFormat
+    channels: int = 4
+    width: int = 16
+    stages: int = 1
+    decoder_bits: int = 8
+    shared: str = ""
+    method: str = AUTO_DECODER
+    steps: int = 200
+
+    name: ClassVar[str] = "conv_latents"
+    roles: ClassVar[dict[str, str]] = {**parameters.ROLES, "scales": "scales"}
+    examples: ClassVar[tuple[dict, ...]] = ({"base": {"format": "codebook", "index_bits": 6}, "steps": 50},)
+
+    def __post_init__(self) -> None:
+        for name, most in (("channels", MAX_CHANNELS), ("width", MAX_WIDTH), ("stages", MAX_STAGES)):
+            if not 1 <= getattr(self, name) <= most:
+                raise FormatError(f"conv_latents: {name}={getattr(self, name)} is not in 1 … {most}")
+        if (dear := self.net.multiply_adds_per_weight) > MAX_MULTIPLY_ADDS:
+            raise FormatError(
+                f"conv_latents: width={self.width} and stages={self.stages} take {dear:,.0f} multiply-adds a weight, "
+                f"more than {MAX_MULTIPLY_ADDS:,}"
+            )
+        if not 0 <= self.steps <= _MAX_STEPS:
+            raise FormatError(f"conv_latents: steps={self.steps} is not in 0 … {_MAX_STEPS}")
+        if self.method not in METHODS:
+            raise FormatError(f"conv_latents: method={self.method!r} is not one of {', '.join(METHODS)}")
+        parameters.check_bits(self.name, self.decoder_bits)
+        check_table_name(self.name, self.shared)
+
+    @property
+    def net(self) -> ConvNet:
+        """The decoder."""
+        return ConvNet(self.channels, self.width, self.stages)
+
+    def inner_shape(self, shape: Shape) -> Shape:
+        """Rows of the grid, and the channels of all latents of one."""
+        rows, columns = self.net.grid(*shape)
+        return rows, columns * self.channels
+
+    def check(self, shape: Shape) -> None:
+        """Fits where the base fits the latents, down to 1/8 bit a weight."""
+        self.base.check(self.inner_shape(shape))
+        parameters.check_rate(self.name, self.base.nbytes(self.inner_shape(shape)), shape)
+
+    def own_tables(self) -> dict[str, Table]:
+        """The net, if it is shared."""
+        if not self.shared:
+            return {}
+        decoder: tuple[Any, ...] = (self.name, *vars(self.net).values(), self.decoder_bits)
+        return {self.shared: Table(decoder, self._decoder_layout())}
+
+    def own_multiply_adds(self, shape: Shape) -> int:
+        """Those of all weights."""
+        return round(shape[0] * shape[1] * self.net.multiply_adds_per_weight)
+
+    def layout(self, shape: Shape) -> Tensors:
+        """The net under `decoder.` if it is the matrix's own, `scales` (out,) float16, the base under `base.`"""
+        own = {} if self.shared else self._decoder_layout()
+        scales = scale_store.layout(scale_store.FLOAT16, shape[0])
+        return {**own, **scales, **under("base", self.base.layout(self.inner_shape(shape)))}
+
+    def pack(self, parts: ConvLatentsParts, shape: Shape) -> Tensors:
+        """Pack net, scales and base."""
+        own = {} if self.shared else self.pack_table(parts.decoder)
+        scales = scale_store.pack(scale_store.FLOAT16, parts.scales)
+        return {**own, **scales, **under("base", self.base.pack(parts.base, self.inner_shape(shape)))}
+
+    def pack_table(self, decoder: parameters.Stored) -> Tensors:
+        """The tensors of a net."""
+        return parameters.pack(self.decoder_bits, decoder, self.net.parameters)
+
+    def unpack(self, tensors: Tensors, shape: Shape) -> ConvLatentsParts:
+        """The inverse of `pack`. Errors: FormatError if a shared net is not at hand."""
+        base = self.base.unpack(inner("base", tensors), self.inner_shape(shape))
+        scales = scale_store.unpack(scale_store.FLOAT16, tensors, (shape[0], 1))
+        return ConvLatentsParts(self.decoder(tensors, scales.device), scales, base)
+
+    def decoder(self, tensors: Tensors, device: torch.device) -> parameters.Stored:
+        """The stored net."""
+        if self.shared:
+            tensors = {name: tensor.to(device) for name, tensor in table_at_hand(self.shared).items()}
+        return parameters.unpack(self.decoder_bits, tensors, self.net.parameters)
+
+    def decode(self, parts: ConvLatentsParts, shape: Shape) -> Float[Tensor, "out in"]:
+        """net(latents) · scale of the row, tile by tile."""
+        latents = self.as_grid(self.base.decode(parts.base, self.inner_shape(shape)))
+        flat = parameters.values(self.decoder_bits, parts.decoder, self.net.parameters).to(latents.dtype)
+        with one_thread(), plain_convolutions():  # else bits depend on threads, and on what a GPU chooses
+            found = self.net.tiled(flat, latents)
+        return found[: shape[0], : shape[1]] * parts.scales
+
+    def as_grid(self, matrix: Float[Tensor, "rows all"]) -> Float[Tensor, "channels down across"]:
+        """The base's matrix as a grid."""
+        return matrix.unflatten(1, (-1, self.channels)).permute(2, 0, 1)
+
+    def as_matrix(self, grid: Float[Tensor, "channels down across"]) -> Float[Tensor, "rows all"]:
+        """The inverse of `as_grid`."""
+        return grid.permute(1, 2, 0).flatten(1)
+
+    def _decoder_layout(self) -> Tensors:
+        return parameters.layout(self.decoder_bits, self.net.parameters)
+
+
+def plain_convolutions() -> Any:
+    """The same algorithm in every run, and no TF32."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)

@@ -1,0 +1,48 @@
+"""What `benchmarks/neural.py` compares an arm with."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def neural(monkeypatch):
+    """The module; benchmarks import each other by their file names."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("neural")
+
+
+def test_bits_of_vector_quantisation_lie_on_the_lower_hull_of_its_arms(neural):
+    curve = [(1.0, 0.5), (2.0, 0.25), (2.5, 0.24), (3.0, 0.125)]  # the third is worse than a mixture of its neighbours
+    assert neural.vq_bits(0.5, curve) == 1.0
+    assert neural.vq_bits(2**-2.5, curve) == pytest.approx(2.5)
+    assert neural.vq_bits(0.6, curve) is None and neural.vq_bits(0.01, curve) is None
+
+
+def test_every_arm_is_a_format_and_has_a_name_of_its_own(neural):
+    formats = [neural.from_spec(arm.spec) for arm in neural.ARMS]
+    assert len({arm.name for arm in neural.ARMS}) == len(neural.ARMS)
+    assert all(
+        bool(fmt.tables()) == (arm.spec.get("shared", arm.spec.get("base", {}).get("shared", "")) != "")
+        for fmt, arm in zip(formats, neural.ARMS, strict=True)
+    )
+    parameters = [neural.parameters_of(fmt) for fmt, arm in zip(formats, neural.ARMS, strict=True) if arm.group == "c"]
+    assert min(parameters) < 1e4 and max(parameters) > 4e6
+
+
+def test_a_shared_decoder_is_charged_to_all_its_matrices(neural):
+    generator = torch.Generator().manual_seed(0)
+    matrices = {("q", block): torch.randn(32, 64, generator=generator) for block in range(3)}
+    bench = neural.Bench(matrices, torch.device("cpu"))
+    spec = neural.codeword(4, 4, hidden=2, shared="x")
+    alone, three = (
+        bench.run(neural.Task("q", 1, source, neural.Arm("a", "tiny", spec, share)))
+        for source, share in ((neural.ORIGINAL, 1), (neural.SHUFFLED, 3))
+    )
+    table = 8 * sum(t.nbytes for t in neural.from_spec(spec).tables()["x"].layout.values()) / (32 * 64)
+    assert alone["bits"] - three["bits"] == pytest.approx(table * 2 / 3)
+    assert 0 < three["relative_error"] < 1
