@@ -32,7 +32,7 @@ def inputs_seen(model, name, ids):
 
 @pytest.mark.parametrize("per_pass", [1 << 20, 24])
 def test_moments_are_those_of_a_plain_forward_pass_in_every_family(dense, per_pass, monkeypatch):
-    monkeypatch.setattr("reallm.model.stream._TOKENS_PER_PASS", per_pass)
+    monkeypatch.setattr("reallm.model.stream.TOKENS_PER_PASS", per_pass)
     stream = Stream(dense, windows(), "cpu")
     assert len(stream.blocks) == 2
     for number in range(2):

@@ -281,11 +281,13 @@ def damped_root(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
 def _damped(hessian: Tensor, derived: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
     """What `derived` makes of the Cholesky factor of H + damping, which grows tenfold until both exist."""
     exact = hessian.double()
-    identity = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
     damping = _DAMPING * exact.diagonal().mean()
     for _ in range(8):
+        damped = exact.clone()
+        damped.diagonal().add_(damping)
         with one_thread():
-            lower, failed = torch.linalg.cholesky_ex(exact + damping * identity)
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            del damped  # 0.5 GB in float64 for 8,192 inputs
             result, failed = (lower, failed) if failed else derived(lower)
         if not failed and torch.isfinite(result).all():
             return result.float()

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from reallm.artifact import save_tensors
 from reallm.errors import SourceError
-from reallm.model.stream import Stream, decoder_blocks
+from reallm.model.pieces import decoder_blocks
+from reallm.model.stream import Stream
 from reallm.tune.data import drawn
 from reallm.tune.descent import Descent, Diverged, restore, snapshot
 from reallm.tune.log import Log
