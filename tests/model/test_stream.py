@@ -56,6 +56,15 @@ def test_matrices_that_are_fed_the_same_share_one_sum(build):
     assert len(moments.leader_of) == 7
 
 
+def test_sums_that_are_taken_are_those_that_are_there_and_are_kept_no_longer(build):
+    dense = build("llama")
+    moments = Stream(dense, windows(), "cpu").moments(block_matrices(dense, 0))
+    names = list(moments.leader_of)
+    expected = {name: moments.of(name) for name in names}
+    assert all(torch.equal(moments.take(name), expected[name]) for name in names)
+    assert not moments.sums and moments.take(names[0]) is None
+
+
 def test_a_replaced_block_carries_the_inputs_of_the_next(build):
     dense = build("llama")
     stream = Stream(dense, windows(), "cpu")

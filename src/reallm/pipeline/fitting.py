@@ -162,7 +162,7 @@ class _EndLoss:
 
 def _of_outputs(matrix: Matrix, moments: Moments) -> Objective | None:
     """Errors: SourceError naming the matrix if its inputs overflowed."""
-    hessian = moments.of(matrix.name)
+    hessian = moments.take(matrix.name)
     try:
         return None if hessian is None else Objective.of_outputs(hessian)
     except FormatError as error:
