@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from reallm.artifact.checks import read_json
 from reallm.artifact.manifest import QUANT_METHOD
 from reallm.errors import SourceError
 from reallm.model.gguf import GGUFTensors, fast_reader, gguf_arguments, gguf_tokenizer, require_gguf
-from reallm.model.headers import INDEX, SINGLE, read_headers, read_tensor, weight_files
+from reallm.model.headers import INDEX, SINGLE, Header, read_headers, read_tensor, weight_files
+from reallm.model.merged import Merged, stored_in
 from reallm.model.silence import quiet
 from reallm.model.untrusted import bounded, check_plain, said
 from reallm.model.walk import meta_model, tied_names
@@ -235,7 +236,7 @@ def quantized_by(config: Any) -> str | None:
 class FolderSource(Source):
     """A Hugging Face folder with safetensors, read lazily through its headers.
 
-    Where transformers converts weights on load (tensors of other names or layouts), the complete
+    Where transformers converts weights on load by more than other names and experts in one tensor, the complete
     model is loaded at the first `read` instead.
     """
 
@@ -273,7 +274,7 @@ class FolderSource(Source):
 
     def dtype_of(self, name: str) -> torch.dtype:
         """As its header says."""
-        return self.dtype if self._keys is None else self._headers[self._keys[name]].dtype
+        return self.dtype if self._keys is None else self._keys[name].dtype
 
     @property
     def nbytes(self) -> int:
@@ -289,7 +290,8 @@ class FolderSource(Source):
             return _pick(self._complete, name, index, self.label)
         if name not in self._keys:
             raise SourceError(f"{self.label}: the model has no tensor {name!r}")
-        return read_tensor(self._headers[self._keys[name]], index)
+        stored = self._keys[name]
+        return stored.read(index) if isinstance(stored, Merged) else read_tensor(stored, index)
 
     def load(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:
         """The original model through `from_pretrained`, safetensors only."""
@@ -310,18 +312,24 @@ class FolderSource(Source):
                 raise SourceError(f"{found[0]}: is a pickle checkpoint, which can run code when read; {_CONVERT}")
         raise SourceError(f"{self.label}: holds no safetensors weights ({SINGLE} or {INDEX}); {_CONVERT}")
 
-    def _match(self) -> dict[str, str] | None:
-        """State-dict name -> tensor of the files; None where transformers must convert.
+    def _match(self) -> dict[str, Header | Merged] | None:
+        """What is read for each name of the state dict; None where transformers does more than rename and join.
 
         Errors: SourceError naming a tensor that is missing or has another shape than the config says.
         """
-        keys, missing = named_in(self._headers, self.skeleton, self.names())
+        held: Mapping[str, Header | Merged] = self._headers
+        keys, missing = named_in(held, self.skeleton, self.names())
         if missing and self._converted():
-            return None
+            if (stored := stored_in(self.skeleton, self._headers)) is None:
+                return None
+            held = stored
+            keys, missing = named_in(held, self.skeleton, self.names())
+            if missing:
+                return None
         if missing:
             raise SourceError(f"{self.label}: tensor {missing[0]!r} is missing; copy or download the model again")
-        self._check_shapes(keys)
-        return keys
+        self._check_shapes(held, keys)
+        return {name: held[key] for name, key in keys.items()}
 
     def _converted(self) -> bool:
         """Whether transformers renames or merges tensors of this family on load."""
@@ -329,9 +337,9 @@ class FolderSource(Source):
 
         return bool(get_model_conversion_mapping(self.skeleton))
 
-    def _check_shapes(self, keys: dict[str, str]) -> None:
+    def _check_shapes(self, held: Mapping[str, Header | Merged], keys: dict[str, str]) -> None:
         for name, shape in self.shapes().items():
-            found = self._headers[keys[name]].shape
+            found = held[keys[name]].shape
             if found != shape:
                 raise SourceError(
                     f"{self.label}: tensor {keys[name]!r} has shape {found}, config.json says {shape}; "
