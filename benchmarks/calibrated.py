@@ -84,6 +84,7 @@ TASKS: list[Task] = [
     Task("2 bits", "additive, 2 books of 8 bits", additive(2, 8)),
     ENTROPY_2,
     Task("3 bits", "entropy_coded", entropy(3.0)),
+    Task("2.5 bits", "entropy_coded", entropy(2.5)),
     Task("2 bits", "rotated e8", turned(lattice(2))),
     Task("3 bits", "rotated e8", turned(lattice(3))),
     Task("3 bits", "uniform g128 (GPTQ)", uniform(3, 128)),
@@ -91,15 +92,11 @@ TASKS: list[Task] = [
     Task("3 bits", "codebook d=2", vectors(2, 6)),
     guided(TRELLIS_2),
     guided(TRELLIS_3),
-    Task("2 bits", "additive, 4 books of 4 bits", additive(4, 4)),
     SCALED_2,
     SCALED_3,
     guided(SCALED_2),
     guided(SCALED_3),
     Task("2.5 bits", "codebook d=4", vectors(4, 10)),
-    Task("2.5 bits", "additive, 5 books of 4 bits", additive(5, 4)),
-    Task("2.5 bits", "entropy_coded", entropy(2.5)),
-    Task("3 bits", "additive, 6 books of 4 bits", additive(6, 4)),
     Task("3 bits", "uniform g64 (GPTQ)", uniform(3)),
     Task("2 bits", "uniform g128 (GPTQ)", uniform(2, 128)),
     Task("2.5 bits", "uniform 2 bits and 0.5 % of entries", scaled(decoupled(uniform(2), "entries", 0.005), "both")),
@@ -118,6 +115,9 @@ TASKS: list[Task] = [
     Task("2 bits", "rotated entropy_coded", turned(entropy(2.0))),
     Task("2 bits", "rotated trellis, 12 state bits", turned(trellis(2, 12))),
     Task("2 bits", "rotated trellis, 12 state bits, learned table", turned(trellis(2, 12, 9))),
+    Task("2.5 bits", "additive, 5 books of 4 bits", additive(5, 4)),
+    Task("2 bits", "additive, 4 books of 4 bits", additive(4, 4)),
+    Task("3 bits", "additive, 6 books of 4 bits", additive(6, 4)),
 ]
 
 
