@@ -10,6 +10,7 @@ from reallm.artifact.work import (
     check_output,
     finished_file,
     opened,
+    read_kept,
     remove,
     work_folder,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "foretold_files",
     "foretold_nbytes",
     "opened",
+    "read_kept",
     "read_ledger",
     "read_manifest",
     "remove",
