@@ -24,7 +24,7 @@ from reallm.fit import Objective, fit, squared_error
 from reallm.formats import from_spec
 from reallm.model import Matrix, load_tokenizer, walk
 from reallm.model.calibration import windows_of_files
-from reallm.model.gradients import fisher, token_weights
+from reallm.model.gradients import Guidance, fisher, guidance
 from reallm.model.stream import Stream
 
 
@@ -85,6 +85,8 @@ TASKS: list[Task] = [
     ENTROPY_2,
     Task("3 bits", "entropy_coded", entropy(3.0)),
     Task("2.5 bits", "entropy_coded", entropy(2.5)),
+    Task("3 bits", "rotated entropy_coded", turned(entropy(3.0))),
+    Task("2 bits", "rotated entropy_coded", turned(entropy(2.0))),
     Task("2 bits", "rotated e8", turned(lattice(2))),
     Task("3 bits", "rotated e8", turned(lattice(3))),
     Task("3 bits", "uniform g128 (GPTQ)", uniform(3, 128)),
@@ -112,7 +114,6 @@ TASKS: list[Task] = [
     Task("2.5 bits", "codebook d=2", vectors(2, 5)),
     Task("3 bits", "rotated codebook d=2", turned(vectors(2, 6))),
     Task("2 bits", "rotated codebook d=4", turned(vectors(4, 8))),
-    Task("2 bits", "rotated entropy_coded", turned(entropy(2.0))),
     Task("2 bits", "rotated trellis, 12 state bits", turned(trellis(2, 12))),
     Task("2 bits", "rotated trellis, 12 state bits, learned table", turned(trellis(2, 12, 9))),
     Task("2.5 bits", "additive, 5 books of 4 bits", additive(5, 4)),
@@ -133,8 +134,8 @@ class Bench:
         return [matrix for matrix in walk(self.lab.model).matrices if matrix.kind == "block"]
 
     @functools.cached_property
-    def token_weights(self) -> dict[str, torch.Tensor]:
-        return token_weights(self.lab.reference, self.windows, self.matrices, self.lab.device)
+    def guidance(self) -> dict[str, Guidance]:
+        return guidance(self.lab.reference, self.windows, self.matrices, self.lab.device)
 
     @functools.cached_property
     def fisher(self) -> dict[str, torch.Tensor]:
@@ -150,8 +151,10 @@ class Bench:
         """By matrix of the stream's present block."""
         if objective == "fisher":
             return {matrix.name: Objective(self.fisher[matrix.name]) for matrix in matrices}
-        moments = stream.moments(matrices, self.token_weights if objective == "guided" else None)
-        return {matrix.name: Objective.of_outputs(moments.of(matrix.name)) for matrix in matrices}
+        guided = self.guidance if objective == "guided" else {}
+        moments = stream.moments(matrices, {name: own.tokens for name, own in guided.items()} or None)
+        rows = {name: own.rows for name, own in guided.items()}
+        return {m.name: Objective.of_outputs(moments.of(m.name), rows.get(m.name)) for m in matrices}
 
     def run(self, task: Task) -> Arm:
         """Compress along the stream, as `reallm compress --calibration` does, and score."""

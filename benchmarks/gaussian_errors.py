@@ -17,6 +17,7 @@ from reallm.artifact import code
 from reallm.fit import fit
 from reallm.fit.quality import gaussian, measured_gaussian_error
 from reallm.formats import WeightFormat, to_spec
+from reallm.formats.scaled import Scaled
 
 TABLE = Path(__file__).parents[1] / "src" / "reallm" / "fit" / "gaussian_errors.json"
 STATE_BITS = (10, 12, 16)
@@ -28,7 +29,8 @@ def main() -> None:
     formats = dict.fromkeys(candidate_formats())
     for kind in ("block", "embedding"):
         for bits in STATE_BITS:
-            formats |= dict.fromkeys(calibrated_candidates(kind, bits))
+            found = calibrated_candidates(kind, bits)
+            formats |= dict.fromkeys(fmt for fmt in found if not isinstance(fmt, Scaled))  # as good as what is inside
     known = {json.dumps(row["format"]): row for row in json.loads(TABLE.read_text(encoding="utf-8"))}
     rows = []
     for fmt in formats:

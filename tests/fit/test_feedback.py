@@ -47,6 +47,14 @@ def test_feedback_lowers_the_error_of_the_outputs(spec):
     assert errors[0] < 0.75 * errors[1]
 
 
+@pytest.mark.parametrize("spec", FORMATS[:3])
+def test_levels_span_less_than_their_group_only_where_a_hessian_asks_for_it(spec):
+    fmt, objective = from_spec(spec), Objective.of_outputs(hessian_of())
+    narrow, whole = (fit(fmt, weight(), given).scales.abs() for given in (objective, Objective(objective.importance)))
+    assert torch.equal(whole, fit(fmt, weight()).scales.abs())
+    assert narrow.mean() < 0.97 * whole.mean()
+
+
 @pytest.mark.parametrize("columns", [1, 7, 96, 130, 257])
 @pytest.mark.parametrize("dim", [1, 4])
 def test_any_number_of_columns_has_feedback(columns, dim):

@@ -3,7 +3,7 @@ import torch
 
 from reallm.errors import FormatError
 from reallm.fit import Objective, fit, relative_error
-from reallm.fit.scaled import balancing_scales
+from reallm.fit.scaled import balancing_scales, moving_gain
 from reallm.formats import from_spec
 
 SHAPE = (48, 96)
@@ -65,6 +65,30 @@ def test_a_column_a_million_times_smaller_is_not_lost():
     assert relative_error(weight[:, 3:4], decoded[:, 3:4]) < 0.01
 
 
-def test_scales_of_rows_alone_are_the_gain():
-    with pytest.raises(FormatError, match="sides='outputs'.*gain"):
-        from_spec({"format": "scaled", "sides": "outputs", "base": ROTATED})
+@pytest.mark.parametrize("sides", ["outputs", "both"])
+def test_errors_move_to_the_rows_that_cost_little(sides):
+    weight = weight_of_unequal_columns()
+    cost = torch.exp(2 * torch.randn(SHAPE[0], generator=torch.Generator().manual_seed(3)))
+    hessian, losses = inputs_that_meet_small_weights(weight), []
+    fmt = from_spec({"format": "scaled", "sides": sides, "base": ROTATED})
+    for rows in (None, cost):
+        objective = Objective.of_outputs(hessian, rows)
+        decoded = fmt.decode(fit(fmt, weight, objective), SHAPE)
+        losses.append((cost * objective.row_errors(weight, decoded)).sum().item())
+    assert losses[1] < 0.6 * losses[0]
+
+
+def test_the_gain_of_moved_errors_is_foretold():
+    weight = torch.randn(192, 96, generator=torch.Generator().manual_seed(0))
+    cost = torch.exp(torch.randn(len(weight), generator=torch.Generator().manual_seed(3)))
+    hessian, losses = inputs_that_meet_small_weights(weight), []
+    for spec in (ROTATED, {"format": "scaled", "sides": "outputs", "base": ROTATED}):
+        objective, fmt = Objective.of_outputs(hessian, cost), from_spec(spec)
+        decoded = fmt.decode(fit(fmt, weight, objective), weight.shape)
+        losses.append((cost * objective.row_errors(weight, decoded)).sum().item())
+    assert losses[1] / losses[0] == pytest.approx(moving_gain(weight, cost, cost), rel=0.15)
+
+
+def test_a_side_that_is_none_is_refused():
+    with pytest.raises(FormatError, match="sides='rows' is not one of both, inputs, outputs"):
+        from_spec({"format": "scaled", "sides": "rows", "base": ROTATED})

@@ -38,6 +38,7 @@ EXAMPLES = [
     {"format": "rotated", "base": {"format": "additive", "books": 5, "index_bits": 3}},
     {"format": "scaled", "base": CODEBOOK},
     {"format": "scaled", "sides": "inputs", "scales": "float16", "base": NORMAL},
+    {"format": "scaled", "sides": "outputs", "base": {"format": "rotated", "base": {"format": "e8", "bits": 2}}},
     {"format": "scaled", "base": {"format": "rotated", "base": {"format": "e8", "bits": 2}}},
     *({"format": "decoupled", "kind": kind, "share": 0.1, "base": NORMAL} for kind in ("columns", "rows", "entries")),
     {"format": "decoupled", "precision": "bfloat16", "base": {"format": "rotated", "base": CODEBOOK}},

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from reallm.model import walk
-from reallm.model.gradients import fisher, token_weights
+from reallm.model.gradients import fisher, guidance
 from reallm.model.stream import Stream
 
 
@@ -18,7 +18,7 @@ def blocks_of(model):
 def test_token_weights_are_squared_gradients_of_the_loss(family, build):
     model = build(family)
     matrix = next(m for m in blocks_of(model) if m.expert is None)
-    found = token_weights(model, windows(), blocks_of(model), "cpu")
+    found = guidance(model, windows(), blocks_of(model), "cpu")
     outputs = []
 
     def keep(_module, _inputs, output):
@@ -29,14 +29,14 @@ def test_token_weights_are_squared_gradients_of_the_loss(family, build):
     model(windows(), labels=windows(), use_cache=False).loss.backward()
     hook.remove()
     expected = outputs[0].grad.square().mean(-1)
-    torch.testing.assert_close(found[matrix.name], expected / expected.mean(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found[matrix.name].tokens, expected / expected.mean(), rtol=1e-3, atol=1e-5)
 
 
 def test_the_last_token_of_a_window_predicts_nothing_and_counts_nothing(build):
     model = build("llama")
-    found = token_weights(model, windows(), blocks_of(model), "cpu")
+    found = guidance(model, windows(), blocks_of(model), "cpu")
     assert len(found) == len(blocks_of(model))
-    assert all((weight[:, -1] == 0).all() for name, weight in found.items() if "layers.1.mlp" in name)
+    assert all((own.tokens[:, -1] == 0).all() for name, own in found.items() if "layers.1.mlp" in name)
 
 
 def test_fisher_of_one_token_is_the_squared_gradient_of_every_weight(build):
@@ -52,7 +52,7 @@ def test_fisher_of_one_token_is_the_squared_gradient_of_every_weight(build):
 def test_nothing_of_the_model_is_changed(build):
     model = build("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    token_weights(model, windows(), blocks_of(model), "cpu")
+    guidance(model, windows(), blocks_of(model), "cpu")
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
@@ -60,13 +60,14 @@ def test_nothing_of_the_model_is_changed(build):
 def test_weighted_moments_are_sums_of_weighted_tokens(build):
     model = build("llama")
     matrices = [m for m in blocks_of(model) if m.block == 0]
-    weights = token_weights(model, windows(), matrices, "cpu")
-    moments = Stream(model, windows(), "cpu").moments(matrices, weights)
+    weights = guidance(model, windows(), matrices, "cpu")
+    tokens = {name: own.tokens for name, own in weights.items()}
+    moments = Stream(model, windows(), "cpu").moments(matrices, tokens)
     seen = []
     hook = model.get_submodule(matrices[0].name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         model(windows(), use_cache=False)
     hook.remove()
-    rows = seen[0].reshape(-1, 64) * weights[matrices[0].name].reshape(-1, 1).sqrt()
+    rows = seen[0].reshape(-1, 64) * tokens[matrices[0].name].reshape(-1, 1).sqrt()
     torch.testing.assert_close(moments.of(matrices[0].name), rows.T @ rows / len(rows), rtol=1e-3, atol=1e-4)
     assert moments.leader_of[matrices[1].name] == matrices[1].name  # weights differ, so that nothing is shared

@@ -119,6 +119,11 @@ def test_a_trial_on_some_rows_is_near_the_whole():
         ({"format": "rotated", "base": {"format": "e8"}}, "rotated_8"),
         ({"format": "rotated", "base": {"format": "trellis", "bits": 2}}, "rotated_16"),
         ({"format": "rotated", "base": {"format": "codebook", "index_bits": 6, "vector_dim": 2}}, "rotated_8"),
+        (
+            {"format": "scaled", "sides": "outputs", "base": {"format": "rotated", "base": {"format": "e8"}}},
+            "outputs_rotated_8",
+        ),
+        ({"format": "scaled", "base": {"format": "uniform", "bits": 3}}, "grouped"),
         ({"format": "low_rank_plus", "rank": 2, "base": {"format": "uniform", "bits": 3}}, "grouped"),
     ],
 )

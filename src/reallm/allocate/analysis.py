@@ -5,7 +5,8 @@ errors spread over weights differs, and so do the numbers:
 
 * `grouped`: in proportion to the variance of their group (scales of groups, unrotated);
 * `stepped`: alike everywhere (one step a matrix, entropy-coded);
-* `rotated_1`, `rotated_8`, `rotated_16`: alike everywhere after a rotation, coded so many columns at a time.
+* `rotated_1`, `rotated_8`, `rotated_16`: alike everywhere after a rotation, coded so many columns at a time;
+* `inputs_rotated_1`, `outputs_rotated_8`, `both_rotated_16`, …: the same inside scales of columns, rows or both.
 
 The model room computes them, `reallm.pipeline.analysis`; a file keeps them, and this room only multiplies.
 """
@@ -27,11 +28,12 @@ from reallm.errors import RecipeError
 from reallm.formats import WeightFormat, from_spec, to_spec
 from reallm.formats.entropy_coded import EntropyCoded
 from reallm.formats.rotated import Rotated
+from reallm.formats.scaled import Scaled
 
 ROTATED_WIDTHS = (1, 8, 16)
 # Relative squared error of a format on Gaussian weights.
 ErrorOf = Callable[[WeightFormat], float]
-_VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Analysis:
 
     def save(self, path: Path) -> None:
         """Write the file."""
-        values = {"version": _VERSION, **asdict(self)}
+        values = {"version": VERSION, **asdict(self)}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
@@ -78,7 +80,7 @@ class Analysis:
         """Read the file. Errors: RecipeError if it is damaged or of another version."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            if values["version"] != _VERSION:
+            if values["version"] != VERSION:
                 raise RecipeError(f"{path}: an analysis of version {values['version']!r}; remove it")
             measured = {n: {k: Measured(**v) for k, v in of.items()} for n, of in values["measured"].items()}
             return Analysis(values["numbers"], measured, values["origin"])
@@ -95,13 +97,15 @@ def spec_key(fmt: WeightFormat) -> str:
 
 def kind_of_error(fmt: WeightFormat) -> str:
     """Which of a matrix's numbers a format's error is multiplied by."""
-    rotated = False
+    rotated, scaled = False, ""
     while (base := getattr(fmt, "base", None)) is not None:
+        if isinstance(fmt, Scaled) and not rotated:
+            scaled = f"{fmt.sides}_"
         rotated, fmt = rotated or isinstance(fmt, Rotated), base
     if not rotated:
         return "stepped" if isinstance(fmt, EntropyCoded) else "grouped"
     width = getattr(fmt, "tile_columns", getattr(fmt, "vector_dim", 8 if fmt.name == "e8" else 1))
-    return f"rotated_{min((w for w in ROTATED_WIDTHS if w >= width), default=ROTATED_WIDTHS[-1])}"
+    return f"{scaled}rotated_{min((w for w in ROTATED_WIDTHS if w >= width), default=ROTATED_WIDTHS[-1])}"
 
 
 class LossRow(BaseModel):

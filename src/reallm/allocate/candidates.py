@@ -12,6 +12,7 @@ from reallm.formats.e8 import E8
 from reallm.formats.entropy_coded import EntropyCoded
 from reallm.formats.normal_float import NormalFloat
 from reallm.formats.rotated import Rotated
+from reallm.formats.scaled import BOTH, INPUTS, OUTPUTS, Scaled
 from reallm.formats.trellis import Trellis
 from reallm.formats.uniform import Uniform
 
@@ -37,6 +38,7 @@ def calibrated_candidates(kind: str, state_bits: int, entropy: bool | None = Non
 
 def _block(state_bits: int) -> list[WeightFormat]:
     trellis = [Rotated(Trellis(bits=b, state_bits=state_bits)) for b in (1, 2, 3, 4)] if state_bits else []
+    trellis += [Scaled(fmt, sides) for sides in (INPUTS, OUTPUTS, BOTH) for fmt in trellis]
     lattice = [Rotated(E8(bits=b)) for b in (2, 3, 4)]
     vectors = [Codebook(index_bits=i, vector_dim=2, group_size=g) for i in (4, 5, 6, 7, 8) for g in (64,)]
     scalars = [Uniform(bits=b, group_size=g, symmetric=True) for b in (5, 6, 7, 8) for g in (64, 0)]
@@ -46,7 +48,8 @@ def _block(state_bits: int) -> list[WeightFormat]:
 
 def _entropy_coded() -> list[WeightFormat]:
     plain = _plain_entropy_coded(_QUARTERS)
-    return [*plain, *(Rotated(fmt) for fmt in plain)]
+    rotated = [Rotated(fmt) for fmt in plain]
+    return [*plain, *rotated, *(Scaled(fmt, OUTPUTS) for fmt in rotated)]
 
 
 def _plain_entropy_coded(rates: tuple[float, ...]) -> list[WeightFormat]:

@@ -30,10 +30,14 @@ class Objective:
     `hessian` = XᵀX / n_tokens of the calibration inputs the cost is tr(D H Dᵀ), the squared error of the
     layer's output per token (the objective of GPTQ, Frantar et al., arXiv:2210.17323), and importance is its
     diagonal, for methods that treat columns apart.
+
+    `rows`: what an error of each output row costs beside, mean 1; None where all cost alike. Codes of one row do not
+    depend on it, so that only formats that can move errors between rows look at it (`scaled`).
     """
 
     importance: Float[Tensor, "rows in"]
     hessian: Float[Tensor, "in in"] | None = None
+    rows: Float[Tensor, " out"] | None = None
 
     @staticmethod
     def plain(weight: Float[Tensor, "out in"]) -> Objective:
@@ -56,8 +60,10 @@ class Objective:
         return Objective(importance / average(importance))
 
     @staticmethod
-    def of_outputs(hessian: Float[Tensor, "in in"]) -> Objective:
+    def of_outputs(hessian: Float[Tensor, "in in"], rows: Float[Tensor, " out"] | None = None) -> Objective:
         """The squared error of the layer's outputs; `hessian` is XᵀX / n_tokens, symmetric, any rank, float32.
+
+        `rows`: what errors of each output cost, in any unit.
 
         It is divided by its mean diagonal: only ratios matter, and no input size over- or underflows.
         Errors: FormatError if it is not finite.
@@ -68,7 +74,7 @@ class Objective:
         scaled = hessian / mean
         floor = (_LEAST_INPUT - scaled.diagonal()).clamp(min=0)
         scaled = scaled + torch.diag(floor)
-        return Objective(scaled.diagonal()[None].clone(), scaled)
+        return Objective(scaled.diagonal()[None].clone(), scaled, rows)
 
     def error(self, weight: Float[Tensor, "out in"], decoded: Float[Tensor, "out in"]) -> float:
         """The cost, accumulated in float64 so that iterates can be compared."""
@@ -87,11 +93,12 @@ class Objective:
     def with_columns(self, order: Int[Tensor, " in"]) -> Objective:
         """The objective of the matrix whose columns are reordered: column j is the old column order[j]."""
         hessian = None if self.hessian is None else self.hessian[order][:, order]
-        return Objective(self.importance[:, order], hessian)
+        return Objective(self.importance[:, order], hessian, self.rows)
 
     def with_rows(self, rows: Int[Tensor, " rest"]) -> Objective:
         """The objective of the matrix that consists of these rows."""
-        return self if len(self.importance) == 1 else dataclasses.replace(self, importance=self.importance[rows])
+        importance = self.importance if len(self.importance) == 1 else self.importance[rows]
+        return dataclasses.replace(self, importance=importance, rows=None if self.rows is None else self.rows[rows])
 
     def answered(self, kept: Int[Tensor, " kept"], rest: Int[Tensor, " rest"]) -> Objective:
         """The objective of the columns `rest` when the columns `kept` answer every error as well as they can.
@@ -108,7 +115,7 @@ class Objective:
         floor = (_LEAST_INPUT * before.diagonal().mean() - diagonal).clamp(min=0)
         hessian = hessian + torch.diag(floor)
         share = hessian.diagonal() / before.diagonal().clamp(min=torch.finfo(torch.float32).tiny)
-        return Objective(self.importance[:, rest] * share, hessian)
+        return Objective(self.importance[:, rest] * share, hessian, self.rows)
 
     def answers(self, kept: Int[Tensor, " kept"], rest: Int[Tensor, " rest"]) -> Float[Tensor, "rest kept"]:
         """What the columns `kept` best add for errors of the columns `rest`: H_RK H_KK⁻¹, float64; needs a hessian."""
@@ -120,7 +127,8 @@ class Objective:
 
     def with_rows_scaled(self, sizes: Float[Tensor, " out"]) -> Objective:
         """The objective of the matrix whose rows were divided by `sizes`. The hessian is the same for every row."""
-        return dataclasses.replace(self, importance=self.importance * sizes.square()[:, None])
+        rows = None if self.rows is None else self.rows * sizes.square()
+        return dataclasses.replace(self, importance=self.importance * sizes.square()[:, None], rows=rows)
 
     def with_columns_scaled(self, sizes: Float[Tensor, " in"]) -> Objective:
         """The objective of the matrix whose columns were divided by `sizes`."""
@@ -134,11 +142,12 @@ class Objective:
             return Objective(self.importance.mean(1, keepdim=True).expand_as(self.importance))
         hessian = rotate(rotate(self.hessian).T)
         hessian = (hessian + hessian.T) / 2
-        return Objective(hessian.diagonal()[None].clone(), hessian)
+        return Objective(hessian.diagonal()[None].clone(), hessian, self.rows)
 
     def to(self, device: torch.device) -> Objective:
         """The same on another device."""
-        return Objective(self.importance.to(device), None if self.hessian is None else self.hessian.to(device))
+        hessian, rows = (None if tensor is None else tensor.to(device) for tensor in (self.hessian, self.rows))
+        return Objective(self.importance.to(device), hessian, rows)
 
     @property
     def by_column(self) -> Float[Tensor, " in"]:

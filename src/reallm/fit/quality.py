@@ -17,6 +17,7 @@ from torch import Tensor
 
 from reallm.fit.dispatch import fit, relative_error
 from reallm.formats import Shape, WeightFormat, to_spec
+from reallm.formats.scaled import Scaled
 
 Result = TypeVar("Result")
 
@@ -76,6 +77,8 @@ def gaussian_quality(fmt: WeightFormat, shape: Shape, device: str | torch.device
 @functools.cache
 def gaussian_error(fmt: WeightFormat) -> float:
     """Relative squared error on a seeded Gaussian matrix; that of a budget's candidate is looked up."""
+    while isinstance(fmt, Scaled):  # independent normal weights have rows and columns of one size already
+        fmt = fmt.base
     known = _table().get(json.dumps(to_spec(fmt)))
     return measured_gaussian_error(fmt) if known is None else known["error"]
 

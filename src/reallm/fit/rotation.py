@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor
 
 from reallm.fit.dispatch import fit
@@ -17,5 +19,7 @@ def fit_rotated(
     """tr(D H Dᵀ) is the same for the turned error and the turned hessian: outputs may be turned freely."""
     if objective is not None and fmt.sides != "outputs":
         objective = objective.rotated(fmt.turn_inputs)
+    if objective is not None and fmt.sides != "inputs":
+        objective = dataclasses.replace(objective, rows=None)  # every turned row is made of all
     base = start.base if isinstance(start, RotatedParts) else None
     return RotatedParts(fit(fmt.base, fmt.transformed(weight).contiguous(), objective, seed, base))

@@ -2,7 +2,8 @@
 
 A transform and a code with one scale treat all columns alike; in trained networks their sizes differ, weights being
 small where inputs are large. Balancing both sides in turn is the iteration of Sinkhorn and Knopp (1967), which
-SINQ (Müller et al., arXiv:2509.22944) uses for uniform grids. Scales of rows alone are those of `gain`.
+SINQ (Müller et al., arXiv:2509.22944) uses for uniform grids. Where it is known how much an error of each row costs,
+scales of rows do something else: they move errors from the rows that matter to those that do not.
 """
 
 from __future__ import annotations
@@ -17,23 +18,24 @@ from reallm.errors import FormatError
 from reallm.formats import scales as scale_store
 from reallm.formats.waist import Parts, Shape, Tensors, WeightFormat, inner, register, under
 
-BOTH, INPUTS = "both", "inputs"
+BOTH, INPUTS, OUTPUTS = "both", "inputs", "outputs"
+_SIDE_OF = {"row": OUTPUTS, "column": INPUTS}
 _ROLES = {f"{side}_{name}": role for side in ("row", "column") for name, role in scale_store.ROLES.items()}
 
 
 @dataclass(frozen=True)
 class ScaledParts:
-    """weight = scale of the row · base · scale of the column; scales are not negative."""
+    """weight = scale of the row · base · scale of the column; scales are not negative, None on a side without."""
 
     row_scales: Float[Tensor, "out 1"] | None
-    column_scales: Float[Tensor, "1 in"]
+    column_scales: Float[Tensor, "1 in"] | None
     base: Parts
 
 
 @register
 @dataclass(frozen=True)
 class Scaled(WeightFormat):
-    """`base` with a scale for every column and, unless `sides` is inputs, for every row.
+    """`base` with a scale for every column, every row, or both: `sides` is inputs, outputs or both.
 
     Scales are stored as those of groups, by default in 8 bits: the base is found for the rounded ones, so that
     rounding costs nothing.
@@ -48,8 +50,8 @@ class Scaled(WeightFormat):
     examples: ClassVar[tuple[dict, ...]] = ({"base": {"format": "rotated", "base": {"format": "e8", "bits": 2}}},)
 
     def __post_init__(self) -> None:
-        if self.sides not in (BOTH, INPUTS):
-            raise FormatError(f"scaled: sides={self.sides!r} is not one of {BOTH}, {INPUTS}; for rows alone use gain")
+        if self.sides not in (BOTH, INPUTS, OUTPUTS):
+            raise FormatError(f"scaled: sides={self.sides!r} is not one of {BOTH}, {INPUTS}, {OUTPUTS}")
         scale_store.check_groups(self.name, 0, self.scales)
 
     def check(self, shape: Shape) -> None:
@@ -58,8 +60,8 @@ class Scaled(WeightFormat):
 
     def sizes(self, shape: Shape) -> dict[str, Shape]:
         """Shape of the scales of each side."""
-        columns = {"column": (1, shape[1])}
-        return {"row": (shape[0], 1), **columns} if self.sides == BOTH else columns
+        sizes = {"row": (shape[0], 1), "column": (1, shape[1])}
+        return {side: size for side, size in sizes.items() if self.sides in (BOTH, _SIDE_OF[side])}
 
     def layout(self, shape: Shape) -> Tensors:
         """`row_scales` (out,), `column_scales` (in,) and the largest ones of each; the base under `base.`"""
@@ -81,12 +83,14 @@ class Scaled(WeightFormat):
             side: scale_store.unpack(self.scales, _of_side(side, tensors), size)
             for side, size in self.sizes(shape).items()
         }
-        return ScaledParts(found.get("row"), found["column"], self.base.unpack(inner("base", tensors), shape))
+        return ScaledParts(found.get("row"), found.get("column"), self.base.unpack(inner("base", tensors), shape))
 
     def decode(self, parts: ScaledParts, shape: Shape) -> Float[Tensor, "out in"]:
         """scale of the row · base · scale of the column."""
-        weight = self.base.decode(parts.base, shape) * parts.column_scales
-        return weight if parts.row_scales is None else weight * parts.row_scales
+        weight = self.base.decode(parts.base, shape)
+        for scales in (parts.column_scales, parts.row_scales):
+            weight = weight if scales is None else weight * scales
+        return weight
 
 
 def _named(side: str, tensors: Tensors) -> Tensors:

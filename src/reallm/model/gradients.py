@@ -17,22 +17,37 @@ from reallm.model.walk import Matrix, linear_shape
 Seen = Callable[[str, Float[Tensor, "tokens in"], Float[Tensor, "tokens out"]], None]
 
 
-def token_weights(
-    model: nn.Module, windows: Int[Tensor, "windows context"], matrices: Sequence[Matrix], device: str | torch.device
-) -> dict[str, Float[Tensor, "windows context"]]:
-    """How much each token's output of each module matters: the mean squared gradient of the loss, mean 1 a module.
+@dataclass(frozen=True)
+class Guidance:
+    """What the end loss says of a module's outputs: mean squared gradients by token and by channel, both of mean 1."""
 
-    With them XᵀX becomes the end-loss-guided hessian of GuidedQuant (Kim et al., arXiv:2505.07004), all output
+    tokens: Float[Tensor, "windows context"]
+    rows: Float[Tensor, " out"]
+
+
+def guidance(
+    model: nn.Module, windows: Int[Tensor, "windows context"], matrices: Sequence[Matrix], device: str | torch.device
+) -> dict[str, Guidance]:
+    """How much each token and each channel of each module's output matters, by the squared gradient of the loss.
+
+    With `tokens` XᵀX becomes the end-loss-guided hessian of GuidedQuant (Kim et al., arXiv:2505.07004), all output
     channels in one group. Modules that no gradient reaches are left out.
     """
-    found: dict[str, list[Tensor]] = {}
+    tokens: dict[str, list[Tensor]] = {}
+    rows: dict[str, Tensor] = {}
 
     def seen(name: str, inputs: Tensor, gradients: Tensor) -> None:
-        found.setdefault(name, []).append(gradients.float().square().mean(1).cpu())
+        squares = gradients.float().square()
+        tokens.setdefault(name, []).append(squares.mean(1).cpu())
+        rows[name] = rows[name] + squares.sum(0) if name in rows else squares.sum(0)
 
     _backward_each(model, windows, matrices, device, seen)
-    weights = {name: torch.stack(parts) for name, parts in found.items() if len(parts) == len(windows)}
-    return {name: weight / average(weight) for name, weight in weights.items() if average(weight) > 0}
+    weights = {name: torch.stack(parts) for name, parts in tokens.items() if len(parts) == len(windows)}
+    return {
+        name: Guidance(weight / average(weight), rows[name].cpu() / average(rows[name].cpu()))
+        for name, weight in weights.items()
+        if average(weight) > 0
+    }
 
 
 def fisher(
@@ -58,6 +73,7 @@ class Curvature:
     """
 
     outputs: Float[Tensor, " out"]  # mean over tokens of the squared gradient of the log-likelihood
+    halves: Float[Tensor, "2 out"]  # in any unit, of the windows of `fed_back` and of those of `hessian`
     hessian: Float[Tensor, "in in"]  # Σ w x xᵀ / Σ w, w the token's mean squared gradient; float32
     fed_back: Float[Tensor, "in in"]  # what a fit would know: of other windows, w = 1 unless fits are guided too
 
@@ -115,24 +131,24 @@ class _Sums:
 
     def add(self, name: str, inputs: Tensor, gradients: Tensor) -> None:
         squares = gradients.float().square()
-        weights = squares.mean(1)
         if name not in self.hessians:
             size = inputs.shape[1]
             self.hessians[name] = [torch.zeros(size, size, device=inputs.device) for _ in range(2)]
-            self.outputs[name] = squares.new_zeros(squares.shape[1])
-            self.weights[name] = [weights.new_zeros(()) for _ in range(2)]
+            self.outputs[name] = squares.new_zeros(2, squares.shape[1])
+            self.weights[name] = [squares.new_zeros(()) for _ in range(2)]
             self.tokens[name] = self.windows[name] = 0
-        self.outputs[name] += squares.sum(0)
         self.tokens[name] += len(squares)
         if self.single:
             middle = len(squares) // 2
-            self._count(name, 0, inputs[:middle], weights[:middle])
-            self._count(name, 1, inputs[middle:], weights[middle:])
+            self._count(name, 0, inputs[:middle], squares[:middle])
+            self._count(name, 1, inputs[middle:], squares[middle:])
         else:
-            self._count(name, self.windows[name] % 2, inputs, weights)
+            self._count(name, self.windows[name] % 2, inputs, squares)
         self.windows[name] += 1
 
-    def _count(self, name: str, half: int, inputs: Tensor, weights: Tensor) -> None:
+    def _count(self, name: str, half: int, inputs: Tensor, squares: Tensor) -> None:
+        self.outputs[name][half] += squares.sum(0)
+        weights = squares.mean(1)
         if half == 0 and not self.guided:
             weights = torch.ones_like(weights)
         rows = inputs.float() * weights.sqrt()[:, None]
@@ -143,7 +159,8 @@ class _Sums:
         tiny = torch.finfo(torch.float32).tiny
         pairs = zip(self.hessians.pop(name), self.weights[name], strict=True)
         fed_back, cost = (total / weight.clamp(min=tiny) for total, weight in pairs)
-        return Curvature(self.outputs[name] / self.tokens[name], cost, fed_back)
+        halves = self.outputs.pop(name)
+        return Curvature(halves.sum(0) / self.tokens[name], halves, cost, fed_back)
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reallm.allocate.analysis import ROTATED_WIDTHS, Analysis, Measured, spec_key
+from reallm.allocate.analysis import ROTATED_WIDTHS, VERSION, Analysis, Measured, spec_key
 from reallm.artifact import code
 from reallm.fit import Objective, fit, relative_error
 from reallm.fit.feedback import costs_in_feedback
+from reallm.fit.scaled import balancing_scales, moving_gain
 from reallm.formats import WeightFormat
 from reallm.formats.rotated import Rotated
+from reallm.formats.scaled import BOTH, INPUTS, OUTPUTS
 from reallm.model import Matrix, Source, Walk, read_matrix
 from reallm.model.gradients import Curvature, EndCurvature, curvatures
 
@@ -53,7 +55,7 @@ def analysed(
     def found(name: str, curvature: Curvature) -> None:
         with torch.no_grad():
             weight = read_matrix(source, matrices[name]).to(device, torch.float32)
-            numbers[name] = numbers_of_block(weight, curvature)
+            numbers[name] = numbers_of_block(weight, curvature, guided)
 
     ends = curvatures(model, windows, blocks, device, found, seed, guided)
     tied = bool(walk.tied_heads)
@@ -67,11 +69,12 @@ def analysed(
     return Analysis(dict(sorted(numbers.items())), measured, origin or {})
 
 
-def numbers_of_block(weight: Float[Tensor, "out in"], curvature: Curvature) -> dict[str, float]:
+def numbers_of_block(weight: Float[Tensor, "out in"], curvature: Curvature, guided: bool) -> dict[str, float]:
     """Losses at relative error 1 of a matrix whose codes are found with error feedback; see `allocate.analysis`.
 
     Feedback as one half of the windows asks for it, its cost on the other half: on its own half a matrix would look
-    several times more robust than it is (docs/log.md, 2026-11-24).
+    several times more robust than it is (docs/log.md, 2026-11-24). Scales of rows likewise: of `guided` fits, chosen by
+    one half, tried on the other.
     """
     pair = (curvature.fed_back, curvature.hessian)
     seen, tested = (Objective.of_outputs(hessian.to(weight.device)) for hessian in pair)
@@ -79,13 +82,24 @@ def numbers_of_block(weight: Float[Tensor, "out in"], curvature: Curvature) -> d
     outputs = curvature.outputs.to(weight.device)
     columns = costs_in_feedback(seen.hessian, tested.hessian, (1,))[1]
     turn = _rotation().turn_inputs
-    rotated = costs_in_feedback(seen.rotated(turn).hessian, tested.rotated(turn).hessian, ROTATED_WIDTHS)
     spread = outputs.sum().item() * weight.square().mean().item() * size
-    return {
+    numbers = {
         "grouped": size * _grouped(weight, outputs, columns),
         "stepped": spread * columns.sum().item() * entropy_factor(weight),
-        **{f"rotated_{width}": spread * costs.sum().item() for width, costs in rotated.items()},
     }
+    known, cost = curvature.halves.to(weight.device)
+    known = known if guided else torch.ones_like(known)
+    sizes = balancing_scales(weight, both=False)[1]
+    for scale, without, beside in ((None, "", OUTPUTS), (sizes, INPUTS, BOTH)):
+        turned, pair = weight, (seen, tested)
+        if scale is not None:
+            turned, pair = weight / scale, tuple(one.with_columns_scaled(scale[0]) for one in pair)
+        costs = costs_in_feedback(*(one.rotated(turn).hessian for one in pair), ROTATED_WIDTHS)
+        energy, moved = turned.square().mean().item(), moving_gain(turned, known, cost)
+        for width, of_columns in costs.items():
+            number = outputs.sum().item() * energy * size * of_columns.sum().item()
+            numbers |= {f"{without}_rotated_{width}".lstrip("_"): number, f"{beside}_rotated_{width}": number * moved}
+    return numbers
 
 
 def numbers_of_end(weight: Float[Tensor, "out in"], kind: str, ends: EndCurvature, tied: bool) -> dict[str, float]:
@@ -99,7 +113,8 @@ def numbers_of_end(weight: Float[Tensor, "out in"], kind: str, ends: EndCurvatur
     energy = weight.square().mean().item() / 2
     flat = energy * sum((rows.sum() * columns.sum()).item() for rows, columns in parts)
     grouped = sum(_grouped(weight, rows, columns) for rows, columns in parts) / 2
-    rotated = {f"rotated_{width}": flat for width in ROTATED_WIDTHS}
+    sides = ("", f"{INPUTS}_", f"{OUTPUTS}_", f"{BOTH}_")  # scales without data gain nothing that is known
+    rotated = {f"{side}rotated_{width}": flat for side in sides for width in ROTATED_WIDTHS}
     return {"grouped": grouped, "stepped": flat * entropy_factor(weight), **rotated}
 
 
@@ -149,7 +164,7 @@ def _rotation() -> Rotated:
 
 def analysis_file(folder: Path, fingerprint: str, calibration: dict[str, Any] | None, seed: int) -> Path:
     """Where the analysis of a model and a calibration is kept: found again whatever the budget is."""
-    key = json.dumps([fingerprint, calibration, seed], sort_keys=True)
+    key = json.dumps([VERSION, fingerprint, calibration, seed], sort_keys=True)
     return folder / f"analysis-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 

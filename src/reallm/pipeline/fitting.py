@@ -24,7 +24,7 @@ from reallm.fit import Objective, fit
 from reallm.formats import WeightFormat
 from reallm.formats.waist import inner, under
 from reallm.model import Matrix, read_matrix
-from reallm.model.gradients import fisher, token_weights
+from reallm.model.gradients import Guidance, fisher, guidance
 from reallm.model.pieces import Pieces
 from reallm.model.stream import Moments, Stream
 from reallm.pipeline.calibrating import calculation_dtype, calibration_windows
@@ -143,9 +143,9 @@ def stream_dtype(job: Job) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _EndLoss:
-    """What the end loss says of tokens (guided) or of weights (fisher); nothing for plain outputs."""
+    """What the end loss says of tokens and channels (guided) or of weights (fisher); nothing for plain outputs."""
 
-    weights: dict[str, Tensor] | None = None
+    guidance: dict[str, Guidance] | None = None
     fisher: dict[str, Tensor] | None = None
 
     def objectives(self, stream: Stream, matrices: Sequence[Matrix]) -> ObjectiveOf:
@@ -156,15 +156,18 @@ class _EndLoss:
         if self.fisher is not None:
             known = self.fisher
             return lambda matrix: Objective(known[matrix.name]) if matrix.name in known else None
-        moments = stream.moments(matrices, self.weights) if matrices else Moments()
-        return lambda matrix: _of_outputs(matrix, moments)
+        guided = self.guidance or {}
+        weights = {name: own.tokens for name, own in guided.items()} or None
+        moments = stream.moments(matrices, weights) if matrices else Moments()
+        rows = {name: own.rows for name, own in guided.items()}
+        return lambda matrix: _of_outputs(matrix, moments, rows.get(matrix.name))
 
 
-def _of_outputs(matrix: Matrix, moments: Moments) -> Objective | None:
+def _of_outputs(matrix: Matrix, moments: Moments, rows: Tensor | None) -> Objective | None:
     """Errors: SourceError naming the matrix if its inputs overflowed."""
     hessian = moments.take(matrix.name)
     try:
-        return None if hessian is None else Objective.of_outputs(hessian)
+        return None if hessian is None else Objective.of_outputs(hessian, rows)
     except FormatError as error:
         raise SourceError(f"{matrix.name}: {error}") from error
 
@@ -184,5 +187,5 @@ def _asked_of_the_original(job: Job, work: Path) -> tuple[Tensor, _EndLoss]:
     if job.settings.objective == OUTPUTS or not open_ones:
         return windows, _EndLoss()
     if job.settings.objective == GUIDED:
-        return windows, _EndLoss(weights=token_weights(original(), windows, open_ones, job.settings.device))
+        return windows, _EndLoss(guidance=guidance(original(), windows, open_ones, job.settings.device))
     return windows, _EndLoss(fisher=fisher(original(), windows, open_ones, job.settings.device))
