@@ -1,17 +1,21 @@
 """What tuning gives at 2 to 3 bits: block-wise, end to end, what trains, which loss, which rank at equal bytes.
 
-    python benchmarks/tune.py --model MODEL --data-dir DATA --work FOLDER --jobs N
+    python benchmarks/tune.py --model MODEL --data-dir DATA --work FOLDER --jobs N --tasks arc_easy,piqa,lambada
 
-Bases are compressed with calibration (c4/c4-train-sample.jsonl) into FOLDER once and tuned from there. Text for tuning:
-a mix of DATA/tune and C4, of which Wikipedia is a third at most. Scored on WikiText-2 raw test, all windows, context
-2,048; early stopping on WikiText-2 raw validation. Writes results/tune.json after every arm; --resume keeps the arms
-that are there. --tokens sets the length of all arms but those of group `length`.
+Bases are compressed with calibration (c4/c4-train-sample.jsonl) into FOLDER once and tuned from there;
+`--base "bits 2=OUT"` takes a compressed model that is there. Text for tuning: a mix of DATA/tune and C4, of which
+Wikipedia is a third at most. Scored on WikiText-2 raw test, all windows, context 2,048; early stopping on its raw
+validation text, which also scores the groups that choose a setting (`rate`, `block rate`). Arms of group `target` and
+the original also write three answers, and are scored on `--tasks` with the files in DATA/tasks. --keep leaves their
+tuned models in FOLDER.
+Writes results/tune.json after every arm; --resume keeps the arms that are there.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import functools
+import importlib.util
 import json
 import re
 import shutil
@@ -22,14 +26,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import Lab, Workers, arguments, save
+from lab import Lab, Workers, arguments, earlier_runs, original_of, save
 
 import reallm
+from reallm.allocate.candidates import calibrated_candidates
 from reallm.artifact import read_ledger
 from reallm.errors import ReallmError
+from reallm.evaluate.generate import generate_stream
 from reallm.evaluate.measure import measure
+from reallm.evaluate.tasks import score_tasks
 from reallm.formats import to_spec
 from reallm.formats.waist import from_spec
+from reallm.model import load, load_tokenizer
 from reallm.model.text import load_text
 
 C4 = ("c4", "c4-train-sample.jsonl")
@@ -38,6 +46,11 @@ PLAIN = (
     "austen-emma.txt carroll-alice.txt chesterton-brown.txt"
 ).split()
 SEVERAL = "residual,scales,gains,codebooks,norms"
+PROMPTS = (
+    "What is the capital of France, and what is it known for?",
+    "Write a short story about a lighthouse keeper who finds a letter.",
+    "Explain in three sentences why the sky is blue.",
+)
 
 
 def every(base: dict[str, Any]) -> dict[str, Any]:
@@ -61,11 +74,25 @@ def budget(bits: float, rank: int | None = None) -> dict[str, Any]:
     return {"bits": bits, "objective": "guided", **({} if rank is None else {"rank": rank})}
 
 
-# Name -> settings of reallm.compress; a dict under `recipe` is written to a file. Calibration is added to all.
+def with_gains() -> dict[str, Any]:
+    """Candidates of block matrices that all have numbers to train: trellises in `gain`, 0.028 bits for rows of 576.
+
+    Without entropy-coded ones, whose errors inside `gain` are in no table: measuring 40 takes minutes.
+    """
+    found = [to_spec(fmt) for fmt in calibrated_candidates("block", 16, entropy=False)]
+    trellises = [gain(s) for s in found if s["format"] == "rotated" and s["base"]["format"] == "trellis"]
+    own_scales = [s for s in found if s["format"] in ("codebook", "uniform", "normal_float", "scaled")]
+    return {"candidates": {"block": trellises + own_scales}}
+
+
+# Name -> settings of reallm.compress; dicts under `recipe` and `corrections` are written to files. All are calibrated.
 BASES: dict[str, dict[str, Any]] = {
     "bits 2": budget(2.0),
     "bits 2.5": budget(2.5),
     "bits 3": budget(3.0),
+    "60 MB": {"size": 60_000_000, "objective": "guided"},
+    "bits 2, gains": {**budget(2.0), "corrections": with_gains()},
+    "60 MB, gains": {"size": 60_000_000, "objective": "guided", "corrections": with_gains()},
     "gain, trellis 2": {"recipe": every(trellis(2)), "objective": "guided"},
     "gain, trellis 3": {"recipe": every(trellis(3)), "objective": "guided"},
     "gain, codebook d=4": {"recipe": every(gain(vectors())), "objective": "guided"},
@@ -86,11 +113,22 @@ class Task:
     base: str
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether a setting is chosen by it: scored on validation text."""
+        return self.group in ("rate", "block rate")
 
-def methods(base: str) -> list[Task]:
-    group = f"methods, {base}"
-    arms = {"before": {}} | {name: {"method": name} for name in ("blockwise", "end-to-end", "both")}
-    return [Task(group, name, base, settings) for name, settings in arms.items()]
+    @property
+    def writes(self) -> bool:
+        """Whether samples are written and tasks scored."""
+        return self.group == "target"
+
+
+def methods(group: str, base: str, *names: str) -> list[Task]:
+    return [
+        Task(group, f"{base}, {name}", base, {} if name == "before" else {"method": name})
+        for name in ("before", *names)
+    ]
 
 
 def end_to_end(group: str, base: str, **arms: dict[str, Any]) -> list[Task]:
@@ -98,37 +136,39 @@ def end_to_end(group: str, base: str, **arms: dict[str, Any]) -> list[Task]:
 
 
 VECTORS, TRELLIS, PUBLISHED = "gain, codebook d=4", "gain, trellis 2", "reallm-vq"
-# In this order, so that a run that is cut short has the arms of interest.
+SHORT = 500_000
+# In this order, so that a run that is cut short has the arms of interest. KL, a rate of 1e-3, all parts and rank 0 at 3
+# bits are the arms of `target`.
 TASKS: list[Task] = [
-    *methods("bits 2"),
-    *methods("bits 2.5"),
-    *methods("bits 3"),
-    *methods(TRELLIS),
-    *methods(VECTORS),
-    *end_to_end("rate, codebook", VECTORS, **{str(r): {"learning_rate": r} for r in (3e-4, 1e-3, 3e-3, 1e-2)}),
-    *end_to_end("rate, trellis", TRELLIS, **{str(r): {"learning_rate": r} for r in (3e-4, 1e-3, 3e-3, 1e-2)}),
+    *[
+        task
+        for base in ("bits 2", "bits 2, gains", "60 MB", "60 MB, gains", "bits 2.5", "bits 3")
+        for task in methods("target", base, "both", "end-to-end")
+    ],
+    *end_to_end("rate", "bits 2", **{str(r): {"learning_rate": r, "tokens": SHORT} for r in (1e-3, 3e-3, 3e-4, 1e-2)}),
+    *[
+        Task("block rate", str(rate), "bits 2", {"method": "blockwise", "block_learning_rate": rate})
+        for rate in (5e-3, 2e-2, 1e-3)
+    ],
+    *end_to_end("loss", "bits 2", ce={"loss": "ce"}, mix={"loss": "mix"}, top_64={"top_k": 64}),
+    *[task for r in (8, 16, 32) for task in methods("rank at 3 bits", f"bits 3, rank {r}", "end-to-end")],
+    *[task for r in (0, 8, 16, 32, 64) for task in methods("rank at 4 bits", f"bits 4, rank {r}", "end-to-end")],
+    *end_to_end("what trains, bits 2", "bits 2", **{w: {"train": w} for w in ("norms", "scales", "gains")}),
+    *[task for base in ("bits 2", "bits 2.5", "bits 3") for task in methods("block-wise alone", base, "blockwise")[1:]],
+    *[Task("target of blocks", "compressed", "bits 2", {"method": "blockwise", "target": "compressed"})],
+    *end_to_end("length", "bits 2", **{f"{m} M": {"tokens": m * 1_000_000} for m in (1, 4, 8)}),
+    *end_to_end("rounding", "bits 2", at_the_end={"round_at_end": True}),
+    *[task for base in (TRELLIS, VECTORS, PUBLISHED) for task in methods("one format", base, "both")],
     *end_to_end(
         "what trains, codebook", VECTORS, **{w: {"train": w} for w in ("norms", "gains", "scales", "codebooks")}
     ),
-    *[
-        Task("block rate", str(rate), VECTORS, {"method": "blockwise", "block_learning_rate": rate})
-        for rate in (1e-3, 5e-3, 2e-2)
-    ],
-    *end_to_end("what trains, trellis", TRELLIS, **{w: {"train": w} for w in ("norms", "gains", "scales")}),
     *end_to_end("what trains, rank 32", PUBLISHED, **{w: {"train": w} for w in ("norms", "residual", SEVERAL)}),
-    *end_to_end("loss", VECTORS, kl={"loss": "kl"}, ce={"loss": "ce"}, mix={"loss": "mix"}, top_64={"top_k": 64}),
-    *end_to_end("rounding", VECTORS, every_step={}, at_the_end={"round_at_end": True}),
-    *[Task("target", t, VECTORS, {"method": "blockwise", "target": t}) for t in ("original", "compressed")],
-    *end_to_end("length", VECTORS, **{f"{m} M": {"tokens": m * 1_000_000} for m in (1, 2, 4, 8)}),
-    *[Task("rank at 3 bits", base, base, s) for base in ("bits 3", *(f"bits 3, rank {r}" for r in (8, 16, 32)))
-      for s in ({}, {"method": "both"})],
-    *[Task("rank at 4 bits", f"bits 4, rank {r}", f"bits 4, rank {r}", s) for r in (0, 8, 16, 32, 64)
-      for s in ({}, {"method": "both"})],
-    *methods("gain, trellis 3"),
-    *methods("gain, additive"),
-    *methods("gain, entropy 2"),
-    *methods(PUBLISHED),
-]  # fmt: skip
+    *[
+        task
+        for base in ("gain, trellis 3", "gain, additive", "gain, entropy 2")
+        for task in methods("one format", base, "both")
+    ],
+]
 
 
 @dataclass(frozen=True)
@@ -146,6 +186,10 @@ class Arm:
     trained: dict[str, int] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
     curve: list[list[float]] = field(default_factory=list)  # step, loss
+    tokens_per_second: float | None = None  # of the last step end to end
+    text: str = "wiki.test.raw"
+    samples: list[dict[str, str]] = field(default_factory=list)
+    tasks: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -158,6 +202,11 @@ class Bench:
     device: str
     windows: int | None
     sizes: dict[str, int]
+    rates: dict[str, float]  # for arms that name none
+    given: dict[str, Path]  # bases that are there
+    tasks: tuple[str, ...]
+    limit: int | None
+    keep: bool
 
     def compress(self, name: str) -> str | None:
         """Make a base unless it is there; what was wrong, if it cannot be made."""
@@ -165,10 +214,11 @@ class Bench:
         if out.is_dir():
             return None
         settings = dict(BASES[name])
-        if isinstance(settings.get("recipe"), dict):
-            path = out.with_suffix(".yaml")
-            path.write_text(json.dumps(settings["recipe"]), encoding="utf-8")  # JSON is YAML
-            settings["recipe"] = str(path)
+        for key in ("recipe", "corrections"):
+            if isinstance(settings.get(key), dict):
+                path = self.work / f"{out.name}-{key}.yaml"
+                path.write_text(json.dumps(settings[key]), encoding="utf-8")  # JSON is YAML
+                settings[key] = str(path)
         calibration = {"calibration": (str(self.data.joinpath(*C4)),), "calibration_windows": self.sizes["calibration"]}
         calibration["calibration_context"] = self.sizes["calibration_context"]
         try:
@@ -178,7 +228,7 @@ class Bench:
         return None
 
     def base(self, name: str) -> Path:
-        return self.work / re.sub(r"[^a-z0-9.]+", "-", name)
+        return self.given.get(name) or self.work / re.sub(r"[^a-z0-9.]+", "-", name.lower())
 
     def run(self, task: Task) -> Arm:
         """Tune and score."""
@@ -192,6 +242,7 @@ class Bench:
             "reference": self.model,
             "device": self.device,
             **{key: self.sizes[key] for key in ("tokens", "context", "batch", "block_windows", "validation_windows")},
+            **self.rates,
             **task.settings,
         }
         settings["train"] = tuple(settings.get("train", SEVERAL).split(","))
@@ -202,15 +253,17 @@ class Bench:
         seconds = time.perf_counter() - begun
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         arm = self.score(task, out, seconds, peak, tuned)
-        shutil.rmtree(out)
+        if not (self.keep and task.writes):
+            shutil.rmtree(out)
         return arm
 
     def score(self, task: Task, folder: Path, seconds: float, peak: int, tuned: Any) -> Arm:
-        text = self.data / "wikitext2-raw" / "wiki.test.raw"
+        text = self.data / "wikitext2-raw" / ("wiki.valid.raw" if task.chooses else "wiki.test.raw")
         options = {"max_windows": self.windows, "context": self.sizes["test_context"], "batch_size": 4}
         found = measure(str(folder), text, reference=self.model, device=self.device, dtype="float32", **options)
         ledger = read_ledger(folder)
-        curve = [[e["step"], e["loss"]] for e in tuned.events if e["phase"] == "end-to-end"] if tuned else []
+        steps = [e for e in tuned.events if e["phase"] == "end-to-end" and "loss" in e] if tuned else []
+        curve = [[e["step"], e["loss"]] for e in steps]
         arm = Arm(
             key_of(task),
             ledger.bits_per_weight,
@@ -223,14 +276,31 @@ class Bench:
             tuned.counts if tuned else {},
             {"end_to_end": tuned.end_to_end, "blocks": _block_errors(tuned)} if tuned else {},
             curve[:: max(1, len(curve) // 50)],
+            steps[-1]["tokens_per_second"] if steps else None,
+            text.name,
+            *(self.written(folder) if task.writes else ()),
         )
         figures = f"{arm.bits:7.4f} b  ppl {arm.perplexity:9.3f}  KL {arm.kl:7.4f}  {seconds:7.1f} s"
         print(f"{arm.key:60s} {figures}", flush=True)
         return arm
 
+    def written(self, model: str | Path) -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
+        """(answers to three questions, each its likeliest; figures of tasks)."""
+        tokenizer, loaded = load_tokenizer(model), load(model, device=self.device, dtype=torch.float32)
+        chat = getattr(tokenizer, "chat_template", None) is not None
+        samples = [
+            {"prompt": p, "answer": "".join(generate_stream(loaded, tokenizer, p, max_new_tokens=128, chat=chat))}
+            for p in PROMPTS
+        ]
+        del loaded
+        if not self.tasks:
+            return samples, []
+        options = {"limit": self.limit, "batch_size": 64, "device": self.device, "dtype": "float32"}
+        return samples, score_tasks(str(model), self.tasks, data=self.data / "tasks", **options)["tasks"]
+
 
 def key_of(task: Task) -> str:
-    return f"{task.group} | {task.name}" + (" | before" if not task.settings and task.name != "before" else "")
+    return f"{task.group} | {task.name}"
 
 
 def _block_errors(tuned: Any) -> list[list[float]]:
@@ -272,8 +342,13 @@ def _run(task: Task, latest: float | None) -> Arm | None:
     return None if latest is not None and time.time() > latest else Workers.state.run(task)
 
 
-def bench_of(model: str, data: Path, work: Path, windows: int | None, sizes: dict[str, int], device: str) -> Bench:
-    return Bench(model, data, work, device, windows, sizes)
+def _original() -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
+    """In a worker process."""
+    return Workers.state.written(Workers.state.model)
+
+
+def bench_of(settings: dict[str, Any], device: str) -> Bench:
+    return Bench(device=device, **settings)
 
 
 def finished(path: Path) -> dict[str, Arm]:
@@ -293,6 +368,40 @@ def _more(parser: Any) -> None:
     parser.add_argument("--block-windows", type=int, default=128)
     parser.add_argument("--validation-windows", type=int, default=16)
     parser.add_argument("--test-context", type=int, default=2048)
+    parser.add_argument("--learning-rate", type=float, default=None, help="of arms that name none")
+    parser.add_argument("--block-learning-rate", type=float, default=None, help="of arms that name none")
+    parser.add_argument(
+        "--base", nargs="*", default=[], metavar="NAME=FOLDER", help="bases that are compressed already"
+    )
+    parser.add_argument("--only", nargs="*", default=None, help="only arms whose names hold one of these words")
+    parser.add_argument("--tasks", default="", help="tasks of lm-eval for the arms of group target, with commas")
+    parser.add_argument("--limit", type=int, default=None, help="only the first N examples of every task")
+    parser.add_argument("--keep", action="store_true", help="leave the tuned models of group target in WORK")
+
+
+def _settings(args: Any) -> dict[str, Any]:
+    """What a bench needs, but for the device."""
+    sizes = {"calibration": args.calibration_windows, "calibration_context": args.calibration_context}
+    for key in ("tokens", "context", "batch", "block_windows", "validation_windows", "test_context"):
+        sizes[key] = getattr(args, key)
+    rates = {key: getattr(args, key) for key in ("learning_rate", "block_learning_rate")}
+    given = {name: Path(folder) for name, _, folder in (pair.partition("=") for pair in args.base)}
+    if unknown := sorted(set(given) - set(BASES)) + [str(f) for f in given.values() if not f.is_dir()]:
+        raise SystemExit(f"--base: {', '.join(unknown)}: no base of that name, or no such folder; bases: {list(BASES)}")
+    if args.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise SystemExit("--tasks needs lm-eval")
+    return {
+        "model": args.model,
+        "data": args.data_dir,
+        "work": args.work,
+        "windows": args.windows,
+        "sizes": sizes,
+        "rates": {key: rate for key, rate in rates.items() if rate is not None},
+        "given": given,
+        "tasks": tuple(name for name in args.tasks.split(",") if name),
+        "limit": args.limit,
+        "keep": args.keep,
+    }
 
 
 def main() -> None:
@@ -300,29 +409,33 @@ def main() -> None:
     args = arguments(__doc__, "wiki.test.raw", "results/tune.json", jobs=True, calibration=True, more=_more)
     args.work.mkdir(parents=True, exist_ok=True)
     mixed_text(args.data_dir, args.work / "mix.jsonl")
-    sizes = {"calibration": args.calibration_windows, "calibration_context": args.calibration_context}
-    for key in ("tokens", "context", "batch", "block_windows", "validation_windows", "test_context"):
-        sizes[key] = getattr(args, key)
+    settings = _settings(args)
     lab = Lab(args.model, args.text, args.device, args.windows, args.test_context)
-    original = lab.evaluate(kl=False)
+    earlier, original = earlier_runs(args.output, args.resume), original_of(lab, args)
     arms = finished(args.output) if args.resume else {}
     failed: dict[str, str] = {}
+    written = json.loads(args.output.read_text(encoding="utf-8")).get("written", {}) if arms else {}
 
     def keep() -> None:
         done = [(task, arms[key_of(task)]) for task in TASKS if key_of(task) in arms]
         rows = [{"group": t.group, "base": t.base, "settings": t.settings, **asdict(arm)} for t, arm in done]
         command = "python benchmarks/tune.py --model MODEL --data-dir DATA --work FOLDER --jobs N"
         left_out = [key_of(task) for task in TASKS if key_of(task) not in arms]
-        bases = {name: _plain(settings) for name, settings in BASES.items()}
-        save(args.output, lab, command, original, sizes=sizes, jobs=args.jobs, bases=bases, failed=failed,
-             left_out=left_out, arms=rows)  # fmt: skip
+        bases = {name: _plain(how) for name, how in BASES.items()}
+        save(args.output, lab, command, original, earlier, sizes=settings["sizes"], rates=settings["rates"],
+             jobs=args.jobs, limit=args.limit, bases=bases, failed=failed, left_out=left_out, written=written,
+             arms=rows)  # fmt: skip
 
     todo = [task for task in TASKS if key_of(task) not in arms and (not args.groups or task.group in args.groups)]
-    make = functools.partial(bench_of, args.model, args.data_dir, args.work, args.windows, sizes)
+    todo = [task for task in todo if not args.only or any(word in key_of(task) for word in args.only)]
+    make = functools.partial(bench_of, settings)
     run = functools.partial(_run, latest=args.deadline and begun + args.deadline)
+    bench = make(args.device)
     with Workers(args.jobs, args.device, make) as pool:
-        making = {pool.submit(_compress, name): name for name in dict.fromkeys(task.base for task in todo)}
-        tuning: dict[concurrent.futures.Future, Task] = {}
+        tuning = {pool.submit(run, task): task for task in todo if bench.base(task.base).is_dir()}
+        there = {task.base for task in tuning.values()}
+        making = {pool.submit(_compress, t): t for t in dict.fromkeys(task.base for task in todo) if t not in there}
+        own = pool.submit(_original) if any(task.writes for task in todo) and not written else None
         for future in concurrent.futures.as_completed(making):
             if problem := future.result():
                 failed[making[future]] = problem
@@ -337,6 +450,8 @@ def main() -> None:
             if arm is not None:
                 arms[arm.key] = arm
                 keep()
+        if own is not None:
+            written = dict(zip(("samples", "tasks"), own.result(), strict=True))
     keep()
 
 

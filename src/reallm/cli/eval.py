@@ -1,4 +1,4 @@
-"""`reallm eval`: perplexity of a text, and the distance to a reference."""
+"""`reallm eval`: perplexity of a text, the distance to a reference, and tasks of lm-eval."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -17,16 +17,36 @@ Model = Annotated[
 def command(
     model: Model,
     text: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             metavar="FILE",
             help="Text to score: .txt as it is, .raw by the WikiText protocol, .jsonl by its text fields.",
         ),
-    ],
+    ] = None,
     context: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens in a window.")] = 2048,
     windows: Annotated[int | None, typer.Option(metavar="N", min=1, help="Score only the first N windows.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Zero-shot tasks of lm-eval, such as arc_easy,piqa,lambada (lambada_openai). "
+            'Needs: pip install "reallm-compress[tasks]".',
+        ),
+    ] = None,
+    tasks_data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Files in place of the hub's data sets: ARC-Easy-Test.jsonl, ARC-Challenge-Test.jsonl, "
+            "piqa-valid.jsonl with piqa-valid-labels.lst, lambada_test.jsonl.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Only the first N examples of every task.")
+    ] = None,
     reference: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Also measure KL and top-1 agreement with this model.")
+        str | None,
+        typer.Option(metavar="MODEL", help="Also measure KL and top-1 agreement with this model, and its tasks."),
     ] = None,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[
@@ -39,35 +59,52 @@ def command(
         bool,
         typer.Option("--verify/--no-verify", help="Compare a compressed model's tensors with their checksums first."),
     ] = True,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Windows that go through a model at once.")] = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Windows (1) or answers of tasks (16) that go through a model at once."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON to this file.")] = None,
 ) -> None:
-    """Perplexity of a text; with --reference also KL divergence and top-1 agreement.
+    """Perplexity of a text; with --reference also KL divergence and top-1 agreement. Tasks through lm-eval.
 
     The text is cut into windows that do not overlap, each is scored on its own.
     """
-    from reallm.evaluate.measure import measure, to_json
+    from reallm.evaluate.measure import to_json
 
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if text is None and not names:
+        raise ReallmError("nothing to measure: give --text FILE, --tasks NAMES or both")
     if output is not None and not output.absolute().parent.is_dir():
         raise ReallmError(f"--output {output}: there is no folder {output.parent}")
-    with _progress() as progress:
-        result = measure(
-            model,
-            text,
-            context=context,
-            max_windows=windows,
-            reference=reference,
-            batch_size=batch_size,
-            progress=progress,
-            device=device,
-            dtype=dtype,
-            mode=mode,
-            verify=verify,
-        )
+    options: dict[str, Any] = {"reference": reference, "device": device, "dtype": dtype, "mode": mode, "verify": verify}
+    result: dict[str, Any] = {}
+    if names:  # first: a name that nobody knows is found before a text of minutes
+        from reallm.evaluate.tasks import score_tasks
+
+        result = score_tasks(model, names, data=tasks_data, limit=limit, batch_size=batch_size or 16, **options)
+    if text is not None:
+        result = _with_text(result, _measured(model, text, context, windows, batch_size or 1, options))
     if output is not None:
         output.write_text(to_json(result) + "\n", encoding="utf-8")
     print(to_json(result)) if as_json else _print_table(result)
+
+
+def _measured(
+    model: str, text: Path, context: int, windows: int | None, batch_size: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    from reallm.evaluate.measure import measure
+
+    with _progress() as progress:
+        return measure(
+            model, text, context=context, max_windows=windows, batch_size=batch_size, progress=progress, **options
+        )
+
+
+def _with_text(tasks: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """Both results in one; times add up."""
+    seconds = tasks.get("seconds", 0.0) + text["seconds"]
+    return tasks | text | {"seconds": round(seconds, 3), "versions": tasks.get("versions", {}) | text["versions"]}
 
 
 @contextlib.contextmanager
@@ -87,19 +124,44 @@ def _print_table(result: dict[str, Any]) -> None:
     # Not a rich table: it folds or cuts long paths at the width of the terminal, also when there is none.
     for name, value in _rows(result):
         print(f"{name:<11} {value}")
+    if "tasks" in result:
+        print()
+        for row in _task_rows(result):
+            print("  ".join(row))
 
 
 def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = [
-        ("model", result["model"]),
-        ("text", f"{result['text']}  sha256 {result['text_sha256'][:12]}…"),
-        ("measured", f"{result['windows']} windows of {result['context']} tokens, {result['tokens']:,} scored"),
-        ("perplexity", f"{result['perplexity']:.4f}  ({result['nll']:.5f} nats a token)"),
-    ]
-    if result["reference"] is not None:
+    rows = [("model", result["model"])]
+    if "perplexity" in result:
         rows += [
-            ("reference", result["reference"]),
+            ("text", f"{result['text']}  sha256 {result['text_sha256'][:12]}…"),
+            ("measured", f"{result['windows']} windows of {result['context']} tokens, {result['tokens']:,} scored"),
+            ("perplexity", f"{result['perplexity']:.4f}  ({result['nll']:.5f} nats a token)"),
+        ]
+    if result["reference"] is not None:
+        rows.append(("reference", result["reference"]))
+    if result.get("kl") is not None:
+        rows += [
             ("KL", f"{result['kl']:.5f} nats a token"),
             ("top-1", f"{100 * result['top1']:.2f} % the same most likely token"),
         ]
     return rows + [("time", f"{result['seconds']:.1f} s in {result['dtype']}")]
+
+
+def _task_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Head and one row a figure, in columns; after ± stands the standard error."""
+    there = ("model", "stderr"), *([("reference", "reference_stderr")] if result["reference"] is not None else [])
+    rows = [("task", "examples", "figure", *(column for column, _ in there))]
+    for task in result["tasks"]:
+        for name, figure in task["metrics"].items():
+            values = (_figure(name, figure[value], figure[error]) for value, error in there)
+            rows.append((task["task"], f"{task['examples']:,}", name, *values))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [tuple(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _figure(name: str, value: float, stderr: float | None) -> str:
+    """Shares in per cent, all else as it is."""
+    factor, unit, places = (100, " %", ".2f") if name.startswith(("acc", "exact_match")) else (1, "", ".4g")
+    error = "" if stderr is None else f" ± {format(factor * stderr, places)}"
+    return f"{format(factor * value, places)}{error}{unit}"

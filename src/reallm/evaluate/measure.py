@@ -76,10 +76,15 @@ def versions() -> dict[str, str]:
 
 def to_json(result: dict[str, Any]) -> str:
     """JSON text; a figure that is infinite or not a number becomes null, which JSON has no word for."""
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in result.items()
-    }
-    return json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_finite(result), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _check_tokenizers(tokenizer: Any, reference: str) -> None:

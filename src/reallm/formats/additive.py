@@ -23,7 +23,7 @@ from torch import Tensor
 from reallm.errors import FormatError
 from reallm.formats import scales as scale_store
 from reallm.formats.waist import Shape, Tensors, WeightFormat, empty, register
-from reallm.kernels import pack_bits, packed_nbytes, unpack_bits
+from reallm.kernels import entries, pack_bits, packed_nbytes, unpack_bits
 
 VECTOR_DIMS = (4, 8, 16)
 MAX_CODEBOOKS = 16
@@ -108,7 +108,7 @@ def sum_of_entries(
     codes: Int[Tensor, "*vectors books"], codebooks: Float[Tensor, "books entries dim"]
 ) -> Float[Tensor, "*vectors dim"]:
     """One entry of each codebook, added up in their order."""
-    total = codebooks[0][codes[..., 0]]
+    total = entries(codebooks[0], codes[..., 0])
     for book in range(1, len(codebooks)):
-        total = total + codebooks[book][codes[..., book]]
+        total = total + entries(codebooks[book], codes[..., book])
     return total

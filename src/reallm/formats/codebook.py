@@ -16,7 +16,7 @@ from torch import Tensor
 from reallm.errors import FormatError
 from reallm.formats import scales as scale_store
 from reallm.formats.waist import Shape, Tensors, WeightFormat, empty, register
-from reallm.kernels import pack_bits, packed_nbytes, unpack_bits
+from reallm.kernels import entries, pack_bits, packed_nbytes, unpack_bits
 
 VECTOR_DIMS = (1, 2, 4, 8)
 
@@ -99,5 +99,5 @@ class Codebook(WeightFormat):
 
     def decode(self, parts: CodebookParts, shape: Shape) -> Float[Tensor, "out in"]:
         """codebook[code] · scale."""
-        normalised = parts.codebook[parts.codes].flatten(1)[:, : shape[1]]
+        normalised = entries(parts.codebook, parts.codes).flatten(1)[:, : shape[1]]
         return scale_store.scaled(normalised, parts.scales, self.group_size)

@@ -1,6 +1,7 @@
 """Functions on plain tensors; nothing here knows what a format is."""
 
 from reallm.kernels.hadamard import rotate, rotate_back
+from reallm.kernels.lookup import entries
 from reallm.kernels.nearest import nearest_entry, nearest_level
 from reallm.kernels.ordered import average, one_thread, total
 from reallm.kernels.packing import pack_bits, packed_nbytes, unpack_bits
@@ -10,6 +11,7 @@ from reallm.kernels.trellis import closest_codes, quantile_of_state, states_of
 __all__ = [
     "average",
     "closest_codes",
+    "entries",
     "quantile_of_state",
     "states_of",
     "nearest_entry",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -116,6 +117,28 @@ def computing(device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
     """Products in `dtype`; float32 means no autocast."""
     with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         yield
+
+
+@contextlib.contextmanager
+def repeatable(device: torch.device | str) -> Iterator[None]:
+    """Kernels on a GPU that add up in one order, where torch has them: attention's gradient has two.
+
+    A CPU's are such already. Memory is not filled first, which that mode of torch would do with every new tensor.
+    """
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic.*")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filling
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -62,7 +62,8 @@ def processes(device: str) -> Iterator[tuple[Processes, str]]:
     if cuda:
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    # With its device named, NCCL need not guess which one a barrier is on.
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=torch.device(device) if cuda else None)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size()), device
     finally:

@@ -25,6 +25,7 @@ from reallm.tune.blockwise import tune_blocks
 from reallm.tune.data import Windows, split, windows_of
 from reallm.tune.end_to_end import STEP_FILE, Course, tune_whole
 from reallm.tune.log import Listener, Log
+from reallm.tune.losses import repeatable
 from reallm.tune.processes import Processes, processes
 from reallm.tune.settings import Settings, check_settings
 from reallm.tune.trainables import Trainables, choose, choose_new_residuals
@@ -111,7 +112,8 @@ class _Run:
             self.workers.wait()
             if not finished:
                 self.log.add(phase="begin", trained=trainables.counts, windows=len(training), checked=len(validation))
-                figures = self._learn(trainables, original, training, validation, work)
+                with repeatable(self.settings.device):
+                    figures = self._learn(trainables, original, training, validation, work)
             if self.workers.first:
                 if not finished:
                     self._write(trainables, figures, work)
@@ -162,7 +164,7 @@ class _Run:
             raise RecipeError(f"--context {settings.context} is longer than the {limit} positions of this model")
         with quiet():
             walked = walk(meta_model(model.config))
-        how: dict[str, Any] = {"rounded": not settings.round_at_end}
+        how: dict[str, Any] = {"rounded": not settings.round_at_end, "device": settings.device}
         how["kept_dtype"] = None if settings.save_memory else settings.compute_dtype
         if settings.adapter is not None:
             return choose_new_residuals(model, walked, settings.adapter, settings.seed, **how)

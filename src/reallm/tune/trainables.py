@@ -76,6 +76,7 @@ class LiveMatrix(nn.Module):
         values = named_tensors(parts)
         self.units = {name: unit_of(values[name]) for name in chosen}
         self._rounding = {name: rounding_of(fmt, name, shape) for name in chosen}
+        self._rounded: dict[str, tuple[int, Tensor]] = {}
         for name in chosen:
             self.register_parameter(_leaf(name), nn.Parameter(values[name].float() / self.units[name]))
         self.form, self.factors = fmt, {}
@@ -110,7 +111,13 @@ class LiveMatrix(nn.Module):
         values = self.part(name)
         if not self.rounded:
             return values
-        return _Through.apply(values, self._rounding[name](values.detach()))
+        # Once a step: a step runs every block twice, and its micro-batches and validation do so again.
+        parameter = self.get_parameter(_leaf(name))
+        version, rounded = self._rounded.get(name, (-1, values))
+        if version != parameter._version or rounded.device != values.device:
+            rounded = self._rounding[name](values.detach())
+            self._rounded[name] = parameter._version, rounded
+        return _Through.apply(values, rounded)
 
 
 class _KeptTensor(nn.Module):
@@ -161,10 +168,12 @@ def choose(
     *,
     rounded: bool,
     kept_dtype: torch.dtype | None,
+    device: str | torch.device = "cpu",
 ) -> Trainables:
     """Make the chosen parts of a compressed model, loaded undecoded, parameters; everything else is frozen.
 
-    `stored_dtypes` are those of the kept tensors in the file.
+    `stored_dtypes` are those of the kept tensors in the file. Matrices are decoded on `device` one at a time, and stay
+    where they are.
     Errors: RecipeError if the model has none of the parts named.
     """
     model.requires_grad_(False)
@@ -179,7 +188,7 @@ def choose(
         if not chosen:
             module.decode_once()
             continue
-        live = LiveMatrix(module.fmt, module.shape, module.stored(), chosen, rounded, kept_dtype)
+        live = _made(module.fmt, module.shape, module.stored(), chosen, rounded, kept_dtype, device)
         module.come_alive(live)
         matrices[path] = live
         for name in chosen:
@@ -200,7 +209,14 @@ def choose(
 
 
 def choose_new_residuals(
-    model: nn.Module, walked: Walk, rank: int, seed: int, *, rounded: bool, kept_dtype: torch.dtype | None
+    model: nn.Module,
+    walked: Walk,
+    rank: int,
+    seed: int,
+    *,
+    rounded: bool,
+    kept_dtype: torch.dtype | None,
+    device: str | torch.device = "cpu",
 ) -> Trainables:
     """Give every block matrix of a compressed model a residual of `rank` that is nothing yet, and train only these.
 
@@ -219,12 +235,27 @@ def choose_new_residuals(
         right = torch.randn(columns, rank, generator=generator) / math.sqrt(columns)
         factors = fmt.pack_factor("left", torch.zeros(rows, rank)) | fmt.pack_factor("right", right)
         stored = factors | under("base", module.stored())
-        matrices[path] = LiveMatrix(fmt, module.shape, stored, ("left", "right"), rounded, kept_dtype)
+        matrices[path] = _made(fmt, module.shape, stored, ("left", "right"), rounded, kept_dtype, device)
         module.come_alive(matrices[path])
         parameters |= {f"{path}.{side}": matrices[path].get_parameter(_leaf(side)) for side in ("left", "right")}
     if not parameters:
         raise RecipeError(f"--adapter {rank}: no block matrix has both sides that large; lower the rank")
     return Trainables(parameters, {"adapter": sum(p.numel() for p in parameters.values())}, matrices, {}, model)
+
+
+def _made(
+    fmt: WeightFormat,
+    shape: Shape,
+    stored: Tensors,
+    chosen: Sequence[str],
+    rounded: bool,
+    kept_dtype: torch.dtype | None,
+    device: str | torch.device,
+) -> LiveMatrix:
+    """A live matrix where the stored tensors are, made on `device`: to decode 210 trellises takes a CPU minutes."""
+    home = next(iter(stored.values())).device
+    there = {name: tensor.to(device) for name, tensor in stored.items()}
+    return LiveMatrix(fmt, shape, there, chosen, rounded, kept_dtype).to(home)
 
 
 def float_roles(fmt: WeightFormat, stored: Tensors, shape: Shape) -> dict[str, str]:
@@ -266,9 +297,10 @@ def _settled(
     inside = trained & set(values)
     if not inside:
         return _SETTLED, DenseParts(fmt.decode(parts, shape).to(dtype)), {}
-    if len(inside) == 1 and (name := next(iter(inside))) and _is_factor(fmt, parts, shape, name):
-        ones = with_tensors(parts, {name: torch.ones_like(values[name])})
-        return _SETTLED, DenseParts(fmt.decode(ones, shape).to(dtype)), {"values": name}
+    if len(inside) == 1 and (name := next(iter(inside))) and values[name].numel() == 1:
+        once, twice = (fmt.decode(with_tensors(parts, {name: torch.full_like(values[name], n)}), shape) for n in (1, 2))
+        if torch.equal(twice, 2 * once):  # a factor of the whole matrix: doubled, it doubles every bit exactly
+            return _SETTLED, DenseParts(once.to(dtype)), {"values": name}
     base = getattr(fmt, "base", None)
     if not isinstance(base, WeightFormat):
         return fmt, parts, {}
@@ -281,15 +313,6 @@ def _settled(
         dataclasses.replace(parts, base=settled),
         {f"base.{place}": f"base.{name}" for place, name in factors.items()},
     )
-
-
-def _is_factor(fmt: WeightFormat, parts: Parts, shape: Shape, name: str) -> bool:
-    """Whether a part is one number that the whole matrix is a multiple of: doubled, it doubles every bit exactly."""
-    value = named_tensors(parts)[name]
-    if value.numel() != 1:
-        return False
-    twice = fmt.decode(with_tensors(parts, {name: 2 * value}), shape)
-    return torch.equal(twice, 2 * fmt.decode(parts, shape))
 
 
 def _narrow(tensor: Tensor) -> Tensor:
