@@ -1,6 +1,6 @@
 """Compresses a tiny model again and again in forked children that die by SIGKILL. Run by test_killed.py.
 
-    python kill_server.py MODEL RECIPE FOLDER KILLS SEED
+    python kill_server.py MODEL FOLDER KILLS SEED SETTINGS
 
 A child is forked for every attempt, so that transformers is imported once. Half of the kills strike after a random
 time, wherever the child then is, in the middle of a write too; the other half at a random system event of Python
@@ -32,7 +32,6 @@ EVENTS = (
     "os.chmod",
     "shutil.rmtree",
 )
-LAST_EVENT = 350  # a whole run has about 300
 
 
 def child(job, out: Path, delay: float | None, event: int | None) -> None:
@@ -61,11 +60,11 @@ def child(job, out: Path, delay: float | None, event: int | None) -> None:
     os._exit(0)
 
 
-def attempt(job, out: Path, rng: random.Random, whole: float) -> bool:
+def attempt(job, out: Path, rng: random.Random, whole: float, events: int) -> bool:
     """One try, killed or not. Whether it got to its end."""
     by_time = rng.random() < 0.5
     delay = rng.uniform(0, whole) if by_time else None
-    event = None if by_time else rng.randrange(LAST_EVENT)
+    event = None if by_time else rng.randrange(events)
     process = os.fork()
     if process == 0:
         child(job, out, delay, event)
@@ -79,17 +78,25 @@ def attempt(job, out: Path, rng: random.Random, whole: float) -> bool:
 
 def main() -> None:
     """Runs until there were KILLS kills; the last run is let live."""
-    model, recipe, folder, kills, seed = sys.argv[1:]
+    model, folder, kills, seed, settings = sys.argv[1:]
     torch.set_num_threads(1)  # threads do not survive a fork
-    job = prepare(model, Settings(recipe=recipe))
+    chosen = json.loads(settings)
+    job = prepare(model, Settings(**chosen | {"calibration": tuple(chosen.get("calibration", ()))}))
+    events, counting = 0, True
+
+    def count(name: str, arguments: tuple) -> None:
+        nonlocal events
+        events += counting and name in EVENTS
+
+    sys.addaudithook(count)  # for good: there is no way to take one away
     start = time.perf_counter()
     run(job, Path(folder) / "whole")
-    whole = time.perf_counter() - start
+    whole, counting = time.perf_counter() - start, False
     rng, so_far, number = random.Random(int(seed)), 0, 0
     while so_far < int(kills):
         number += 1
         out, killed, left_behind = Path(folder) / f"out{number}", 0, []
-        while not attempt(job, out, rng, whole):
+        while not attempt(job, out, rng, whole, events):
             killed += 1
             work = out.with_name(out.name + ".work")
             left_behind.append(len(list(work.glob("*.safetensors"))) if work.exists() else -1)

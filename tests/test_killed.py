@@ -21,13 +21,26 @@ def files(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
+RUNS = {
+    "by weights alone": {"recipe": RECIPE},
+    "with calibration": {"recipe": RECIPE, "calibration_windows": 6, "calibration_context": 48},
+    "to a size, coded": {"size": 74_000, "coding": True, "calibration_windows": 6, "calibration_context": 48},
+}
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_killed_at_sixty_random_points_and_resumed_the_bytes_are_the_same(tiny_llama, tmp_path):
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
+@pytest.mark.parametrize("kind", RUNS)
+def test_killed_at_sixty_random_points_and_resumed_the_bytes_are_the_same(tiny_llama, text_file, tmp_path, kind):
+    settings = dict(RUNS[kind])
+    if "recipe" in settings:
+        (tmp_path / "recipe.yaml").write_text(RECIPE)
+        settings["recipe"] = str(tmp_path / "recipe.yaml")
+    if "calibration_windows" in settings:
+        settings["calibration"] = [str(text_file)]
     server = [sys.executable, str(Path(__file__).with_name("kill_server.py"))]
-    arguments = [str(tiny_llama), str(tmp_path / "recipe.yaml"), str(tmp_path), str(KILLS), "0"]
+    arguments = [str(tiny_llama), str(tmp_path), str(KILLS), "0", json.dumps(settings)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*server, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run([*server, *arguments], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     runs = [json.loads(line) for line in done.stdout.splitlines()]
     assert sum(run["killed"] for run in runs) >= KILLS

@@ -1,7 +1,10 @@
 """Any state dict in one file under a hard cap, read back by a decoder that needs numpy alone."""
 
+import json
+import random
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +115,103 @@ def test_a_damaged_file_is_refused(state, tmp_path):
     (tmp_path / "out").write_bytes(data)
     with pytest.raises(ValueError, match="damaged"):
         reallm.unpack(tmp_path / "out")
+
+
+def forged(path, change, flip=None):
+    """The file with another header, or a changed byte behind it, and a checksum that is right for it."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[4:8], "little")
+    header = json.loads(zlib.decompress(data[12 : 12 + size]))
+    text, rest = change(json.dumps(header), header), bytearray(data[12 + size :])
+    if flip is not None:
+        rest[flip % len(rest)] ^= 1 << flip % 8
+    packed = zlib.compress((text or json.dumps(header)).encode())
+    body = packed + bytes(rest)
+    path.write_bytes(data[:4] + len(packed).to_bytes(4, "little") + zlib.crc32(body).to_bytes(4, "little") + body)
+
+
+@pytest.fixture(scope="module")
+def packed(state, code_file, tmp_path_factory):
+    """A file of several formats."""
+    path = tmp_path_factory.mktemp("packed") / "out.bin"
+    reallm.pack(state[0], path, 24_000, [code_file])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    {
+        "a matrix of 10^12 weights": lambda _, h: [
+            e.update(matrix=[10**6, 10**6]) for e in h["tensors"] if e["format"]
+        ],
+        "a negative size": lambda _, h: h["tensors"][0]["stored"][0].__setitem__(3, -1),
+        "a shape of 10^15": lambda _, h: h["tensors"][0]["stored"][0].__setitem__(2, [10**15]),
+        "a shape of halves": lambda _, h: h["tensors"][0]["stored"][0].__setitem__(2, [0.5]),
+        "a dtype of objects": lambda _, h: h["tensors"][0]["stored"][0].__setitem__(1, "O"),
+        "deep JSON": lambda text, _: "[" * 100_000,
+        "a list": lambda text, _: "[]",
+        "no tensors": lambda text, _: "{}",
+        "JSON of a gigabyte": lambda text, _: text + " " * 200_000_000,
+        "an owner that is not there": lambda _, h: h["same"].update(x="nothing"),
+        "files that are not there": lambda _, h: h["files"].append(["x", 10**9]),
+    }.items(),
+)
+def test_a_forged_header_is_one_error_in_little_memory(packed, tmp_path, what, change):
+    import tracemalloc
+
+    path = tmp_path / "forged.bin"
+    path.write_bytes(packed.read_bytes())
+
+    def changed(text, header):
+        found = change(text, header)
+        return found if isinstance(found, str) else None
+
+    forged(path, changed)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"damaged or forged"):  # noqa: PT012 - either may be the one that sees it
+        reallm.unpack(path)
+        decoder.files(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150_000_000, peak  # LZMA takes 67 MB for any file of code
+
+
+def test_fields_of_a_forged_format_take_no_memory():
+    for wrong in (lambda: decoder._codes(np.zeros(4, np.uint8), 10**9, 3), lambda: decoder._levels(10**9)):
+        with pytest.raises(ValueError, match="of 1000000000 bits"):
+            wrong()
+    fmt = {"format": "codebook", "index_bits": 2, "vector_dim": 10**6, "scales": "float16", "group_size": 0}
+    stored = {
+        "codes": np.zeros(4, np.uint8),
+        "codebook": np.zeros((4, 2), np.float16),
+        "scales": np.ones(2, np.float16),
+    }
+    with pytest.raises(ValueError, match="a codebook of another shape"):
+        decoder._codebook(fmt, stored, 2, 8)
+
+
+def test_mutants_of_a_packed_file_are_read_or_refused_by_one_error(packed, tmp_path):
+    rng, outcomes = random.Random(0), {"read": 0, "refused": 0}
+    for _ in range(400):
+        path = tmp_path / "mutant.bin"
+        path.write_bytes(packed.read_bytes())
+
+        def change(text, _):
+            if rng.random() < 0.3:
+                return text
+            at = rng.randrange(len(text))
+            return text[:at] + rng.choice(["0", "9", "-", "1e9", "null", "[]", '"', "", "{}"]) + text[at + 1 :]
+
+        forged(path, change, rng.randrange(1 << 20))
+        with np.errstate(all="ignore"):
+            try:
+                reallm.unpack(path)
+                decoder.files(path)
+                outcomes["read"] += 1
+            except ValueError as problem:
+                assert "forged" in str(problem)
+                outcomes["refused"] += 1
+    assert min(outcomes.values()) > 40, outcomes
 
 
 def test_mistakes_are_one_line(state, tmp_path):

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from reallm.model import load, load_tokenizer, open_source, walk
+from reallm.errors import SourceError
+from reallm.model import load, load_tokenizer, open_source, read_matrix, walk
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
@@ -111,3 +112,147 @@ def test_reading_leaves_gguf_as_it_was(file):
     before = gguf.GGUFReader, gguf.get_tensor_name_map
     open_source(file).read("model.norm.weight")
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+
+
+# transformers' name, GGUF's, and what a header says beside sizes that all have
+KINDS = {
+    "llama": ("llama", {"attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-5}),
+    "qwen2": ("qwen2", {"attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-5}),
+    "gemma3": ("gemma3", {"attention.head_count_kv": 2, "attention.key_length": 16, "attention.value_length": 16}),
+    "phi3": ("phi3", {"attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-5}),
+    "gpt2": ("gpt2", {"attention.layer_norm_epsilon": 1e-5}),
+    "qwen3_moe": (
+        "qwen3moe",
+        {
+            "attention.head_count_kv": 2,
+            "attention.key_length": 16,
+            "attention.layer_norm_rms_epsilon": 1e-6,
+            "expert_count": 4,
+            "expert_used_count": 2,
+        },
+    ),
+}
+
+
+def write(path, family, build, changed=()):
+    """Some numbers in a GGUF file of a tiny model of a family; matrices in 8-bit blocks where they can be."""
+    import numpy as np
+
+    kind, says = KINDS[family]
+    # transformers takes this width from its defaults, whatever the header says.
+    model = build(family, **({"moe_intermediate_size": 768} if family == "qwen3_moe" else {}))
+    writer = gguf.GGUFWriter(str(path), kind)
+    writer.add_name(family)
+    for key, value in {
+        "block_count": 2,
+        "context_length": 128,
+        "embedding_length": 64,
+        "feed_forward_length": 256 if family == "gpt2" else 96,
+        "attention.head_count": 4,
+        "vocab_size": 256,
+        **says,
+    }.items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{kind}.{key}", value)
+    writer.add_token_list([str(number) for number in range(256)])
+    writer.add_pad_token_id(0)
+    rng = np.random.default_rng(0)
+    for name, shape in tensors_of(kind, model).items():
+        numbers = rng.normal(size=shape).astype(np.float32)
+        if name in changed:
+            numbers = numbers[:-1]
+        blocks = len(shape) > 1 and shape[-1] % 32 == 0
+        q8 = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(name, gguf.quantize(numbers, q8) if blocks else numbers, raw_dtype=q8 if blocks else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def tensors_of(kind, model):
+    """Shapes by the names of GGUF: Conv1D turned, gate and up of experts apart."""
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
+    names, shapes = gguf.get_tensor_name_map(arch, 2), {}
+    tied = set(model.all_tied_weights_keys)
+    for name, tensor in model.state_dict().items():
+        stem, suffix = next(((name.removesuffix(s), s) for s in (".weight", ".bias") if name.endswith(s)), (name, ""))
+        shape = tuple(tensor.shape)
+        if name in tied:
+            continue
+        if name.endswith("experts.gate_up_proj"):
+            block = name.split(".")[2]
+            half = (shape[0], shape[1] // 2, shape[2])
+            shapes |= {f"blk.{block}.ffn_{part}_exps.weight": half for part in ("gate", "up")}
+        elif stem == "transformer.wpe":  # the header's context is not what transformers takes here either
+            shapes["position_embd.weight"] = (1024, shape[1])
+        elif (found := names.get_name(stem)) is not None:
+            turned = "Conv1D" in type(model.get_submodule(stem)).__name__ if suffix else False
+            shapes[found + (suffix or ".weight")] = shape[::-1] if turned and suffix == ".weight" else shape
+    return shapes
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_a_gguf_file_reads_tensor_by_tensor_as_transformers_reads_it_whole(family, build, tmp_path):
+    source = open_source(write(tmp_path / "x.gguf", family, build))
+    assert source.lazy and source.loaded_nbytes == 0
+    whole = source.load(torch.float32).state_dict()
+    assert source.names() == list(whole)
+    for name, tensor in whole.items():
+        assert torch.equal(source.read(name), tensor), name
+        if tensor.ndim == 3:
+            assert all(torch.equal(source.read(name, i), part) for i, part in enumerate(tensor)), name
+    assert "_complete" not in vars(source)
+
+
+def test_an_expert_of_a_gguf_file_is_decoded_alone(build, tmp_path, monkeypatch):
+    source = open_source(write(tmp_path / "x.gguf", "qwen3_moe", build))
+    matrix = next(m for m in walk(source.skeleton).matrices if m.name == "model.layers.1.mlp.experts.gate_up_proj.3")
+    whole, decoded, original = source.read(matrix.parameter), [], gguf.dequantize
+    monkeypatch.setattr(gguf, "dequantize", lambda data, kind: decoded.append(data.shape) or original(data, kind))
+    assert torch.equal(read_matrix(source, matrix), whole[3]) and [shape[0] for shape in decoded] == [1, 1]
+
+
+def test_a_gguf_file_whose_tensors_we_cannot_name_one_by_one_is_read_whole_and_says_so(file, monkeypatch):
+    from transformers import modeling_gguf_pytorch_utils as theirs
+
+    class Unknown(theirs.LlamaTensorProcessor):
+        """What a later transformers might do to tensors, all at once."""
+
+    monkeypatch.setitem(theirs.TENSOR_PROCESSORS, "llama", Unknown)
+    source = open_source(file)
+    assert not source.lazy and "llama in GGUF files we do not know" in source.why_whole
+    assert source.loaded_nbytes == 4 * source.total_parameters
+    assert torch.equal(source.read("model.norm.weight"), source.load().state_dict()["model.norm.weight"])
+
+
+def test_a_run_says_that_it_reads_a_gguf_file_whole(file, tmp_path, monkeypatch, capsys):
+    from transformers import modeling_gguf_pytorch_utils as theirs
+
+    from reallm.cli import main
+
+    class Unknown(theirs.LlamaTensorProcessor):
+        pass
+
+    monkeypatch.setitem(theirs.TENSOR_PROCESSORS, "llama", Unknown)
+    assert main(["compress", str(file), "-o", str(tmp_path / "out"), "--recipe", "rtn4", "--dry-run"]) == 0
+    assert "MODEL is read as a whole" in capsys.readouterr().out
+    assert main(["compress", str(file), "-o", str(tmp_path / "out"), "--recipe", "rtn4"]) == 0
+    assert "MODEL is read into memory as a whole" in capsys.readouterr().err
+
+
+def test_a_tensor_of_a_gguf_file_of_another_shape_than_its_header_says_is_named(build, tmp_path):
+    source = open_source(write(tmp_path / "x.gguf", "llama", build, changed=("blk.1.ffn_up.weight",)))
+    with pytest.raises(SourceError, match=r"'model.layers.1.mlp.up_proj.weight' has shape \(95, 64\), not \(96, 64\)"):
+        source.read("model.layers.1.mlp.up_proj.weight")
+
+
+def test_a_gguf_file_that_becomes_shorter_under_a_run_is_an_error_and_no_crash(build, tmp_path):
+    path = write(tmp_path / "x.gguf", "llama", build)
+    source = open_source(path)
+    source.read("model.norm.weight")
+    with path.open("r+b") as stream:
+        stream.truncate(path.stat().st_size // 2)
+    with pytest.raises(OSError, match="became shorter"):
+        for name in source.names():
+            source.read(name)

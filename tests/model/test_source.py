@@ -37,6 +37,64 @@ def test_an_expert_reads_as_its_slice(original, build):
     assert torch.equal(read_matrix(source, matrix), model.model.layers[1].mlp.experts.down_proj[2])
 
 
+MIXTURES = ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v3", "phimoe", "granitemoe", "jetmoe"]
+
+
+def mixture(family, build, tmp_path):
+    """A tiny mixture as transformers saves it: most of them expert by expert."""
+    import transformers as t
+
+    if family in ("mixtral", "qwen3_moe"):
+        model = build(family)
+    else:
+        names = {"qwen2_moe": "Qwen2Moe", "olmoe": "Olmoe", "deepseek_v3": "DeepseekV3", "phimoe": "Phimoe"}
+        names |= {"granitemoe": "GraniteMoe", "jetmoe": "JetMoe"}
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64, "num_experts_per_tok": 2}
+        sizes |= {"num_experts": 11, "n_routed_experts": 11, "num_local_experts": 11, "first_k_dense_replace": 1}
+        sizes |= {"n_group": 1, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8}
+        sizes |= {"qk_nope_head_dim": 8, "v_head_dim": 8, "shared_expert_intermediate_size": 24, "pad_token_id": None}
+        sizes |= {"bos_token_id": 0, "eos_token_id": 1, "decoder_sparse_step": 1}
+        torch.manual_seed(0)
+        model = t.AutoModelForCausalLM.from_config(getattr(t, f"{names[family]}Config")(**sizes))
+    model.save_pretrained(tmp_path)
+    return model
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_saved_expert_by_expert_is_read_part_by_part(family, build, tmp_path):
+    model = mixture(family, build, tmp_path)
+    source = open_source(tmp_path)
+    whole = source.load(torch.float32).state_dict()
+    assert source.names() == list(whole) == list(model.state_dict())
+    for name, tensor in whole.items():
+        assert torch.equal(source.read(name), tensor), name
+        if tensor.ndim == 3:
+            assert all(torch.equal(source.read(name, i), part) for i, part in enumerate(tensor)), name
+    assert source.lazy and "_complete" not in vars(source)
+
+
+def test_a_family_that_is_converted_otherwise_is_read_whole_and_says_so(build, tmp_path, monkeypatch):
+    from transformers.core_model_loading import Concatenate
+
+    model = mixture("mixtral", build, tmp_path)
+    monkeypatch.setattr("transformers.core_model_loading.MergeModulelist", Concatenate)  # none that we know is left
+    source = open_source(tmp_path)
+    assert not source.lazy and "converts tensors of this family" in source.why_whole
+    assert all(torch.equal(source.read(name), tensor) for name, tensor in model.state_dict().items())
+
+
+def test_an_expert_of_another_shape_than_the_others_is_an_error(build, tmp_path):
+    mixture("mixtral", build, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("experts.3.w2.weight"))
+    save_file(tensors | {name: tensors[name][:-1].clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(SourceError):
+        source = open_source(tmp_path)
+        for name in source.names():
+            source.read(name)
+
+
 def test_the_stored_dtype_is_kept(tmp_path, build, save):
     source = open_source(save(build("llama", torch.bfloat16), tmp_path))
     assert source.dtype == torch.bfloat16 and source.config.dtype == torch.bfloat16

@@ -32,7 +32,7 @@ def inputs_seen(model, name, ids):
 
 @pytest.mark.parametrize("per_pass", [1 << 20, 24])
 def test_moments_are_those_of_a_plain_forward_pass_in_every_family(dense, per_pass, monkeypatch):
-    monkeypatch.setattr("reallm.model.stream._TOKENS_PER_PASS", per_pass)
+    monkeypatch.setattr("reallm.model.stream.TOKENS_PER_PASS", per_pass)
     stream = Stream(dense, windows(), "cpu")
     assert len(stream.blocks) == 2
     for number in range(2):
@@ -54,6 +54,15 @@ def test_matrices_that_are_fed_the_same_share_one_sum(build):
     moments = Stream(dense, windows(), "cpu").moments(block_matrices(dense, 0))
     assert sorted(name.rpartition(".")[2] for name in moments.sums) == ["down_proj", "gate_proj", "o_proj", "q_proj"]
     assert len(moments.leader_of) == 7
+
+
+def test_sums_that_are_taken_are_those_that_are_there_and_are_kept_no_longer(build):
+    dense = build("llama")
+    moments = Stream(dense, windows(), "cpu").moments(block_matrices(dense, 0))
+    names = list(moments.leader_of)
+    expected = {name: moments.of(name) for name in names}
+    assert all(torch.equal(moments.take(name), expected[name]) for name in names)
+    assert not moments.sums and moments.take(names[0]) is None
 
 
 def test_a_replaced_block_carries_the_inputs_of_the_next(build):

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import reallm
-from reallm.artifact import read_ledger, read_manifest
+from reallm.artifact import read_ledger, read_manifest, work_folder
 from reallm.cli import main
 from reallm.errors import ArtifactError
 from reallm.model import load
@@ -198,3 +199,67 @@ def test_peft_trains_lora_on_compressed_modules(compressed, tmp_path, mode):
     torch.testing.assert_close(logits(fresh), logits(model.eval()), rtol=1e-3, atol=1e-3)
     with pytest.raises(ArtifactError, match="a compressed weight cannot be merged into"):
         model.merge_adapter()
+
+
+def hostile(folder, *, config=None, text=None, tensors=None):
+    """An adapter of rank 2 for PATH with something in it that `save_adapter` never writes."""
+    folder.mkdir()
+    save_adapter({PATH: Factors(torch.ones(64, 2), torch.ones(64, 2))}, folder, "x")
+    if config is not None:
+        plain = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(plain | config))
+    if text is not None:
+        (folder / "adapter_config.json").write_text(text)
+    if tensors is not None:
+        names = [f"base_model.model.{PATH}.lora_{side}.weight" for side in "AB"]
+        save_file(dict(zip(names, tensors, strict=True)), folder / "adapter_model.safetensors")
+    return folder
+
+
+ONES = torch.ones
+HOSTILE = {
+    "a scale that is no number": {"config": {"lora_alpha": "many"}},
+    "no scale": {"config": {"lora_alpha": None}},
+    "an infinite scale": {"text": '{"peft_type": "LORA", "lora_alpha": Infinity}'},
+    "a scale beyond all floats": {"config": {"lora_alpha": 10**400}},
+    "a pattern that is a list": {"config": {"alpha_pattern": [1, 2]}},
+    "a pattern of lists": {"config": {"alpha_pattern": {PATH: [1]}}},
+    "deep JSON": {"text": "[" * 100_000},
+    "a key twice": {"text": '{"peft_type": "LORA", "peft_type": "LORA"}'},
+    "a config that is a number": {"text": "7"},
+    "one axis": {"tensors": (ONES(64), ONES(64, 2))},
+    "other ranks": {"tensors": (ONES(3, 64), ONES(64, 2))},
+    "no rank": {"tensors": (ONES(0, 64), ONES(64, 0))},
+    "integers": {"tensors": (ONES(2, 64, dtype=torch.int64), ONES(64, 2))},
+    "no numbers": {"tensors": (torch.full((2, 64), float("nan")), ONES(64, 2))},
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_strangers_adapter_is_read_or_refused_by_one_error(compressed, tmp_path, what):
+    folder = hostile(tmp_path / "adapter", **HOSTILE[what])
+    with pytest.raises(ArtifactError) as caught:
+        read_adapter(folder)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ArtifactError):
+        merge(compressed, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not work_folder(tmp_path / "out").exists()
+
+
+def test_an_adapter_cut_short_or_led_to_a_device_is_refused(compressed, tmp_path):
+    folder = hostile(tmp_path / "adapter")
+    data = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(data[:-9])
+    with pytest.raises(ArtifactError, match="damaged"):
+        read_adapter(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").symlink_to("/dev/zero")
+    with pytest.raises(ArtifactError):
+        read_adapter(folder)
+
+
+def test_an_adapter_for_a_module_that_is_no_linear_is_refused(compressed, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    save_adapter({"model": Factors(torch.ones(64, 2), torch.ones(64, 2))}, tmp_path / "adapter", "x")
+    with pytest.raises(ArtifactError, match="is no linear of this model"):
+        Adapters(load(compressed)).load("x", tmp_path / "adapter")

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import reallm
 from reallm.artifact import read_ledger, work_folder
@@ -174,6 +175,35 @@ def test_a_resumed_run_does_not_do_finished_work_again(compressed, tiny_llama, t
     again = reallm.tune(compressed, tmp_path / "out", resume=True, **arguments).events
     assert not [event for event in again if event["phase"] == "block"]
     assert min(event["step"] for event in again if event["phase"] == "end-to-end") == 5
+
+
+STATES = ["block-00000.safetensors", "step.safetensors", "best.safetensors"]
+DAMAGES = [(file, damage) for file in STATES for damage in ("cut", "other names", "other shapes")]
+
+
+@pytest.mark.parametrize(("file", "damage"), [*DAMAGES, ("step.safetensors", "beyond the end")])
+def test_a_damaged_state_is_one_error_that_names_its_file(compressed, tiny_llama, tuning_text, tmp_path, file, damage):
+    def kill(event):
+        if event.get("step") == 8 and event["phase"] == "end-to-end":
+            raise Killed
+
+    arguments = {"text": (tuning_text,), "reference": str(tiny_llama), **SHORT}
+    with pytest.raises(Killed):
+        reallm.tune(compressed, tmp_path / "out", listener=kill, **arguments)
+    path = work_folder(tmp_path / "out") / file
+    if file.startswith("block"):  # it is read as long as no step was saved
+        (path.parent / "step.safetensors").unlink()
+    tensors = load_file(path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-7])
+    elif damage == "other names":
+        save_file({f"x{name}": tensor for name, tensor in tensors.items()}, path)
+    elif damage == "other shapes":  # one number would be copied into all
+        save_file({name: tensor.reshape(-1)[:1].clone() for name, tensor in tensors.items()}, path)
+    else:
+        save_file(tensors | {"steps": torch.tensor([10**6])}, path)
+    with pytest.raises(ArtifactError, match=file if damage != "beyond the end" else "is of step 1000000 of"):
+        reallm.tune(compressed, tmp_path / "out", resume=True, **arguments)
 
 
 def test_other_settings_are_refused_on_resume(compressed, tiny_llama, tuning_text, tmp_path):

@@ -11,6 +11,7 @@ from reallm.artifact.work import (
     check_output,
     finished_file,
     opened,
+    read_kept,
     remove,
     work_folder,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "foretold_files",
     "foretold_nbytes",
     "opened",
+    "read_kept",
     "read_ledger",
     "read_manifest",
     "remove",

@@ -19,51 +19,81 @@ import numpy as np
 
 MAGIC = b"RLM1"
 DTYPES = {"U8": "u1", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "BOOL": "?"}
+# Bytes of the JSON; bytes of code that a byte of the file stands for, and weights that a byte of a matrix does.
+MOST_JSON, MOST, MOST_WEIGHTS = 32_000_000, 4096, 128
+STRANGE = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+STRANGE += (lzma.LZMAError, zlib.error)
 DTYPES |= {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
 
 
 def unpack(path):
     """{name: array} of a packed file; bfloat16, which numpy has not, becomes float32.
 
-    Errors: ValueError for a file that is none, or damaged.
+    Errors: ValueError for a file that is none, damaged or forged, in memory bounded by its size.
     """
-    header, data = _opened(path)
-    found, at = {}, header["start"]
+    return _read(path, _tensors)
+
+
+def files(path):
+    """{name: bytes} of the code files that were packed."""
+    return _read(path, _files)
+
+
+def _read(path, parts):
+    data = Path(path).read_bytes()
+    if data[:4] != MAGIC or zlib.crc32(data[12:]) != int.from_bytes(data[8:12], "little"):
+        raise ValueError(f"{path}: not a file of reallm pack, or damaged")
+    try:
+        size = int.from_bytes(data[4:8], "little")
+        header = json.loads(_within(zlib.decompressobj(), data[12 : 12 + size], MOST_JSON))
+        return parts(header, data, 12 + size)
+    except STRANGE as problem:
+        raise ValueError(f"{path}: damaged or forged ({type(problem).__name__}: {problem})") from problem
+
+
+def _tensors(header, data, at):
+    found = {}
     for entry in header["tensors"]:
         stored = {}
         for local, dtype, shape, size, coded in entry["stored"]:
-            stored[local] = _array(data[at : at + size], dtype, shape, coded)
+            stored[local] = _array(data[at : at + _size(size)], dtype, shape, coded)
             at += size
+        held = sum(array.nbytes for array in stored.values())
+        if entry["format"] and math.prod(map(_size, entry["matrix"])) > MOST_WEIGHTS * held:
+            raise ValueError("a matrix of more weights than the file can hold")
         found[entry["name"]] = _values(entry, stored)
     for name, owner in header["same"].items():
         found[name] = found[owner]
     return found
 
 
-def files(path):
-    """{name: bytes} of the code files that were packed."""
-    header, data = _opened(path)
-    at = header["start"] + sum(item[3] for entry in header["tensors"] for item in entry["stored"])
+def _files(header, data, at):
+    at += sum(_size(item[3]) for entry in header["tensors"] for item in entry["stored"])
     found = {}
     for name, size in header["files"]:
-        found[name] = lzma.decompress(data[at : at + size])
+        found[name] = _within(lzma.LZMADecompressor(), data[at : at + _size(size)], MOST * len(data))
         at += size
     return found
 
 
-def _opened(path):
-    data = Path(path).read_bytes()
-    size = int.from_bytes(data[4:8], "little")
-    if data[:4] != MAGIC or zlib.crc32(data[12:]) != int.from_bytes(data[8:12], "little"):
-        raise ValueError(f"{path}: not a file of reallm pack, or damaged")
-    header = json.loads(zlib.decompress(data[12 : 12 + size]))
-    return header | {"start": 12 + size}, data
+def _within(decompressor, data, most):
+    """What is decompressed, if it is all and no more than `most` bytes."""
+    found = decompressor.decompress(data, most)
+    if not decompressor.eof:
+        raise ValueError("a compressed part that is cut or too large")
+    return found
+
+
+def _size(number):
+    if type(number) is not int or not 0 <= number < 1 << 40:
+        raise ValueError(f"{number!r} is no size")
+    return number
 
 
 def _array(data, dtype, shape, coded):
     kind = np.dtype(DTYPES[dtype])
-    raw = _decoded(data, math.prod(shape) * kind.itemsize) if coded else data
-    return np.frombuffer(raw, kind).reshape(shape)
+    nbytes = math.prod(map(_size, shape)) * kind.itemsize
+    return np.frombuffer(_decoded(data, nbytes) if coded else data, kind).reshape(shape)
 
 
 def _floats(array, dtype):
@@ -109,6 +139,8 @@ def _normal_float(fmt, stored, rows, columns):
 
 def _codebook(fmt, stored, rows, columns):
     vectors = math.ceil(columns / fmt["vector_dim"])
+    if stored["codebook"].shape != (2 ** min(fmt["index_bits"], 16), fmt["vector_dim"]) or fmt["vector_dim"] > 16:
+        raise ValueError("a codebook of another shape than the format says")
     codes = _codes(stored["codes"], fmt["index_bits"], rows * vectors)
     values = stored["codebook"].astype(np.float32)[codes].reshape(rows, -1)[:, :columns]
     return values * _scales(fmt, stored, rows, columns)
@@ -116,6 +148,8 @@ def _codebook(fmt, stored, rows, columns):
 
 def _codes(packed, bits, count):
     """Codes of 1 to 8 bits; of 9 to 16 bits: low bytes first."""
+    if not 0 < bits <= 16 or packed.dtype != np.uint8:
+        raise ValueError(f"codes of {bits} bits")
     if bits > 8:
         return packed[:count] | _codes(packed[count:], bits - 8, count).astype(np.int64) << 8
     stream = np.unpackbits(packed, bitorder="little")[: count * bits].reshape(count, bits)
@@ -131,10 +165,12 @@ def _scales(fmt, stored, rows, columns):
 
 
 def _by_column(groups, fmt, columns):
-    return np.repeat(groups, fmt["group_size"] or columns, axis=1)[:, :columns]
+    return np.repeat(groups, min(fmt["group_size"] or columns, columns), axis=1)[:, :columns]
 
 
 def _levels(bits):
+    if not 0 < bits <= 8:
+        raise ValueError(f"levels of {bits} bits")
     if bits == 1:
         return np.array([-1.0, 1.0], np.float32)
     n = 2**bits
@@ -152,6 +188,10 @@ def _weights(table):
 def _decoded(data, nbytes):
     """A coded tensor's bytes."""
     width = data[0]
+    # The packer codes with LZMA up to 256 KB, and takes at most 2,048 steps in each lane of four bytes.
+    most = 2**18 if width == 0 else 2048 * len(data) // 4 * width // 8
+    if width > 8 or nbytes > most:
+        raise ValueError("a tensor of more bytes than a few can stand for")
     if width == 0:
         filters = [{"id": lzma.FILTER_LZMA1, "preset": 9, "lc": 0, "lp": 0, "pb": 0, "dict_size": 1 << 20}]
         return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters).decompress(data[1:], nbytes)

@@ -123,6 +123,24 @@ def check_finished(path: Path, layout: Tensors) -> None:
         raise ArtifactError(f"{path}: holds other tensors than the plan says; remove this file and add --resume")
 
 
+def read_kept(path: Path, like: Tensors) -> Tensors:
+    """The tensors of a file of the work folder: of the names, shapes and dtypes of `like`.
+
+    Errors: ArtifactError naming the damaged file.
+    """
+    remedy = f"remove {path.parent} to start anew"
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    except SafetensorError as error:
+        raise ArtifactError(f"{path}: damaged ({error}); {remedy}") from error
+    kinds = [{name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} for tensors in (found, like)]
+    if kinds[0] != kinds[1]:
+        name = min(set(kinds[0].items()) ^ set(kinds[1].items()), key=lambda item: item[0])[0]
+        raise ArtifactError(f"{path}: holds another {name!r} than this run has; {remedy}")
+    return found
+
+
 def _check_or_write(work: Path, state: dict[str, Any]) -> None:
     path = work / STATE_FILE
     if path.is_file():

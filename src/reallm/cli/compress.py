@@ -159,6 +159,8 @@ def command(
         print(plan_table(job), cost_table(job), sep="\n\n")
         return
     print(f"work folder: {work_folder(output)}, up to {in_units(work_bytes(job))}, removed at the end", file=sys.stderr)
+    if job.source.why_whole:
+        print(f"MODEL is read into memory as a whole: {job.source.why_whole}", file=sys.stderr)
     try:
         with progress_bar() as progress:
             run(job, output, resume, progress)

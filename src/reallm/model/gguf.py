@@ -1,4 +1,4 @@
-"""Reading GGUF files through transformers, at a bearable speed."""
+"""Reading GGUF files as transformers does, one tensor at a time and at a bearable speed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,28 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from reallm.errors import SourceError
+from reallm.model.headers import read_into
 from reallm.model.silence import quiet
+
+# What transformers makes of a tensor of these kinds of file depends on that tensor alone, or on those of one parameter.
+_BY_TENSOR = (
+    "TensorProcessor",
+    "LlamaTensorProcessor",  # q and k have their rotary halves side by side
+    "Qwen2MoeTensorProcessor",  # gate and up are one parameter
+    "BloomTensorProcessor",
+    "GPT2TensorProcessor",  # Conv1D is transposed
+    "MambaTensorProcessor",
+    "NemotronTensorProcessor",
+    "Gemma2TensorProcessor",  # norms are stored + 1
+)
 
 
 def require_gguf() -> None:
@@ -50,19 +67,108 @@ def gguf_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor as it lies in a GGUF file: rows of numbers, or of bytes where it is quantized."""
+
+    name: str
+    kind: Any  # gguf.GGMLQuantizationType
+    shape: tuple[int, ...]
+    dtype: Any  # of numpy
+    start: int
+
+    def read(self, path: Path, index: int | None = None) -> Any:
+        """The numbers in float32, or those of one slice of the first axis.
+
+        Not mapped, as the gguf package does it: a file that becomes shorter under a mapping ends the process.
+        """
+        import gguf
+        import numpy as np
+
+        shape = self.shape if index is None else (1, *self.shape[1:])
+        stored = np.empty(shape, self.dtype)
+        if stored.nbytes:
+            read_into(path, self.start + (index or 0) * stored.nbytes, memoryview(stored.reshape(-1).view(np.uint8)))
+        return gguf.dequantize(stored, self.kind)
+
+
+class GGUFTensors:
+    """The tensors of a GGUF file under their names in a transformers model, each decoded when it is asked for.
+
+    Names, and what becomes of a tensor (permuted q and k of LLaMA, transposed weights of GPT-2), are transformers' own.
+    """
+
+    def __init__(self, path: Path, skeleton: nn.Module) -> None:
+        """Reads the file's header; `skeleton` is the model on the meta device.
+
+        Errors: LookupError with the reason if the file can only be read as a whole.
+        """
+        from transformers import modeling_gguf_pytorch_utils as legacy
+
+        with quiet(), fast_reader() as readers:
+            config = legacy.load_gguf_checkpoint(str(path))["config"]
+            reader = readers[-1]
+            family = str(legacy.read_field(reader, "general.architecture")[0])
+            kind = legacy.TENSOR_PROCESSORS.get(family, legacy.TensorProcessor)
+            if kind.__name__ not in _BY_TENSOR or _is_converted(family) or reader.byte_order != "I":
+                raise LookupError(
+                    f"of tensors of {family} in GGUF files we do not know one by one what becomes of them"
+                )
+            self._path, self._processor = path, kind(config=config)
+            self._names = legacy.get_gguf_hf_weights_map(skeleton, self._processor)
+        self._stored: dict[str, list[_Stored]] = {}
+        for tensor in reader.tensors:
+            stored = _Stored(
+                tensor.name, tensor.tensor_type, tensor.data.shape, tensor.data.dtype, int(tensor.data_offset)
+            )
+            if (name := self._names.get(tensor.name, self._names.get(tensor.name.removesuffix(".weight")))) is not None:
+                self._stored.setdefault(name, []).append(stored)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """A tensor in float32; `index` takes one slice of its first axis."""
+        stored = self._stored[name]
+        slices = index if all(len(one.shape) == 3 for one in stored) else None
+        found: dict[str, Tensor] = {}
+        for one in stored:
+            result = self._processor.process(
+                weights=one.read(self._path, slices),
+                name=one.name,
+                tensor_key_mapping=self._names,
+                parsed_parameters={"tensors": found},
+            )
+            if result.name in self._names:
+                found[name] = torch.from_numpy(result.weights.copy())
+        tensor = found[name]
+        return tensor if index is None else tensor[0 if slices is not None else index]
+
+
+def _is_converted(family: str) -> bool:
+    """Whether transformers (5.18 and later) reads this kind of file in another way, from tables of its own."""
+    try:
+        from transformers.integrations.gguf.utils import is_gguf_arch_supported
+    except ImportError:
+        return False
+    return is_gguf_arch_supported(family)
+
+
 @contextlib.contextmanager
-def fast_reader() -> Iterator[None]:
+def fast_reader() -> Iterator[list[Any]]:
     """Make gguf parse from a plain array, and without a bar of its own, while we use it.
 
     Every string of the vocabulary is a slice of the file; slices of a memmap run Python code each.
     A vocabulary of 49,152: 5.0 s before, 1.1 s after. And the map of tensor names, 20 ms, is asked for
-    once a module instead of once. Config, tokenizer and weights each open the file anew: it is parsed once.
+    once a module instead of once. Config, tokenizer and weights each open the file anew: it is parsed once. Gives the
+    readers that are asked for meanwhile.
     """
     import gguf
     import numpy as np
     from transformers import modeling_gguf_pytorch_utils as legacy
 
     original = gguf.GGUFReader
+    readers: list[Any] = []
 
     class PlainArrayReader(original):  # type: ignore[misc, valid-type]
         def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
@@ -71,14 +177,15 @@ def fast_reader() -> Iterator[None]:
             return super()._get(offset, dtype, count, override_order)
 
     def opened(path: Any, *more: Any) -> Any:
-        return _parsed(PlainArrayReader, path, *more)
+        readers.append(_parsed(PlainArrayReader, path, *more))
+        return readers[-1]
 
     bar = getattr(legacy, "tqdm", None)  # not one of those that transformers can switch off
     names = gguf.get_tensor_name_map
     gguf.GGUFReader, gguf.get_tensor_name_map = opened, functools.lru_cache(names)
     legacy.tqdm = lambda items, **_: items
     try:
-        yield
+        yield readers
     finally:
         gguf.GGUFReader, gguf.get_tensor_name_map, legacy.tqdm = original, names, bar
 

@@ -95,11 +95,18 @@ def read_tensor(header: Header, index: int | None = None) -> Tensor:
     if index is not None:
         start, shape = start + index * header.nbytes // shape[0], shape[1:]
     tensor = torch.empty(shape, dtype=header.dtype)
-    left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-    with header.file.open("rb", buffering=0) as file:
+    read_into(header.file, start, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return tensor
+
+
+def read_into(path: Path, start: int, left: memoryview) -> None:
+    """Fill memory with the bytes of a file from `start` on.
+
+    Errors: OSError naming a file that is gone, or ends before.
+    """
+    with path.open("rb", buffering=0) as file:
         file.seek(start)
         while len(left):
             if not (count := file.readinto(left)):
-                raise OSError(errno.EIO, "the file became shorter while it was read", str(header.file))
+                raise OSError(errno.EIO, "the file became shorter while it was read", str(path))
             left = left[count:]
-    return tensor

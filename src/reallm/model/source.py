@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Container, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from reallm.artifact.checks import read_json
 from reallm.artifact.manifest import QUANT_METHOD
 from reallm.errors import SourceError
-from reallm.model.gguf import fast_reader, gguf_arguments, gguf_tokenizer, require_gguf
-from reallm.model.headers import INDEX, SINGLE, read_headers, read_tensor, weight_files
+from reallm.model.gguf import GGUFTensors, fast_reader, gguf_arguments, gguf_tokenizer, require_gguf
+from reallm.model.headers import INDEX, SINGLE, Header, read_headers, read_tensor, weight_files
+from reallm.model.merged import Merged, stored_in
 from reallm.model.silence import quiet
 from reallm.model.untrusted import bounded, check_plain, said
 from reallm.model.walk import meta_model, tied_names
@@ -148,9 +150,14 @@ class Source(abc.ABC):
         return 0 if self.lazy else self.total_parameters * self.dtype.itemsize
 
     @property
-    @abc.abstractmethod
     def lazy(self) -> bool:
         """Whether `read` reads one tensor and no more."""
+        return self.why_whole is None
+
+    @property
+    @abc.abstractmethod
+    def why_whole(self) -> str | None:
+        """Why the first `read` takes the whole model into memory; None where tensors are read one by one."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of the state dict, tied ones under each of their names."""
@@ -238,7 +245,7 @@ def quantized_by(config: Any) -> str | None:
 class FolderSource(Source):
     """A Hugging Face folder with safetensors, read lazily through its headers.
 
-    Where transformers converts weights on load (tensors of other names or layouts), the complete
+    Where transformers converts weights on load by more than other names and experts in one tensor, the complete
     model is loaded at the first `read` instead.
     """
 
@@ -257,9 +264,9 @@ class FolderSource(Source):
         return len(self._headers)
 
     @property
-    def lazy(self) -> bool:
-        """Unless transformers must convert."""
-        return self._keys is not None
+    def why_whole(self) -> str | None:
+        """Only where transformers must convert."""
+        return None if self._keys is not None else "transformers converts tensors of this family on load"
 
     def files(self) -> list[Path]:
         """The safetensors files."""
@@ -276,7 +283,7 @@ class FolderSource(Source):
 
     def dtype_of(self, name: str) -> torch.dtype:
         """As its header says."""
-        return self.dtype if self._keys is None else self._headers[self._keys[name]].dtype
+        return self.dtype if self._keys is None else self._keys[name].dtype
 
     @property
     def nbytes(self) -> int:
@@ -292,7 +299,8 @@ class FolderSource(Source):
             return _pick(self._complete, name, index, self.label)
         if name not in self._keys:
             raise SourceError(f"{self.label}: the model has no tensor {name!r}")
-        return read_tensor(self._headers[self._keys[name]], index)
+        stored = self._keys[name]
+        return stored.read(index) if isinstance(stored, Merged) else read_tensor(stored, index)
 
     def load(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:
         """The original model through `from_pretrained`, safetensors only."""
@@ -313,38 +321,24 @@ class FolderSource(Source):
                 raise SourceError(f"{found[0]}: is a pickle checkpoint, which can run code when read; {_CONVERT}")
         raise SourceError(f"{self.label}: holds no safetensors weights ({SINGLE} or {INDEX}); {_CONVERT}")
 
-    def _match(self) -> dict[str, str] | None:
-        """State-dict name -> tensor of the files; None where transformers must convert.
+    def _match(self) -> dict[str, Header | Merged] | None:
+        """What is read for each name of the state dict; None where transformers does more than rename and join.
 
         Errors: SourceError naming a tensor that is missing or has another shape than the config says.
         """
-        prefix = self.skeleton.base_model_prefix
-        keys: dict[str, str] = {}
-        missing: list[str] = []
-        for name in self.names():
-            candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-            key = next((candidate for candidate in candidates if candidate in self._headers), None)
-            if key is None:
-                missing.append(name)
-            else:
-                keys[name] = key
-        missing = [name for name in missing if not self._tie(name, keys)]
+        held: Mapping[str, Header | Merged] = self._headers
+        keys, missing = named_in(held, self.skeleton, self.names())
         if missing and self._converted():
-            return None
+            if (stored := stored_in(self.skeleton, self._headers)) is None:
+                return None
+            held = stored
+            keys, missing = named_in(held, self.skeleton, self.names())
+            if missing:
+                return None
         if missing:
             raise SourceError(f"{self.label}: tensor {missing[0]!r} is missing; copy or download the model again")
-        self._check_shapes(keys)
-        return keys
-
-    def _tie(self, name: str, keys: dict[str, str]) -> bool:
-        """Give a name without a tensor the one of a name it is tied to, if there is one."""
-        groups = tied_names(self.skeleton)
-        owner = groups.get(name, name)
-        partners = [owner, *(other for other, its_owner in groups.items() if its_owner == owner)]
-        found = next((keys[partner] for partner in partners if partner in keys), None)
-        if found is not None:
-            keys[name] = found
-        return found is not None
+        self._check_shapes(held, keys)
+        return {name: held[key] for name, key in keys.items()}
 
     def _converted(self) -> bool:
         """Whether transformers renames or merges tensors of this family on load."""
@@ -352,9 +346,9 @@ class FolderSource(Source):
 
         return bool(get_model_conversion_mapping(self.skeleton))
 
-    def _check_shapes(self, keys: dict[str, str]) -> None:
+    def _check_shapes(self, held: Mapping[str, Header | Merged], keys: dict[str, str]) -> None:
         for name, shape in self.shapes().items():
-            found = self._headers[keys[name]].shape
+            found = held[keys[name]].shape
             if found != shape:
                 raise SourceError(
                     f"{self.label}: tensor {keys[name]!r} has shape {found}, config.json says {shape}; "
@@ -367,7 +361,10 @@ class FolderSource(Source):
 
 
 class GGUFSource(Source):
-    """A GGUF file; its blocks are decoded to dense weights at the first `read`, not before."""
+    """A GGUF file; a tensor's blocks are decoded to dense weights when it is read.
+
+    Where we do not know what transformers makes of the file tensor by tensor, all are decoded at the first `read`.
+    """
 
     def __init__(self, path: Path) -> None:
         require_gguf()
@@ -387,9 +384,10 @@ class GGUFSource(Source):
         self._finish_config()
 
     @property
-    def lazy(self) -> bool:
-        """No: transformers decodes a GGUF file as a whole."""
-        return False
+    def why_whole(self) -> str | None:
+        """Of kinds of file that are read by more than names and single tensors, or that lack a tensor."""
+        found = self._tensors
+        return found if isinstance(found, str) else None
 
     def files(self) -> list[Path]:
         """The file."""
@@ -406,8 +404,37 @@ class GGUFSource(Source):
         return self.path.stat().st_size
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        """A tensor of the state dict; the first call decodes the whole file."""
-        return _pick(self._complete, name, index, self.label)
+        """A tensor of the state dict, in float32.
+
+        Errors: SourceError for a name the model does not have or another shape than the header says, OSError for a
+        file that is gone.
+        """
+        if isinstance(self._tensors, str):
+            return _pick(self._complete, name, index, self.label)
+        tensors, keys = self._tensors
+        if name not in keys:
+            raise SourceError(f"{self.label}: the model has no tensor {name!r}")
+        tensor = tensors.read(keys[name], index)
+        wanted = self._shapes[name] if index is None else self._shapes[name][1:]
+        if tuple(tensor.shape) != wanted:
+            raise SourceError(f"{self.label}: tensor {name!r} has shape {tuple(tensor.shape)}, not {wanted}")
+        return tensor
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.shapes()
+
+    @cached_property
+    def _tensors(self) -> tuple[GGUFTensors, dict[str, str]] | str:
+        """The file tensor by tensor, with its name for each of the state dict; or why it is read as a whole."""
+        try:
+            tensors = GGUFTensors(self.path, self.skeleton)
+        except LookupError as reason:
+            return str(reason.args[0]) if reason.args else "its header lacks something"
+        except (ImportError, AttributeError, TypeError) as problem:  # insides of transformers that are no interface
+            return f"this transformers reads GGUF files in another way ({said(problem)})"
+        keys, missing = named_in(tensors, self.skeleton, self.names())
+        return f"tensor {missing[0]!r} is not in the file by that name" if missing else (tensors, keys)
 
     def load(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:
         """The decoded model."""
@@ -431,6 +458,30 @@ class GGUFSource(Source):
     @cached_property
     def _complete(self) -> dict[str, Tensor]:
         return self.load().state_dict()
+
+
+def named_in(held: Container[str], skeleton: nn.Module, names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """(name in the files by name of the state dict, names that no file has a tensor for).
+
+    Files may say names with or without the prefix of the base model, and a tied tensor under one of its names.
+    """
+    prefix = skeleton.base_model_prefix
+    keys: dict[str, str] = {}
+    for name in names:
+        candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        if (key := next((candidate for candidate in candidates if candidate in held), None)) is not None:
+            keys[name] = key
+    groups = tied_names(skeleton)
+    missing = []
+    for name in [name for name in names if name not in keys]:
+        owner = groups.get(name, name)
+        partners = [owner, *(other for other, its_owner in groups.items() if its_owner == owner)]
+        found = next((keys[partner] for partner in partners if partner in keys), None)
+        if found is None:
+            missing.append(name)
+        else:
+            keys[name] = found
+    return keys, missing
 
 
 def device_options(device: Any) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reallm.errors import SourceError
+from reallm.model.pieces import Pieces, decoder_blocks
 from reallm.model.walk import Matrix, linear_shape
 
 # Tokens a pass: 8,192 of 4,096 hidden numbers are 128 MB in float32, and keep a processor's products large.
-_TOKENS_PER_PASS = 8192
+TOKENS_PER_PASS = 8192
 
 
 class _Reached(Exception):
@@ -41,6 +42,15 @@ class Moments:
         if leader is None or not self.tokens[leader]:
             return None
         return self.sums[leader] / self.tokens[leader]
+
+    def take(self, name: str) -> Float[Tensor, "in in"] | None:
+        """The same, for the last time: sums that serve no other module are given away and not copied."""
+        found = None
+        if (leader := self.leader_of.pop(name, None)) is not None and self.tokens[leader]:
+            last = leader not in self.leader_of.values()
+            total = self.sums.pop(leader) if last else self.sums[leader]
+            found = total.div_(self.tokens[leader]) if last else total / self.tokens[leader]
+        return found
 
     def add(
         self,
@@ -77,14 +87,16 @@ class Stream:
         windows: Int[Tensor, "windows context"],
         device: str | torch.device,
         batch: int | None = None,
+        pieces: Pieces | None = None,
     ) -> None:
         """Stands before the first block. The model may lie on the CPU: only one block at a time is on `device`.
 
-        `batch` windows go through a block at once; without, as many as 8,192 tokens.
+        `batch` windows go through a block at once; without, as many as 8,192 tokens. A model that is in memory in
+        `pieces` is filled here a block at a time; later the owner has to fill the present block.
         Errors: SourceError for a model whose blocks cannot be told apart.
         """
-        self.model, self.device = model, torch.device(device)
-        self.batches = list(windows.split(batch or max(1, _TOKENS_PER_PASS // windows.shape[1])))
+        self.model, self.device, self._pieces = model, torch.device(device), pieces
+        self.batches = list(windows.split(batch or max(1, TOKENS_PER_PASS // windows.shape[1])))
         self.blocks = decoder_blocks(model)
         self.position = 0
         self._arguments: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -156,20 +168,27 @@ class Stream:
 
         Blocks go to the device one by one here too: on a CPU a batch takes 10 s through 135 M parameters.
         """
-        home = next(self.blocks[0].parameters()).device
+        home = self._home
 
         def note(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], number: int) -> Any:
             if not arguments:
                 raise SourceError(f"block {number} is called without positional hidden states; it cannot be calibrated")
             self._arguments[number, len(batch)] = arguments[1:], named
+            if self._pieces is not None:
+                self._pieces.fill(number)
             block.to(self.device)
             return _moved(arguments, self.device), _moved(named, self.device)
 
-        def leave(block: nn.Module, _: Any, output: Any) -> Any:
+        def leave(block: nn.Module, output: Any, number: int) -> Any:
             block.to(home)
+            if self._pieces is not None:
+                self._pieces.empty(number)
             return _moved(output, home)
 
-        hooks = [block.register_forward_hook(leave) for block in self.blocks]
+        hooks = [
+            block.register_forward_hook(lambda b, _, output, n=number: leave(b, output, n))
+            for number, block in enumerate(self.blocks)
+        ]
         hooks += [
             block.register_forward_pre_hook(lambda b, a, k, n=number: note(b, a, k, n), with_kwargs=True)
             for number, block in enumerate(self.blocks)
@@ -192,23 +211,12 @@ class Stream:
         return found[0]
 
     def _run(self, batch: Tensor) -> None:
-        decoder = self.model.get_decoder()
-        decoder(input_ids=batch.to(next(decoder.parameters()).device), use_cache=False)
+        self.model.get_decoder()(input_ids=batch.to(self._home), use_cache=False)
 
-
-def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks in order: the longest list of modules in the decoder.
-
-    Errors: SourceError if there is none.
-    """
-    lists = [module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
-        raise SourceError(
-            f"{type(model).__name__} has no list of decoder blocks; "
-            "it can be neither calibrated nor tuned block by block"
-        )
-    first = max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()))
-    return list(first)
+    @property
+    def _home(self) -> torch.device:
+        """Where the model lies."""
+        return next(p.device for p in self.model.get_decoder().parameters() if not p.is_meta)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

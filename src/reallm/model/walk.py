@@ -214,6 +214,12 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 def meta_model(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
     """A causal language model of a config on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        return model_of_config(config, dtype or torch.float32)
+
+
+def model_of_config(config: Any, dtype: torch.dtype) -> nn.Module:
+    """A causal language model of a config, whatever quantisation it speaks of, on the default device."""
     import copy
 
     from transformers import AutoModelForCausalLM
@@ -221,5 +227,4 @@ def meta_model(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
     plain = copy.deepcopy(config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(plain, dtype=dtype or torch.float32)
+    return AutoModelForCausalLM.from_config(plain, dtype=dtype)

@@ -141,7 +141,7 @@ def analysis_of(source: Source, walked: Walk, settings: Settings) -> Analysis:
         if path.is_file():
             return Analysis.load(path)
     model = source.load(calculation_dtype(source), "cpu").eval()
-    windows = calibration_windows(source, few, model)
+    windows = calibration_windows(source, few, lambda: model)
     tried = [fmt for fmt in calibrated_candidates("embedding", 0) if fmt.name in ("uniform", "normal_float")]
     origin = {"source": Path(source.label).name, "source_sha256": fingerprint, "calibration": calibration}
     guided = settings.objective == GUIDED

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,13 +14,15 @@ from reallm.pipeline.settings import Settings
 _IN_FLOAT32 = 2_000_000_000  # parameters
 
 
-def calibration_windows(source: Source, settings: Settings, model: torch.nn.Module) -> Tensor:
-    """Token ids (windows, context) of the settings' calibration."""
+def calibration_windows(source: Source, settings: Settings, model: Callable[[], torch.nn.Module]) -> Tensor:
+    """Token ids (windows, context) of the settings' calibration. `model` is asked for only to write text itself."""
     tokenizer = load_tokenizer(source.label)
     limit = getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None)
     context = min(settings.calibration_context, limit or settings.calibration_context)
     if settings.calibration == (SELF,):
-        return windows_written(model, tokenizer, settings.calibration_windows, context, settings.seed, settings.device)
+        return windows_written(
+            model(), tokenizer, settings.calibration_windows, context, settings.seed, settings.device
+        )
     return windows_of_files(settings.calibration, tokenizer, settings.calibration_windows, context)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,6 +13,9 @@ import torch
 
 from reallm.fit import Objective, demand_of, fit, train_shared
 from reallm.formats import Tensors, WeightFormat, tables_at_hand
+from reallm.model.calibration import SELF
+from reallm.model.stream import TOKENS_PER_PASS
+from reallm.model.walk import block_of
 from reallm.pipeline.fitting import stream_dtype
 from reallm.pipeline.job import Job
 from reallm.pipeline.settings import FISHER, GUIDED, OUTPUTS
@@ -20,6 +24,12 @@ from reallm.pipeline.settings import FISHER, GUIDED, OUTPUTS
 COPIES_WHILE_FITTING = 6
 # From 32,768 vectors on k-means works on a sample: both sizes lie there, so that the slope is the right one.
 _SMALL, _LARGE = (64, 1024), (96, 1024)
+# With calibration scales and codebooks are refitted in float64 (18 copies of 3,072 x 8,192 weights were seen), or a
+# hessian is factored in it.
+_COPIES_WHILE_REFITTING = 20
+_COPIES_OF_HESSIAN = 9
+# Numbers of the widest input a token that a pass through a block holds, in the stream's dtype and in float32.
+_ACTIVATIONS = 4
 _LIBRARY_BYTES = 600_000_000  # Python, torch and transformers once imported
 
 
@@ -40,15 +50,12 @@ def estimate(job: Job) -> Estimate:
     compressed = job.plan.nbytes
     shapes = job.source.shapes()
     kept = sum(math.prod(shapes[name]) for name in job.kept) * job.source.dtype.itemsize
-    largest = max((planned.matrix.weights for _, planned in job.compressed), default=0)
     return Estimate(
         compressed_bytes=compressed,
         kept_bytes=kept,
         bits_per_weight=job.plan.block_bits,
         seconds=_predicted_seconds(job) + _stream_seconds(job),
-        peak_memory_bytes=(
-            _LIBRARY_BYTES + job.source.loaded_nbytes + COPIES_WHILE_FITTING * 4 * largest + _stream_bytes(job)
-        ),
+        peak_memory_bytes=_LIBRARY_BYTES + job.source.loaded_nbytes + _working_bytes(job),
         disk_bytes=work_bytes(job),
     )
 
@@ -88,19 +95,59 @@ def _timed_as(fmt: WeightFormat) -> WeightFormat:
     return dataclasses.replace(fmt, group_size=64) if hasattr(fmt, "group_size") else fmt
 
 
-def _stream_bytes(job: Job) -> int:
-    """Memory of the dense model and of the hidden states of all windows. They are never on disk."""
+def _working_bytes(job: Job) -> int:
+    """Memory of the fits, and with calibration of what surrounds them: the most of any moment of a run."""
+    alone = 4 * COPIES_WHILE_FITTING * max((math.prod(matrix.shape) for matrix, _ in job.compressed), default=0)
     if not job.settings.calibration:
-        return 0
-    hidden = job.source.config.get_text_config(decoder=True).hidden_size
-    numbers = job.source.total_parameters + _stream_tokens(job) * hidden
+        return alone
+    whole = job.source.total_parameters * stream_dtype(job).itemsize if _asks_the_whole(job) else 0
+    return max(alone + _end_loss_bytes(job), whole + _end_loss_bytes(job), _end_loss_bytes(job) + _stream_bytes(job))
+
+
+def _asks_the_whole(job: Job) -> bool:
+    """Whether the whole original is in memory once: for text of its own, gradients, or a budget's analysis."""
+    analysed = job.forecast is not None and job.forecast.calibrated
+    return analysed or job.settings.objective != OUTPUTS or SELF in job.settings.calibration
+
+
+def _end_loss_bytes(job: Job) -> int:
+    """Weights of tokens (guided) or of weights (fisher), kept during all fits."""
     in_blocks = [matrix.shape for matrix, _ in job.compressed if matrix.block is not None]
-    of_end_loss = {
+    return {
         OUTPUTS: 0,
         GUIDED: 4 * _stream_tokens(job) * len(in_blocks),
         FISHER: 4 * sum(math.prod(shape) for shape in in_blocks),
-    }
-    return numbers * stream_dtype(job).itemsize + of_end_loss[job.settings.objective]
+    }[job.settings.objective]
+
+
+def _stream_bytes(job: Job) -> int:
+    """Memory on the way through the blocks: hidden states, what lies outside the blocks, and the largest block.
+
+    With a block go the second moments of its inputs, and a pass of tokens or one fit. Nothing of it is ever on disk.
+    """
+    itemsize = stream_dtype(job).itemsize
+    config = job.source.config.get_text_config(decoder=True)
+    weights: dict[int | None, int] = defaultdict(int)
+    heads = {matrix.parameter for matrix in job.walk.matrices if matrix.kind == "head"}
+    for name, shape in job.source.shapes().items():
+        if name not in heads and name not in job.walk.tied:
+            weights[block_of(name)] += math.prod(shape)
+    beside: dict[int | None, int] = defaultdict(int)
+    for matrix, _ in job.compressed:
+        beside[matrix.block] += 0 if matrix.expert is not None else 4 * matrix.shape[1] ** 2
+    shapes = [matrix.shape for matrix, _ in job.compressed if matrix.block is not None]
+    widest = max((max(shape) for shape in shapes), default=0)
+    tokens = min(_stream_tokens(job), max(TOKENS_PER_PASS, job.settings.calibration_context))
+    one_pass = tokens * widest * _ACTIVATIONS * (itemsize + 4)
+    one_fit = max((_calibrated_fit_bytes(shape) for shape in shapes), default=0)
+    outside = weights.pop(None, 0) * itemsize + _stream_tokens(job) * config.hidden_size * itemsize
+    largest = max((itemsize * size + beside[block] for block, size in weights.items()), default=0)
+    return outside + largest + max(one_pass, one_fit)
+
+
+def _calibrated_fit_bytes(shape: tuple[int, int]) -> int:
+    weights, hessian = math.prod(shape), shape[1] ** 2
+    return 4 * max(_COPIES_WHILE_REFITTING * weights, _COPIES_OF_HESSIAN * hessian + COPIES_WHILE_FITTING * weights)
 
 
 def _stream_tokens(job: Job) -> int:

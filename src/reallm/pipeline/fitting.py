@@ -5,6 +5,7 @@ Finished matrices are kept in the work folder as they come, so that an interrupt
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -23,7 +24,8 @@ from reallm.formats import WeightFormat, tables_at_hand
 from reallm.formats.waist import inner, under
 from reallm.model import Matrix
 from reallm.model.gradients import Guidance, fisher, guidance
-from reallm.model.stream import Stream
+from reallm.model.pieces import Pieces
+from reallm.model.stream import Moments, Stream
 from reallm.pipeline.calibrating import calculation_dtype, calibration_windows
 from reallm.pipeline.fits import Fits, key_of
 from reallm.pipeline.job import Job
@@ -32,6 +34,7 @@ from reallm.pipeline.settings import GUIDED, OUTPUTS
 from reallm.pipeline.sharing import missing_tables, trained_tables
 
 Progress = Callable[[str, int, int], None]  # (matrix just finished, weights done, weights in all)
+ObjectiveOf = Callable[[Matrix], Objective | None]  # None: calibration tells nothing of this matrix
 
 
 def fit_all(job: Job, work: Path, progress: Progress | None) -> None:
@@ -48,37 +51,39 @@ def fit_all(job: Job, work: Path, progress: Progress | None) -> None:
 def _fit_along_the_stream(job: Job, work: Path, done: Callable[[Matrix], None]) -> None:
     """Block by block: sum up its inputs, fit it, and let the compressed block carry the inputs on.
 
-    Embedding and head come first, by their weights alone: the stream begins behind the compressed embedding.
+    Embedding and head come first, by their weights alone: the stream begins behind the compressed embedding. Of the
+    dense model one block at a time is in memory, beside what lies outside the blocks.
     """
     by_block: dict[int | None, list[tuple[Matrix, Planned]]] = defaultdict(list)
     for matrix, planned in job.compressed:
         by_block[matrix.block].append((matrix, planned))
     with torch.no_grad():
-        model = job.source.load(stream_dtype(job), "cpu").eval()
-        windows = calibration_windows(job.source, job.settings, model)
-        knowledge = _end_loss(job, model, windows, work)
-        objectives = _before_the_stream(job, model, windows, work, knowledge)
-        tables = trained_tables(job, work, objectives)
+        windows, knowledge = _asked_of_the_original(job, work)
+        tables = trained_tables(job, work, _before_the_stream(job, windows, work, knowledge))
     with torch.no_grad(), tables_at_hand(tables):
-        for matrix, planned in by_block.pop(None, []):
-            _put(model, matrix, planned.fmt, _fit_or_keep(job, work, matrix, planned.fmt, None), job.settings.device)
+        ends = by_block.pop(None, [])
+        for matrix, planned in ends:
+            _fit_or_keep(job, work, matrix, planned.fmt, None)
             done(matrix)
-        stream = Stream(model, windows, job.settings.device)
+        pieces = Pieces(job.source, stream_dtype(job))
+        for matrix, planned in ends:
+            _put(pieces.model, matrix, planned.fmt, finished_file(work, matrix.name), job.settings.device)
+        stream = Stream(pieces.model, windows, job.settings.device, pieces=pieces)
         for number in range(len(stream.blocks)):
+            pieces.fill(number)
             of_block = by_block.pop(number, [])
             open_ones = [matrix for matrix, _ in of_block if not finished_file(work, matrix.name).is_file()]
-            objectives = knowledge.objectives(stream, open_ones)
+            objective = knowledge.objectives(stream, open_ones)
             for matrix, planned in of_block:
-                file = _fit_or_keep(job, work, matrix, planned.fmt, objectives.get(matrix.name))
-                _put(model, matrix, planned.fmt, file, job.settings.device)
+                file = _fit_or_keep(job, work, matrix, planned.fmt, objective)
+                _put(pieces.model, matrix, planned.fmt, file, job.settings.device)
                 done(matrix)
             stream.advance()
+            pieces.empty(number)
         assert not by_block, f"blocks {list(by_block)} are not decoder blocks"
 
 
-def _before_the_stream(
-    job: Job, model: torch.nn.Module, windows: Tensor, work: Path, knowledge: _EndLoss
-) -> dict[str, Objective]:
+def _before_the_stream(job: Job, windows: Tensor, work: Path, knowledge: _EndLoss) -> dict[str, Objective]:
     """What errors cost on the inputs of the original model, for matrices whose shared decoder is still to be trained.
 
     Only the diagonal: a decoder cannot tell which columns answer for which, and hessians of all blocks are as large as
@@ -90,21 +95,27 @@ def _before_the_stream(
     found: dict[str, Objective] = {}
     if not any(number is not None for number in by_block):
         return found
-    stream = Stream(model, windows, job.settings.device)
+    pieces = Pieces(job.source, stream_dtype(job))
+    stream = Stream(pieces.model, windows, job.settings.device, pieces=pieces)
     for number in range(len(stream.blocks)):
-        for name, objective in knowledge.objectives(stream, by_block[number]).items():
-            found[name] = Objective(objective.importance.cpu())
+        pieces.fill(number)
+        objective_of = knowledge.objectives(stream, by_block[number])
+        for matrix in by_block[number]:
+            if (objective := objective_of(matrix)) is not None:
+                found[matrix.name] = Objective(objective.importance.cpu())
         stream.advance()
+        pieces.empty(number)
     return found
 
 
-def _fit_or_keep(job: Job, work: Path, matrix: Matrix, fmt: WeightFormat, objective: Objective | None) -> Path:
+def _fit_or_keep(job: Job, work: Path, matrix: Matrix, fmt: WeightFormat, objective: ObjectiveOf | None) -> Path:
     """The file of a fitted matrix, made now unless it is there already."""
     path = finished_file(work, matrix.name)
     if path.is_file():
         check_finished(path, under(matrix.name, fmt.layout(matrix.shape)))
     else:
-        save_tensors(under(matrix.name, _compressed(job, matrix, fmt, objective)), path)
+        known = objective(matrix) if objective else None
+        save_tensors(under(matrix.name, _compressed(job, matrix, fmt, known)), path)
     return path
 
 
@@ -124,13 +135,15 @@ def _compressed(job: Job, matrix: Matrix, fmt: WeightFormat, objective: Objectiv
 
 
 def _put(model: torch.nn.Module, matrix: Matrix, fmt: WeightFormat, file: Path, device: str) -> None:
-    """Replace a matrix of the dense model by its decoded self."""
+    """Replace a matrix of the dense model by its decoded self, if it is in memory: an untied head is not."""
+    target = model.get_parameter(matrix.parameter)
+    if target.is_meta:
+        return
     with safe_open(file, framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no dict
     if fmt.multiply_adds(matrix.shape):  # a net: a processor takes half an hour for what a GPU does in seconds
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     decoded = fmt.decode(fmt.unpack(inner(matrix.name, tensors), matrix.shape), matrix.shape)
-    target = model.get_parameter(matrix.parameter)
     target = target if matrix.expert is None else target[matrix.expert]
     target.copy_(decoded.T if matrix.transposed else decoded)
 
@@ -161,34 +174,44 @@ class _EndLoss:
     guidance: dict[str, Guidance] | None = None
     fisher: dict[str, Tensor] | None = None
 
-    def objectives(self, stream: Stream, matrices: Sequence[Matrix]) -> dict[str, Objective]:
-        """By matrix of the present block; those that calibration tells nothing of, experts too, are left out."""
-        if not matrices:
-            return {}
+    def objectives(self, stream: Stream, matrices: Sequence[Matrix]) -> ObjectiveOf:
+        """Of the matrices of the present block: sums over its inputs are taken now, the rest is made when asked for.
+
+        Nothing for those that calibration tells nothing of: experts, and modules that no token reached.
+        """
         if self.fisher is not None:
-            return {m.name: Objective(self.fisher[m.name]) for m in matrices if m.name in self.fisher}
+            known = self.fisher
+            return lambda matrix: Objective(known[matrix.name]) if matrix.name in known else None
         guided = self.guidance or {}
-        moments = stream.moments(matrices, {name: own.tokens for name, own in guided.items()} or None)
-        found = {}
-        for matrix in matrices:
-            if (hessian := moments.of(matrix.name)) is not None:
-                try:
-                    rows = guided[matrix.name].rows if matrix.name in guided else None
-                    found[matrix.name] = Objective.of_outputs(hessian, rows)
-                except FormatError as error:
-                    raise SourceError(f"{matrix.name}: {error}") from error
-        return found
+        weights = {name: own.tokens for name, own in guided.items()} or None
+        moments = stream.moments(matrices, weights) if matrices else Moments()
+        rows = {name: own.rows for name, own in guided.items()}
+        return lambda matrix: _of_outputs(matrix, moments, rows.get(matrix.name))
 
 
-def _end_loss(job: Job, model: torch.nn.Module, windows: Tensor, work: Path) -> _EndLoss:
-    """Asks the original model, unless everything is fitted already."""
+def _of_outputs(matrix: Matrix, moments: Moments, rows: Tensor | None) -> Objective | None:
+    """Errors: SourceError naming the matrix if its inputs overflowed."""
+    hessian = moments.take(matrix.name)
+    try:
+        return None if hessian is None else Objective.of_outputs(hessian, rows)
+    except FormatError as error:
+        raise SourceError(f"{matrix.name}: {error}") from error
+
+
+def _asked_of_the_original(job: Job, work: Path) -> tuple[Tensor, _EndLoss]:
+    """The windows, and what the end loss says, unless everything is fitted already.
+
+    Text that the model writes itself and gradients of the end loss take the whole original in memory, and only they.
+    """
+    original = functools.cache(lambda: job.source.load(stream_dtype(job), "cpu").eval())
+    windows = calibration_windows(job.source, job.settings, original)
     open_ones = [
         matrix
         for matrix, _ in job.compressed
         if matrix.block is not None and not finished_file(work, matrix.name).is_file()
     ]
     if job.settings.objective == OUTPUTS or not open_ones:
-        return _EndLoss()
+        return windows, _EndLoss()
     if job.settings.objective == GUIDED:
-        return _EndLoss(guidance=guidance(model, windows, open_ones, job.settings.device))
-    return _EndLoss(fisher=fisher(model, windows, open_ones, job.settings.device))
+        return windows, _EndLoss(guidance=guidance(original(), windows, open_ones, job.settings.device))
+    return windows, _EndLoss(fisher=fisher(original(), windows, open_ones, job.settings.device))

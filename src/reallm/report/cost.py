@@ -40,10 +40,15 @@ def cost_table(job: Job) -> str:
         ("kept tensors", f"{cost.kept_bytes:,} bytes"),
         ("all tensors", f"{size(stored)} ({original / stored:.1f} times smaller than the {size(original)} of MODEL)"),
         ("time", f"about {duration(max(cost.seconds, 1.0))} on {job.settings.device} (samples; longer when busy)"),
-        ("peak memory", f"about {size(cost.peak_memory_bytes)}"),
+        ("peak memory", f"about {size(cost.peak_memory_bytes)}{_why_whole(job)}"),
         ("disk while working", f"about {size(cost.disk_bytes)}"),
     ]
     return "\n".join(f"{name:<22} {value}" for name, value in rows)
+
+
+def _why_whole(job: Job) -> str:
+    reason = job.source.why_whole
+    return "" if reason is None else f"; MODEL is read as a whole: {reason}"
 
 
 def budget_table(job: Job) -> str:

@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from reallm.artifact import StoredMatrix, check_output, read_manifest, save_tensors, work_folder
+from reallm.artifact.checks import read_json
 from reallm.errors import ArtifactError, FormatError
 from reallm.formats import Tensors
 from reallm.formats.low_rank_plus import BFLOAT16, LowRankPlus
 from reallm.formats.waist import inner, under
+from reallm.model.headers import Header, read_headers, read_tensor
 from reallm.tune.writing import write_changed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -77,18 +78,30 @@ def read_adapter(folder: str | Path) -> dict[str, Factors]:
     Errors: ArtifactError if it is not a LoRA adapter, damaged, or of a kind that is more than two factors.
     """
     folder = Path(folder)
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).to(torch.float32) for name in file.keys()}  # noqa: SIM118 - no dict
-    except (OSError, ValueError, SafetensorError) as problem:
-        raise ArtifactError(f"{folder}: is no adapter, or a damaged one ({problem})") from problem
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise ArtifactError(f"{folder}: is no adapter: it lacks {CONFIG} or {WEIGHTS}")
+    config = read_json(folder / CONFIG, ArtifactError)
+    headers = read_headers([folder / WEIGHTS], ArtifactError)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA" or config.get("use_dora"):
         raise ArtifactError(f"{folder}: only plain LoRA adapters can be read")
-    paths = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
-    if len(tensors) != 2 * len(paths) or not all(f"{path}.lora_B.weight" in tensors for path in paths):
+    paths = [name.removesuffix(".lora_A.weight") for name in headers if name.endswith(".lora_A.weight")]
+    if len(headers) != 2 * len(paths) or not all(f"{path}.lora_B.weight" in headers for path in paths):
         raise ArtifactError(f"{folder}: holds other tensors than pairs of lora_A and lora_B; only these can be read")
-    return {p.removeprefix(_PREFIX): _pair(tensors, p, config) for p in paths}
+    for path in paths:
+        down, up = (headers[f"{path}.lora_{side}.weight"] for side in "AB")
+        ranks = {down.shape[0], up.shape[-1]} if len(down.shape) == len(up.shape) == 2 else set()
+        if len(ranks) != 1 or 0 in (*down.shape, *up.shape) or not _are_floats(down, up):
+            raise ArtifactError(
+                f"{folder}: {path} has factors of shapes {down.shape} and {up.shape}; they do not match"
+            )
+    try:
+        pairs = {path: _pair(folder, headers, path, config) for path in paths}
+    except (ValueError, TypeError, AttributeError, OverflowError) as problem:
+        raise ArtifactError(f"{folder}: {CONFIG} holds what is no scale of an adapter ({problem})") from problem
+    for path, pair in pairs.items():
+        if not (torch.isfinite(pair.left).all() and torch.isfinite(pair.right).all()):
+            raise ArtifactError(f"{folder}: {path} has factors that are not finite; damaged")
+    return {path.removeprefix(_PREFIX): pair for path, pair in pairs.items()}
 
 
 class Adapters:
@@ -118,7 +131,7 @@ class Adapters:
         modules = dict(self.model.named_modules())
         for path, pair in factors.items():
             module, shape = modules.get(path), (pair.left.shape[0], pair.right.shape[0])
-            if module is None or (module.out_features, module.in_features) != shape:
+            if (getattr(module, "out_features", None), getattr(module, "in_features", None)) != shape:
                 raise ArtifactError(f"{folder}: {path} of shape {shape} is no linear of this model; it is of another")
         self._loaded[name] = factors
 
@@ -208,12 +221,16 @@ def _written(out: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _pair(tensors: Tensors, path: str, config: dict[str, Any]) -> Factors:
+def _pair(folder: Path, headers: dict[str, Header], path: str, config: dict[str, Any]) -> Factors:
     """The factors of one module; both keys of a pattern are looked up as PEFT does, by the end of the path."""
-    down, up = tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"]
+    down, up = (read_tensor(headers[f"{path}.lora_{side}.weight"]).to(torch.float32) for side in "AB")
     alpha = _of_pattern(config.get("alpha_pattern"), path, float(config.get("lora_alpha", down.shape[0])))
     rank = math.sqrt(down.shape[0]) if config.get("use_rslora") else down.shape[0]
     return Factors(up * (alpha / rank), down.T.contiguous())
+
+
+def _are_floats(*headers: Header) -> bool:
+    return all(header.dtype.is_floating_point for header in headers)
 
 
 def _of_pattern(pattern: Any, path: str, usual: float) -> float:

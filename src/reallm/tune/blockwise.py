@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from reallm.artifact import save_tensors
+from reallm.artifact import read_kept, save_tensors
 from reallm.errors import SourceError
-from reallm.model.stream import Stream, decoder_blocks
+from reallm.model.pieces import decoder_blocks
+from reallm.model.stream import Stream
 from reallm.tune.data import drawn
 from reallm.tune.descent import Descent, Diverged, restore, snapshot
 from reallm.tune.log import Log
@@ -56,7 +56,7 @@ def tune_blocks(
         file = work / f"block-{number:05d}.safetensors"
         targets, goals = learning.targets(), checking.targets()
         if file.is_file():
-            restore(parameters, _read(file))
+            restore(parameters, read_kept(file, parameters))
         elif parameters:
             _tune_block(_Block(number, parameters, learning, targets, checking, goals), settings, workers, log)
             if workers.first:
@@ -182,8 +182,3 @@ def _epoch(block: _Block, descent: Descent, order: Sequence[int], dtype: torch.d
     total = total.to(block.learning.ours.device)
     workers.add_up([total])
     return total.item() / len(order) / workers.count
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    with safe_open(file, framework="pt") as stored:
-        return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no dict

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from reallm.errors import ArtifactError
 from reallm.formats import Tensors
 from reallm.tune.processes import Processes
 
@@ -72,9 +73,21 @@ class Descent:
                     tensors[f"{moment}/{name}"] = self.adam.state[parameter][moment].cpu().clone()
         return tensors
 
+    def layout(self) -> Tensors:
+        """What `state` gives after a step."""
+        parts = {
+            f"{kind}/{n}": p for kind in ("parameter", "exp_avg", "exp_avg_sq") for n, p in self.parameters.items()
+        }
+        return {"steps": torch.empty(1, dtype=torch.int64, device="meta"), **parts}
+
     def go_on_from(self, tensors: Tensors) -> None:
-        """The inverse of `state`."""
+        """The inverse of `state`.
+
+        Errors: ArtifactError for a number of steps that this run does not have.
+        """
         self.done = int(tensors["steps"])
+        if not 0 < self.done <= self.steps:
+            raise ArtifactError(f"the saved state is of step {self.done} of {self.steps}; remove the work folder")
         restore(self.parameters, {n: tensors[f"parameter/{n}"] for n in self.parameters})
         for name, parameter in self.parameters.items():
             if f"exp_avg/{name}" in tensors:

@@ -20,10 +20,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from reallm.artifact import save_tensors
+from reallm.artifact import read_kept, save_tensors
 from reallm.errors import SourceError
 from reallm.formats import Tensors
-from reallm.model.stream import decoder_blocks
+from reallm.model.pieces import decoder_blocks
 from reallm.tune.data import Windows, drawn
 from reallm.tune.descent import Descent, Diverged, restore, snapshot
 from reallm.tune.log import Log, Pace
@@ -79,7 +79,7 @@ def tune_whole(course: Course) -> dict[str, Any]:
     descent = Descent(parameters, course.steps, settings.learning_rate, settings.warm_up, settings.clip, course.workers)
     best = _Best(course, scored)
     if (course.work / STEP_FILE).is_file():
-        state = _read(course.work / STEP_FILE)
+        state = read_kept(course.work / STEP_FILE, descent.layout() | best.layout())
         descent.go_on_from(state)
         best.go_on_from(state)
     else:
@@ -201,7 +201,13 @@ class _Best:
         self.step, self.least = int(state["best/step"]), float(state["best/least"])
         first, last = state["best/figures"].tolist()
         self.first, self.figures = (dict(zip(("kl", "ce", "perplexity"), f, strict=True)) for f in (first, last))
-        self.parameters = _read(self.course.work / BEST_FILE)
+        self.parameters = read_kept(self.course.work / BEST_FILE, self.course.trainables.parameters)
+
+    @staticmethod
+    def layout() -> Tensors:
+        """What `state` gives, on the meta device."""
+        sizes = {"step": ((1,), torch.int64), "least": ((1,), torch.float64), "figures": ((2, 3), torch.float64)}
+        return {f"best/{key}": torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in sizes.items()}
 
 
 class _Teaching:
@@ -264,8 +270,3 @@ def _again(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
 
 def _mixed(loss: str, kl: float, ce: float) -> float:
     return {"kl": kl, "ce": ce}.get(loss, (kl + ce) / 2)
-
-
-def _read(file: Path) -> Tensors:
-    with safe_open(file, framework="pt") as stored:
-        return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no dict

@@ -1,0 +1,95 @@
+"""Tensors that transformers puts together of several when it loads a family, read part by part.
+
+Mixtures are mostly saved expert by expert, and run with all experts in one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from reallm.model.headers import Header, read_tensor
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A tensor (experts, rows, columns): `experts` holds what is joined along the rows of each."""
+
+    experts: tuple[tuple[Header, ...], ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of all parts."""
+        return self.experts[0][0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(experts, rows, columns)."""
+        rows, columns = sum(part.shape[0] for part in self.experts[0]), self.experts[0][0].shape[1:]
+        return (len(self.experts), rows, *columns)
+
+    def read(self, index: int | None = None) -> Tensor:
+        """All experts, or one."""
+        if index is not None:
+            return torch.cat([read_tensor(part) for part in self.experts[index]])
+        return torch.stack([self.read(expert) for expert in range(len(self.experts))])
+
+
+def stored_in(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, Header | Merged] | None:
+    """What each tensor of the state dict is made of, as transformers says for this family; without tied ones.
+
+    None where it does more than rename tensors and join those of experts, or where this transformers says it otherwise.
+    """
+    try:
+        return _stored_in(skeleton, headers)
+    except (ImportError, AttributeError, TypeError):  # insides of transformers that are no interface
+        return None
+
+
+def _stored_in(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, Header | Merged] | None:
+    """The way of `from_pretrained`: keys in natural order, all renamings, then at most one converter."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(skeleton)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix, state = skeleton.base_model_prefix, skeleton.state_dict()
+    found: dict[str, Header | Merged] = {}
+    groups: dict[str, tuple[WeightConverter, dict[str, list[Header]]]] = {}
+    for key in sorted(headers, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = key, None
+        if name in state and pattern is None:
+            found.setdefault(name, headers[key])
+        elif name in state:
+            converter, parts = groups.setdefault(name, (by_pattern[pattern], {}))
+            parts.setdefault(pattern, []).append(headers[key])
+    for name, (converter, parts) in groups.items():
+        if name in found or (merged := _merged(converter, parts)) is None:
+            return None
+        found[name] = merged
+    return found
+
+
+def _merged(converter: object, parts: Mapping[str, list[Header]]) -> Merged | None:
+    """The experts of one tensor, if that is all that a converter does."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    steps = [(type(step), step.dim) for step in converter.operations]
+    joined = [(MergeModulelist, 0), (Concatenate, 1)][: len(converter.source_patterns)]
+    if steps != joined or len(converter.target_patterns) != 1 or set(parts) != set(converter.source_patterns):
+        return None
+    columns = [parts[pattern] for pattern in converter.source_patterns]
+    if len({len(column) for column in columns}) != 1:
+        return None
+    kinds = {(part.dtype, part.shape[1:]) for column in columns for part in column}
+    heights = {tuple(part.shape[0] for part in expert if part.shape) for expert in zip(*columns, strict=True)}
+    if len(kinds) != 1 or len(heights) != 1 or any(len(part.shape) != 2 for part in columns[0]):
+        return None
+    return Merged(tuple(zip(*columns, strict=True)))

@@ -1,0 +1,101 @@
+"""A dense model of which a piece is in memory."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from reallm.model import open_source
+from reallm.model.pieces import Pieces
+from reallm.model.stream import Stream
+
+FAMILIES = ["llama", "tied", "qwen2", "gemma3", "phi3", "mixtral", "qwen3_moe", "gpt_oss", "gpt2", "opt", "neox"]
+WINDOWS = torch.randint(2, 250, (5, 12), generator=torch.Generator().manual_seed(0))
+
+
+def in_memory(module):
+    return sum(parameter.nbytes for parameter in module.parameters() if not parameter.is_meta)
+
+
+def states_at(stream, pieces=None):
+    """The hidden states before each block and behind the last."""
+    found = [torch.cat(stream.states)]
+    for number in range(len(stream.blocks)):
+        if pieces:
+            pieces.fill(number)
+        stream.advance()
+        if pieces:
+            pieces.empty(number)
+        found.append(torch.cat(stream.states))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stream_through_pieces_is_that_through_the_whole_model_to_the_bit(original, family, dtype):
+    source = open_source(original(family))
+    pieces = Pieces(source, dtype)
+    whole = Stream(source.load(dtype, "cpu").eval(), WINDOWS, "cpu")
+    expected, found = states_at(whole), states_at(Stream(pieces.model, WINDOWS, "cpu", pieces=pieces), pieces)
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tables_that_a_model_makes_for_itself_are_those_of_a_loaded_one(original, family):
+    source = open_source(original(family))
+    loaded = dict(source.load(torch.bfloat16, "cpu").named_buffers())
+    ours = dict(Pieces(source, torch.bfloat16).model.named_buffers())
+    assert list(ours) == list(loaded)
+    persistent = set(source.names())
+    for name in set(ours) - persistent:
+        assert ours[name].dtype == loaded[name].dtype and torch.equal(ours[name], loaded[name]), name
+
+
+def test_one_block_at_a_time_is_in_memory(original):
+    source = open_source(original("llama"))
+    pieces = Pieces(source, torch.float32)
+    ends = pieces.model.get_input_embeddings().weight.nbytes + pieces.model.model.norm.weight.nbytes
+    assert in_memory(pieces.model) == ends  # no head: no block needs it
+    blocks = pieces.model.model.layers
+    pieces.fill(1)
+    assert in_memory(blocks[0]) == 0 and in_memory(blocks[1]) == sum(p.nbytes for p in blocks[1].parameters())
+    weight = weakref.ref(blocks[1].mlp.up_proj.weight)
+    pieces.empty(1)
+    gc.collect()
+    assert in_memory(pieces.model) == ends and weight() is None
+
+
+def test_weights_come_in_the_dtype_that_a_loaded_model_has(original):
+    for family in ("llama", "mixtral"):
+        source = open_source(original(family))
+        pieces, loaded = Pieces(source, torch.bfloat16), source.load(torch.bfloat16, "cpu")
+        pieces.fill(0)
+        for name, parameter in loaded.named_parameters():
+            ours = pieces.model.get_parameter(name)
+            assert ours.dtype == parameter.dtype and (ours.is_meta or torch.equal(ours, parameter)), name
+
+
+def test_what_several_blocks_share_stays_in_memory_with_what_was_put_there(original, monkeypatch):
+    """A model whose second block uses a matrix of the first, as families with recurrent depth do."""
+    from reallm.model import pieces as room
+
+    hollow = room.hollow_model
+
+    def sharing(config, dtype):
+        model = hollow(config, dtype)
+        model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+        return model
+
+    monkeypatch.setattr(room, "hollow_model", sharing)
+    source = open_source(original("llama"))
+    pieces = Pieces(source, torch.float32)
+    shared = [layer.mlp.up_proj.weight for layer in pieces.model.model.layers]
+    assert shared[0] is shared[1] and not shared[0].is_meta
+    with torch.no_grad():
+        shared[0].mul_(2)
+    for number in (0, 1):
+        pieces.fill(number)
+        pieces.empty(number)
+    again = pieces.model.model.layers[1].mlp.up_proj.weight
+    assert torch.equal(again, 2 * source.read("model.layers.0.mlp.up_proj.weight"))
