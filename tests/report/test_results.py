@@ -56,6 +56,14 @@ def test_a_column_that_nobody_fills_is_left_out():
     assert "KL" not in table(sample())
 
 
+def test_an_arm_of_tuning_says_how_long_and_how_fast_and_one_that_was_not_tuned_says_neither():
+    results = sample()
+    tuned = {"seconds": 110.8, "tokens_per_second": 11620.1}
+    results["arms"] = [arm("before", "2 bits", seconds=0.0, tokens_per_second=None), arm("both", "2 bits", **tuned)]
+    before, both = [line for line in table(results).splitlines() if line.startswith("| b")]
+    assert "| 110.8 | 11,620 |" in both and "| – | – |" in before
+
+
 def test_an_arm_of_a_budget_says_the_bytes_of_the_file_and_what_was_foretold():
     results, seconds = sample(), {"plan": 1.6, "fit": 41.0, "measure": 9.0}
     more = {"nbytes": 59_990_000, "kl": 0.171, "seconds": seconds}

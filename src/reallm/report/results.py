@@ -143,14 +143,26 @@ _COLUMNS: tuple[tuple[str, Callable[[Arm], str]], ...] = (
     ("KL foretold", lambda arm: number(arm.get("predicted"), 3)),
     ("the same bytes without residual", lambda arm: _same_bytes(arm.get("same_bytes"))),
     ("relative error", lambda arm: number(arm.get("relative_error"), 4)),
-    ("plan, s", lambda arm: number(arm.get("seconds", {}).get("plan"), 1)),
-    ("fit, s", lambda arm: number(arm.get("fit_seconds", arm.get("seconds", {}).get("fit")), 1)),
+    ("plan, s", lambda arm: number(_seconds(arm).get("plan"), 1)),
+    ("fit, s", lambda arm: number(arm.get("fit_seconds", _seconds(arm).get("fit")), 1)),
+    ("tuned, s", lambda arm: number(_seconds(arm).get("tune"), 1)),
+    ("tokens/s", lambda arm: _whole(arm.get("tokens_per_second"))),
     ("peak memory, MB", lambda arm: _megabytes(arm.get("peak_memory_bytes"))),
 )
 
 
 def _same_bytes(other: dict[str, Any] | None) -> str:
     return _NOTHING if other is None else f"{number(other['perplexity'])} at {other['bits']:.3f}"
+
+
+def _seconds(arm: Arm) -> dict[str, float]:
+    """By what they were spent on; an arm of tuning has one number, 0 if nothing was tuned."""
+    seconds = arm.get("seconds", {})
+    return seconds if isinstance(seconds, dict) else {"tune": seconds} if seconds else {}
+
+
+def _whole(value: float | None) -> str:
+    return _NOTHING if value is None else f"{value:,.0f}"
 
 
 def _megabytes(nbytes: int | None) -> str:
