@@ -18,11 +18,11 @@ from reallm.fit.encoder import encoded, first_parameters
 from reallm.fit.objective import Objective
 from reallm.fit.rounding import divisors
 from reallm.fit.shared import Demand, note_demand, train_shared
-from reallm.fit.training import Adam, Through, descend, falling, quantised, stored_parameters
+from reallm.fit.training import Adam, descend, falling, quantised, stored_parameters
 from reallm.formats import Parts, Shape, parameters
 from reallm.formats import scales as scale_store
 from reallm.formats.conv_latents import ENCODER, ConvLatents, ConvLatentsParts, plain_convolutions
-from reallm.kernels import one_thread
+from reallm.kernels import one_thread, straight_through
 
 _NET_RATE, _LATENT_RATE = 2e-3, 1e-2
 # The base is fitted to the latents anew after so many steps; in between its errors stay as they were found.
@@ -83,7 +83,7 @@ class _Trained:
         self, latents: Float[Tensor, "channels down across"], flat: Tensor | None = None
     ) -> Float[Tensor, "out in"]:
         """The matrix before its scales; latents and net quantised, gradients straight through."""
-        seen = Through.apply(latents, (latents + self.offset).detach())
+        seen = straight_through(latents, (latents + self.offset).detach())
         bits, count = self.fmt.decoder_bits, self.fmt.net.parameters
         net = parameters.values(bits, self.fixed, count) if flat is None else quantised(bits, flat)
         with plain_convolutions():

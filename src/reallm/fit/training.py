@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,22 +11,10 @@ from torch import Tensor
 
 from reallm.fit.dispatch import fit
 from reallm.formats import parameters
-from reallm.kernels import one_thread
+from reallm.kernels import one_thread, straight_through
 
 _BETAS = (0.9, 0.99)
 _EPSILON = 1e-8
-
-
-class Through(torch.autograd.Function):
-    """Rounded values forwards, gradients as if nothing had been rounded (Bengio et al., arXiv:1308.3432)."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, rounded: Tensor) -> Tensor:
-        return rounded.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
 
 
 def stored_parameters(bits: int, flat: Float[Tensor, " parameters"]) -> parameters.Stored:
@@ -38,7 +25,7 @@ def stored_parameters(bits: int, flat: Float[Tensor, " parameters"]) -> paramete
 
 def quantised(bits: int, flat: Float[Tensor, " parameters"]) -> Float[Tensor, " parameters"]:
     """The vector as it comes back from the file; gradients pass as if it were the vector itself."""
-    return Through.apply(flat, parameters.values(bits, stored_parameters(bits, flat), len(flat)).detach())
+    return straight_through(flat, parameters.values(bits, stored_parameters(bits, flat), len(flat)).detach())
 
 
 class Adam:

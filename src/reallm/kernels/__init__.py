@@ -6,6 +6,7 @@ from reallm.kernels.nearest import nearest_entry, nearest_level
 from reallm.kernels.ordered import average, one_thread, total
 from reallm.kernels.packing import pack_bits, packed_nbytes, unpack_bits
 from reallm.kernels.segments import segment_sum
+from reallm.kernels.straight_through import straight_through
 from reallm.kernels.trellis import closest_codes, quantile_of_state, states_of
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "rotate",
     "rotate_back",
     "segment_sum",
+    "straight_through",
     "total",
     "unpack_bits",
 ]

@@ -13,7 +13,6 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -36,6 +35,7 @@ from reallm.formats import (
 from reallm.formats.dense import DenseParts
 from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.waist import inner, under
+from reallm.kernels import straight_through
 from reallm.model import CompressedLinear, Walk
 from reallm.model.swap import compressed_modules
 from reallm.tune.settings import PARTS
@@ -44,18 +44,6 @@ _SETTLED = from_spec({"format": "dense", "dtype": "float32"})
 _KEPT_WORDS = {"norm": "norms", "bias": "biases"}
 _UNIT_OF_ZEROS = 2.0**-3  # a residual that starts from nothing: steps of 1e-4 at the usual rate
 _NOTHING = 2.0**-40
-
-
-class _Through(torch.autograd.Function):
-    """Rounded values forwards, gradients as if nothing had been rounded."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, rounded: Tensor) -> Tensor:
-        return rounded.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
 
 
 class LiveMatrix(nn.Module):
@@ -118,7 +106,7 @@ class LiveMatrix(nn.Module):
         if version != parameter._version or rounded.device != values.device:
             rounded = self._rounding[name](values.detach())
             self._rounded[name] = parameter._version, rounded
-        return _Through.apply(values, rounded)
+        return straight_through(values, rounded)
 
 
 class _KeptTensor(nn.Module):
@@ -130,7 +118,7 @@ class _KeptTensor(nn.Module):
 
     def forward(self, parameter: Tensor) -> Tensor:
         values = parameter * self.unit
-        return _Through.apply(values, values.detach().to(self.dtype).to(values.dtype)) if self.rounded else values
+        return straight_through(values, values.detach().to(self.dtype).to(values.dtype)) if self.rounded else values
 
     def right_inverse(self, values: Tensor) -> Tensor:
         return values / self.unit
