@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import shutil
 import subprocess
@@ -51,9 +50,7 @@ def main() -> None:
     if not base.is_dir():
         reallm.compress(args.model, base, recipe=args.recipe)
     command = [sys.executable, __file__, *sys.argv[1:], "--child"]
-    # Else glibc keeps what was freed in blocks of up to 32 MB for later, and counts it as resident.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     arm = json.loads(done.stdout.splitlines()[-1])
     shape = {"context": args.context, "batch": args.batch, "micro_batch": args.micro_batch, "dtype": args.dtype}
     row = {"recipe": args.recipe, "bits": read_ledger(base).bits_per_weight, **shape, **arm}

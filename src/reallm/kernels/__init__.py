@@ -1,6 +1,7 @@
 """Functions on plain tensors; nothing here knows what a format is."""
 
 from reallm.kernels.hadamard import rotate, rotate_back
+from reallm.kernels.heap import give_back_freed_blocks
 from reallm.kernels.lookup import entries
 from reallm.kernels.nearest import nearest_entry, nearest_level
 from reallm.kernels.ordered import average, one_thread, total
@@ -13,6 +14,7 @@ __all__ = [
     "average",
     "closest_codes",
     "entries",
+    "give_back_freed_blocks",
     "quantile_of_state",
     "states_of",
     "nearest_entry",

@@ -17,6 +17,7 @@ from torch import nn
 
 from reallm.artifact import STAGING, check_output, opened, read_manifest, remove, work_folder
 from reallm.errors import ArtifactError, RecipeError, SourceError
+from reallm.kernels import give_back_freed_blocks
 from reallm.model import DECODE_PER_USE, load, load_tokenizer, meta_model, open_source, quiet, walk
 from reallm.model.headers import read_headers, weight_files
 from reallm.model.text import text_sha256
@@ -80,6 +81,7 @@ def run(
 ) -> Tuned:
     """`tune` with its settings in one."""
     check_settings(settings)
+    give_back_freed_blocks()
     with processes(settings.device) as (workers, device):
         settings = dataclasses.replace(settings, device=device)
         workers.check_batch("--batch", settings.batch)
