@@ -328,7 +328,8 @@ class FolderSource(Source):
         """
         held: Mapping[str, Header | Merged] = self._headers
         keys, missing = named_in(held, self.skeleton, self.names())
-        if missing and self._converted():
+        # Where every tensor of the files has its place already, nothing is left that could become the missing one.
+        if missing and set(held) - set(keys.values()) and self._converted():
             if (stored := stored_in(self.skeleton, self._headers)) is None:
                 return None
             held = stored
