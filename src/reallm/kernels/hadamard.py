@@ -18,6 +18,8 @@ from torch import Tensor
 from reallm.kernels.ordered import one_thread
 
 _MASK = (1 << 64) - 1
+# Values that a processor transforms at once: three copies of them lie in its cache, not three of a hessian in memory.
+_CHUNK = 1 << 17
 
 
 def rotate(values: Float[Tensor, "*rows n"], seed: int) -> Float[Tensor, "*rows n"]:
@@ -52,12 +54,21 @@ def _mixed(values: Tensor, transposed: bool) -> Tensor:
         cosines = _cosines(n // power).to(values)
         with one_thread():  # products of m columns depend on how threads share them
             flat = flat @ (cosines if transposed else cosines.T)
+    rows = max(1, _CHUNK // n)
+    if flat.device.type == "cpu" and len(flat) > rows:
+        return torch.cat([_added(part) for part in flat.split(rows)]).reshape(shape)
+    return _added(flat).reshape(shape)
+
+
+def _added(flat: Float[Tensor, "rows power odd"]) -> Float[Tensor, "rows power odd"]:
+    """The Hadamard matrix of 2^a by sums and differences of halves."""
+    rows, power, odd = flat.shape
     half = 1
     while half < power:
-        pairs = flat.reshape(len(flat), power // (2 * half), 2, half, n // power)
+        pairs = flat.reshape(rows, power // (2 * half), 2, half, odd)
         flat = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], 2)
         half *= 2
-    return flat.reshape(shape) / math.sqrt(power)
+    return flat.reshape(rows, power, odd) / math.sqrt(power)
 
 
 @functools.lru_cache(maxsize=64)
