@@ -11,8 +11,8 @@ _THRESHOLD = 1 << 17  # bytes: glibc's own value at the start of a process
 
 
 @functools.cache
-def give_back_freed_blocks() -> bool:
-    """Have glibc map large blocks one by one, for the rest of the process; False where there is no glibc.
+def give_back_freed_blocks(least: int = _THRESHOLD) -> bool:
+    """Have glibc map blocks of `least` bytes one by one, for the rest of the process; False where there is no glibc.
 
     Left alone it raises the threshold to the largest block ever freed, up to 32 MB, and keeps such blocks: a step of
     tuning that needs 2.4 GB then stands at 7.9 GB (docs/log.md, 2026-11-25). A threshold that the user has set stays.
@@ -20,6 +20,6 @@ def give_back_freed_blocks() -> bool:
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return True
     try:
-        return ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _THRESHOLD) == 1
+        return ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, least) == 1
     except (OSError, AttributeError, TypeError):
         return False

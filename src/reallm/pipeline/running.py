@@ -36,6 +36,7 @@ from reallm.errors import ArtifactError, RecipeError
 from reallm.formats import WeightFormat, from_spec, to_spec
 from reallm.formats.shared import PREFIX as SHARED
 from reallm.formats.waist import inner, under
+from reallm.kernels import give_back_freed_blocks
 from reallm.pipeline.budgeting import plan_for_size
 from reallm.pipeline.fitting import Progress, fit_all
 from reallm.pipeline.job import Job
@@ -47,6 +48,9 @@ from reallm.pipeline.whole import WholeFile, nbytes_by_file, write_texts
 _CHANGED_PLAN = "changed.json"  # in the work folder: formats that differ from those the run began with
 _CHANGES, _GUESSES = 10, 5
 _TEXT_ROUNDS = 4  # config and plan name every format once, so that other formats may take other bytes of text
+
+# Matrices of a model with billions of parameters; smaller blocks, of which a fit makes thousands, stay where they are.
+_LARGE_BLOCK = 1 << 23  # bytes
 
 
 def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = None) -> None:
@@ -61,6 +65,7 @@ def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = N
     """
     out = Path(out)
     check_output(out, resume)
+    give_back_freed_blocks(_LARGE_BLOCK)
     fingerprint = job.source.fingerprint()
     work, state = work_folder(out), _state(job, fingerprint)
     if finished := out.exists():
