@@ -230,7 +230,12 @@ def test_ctrl_c_says_where_the_finished_matrices_are_and_how_to_go_on(tiny_llama
     slow = "import time, reallm.pipeline.fitting as m, sys; f = m._compressed;"
     slow += "m._compressed = lambda *a: (time.sleep(0.5), f(*a))[1];"
     arguments = ["compress", str(tiny_llama), "-o", str(tmp_path / "out"), "--recipe", recipe]
-    running = subprocess.Popen([sys.executable, "-c", slow + code, *arguments], stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        [sys.executable, "-c", slow + code, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
+    )
     assert running.stderr.readline().startswith("work folder: ")
     running.stderr.read(1)  # a matrix is finished
     running.send_signal(signal.SIGINT)

@@ -115,7 +115,11 @@ def test_ctrl_c_ends_a_running_command_with_130(tiny_llama, text_file):
     code = "import sys; from reallm.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["generate", str(tiny_llama), "x", "--max-new-tokens", "490", "--temperature", "3"]
     running = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
     )
     running.stdout.read(1)  # it writes, so it is past loading
     running.send_signal(signal.SIGINT)
