@@ -21,7 +21,7 @@ from reallm.fit.scaled import balancing_scales, moving_gain
 from reallm.formats import WeightFormat
 from reallm.formats.rotated import Rotated
 from reallm.formats.scaled import BOTH, INPUTS, OUTPUTS
-from reallm.model import Matrix, Source, Walk, read_matrix
+from reallm.model import Source, Walk, read_matrix
 from reallm.model.gradients import Curvature, EndCurvature, curvatures
 
 # Weights share a scale with so many neighbours of their row.
@@ -166,8 +166,3 @@ def analysis_file(folder: Path, fingerprint: str, calibration: dict[str, Any] | 
     """Where the analysis of a model and a calibration is kept: found again whatever the budget is."""
     key = json.dumps([VERSION, fingerprint, calibration, seed], sort_keys=True)
     return folder / f"analysis-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-
-
-def unreached(analysis: Analysis, matrices: Sequence[Matrix]) -> list[str]:
-    """Names of matrices that calibration told nothing of: experts of a fused parameter, blocks of another shape."""
-    return [matrix.name for matrix in matrices if not analysis.knows(matrix.name)]
