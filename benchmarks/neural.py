@@ -1,21 +1,27 @@
 """Does a neural decoder ever win? Rate and distortion on single matrices and groups, and perplexity of whole models.
 
-    python benchmarks/neural.py --model MODEL --data-dir DATA --jobs N
+    python benchmarks/neural.py --model MODEL --data-dir DATA --jobs N --first
     python benchmarks/neural.py --model MODEL --data-dir DATA --jobs N --end-to-end
 
-Matrices of some roles and depths, fitted without data by their plain squared error, each as it is, with rows and
-columns shuffled, and as Gaussian noise of the same size; `smooth` is an image of waves, where a decoder that knows
-neighbours must win. Bits are stored ones, a shared decoder divided among its matrices. `vq_bits` are the bits that
-plain vector quantisation of the same matrix (the lower hull of its arms, straight between them in log error) needs for
-an arm's error: above the arm's own bits, the arm wins. With --end-to-end the arms are recipes, run through
-`reallm.compress` and the artifact, and scored on WikiText-2 raw test. Writes results/neural.json after every arm;
---resume keeps what is there.
+Matrices of some roles and depths, fitted without data by their plain squared error, each as it is; those of the first
+depth also with rows and columns shuffled, and as Gaussian noise of the same size; `smooth` is an image of waves, where
+a decoder that knows neighbours must win. Bits are stored ones, a shared decoder divided among its matrices. `vq_bits`
+are the bits that plain vector quantisation of the same matrix (the lower hull of its arms, straight between them in log
+error) needs for an arm's error: above the arm's own bits, the arm wins. With --end-to-end the arms are recipes, run
+through `reallm.compress` and the artifact, and scored on WikiText-2 raw test. Writes results/neural.json after every
+arm; --resume keeps what is there.
+
+--first are the arms for a GPU, cheap ones first, and the vector quantisation that they are held against: all matrices
+as they are, then the controls. Reckoned from launches (10 µs each) and multiply-adds, not measured: on an H100 700 s
+for the former and 450 s for the latter; an arm on a matrix is 1 to 2 s for a codeword net, and for a convolution 2 ms a
+step and 0.1 ns for 1,000 multiply-adds. Small arms wait for launches, so that several --jobs a GPU should pay.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import fnmatch
 import functools
 import json
 import math
@@ -24,7 +30,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +44,8 @@ import reallm
 from reallm.artifact import read_ledger, read_manifest
 from reallm.evaluate.measure import measure, versions
 from reallm.fit import Objective, demand_of, fit, relative_error, train_shared
-from reallm.formats import WeightFormat, from_spec, tables_at_hand
-from reallm.model import open_source, read_matrix, walk
+from reallm.formats import Tensors, WeightFormat, from_spec, tables_at_hand
+from reallm.model import Matrix, Source, open_source, read_matrix, walk
 from reallm.report.names import short_name
 
 ORIGINAL, SHUFFLED, NOISE, SMOOTH = "original", "shuffled", "noise", "smooth"
@@ -107,6 +113,7 @@ A_ARMS = [
     *(Arm(VQ + " shared", f"table d=8, 12 bits, {n} matrices", {**table(12, 8), "shared": "x"}, n) for n in (1, 4, 30)),
     Arm("a", "codeword d=16, 12 bits", codeword(12, 16)),
     Arm("a", "codeword d=16, 16 bits, hidden 128", codeword(16, 16, hidden=128), gpu=True),
+    Arm("a", "codeword d=16, 16 bits, hidden 128, 30 matrices", codeword(16, 16, hidden=128, shared="x"), 30, gpu=True),
     Arm("a", "codeword d=8, 16 bits, hidden 128, 30 matrices", codeword(16, hidden=128, shared="x"), 30, gpu=True),
     *(
         Arm("a", f"{turn}codeword d=8, 16 bits, {n} matrices", spec, n, gpu=True)
@@ -123,8 +130,16 @@ B_ARMS = [
     Arm("b", "learned 1×8, 8 of 8", linear("learned", 8, _TWO)),
     Arm("b", "learned 8×8, 32 of 64", linear("learned", 32, vectors(2, 8), 8, 8)),
 ]
-# (channels, width, stages): 1e4 to 4e6 parameters.
-NETS = ((4, 16, 1), (16, 32, 2), (64, 128, 3), (16, 64, 2), (4, 128, 2), (16, 208, 3))
+# (channels, width, stages) and steps for 1, 4 and 30 matrices: 1e4, 7e4, 3e5, 1.2e6, 1.8e6 and 4.7e6 parameters. A step
+# of the last takes 500,000 multiply-adds a weight.
+NETS: dict[tuple[int, int, int], dict[int, int]] = {
+    (4, 16, 1): {1: 1000, 4: 150, 30: 60},
+    (16, 32, 2): {1: 1000, 4: 150, 30: 60},
+    (16, 64, 2): {1: 500},
+    (4, 128, 2): {1: 500},
+    (64, 128, 3): {1: 500, 4: 150, 30: 60},
+    (16, 208, 3): {1: 300, 30: 30},
+}
 _EIGHT = {"format": "uniform", "bits": 8, "symmetric": True, "scales": "two_level"}
 LOW_ARMS = [
     Arm("b", "dct 8×8, 6 of 64", linear("dct", 6, _EIGHT, 8, 8)),
@@ -141,10 +156,9 @@ C_ARMS = [
     *(
         Arm(
             "c", f"conv {2**s}×{2**s}, {c} channels, width {w}, {n} matrices",
-            conv(c, w, s, _TWO, steps=steps, **own), n, gpu=True,
+            conv(c, w, s, _TWO, steps=steps[n], **({"shared": "x"} if n > 1 else {})), n, gpu=True,
         )
-        for n, steps, own in ((1, 1000, {}), (4, 300, {"shared": "x"}), (30, 60, {"shared": "x"}))
-        for c, w, s in NETS[: len(NETS) if n == 1 else 3]
+        for n in (1, 30, 4) for (c, w, s), steps in NETS.items() if n in steps
     ),
 ]  # fmt: skip
 BEST_ARMS = [
@@ -156,6 +170,24 @@ BEST_ARMS = [
 ]
 ARMS = [*VQ_ARMS, BEST_ARMS[0], *A_ARMS[:6], *B_ARMS, *C_ARMS[:2], LOW_ARMS[0]]
 ARMS += [*A_ARMS[6:9], *BEST_ARMS[1:], LOW_ARMS[1], *A_ARMS[9:], *C_ARMS[2:]]
+# For a GPU, in this order. Of plain vector quantisation those on the lower hull of some size of matrix.
+FIRST = (
+    "rotated trellis, 2 bits",
+    "rotated trellis, 1 bit",
+    "rotated e8, 2 bits",
+    "codeword d=8, 16 bits, 1 matrices",
+    "codeword d=8, 16 bits, 30 matrices",
+    "codeword d=16, 16 bits, hidden 128",
+    "codeword d=16, 16 bits, hidden 128, 30 matrices",
+    *(f"one book d=16, {bits} bits" for bits in (4, 8)),
+    *(f"one book d=8, {bits} bits" for bits in (4, 6, 8, 10, 12)),
+    "rotated one book d=4, 8 bits",
+    "codebook d=4, 10 bits",
+    "codebook d=2, 6 bits",
+    "rotated codeword d=8, 16 bits, 1 matrices",
+    "rotated codeword d=8, 16 bits, 30 matrices",
+    *(arm.name for arm in C_ARMS if arm.gpu),
+)
 
 
 @dataclass(frozen=True)
@@ -174,10 +206,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Bench:
-    """The block matrices of a model by (role, block), on a device."""
+    """The block matrices of a model by (role, block), on a device; and the shared decoder that was trained last."""
 
     matrices: dict[tuple[str, int], Tensor]
     device: torch.device
+    _trained: dict[Any, tuple[Tensors, float]] = field(default_factory=dict)
 
     def weight(self, role: str, block: int, source: str) -> Tensor:
         """A matrix as a source has it; whatever is drawn depends on the name alone."""
@@ -192,38 +225,62 @@ class Bench:
             weight = torch.randn(weight.shape, generator=generator) * weight.square().mean().sqrt()
         return weight.to(self.device)
 
-    def neighbours(self, role: str, block: int, count: int, source: str) -> list[Tensor]:
-        """The matrix and those of the same role that are nearest in depth."""
+    def neighbours(self, role: str, block: int, count: int) -> tuple[int, ...]:
+        """The block and those that are nearest in depth, in their order."""
         blocks = sorted((b for r, b in self.matrices if r == role), key=lambda b: (abs(b - block), b))
-        return [self.weight(role, b, source) for b in blocks[:count]]
+        return tuple(sorted(blocks[:count]))
+
+    def together(self, task: Task) -> Any:
+        """What tasks have in common whose matrices share one decoder; itself for a decoder of its own."""
+        if not from_spec(task.arm.spec).tables() or task.source == SMOOTH:
+            return task.key
+        return task.role, task.source, task.arm.name, self.neighbours(task.role, task.block, task.arm.share)
+
+    def decoder(self, task: Task, fmt: WeightFormat) -> tuple[Tensors, float]:
+        """The tensors of a shared decoder, and the seconds that its training took: once for tasks in a row."""
+        key = self.together(task)
+        if key not in self._trained:
+            self._trained.clear()
+            begun = self.now()
+            demands = []
+            for block in self.neighbours(task.role, task.block, task.arm.share):
+                other = self.weight(task.role, block, task.source)
+                demands.append(demand_of(fmt, other, Objective.plain(other), 0))
+            inside = demands[0].fmt
+            tensors = inside.pack_table(train_shared(inside, demands, str(self.device)))
+            self._trained[key] = tensors, self.now() - begun
+        return self._trained[key]
+
+    def now(self) -> float:
+        """Seconds, once the device has done what it was told."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def run(self, task: Task) -> dict[str, Any]:
         """Fit, store, decode."""
         fmt, arm = from_spec(task.arm.spec), task.arm
         weight = self.weight(task.role, task.block, task.source)
         shape = (weight.shape[0], weight.shape[1])
-        begun, tables = time.perf_counter(), {}
+        tables, training = {}, 0.0
         with torch.no_grad():
             if fmt.tables():
-                group = self.neighbours(task.role, task.block, arm.share, task.source)
-                demands = [demand_of(fmt, other, Objective.plain(other), 0) for other in group]
-                inside = demands[0].fmt
-                tables["x"] = inside.pack_table(train_shared(inside, demands, str(self.device)))
+                tables["x"], training = self.decoder(task, fmt)
             with tables_at_hand(tables):
+                begun = self.now()
                 tensors = fmt.pack(fit(fmt, weight), shape)
-                seconds = time.perf_counter() - begun
-                begun = time.perf_counter()
+                fitted = self.now()
                 error = relative_error(weight, fmt.decode(fmt.unpack(tensors, shape), shape))
         nbytes = fmt.nbytes(shape) + sum(t.nbytes for t in tables.get("x", {}).values()) / arm.share
         row = {
             "role": task.role, "block": task.block, "source": task.source, "group": arm.group, "name": arm.name,
             "format": arm.spec, "share": arm.share, "shape": list(shape), "bits": 8 * nbytes / weight.numel(),
             "relative_error": error, "multiply_adds": fmt.multiply_adds(shape) / weight.numel(),
-            "decoder_parameters": parameters_of(fmt), "fit_seconds": seconds,
-            "decode_seconds": time.perf_counter() - begun,
+            "decoder_parameters": parameters_of(fmt), "fit_seconds": training + fitted - begun,
+            "decode_seconds": self.now() - fitted,
         }  # fmt: skip
         place = f"{task.role}.{task.block:<3} {task.source:9s}"
-        print(f"{place} {arm.name:52s} {row['bits']:7.4f} b  {error:.4f}  {seconds:6.1f} s", flush=True)
+        print(f"{place} {arm.name:52s} {row['bits']:7.4f} b  {error:.4f}  {row['fit_seconds']:6.1f} s", flush=True)
         return row
 
 
@@ -243,20 +300,21 @@ def waves(generator: torch.Generator, size: int = 576) -> Tensor:
     return image
 
 
+def named_matrices(source: Source, roles: Sequence[str]) -> dict[tuple[str, int], Matrix]:
+    """The block matrices of the roles by (role, block)."""
+    return {(m.role, m.block): m for m in walk(source.skeleton).matrices if m.kind == "block" and m.role in roles}
+
+
 def bench_of(model: str, roles: Sequence[str], device: str) -> Bench:
     """All matrices of the roles, on the CPU until they are asked for."""
     source = open_source(model)
-    matrices = {
-        (m.role, m.block): read_matrix(source, m).float()
-        for m in walk(source.skeleton).matrices
-        if m.kind == "block" and m.role in roles
-    }
+    matrices = {key: read_matrix(source, m).float() for key, m in named_matrices(source, roles).items()}
     return Bench(matrices, torch.device(device))
 
 
-def _run(task: Task, latest: float | None) -> dict[str, Any] | None:
-    """In a worker process."""
-    return None if latest is not None and time.time() > latest else Workers.state.run(task)
+def _run(tasks: Sequence[Task], latest: float | None) -> list[dict[str, Any]]:
+    """In a worker process: tasks that have a decoder in common."""
+    return [Workers.state.run(task) for task in tasks if latest is None or time.time() < latest]
 
 
 def vq_bits(error: float, curve: Sequence[tuple[float, float]]) -> float | None:
@@ -293,25 +351,38 @@ def with_vq_bits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tasks_of(args: argparse.Namespace) -> list[Task]:
-    """Matrix by matrix for every arm, so that a run that is cut short has whole comparisons of the first arms."""
+    """Arm by arm on every matrix as it is, then on the controls: a run that is cut short has whole comparisons."""
     gpu = args.device.startswith("cuda")
-    arms = [arm for arm in ARMS if gpu or not arm.gpu]
-    places = [(role, block, source) for role in args.roles for block in args.depths for source in args.sources]
+    known = {arm.name: arm for arm in ARMS}
+    arms = [known[name] for name in FIRST] if args.first else [arm for arm in ARMS if gpu or not arm.gpu]
+    arms = [arm for arm in arms if not args.groups or arm.group in args.groups]
+    arms = [arm for arm in arms if not args.arms or any(fnmatch.fnmatchcase(arm.name, p) for p in args.arms)]
+    controlled = args.depths[:1] if args.control_depths is None else args.control_depths
+    plain = [(role, block, ORIGINAL) for role in args.roles for block in args.depths if ORIGINAL in args.sources]
+    kinds = [source for source in args.sources if source not in (ORIGINAL, SMOOTH)]
+    controls = [(role, block, source) for role in args.roles for block in controlled for source in kinds]
     if SMOOTH in args.sources:
-        places = [p for p in places if p[2] != SMOOTH] + [(args.roles[0], args.depths[0], SMOOTH)]
-    found = [Task(*place, arm) for arm in arms for place in places]
-    return [task for task in found if not args.groups or task.arm.group in args.groups]
+        controls.append((args.roles[0], args.depths[0], SMOOTH))
+    return [Task(*place, arm) for places in (plain, controls) for arm in arms for place in places]
 
 
-# End to end: recipes, None where --bits lets the solver choose, and what it may choose from.
-EVERYWHERE: dict[str, tuple[Spec, float | None]] = {
-    "rotated codeword d=8, 16 bits, one decoder": (turned(codeword(16, shared="all")), None),
-    "codeword d=8, 16 bits, one decoder": (codeword(16, shared="all"), None),
-    "table d=8, 16 bits, one table": ({**table(16, 8), "shared": "all"}, None),
-    "rotated e8, 2 bits": (turned({"format": "e8", "bits": 2}), None),
-    "rotated trellis, 2 bits": (turned({"format": "trellis", "bits": 2, "state_bits": 16}), None),
-    "conv 2×2, width 16, one decoder, 2 bits": (conv(4, 16, 1, _TWO, shared="all", steps=100), None),
-    "learned 1×8, one basis, 2 bits": ({**linear("learned", 8, _TWO), "shared": "all"}, None),
+def jobs_of(bench: Bench, tasks: Sequence[Task]) -> list[list[Task]]:
+    """Tasks that share a decoder together, where the first of them stands."""
+    found: dict[Any, list[Task]] = {}
+    for task in tasks:
+        found.setdefault(bench.together(task), []).append(task)
+    return list(found.values())
+
+
+# End to end, in the order of their worth: one format everywhere, or what the solver chooses within a budget.
+EVERYWHERE: dict[str, Spec] = {
+    "rotated codeword d=8, 16 bits, one decoder": turned(codeword(16, shared="all")),
+    "rotated trellis, 2 bits": turned({"format": "trellis", "bits": 2, "state_bits": 16}),
+    "rotated e8, 2 bits": turned({"format": "e8", "bits": 2}),
+    "codeword d=8, 16 bits, one decoder": codeword(16, shared="all"),
+    "table d=8, 16 bits, one table": {**table(16, 8), "shared": "all"},
+    "learned 1×8, one basis, 2 bits": {**linear("learned", 8, _TWO), "shared": "all"},
+    "conv 2×2, width 16, one decoder, 2 bits": conv(4, 16, 1, _TWO, shared="all", steps=100),
 }
 CHOICES = [
     *(turned({"format": "trellis", "bits": b, "state_bits": 16}) for b in (1, 2, 3, 4)),
@@ -321,11 +392,17 @@ CHOICES = [
 NEURAL_CHOICES = [turned(codeword(b, d)) for b, d in ((8, 8), (12, 8), (16, 8), (12, 4), (16, 4))] + [
     conv(4, 8, 1, _TWO), linear("learned", 8, _TWO)
 ]  # fmt: skip
-BUDGETS = (2.0, 2.5)
+SOLVED = {
+    f"{word} neural formats, {bits} bits": (bits, [*CHOICES, *more])
+    for bits in (2.0, 2.5)
+    for word, more in (("without", ()), ("with", NEURAL_CHOICES))
+}
+_PLAIN, _CHOSEN = list(EVERYWHERE), list(SOLVED)
+END_TO_END = [*_PLAIN[:2], *_CHOSEN[:2], *_PLAIN[2:5], *_CHOSEN[2:], *_PLAIN[5:]]
 
 
 def end_to_end(name: str, args: argparse.Namespace, run: int) -> dict[str, Any]:
-    """One artifact written, loaded and scored. `name` is one of EVERYWHERE, or of a choice by the solver."""
+    """One artifact written, loaded and scored. `name` is one of EVERYWHERE or of SOLVED."""
     calibration = {} if args.data_free else {
         "calibration": (str(args.data_dir / "c4" / "c4-train-sample.jsonl"),),
         "calibration_windows": args.calibration_windows, "calibration_context": args.calibration_context,
@@ -335,12 +412,12 @@ def end_to_end(name: str, args: argparse.Namespace, run: int) -> dict[str, Any]:
         how = {"device": args.device, "dtype": "float32", "context": args.context}
         begun = time.perf_counter()
         if name in EVERYWHERE:
-            file.write_text(yaml.safe_dump({"rules": [{"match": "*", "format": EVERYWHERE[name][0]}]}))
+            file.write_text(yaml.safe_dump({"rules": [{"match": "*", "format": EVERYWHERE[name]}]}))
             goal: dict[str, Any] = {"recipe": str(file)}
         else:
-            choices = CHOICES + (NEURAL_CHOICES if name.startswith("with") else [])
+            bits, choices = SOLVED[name]
             file.write_text(json.dumps({"candidates": {"block": choices}}))
-            goal = {"bits": float(name.rpartition(" ")[0].rpartition(" ")[2]), "corrections": str(file)}
+            goal = {"bits": bits, "corrections": str(file), "analysis": args.analysis and str(args.analysis)}
         ends = {"embedding": "keep", "head": "keep"}
         reallm.compress(args.model, folder, device=args.device, **goal, **ends, **calibration)
         seconds = time.perf_counter() - begun
@@ -348,7 +425,7 @@ def end_to_end(name: str, args: argparse.Namespace, run: int) -> dict[str, Any]:
         formats = Counter(short_name(m.fmt) for m in read_manifest(folder).matrices if m.kind == "block")
         found = measure(str(folder), args.text, max_windows=args.windows, **how)
     row = {
-        "name": name, "format": EVERYWHERE[name][0] if name in EVERYWHERE else None, "bits": ledger.bits_per_weight,
+        "name": name, "format": EVERYWHERE.get(name), "bits": ledger.bits_per_weight,
         "decoder_bytes": ledger.by("role").get("decoders", 0), "perplexity": found["perplexity"],
         "formats": dict(formats.most_common()), "seconds": seconds, "calibrated": not args.data_free, "run": run,
     }  # fmt: skip
@@ -356,12 +433,12 @@ def end_to_end(name: str, args: argparse.Namespace, run: int) -> dict[str, Any]:
     return row
 
 
-def _end_to_end(name: str, args: argparse.Namespace, run: int, latest: float | None) -> dict[str, Any] | None:
+def _end_to_end(name: str, args: argparse.Namespace, run: int, latest: float | None) -> list[dict[str, Any]]:
     """In a worker process, which holds the device and no model."""
     if latest is not None and time.time() > latest:
-        return None
+        return []
     args.device = Workers.state
-    return end_to_end(name, args, run)
+    return [end_to_end(name, args, run)]
 
 
 def _device(device: str) -> str:
@@ -369,12 +446,16 @@ def _device(device: str) -> str:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--roles", nargs="*", default=["q", "v", "down"])
+    parser.add_argument("--roles", nargs="*", default=["q", "v", "down", "up"])
     parser.add_argument("--depths", nargs="*", type=int, default=[0, 15, 29])
     parser.add_argument("--sources", nargs="*", default=[ORIGINAL, SHUFFLED, NOISE, SMOOTH])
+    parser.add_argument("--control-depths", nargs="*", type=int, help="of shuffled and noise; default: the first depth")
+    parser.add_argument("--first", action="store_true", help="only the arms for a GPU, most worth first")
+    parser.add_argument("--arms", nargs="*", metavar="PATTERN", help="only arms whose names fit, as `codeword d=8*`")
     parser.add_argument("--end-to-end", action="store_true", help="perplexity of whole models in place of matrices")
     parser.add_argument("--context", type=int, default=2048, help="tokens of a window that is scored")
     parser.add_argument("--data-free", action="store_true", help="end to end without calibration")
+    parser.add_argument("--analysis", type=Path, help="folder that keeps what losses are predicted from")
 
 
 def main() -> None:
@@ -397,22 +478,24 @@ def main() -> None:
 
     latest = args.deadline and begun + args.deadline
     if args.end_to_end:
-        solved = [f"{word} neural formats, {bits} bits" for bits in BUDGETS for word in ("without", "with")]
         done = {(row["name"], row["calibrated"]) for row in arms}
-        names = [name for name in (*EVERYWHERE, *solved) if (name, not args.data_free) not in done]
+        names = [name for name in END_TO_END if (name, not args.data_free) not in done]
+        names = [name for name in names if not args.arms or any(fnmatch.fnmatchcase(name, p) for p in args.arms)]
         make: Any = _device
         work = [functools.partial(_end_to_end, name, args, len(earlier), latest) for name in names]
         kept = arms
     else:
         known = {(row["role"], row["block"], row["source"], row["name"]) for row in rows}
         make = functools.partial(bench_of, args.model, args.roles)
+        names = dict.fromkeys(named_matrices(open_source(args.model), args.roles), torch.empty(0))
         tasks = [task for task in tasks_of(args) if task.key not in known]
-        work = [functools.partial(_run, task, latest) for task in tasks]
+        jobs = jobs_of(Bench(names, torch.device("cpu")), tasks)
+        work = [functools.partial(_run, job, latest) for job in jobs]
         kept = rows
     with Workers(args.jobs, args.device, make) as pool:
         for future in concurrent.futures.as_completed([pool.submit(job) for job in work]):
-            if (row := future.result()) is not None:
-                kept.append({**row, "run": len(earlier)})
+            if found := future.result():
+                kept += [{**row, "run": len(earlier)} for row in found]
                 keep()
     keep()
 

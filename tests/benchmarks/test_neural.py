@@ -1,5 +1,6 @@
 """What `benchmarks/neural.py` compares an arm with."""
 
+import argparse
 import importlib
 from pathlib import Path
 
@@ -46,3 +47,45 @@ def test_a_shared_decoder_is_charged_to_all_its_matrices(neural):
     table = 8 * sum(t.nbytes for t in neural.from_spec(spec).tables()["x"].layout.values()) / (32 * 64)
     assert alone["bits"] - three["bits"] == pytest.approx(table * 2 / 3)
     assert 0 < three["relative_error"] < 1
+
+
+def chosen(neural, **options):
+    defaults = {"device": "cuda", "first": True, "groups": None, "arms": None, "control_depths": None}
+    places = {"roles": ["q"], "depths": [0, 2], "sources": [neural.ORIGINAL, neural.SHUFFLED, neural.SMOOTH]}
+    return neural.tasks_of(
+        argparse.Namespace(**defaults, **places)
+        if not options
+        else argparse.Namespace(**{**defaults, **places, **options})
+    )
+
+
+def test_controls_come_after_all_matrices_as_they_are_and_at_the_first_depth_alone(neural):
+    tasks = chosen(neural)
+    plain = [task for task in tasks if task.source == neural.ORIGINAL]
+    assert tasks[: len(plain)] == plain and len(plain) == 2 * len(neural.FIRST)
+    assert {task.block for task in tasks[len(plain) :]} == {0}
+    assert [task.arm.name for task in plain[::2]] == list(neural.FIRST)
+    assert {task.block for task in chosen(neural, control_depths=[2]) if task.source == neural.SHUFFLED} == {2}
+    assert {task.arm.name for task in chosen(neural, arms=["rotated trellis*"])} == set(neural.FIRST[:2])
+
+
+def test_a_decoder_of_all_matrices_is_trained_once(neural, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    matrices = {("q", block): torch.randn(16, 32, generator=generator) for block in range(3)}
+    bench = neural.Bench(matrices, torch.device("cpu"))
+    spec = neural.codeword(4, 4, hidden=2, shared="x")
+    tasks = [neural.Task("q", block, neural.ORIGINAL, neural.Arm("a", "all", spec, 30)) for block in range(3)]
+    tasks.insert(1, neural.Task("q", 0, neural.ORIGINAL, neural.Arm("a", "two", spec, 2)))
+    jobs = neural.jobs_of(bench, tasks)
+    assert [[task.block for task in job] for job in jobs] == [[0, 1, 2], [0]]
+    trained, train = [], neural.train_shared
+    monkeypatch.setattr(neural, "train_shared", lambda *args: trained.append(1) or train(*args))
+    rows = [bench.run(task) for task in jobs[0]]
+    assert len(trained) == 1 and len({row["relative_error"] for row in rows}) == 3
+
+
+def test_only_the_arms_with_neural_formats_let_the_solver_choose_them(neural):
+    names = {bits: [name for name in neural.SOLVED if neural.SOLVED[name][0] == bits] for bits in (2.0, 2.5)}
+    for without, with_them in names.values():
+        assert "codeword" not in str(neural.SOLVED[without][1]) and "codeword" in str(neural.SOLVED[with_them][1])
+    assert sorted(neural.END_TO_END) == sorted([*neural.EVERYWHERE, *neural.SOLVED])

@@ -27,6 +27,8 @@ from reallm.kernels import average, segment_sum, total
 # (8 a codeword: 0.090 on them, 0.0985 on others, d = 6 at 12 bits); of its own matrix it may.
 _LEAST_SAMPLES, _MOST_SAMPLES = 1 << 15, 1 << 17
 _SAMPLES_PER_CODEWORD = 16
+# A plain table of 2^16 entries has a number for each of its own: with 2^17 vectors it would learn two of them by heart.
+_MANY_PARAMETERS, _MOST_SAMPLES_OF_MANY = 1 << 17, 1 << 19
 _ASSIGNMENTS, _STEPS, _RATE = 12, 20, 0.02
 _WARM_ASSIGNMENTS = 2
 _ANSWERS, _ANSWER_RATE = 40, 0.003  # steps of the net by what all errors together cost
@@ -203,7 +205,8 @@ def _first(fmt: Codeword, vectors: Tensor, importance: Tensor, seed: int) -> Flo
 
 
 def _most_samples(fmt: Codeword) -> int:
-    return min(max(_LEAST_SAMPLES, _SAMPLES_PER_CODEWORD << fmt.index_bits), _MOST_SAMPLES)
+    most = _MOST_SAMPLES_OF_MANY if fmt.net.parameters > _MANY_PARAMETERS else _MOST_SAMPLES
+    return min(max(_LEAST_SAMPLES, _SAMPLES_PER_CODEWORD << fmt.index_bits), most)
 
 
 def _sample(vectors: Tensor, importance: Tensor, most: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -156,7 +156,7 @@ def train_conv_latents(fmt: ConvLatents, demands: Sequence[Demand], device: str,
         for state, latents in zip(states, grids, strict=True):
             if step % _REQUANTISED == 0:
                 state.requantise(latents.tensor)
-            descend([latents, net], state.loss, falling(step, fmt.steps))
+            _descend([latents, net], state.loss, falling(step, fmt.steps))
     return stored_parameters(fmt.decoder_bits, net.tensor)
 
 
@@ -212,7 +212,7 @@ def _with_encoder(state: _Trained, flat: Tensor) -> tuple[Tensor, Tensor]:
     for step in range(steps):
         if step % _REQUANTISED == 0:
             state.requantise(latents_of(adams[0].tensor.detach()))
-        descend(adams, lambda encoder, *flat: state.loss(latents_of(encoder), *flat), falling(step, steps))
+        _descend(adams, lambda encoder, *flat: state.loss(latents_of(encoder), *flat), falling(step, steps))
     return latents_of(adams[0].tensor.detach()), flat if state.fixed else adams[1].tensor.detach()
 
 
@@ -233,6 +233,15 @@ def _descended(state: _Trained, latents: Tensor, flat: Tensor) -> ConvLatentsPar
                 decoder = state.fixed or stored_parameters(fmt.decoder_bits, adams[1].tensor)
                 best, least = ConvLatentsParts(decoder, state.scales, state.base), error
         if step < steps:
-            descend(adams, state.loss, falling(step, steps))
+            _descend(adams, state.loss, falling(step, steps))
     assert best is not None
     return best
+
+
+def _descend(adams: Sequence[Adam], loss_of: Callable[..., Tensor], share: float) -> None:
+    """One step. Autograd chooses algorithms when it goes backwards: there too they must be the same in every run.
+
+    TF32 is good enough for gradients, which the straight-through estimator has made guesses of already.
+    """
+    with plain_convolutions(tf32=True):
+        descend(adams, loss_of, share)

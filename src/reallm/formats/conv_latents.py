@@ -153,6 +153,6 @@ class ConvLatents(WeightFormat):
         return parameters.layout(self.decoder_bits, self.net.parameters)
 
 
-def plain_convolutions() -> Any:
-    """The same algorithm in every run, and no TF32."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+def plain_convolutions(tf32: bool = False) -> Any:
+    """The same algorithm in every run, and no TF32 unless it may."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32)

@@ -6,8 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Distances of one chunk: 2**22 floats are 16 MB, which a cache still half holds; larger is slower.
-_DISTANCES_PER_CHUNK = 1 << 22
+# Distances of one chunk: 2**22 floats are 16 MB, which a processor's cache still half holds; larger is slower. A GPU
+# wants few and large chunks: with 65,536 entries 2**22 are 64 vectors, and launches would take longer than the work.
+_DISTANCES_PER_CHUNK = {"cpu": 1 << 22}
+_DISTANCES_PER_CHUNK_ELSEWHERE = 1 << 26
 
 
 def nearest_level(values: Float[Tensor, "..."], levels: Float[Tensor, " levels"]) -> Int[Tensor, "..."]:
@@ -22,7 +24,8 @@ def nearest_entry(
     importance: Float[Tensor, "n dim"] | None = None,
 ) -> Int[Tensor, " n"]:
     """Index of the entry at the smallest squared distance, each coordinate weighted by `importance`."""
-    chunk = max(1, _DISTANCES_PER_CHUNK // len(codebook))
+    distances = _DISTANCES_PER_CHUNK.get(vectors.device.type, _DISTANCES_PER_CHUNK_ELSEWHERE)
+    chunk = max(1, distances // len(codebook))
     # argmin Σ h (v - c)² = argmin Σ h c²/2 - h v c: the term h v² is the same for all entries.
     if importance is None:
         half_norms = codebook.square().sum(1) / 2
