@@ -32,8 +32,9 @@ def command(
         str,
         typer.Option(
             metavar="WORDS",
-            help="What trains, with commas between: residual, scales, gains, codebooks, outliers, dense, norms, "
-            "biases; embedding and head add those matrices' parts.",
+            help="What trains, with commas between: residual, scales, gains, codebooks, decoders (of neural formats; "
+            "those that matrices share train end to end), outliers, dense, norms, biases; embedding and head add "
+            "those matrices' parts.",
         ),
     ] = "residual,scales,gains,codebooks,norms",
     adapter: Annotated[

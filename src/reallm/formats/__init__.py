@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from reallm.formats.rounding import as_stored, rounding_of
+from reallm.formats.rounding import as_stored, rounding_of, table_of, zero_of
 from reallm.formats.rows import decode_rows
 from reallm.formats.shared import table_at_hand, table_tensors, tables_at_hand, tables_of
 from reallm.formats.waist import (
@@ -43,10 +43,12 @@ __all__ = [
     "named_tensors",
     "register",
     "rounding_of",
+    "table_of",
     "table_at_hand",
     "table_tensors",
     "tables_at_hand",
     "tables_of",
     "to_spec",
+    "zero_of",
     "with_tensors",
 ]

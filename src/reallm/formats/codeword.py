@@ -23,7 +23,7 @@ from reallm.formats import parameters
 from reallm.formats import scales as scale_store
 from reallm.formats.shared import check_table_name, table_at_hand
 from reallm.formats.waist import Shape, Table, Tensors, WeightFormat, empty, register
-from reallm.kernels import pack_bits, packed_nbytes, unpack_bits
+from reallm.kernels import entries, pack_bits, packed_nbytes, unpack_bits
 
 VECTOR_DIMS = (2, 4, 8, 16, 32)
 MAX_HIDDEN = 128
@@ -80,6 +80,11 @@ class Codeword(WeightFormat):
     def net(self) -> CodewordNet:
         """The decoder."""
         return CodewordNet(self.index_bits, self.vector_dim, self.digit_bits, self.hidden)
+
+    @property
+    def decoder_numbers(self) -> int:
+        """Parameters of a stored decoder, scales apart."""
+        return self.net.parameters
 
     def vectors_per_row(self, in_features: int) -> int:
         """Indices of one row."""
@@ -141,7 +146,7 @@ class Codeword(WeightFormat):
 
     def decode(self, parts: CodewordParts, shape: Shape) -> Float[Tensor, "out in"]:
         """net(code) · scale."""
-        vectors = self.table(parts.decoder, parts.scales.dtype)[parts.codes].flatten(1)[:, : shape[1]]
+        vectors = entries(self.table(parts.decoder, parts.scales.dtype), parts.codes).flatten(1)[:, : shape[1]]
         return scale_store.scaled(vectors, parts.scales, self.group_size)
 
     def table(

@@ -84,6 +84,11 @@ class ConvLatents(WeightFormat):
         """The decoder."""
         return ConvNet(self.channels, self.width, self.stages)
 
+    @property
+    def decoder_numbers(self) -> int:
+        """Parameters of a stored decoder, scales apart."""
+        return self.net.parameters
+
     def inner_shape(self, shape: Shape) -> Shape:
         """Rows of the grid, and the channels of all latents of one."""
         rows, columns = self.net.grid(*shape)

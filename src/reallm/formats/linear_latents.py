@@ -75,6 +75,11 @@ class LinearLatents(WeightFormat):
         """Weights of a patch."""
         return self.patch_rows * self.patch_columns
 
+    @property
+    def decoder_numbers(self) -> int:
+        """Parameters of a stored decoder, scales apart."""
+        return self.kept * self.patch
+
     def inner_shape(self, shape: Shape) -> Shape:
         """Rows of patches, and the latents of all patches in one."""
         return -(-shape[0] // self.patch_rows), -(-shape[1] // self.patch_columns) * self.kept

@@ -1,4 +1,7 @@
-"""What storing does to a float part, without packing the codes beside it: for training that knows what it will lose."""
+"""What storing does to a part that trains, without packing the codes beside it: for training that knows what it loses.
+
+Float parts train, and the numbers of decoders, which are codes of a grid: those train as if they were floats.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reallm.formats import parameters
 from reallm.formats import scales as scale_store
 from reallm.formats.low_rank_plus import LowRankPlus
+from reallm.formats.uniform import Uniform
 from reallm.formats.waist import Shape, WeightFormat
 
 
 def as_stored(fmt: WeightFormat, name: str, values: Float[Tensor, "*size"], shape: Shape) -> Float[Tensor, "*size"]:
-    """A float part as it comes back from the file; `name` is its local name, `shape` that of the matrix.
+    """A part as it comes back from the file, floats; `name` is its local name, `shape` that of the matrix.
 
     Numbers that the stored type cannot hold go to the nearest that it can: a scale without a sign below 0 to 0.
     """
@@ -24,15 +29,37 @@ def as_stored(fmt: WeightFormat, name: str, values: Float[Tensor, "*size"], shap
 
 def rounding_of(fmt: WeightFormat, name: str, shape: Shape) -> Callable[[Tensor], Tensor]:
     """`as_stored` of one part, for many calls."""
+    owner, local = _owner(fmt, name)
+    if local in parameters.ROLES:  # of a decoder, shared or not
+        return rounding_of(parameters.storage(owner.decoder_bits), local.removeprefix(f"{parameters.PREFIX}."), (1, 1))
+    if isinstance(owner, Uniform) and local == "codes":
+        return functools.partial(_as_codes, bits=owner.bits)
     layout = fmt.layout(shape)
     stored = layout[name]
     if stored.is_floating_point():
         return functools.partial(_as_float, dtype=stored.dtype)
     if f"{name}_max" in layout:
         return functools.partial(_as_scales, signed=stored.dtype == torch.int8)
-    owner = _owner(fmt, name)
     assert isinstance(owner, LowRankPlus), f"{owner.name}: no rule for the integers of {name}"
     return owner.stored_factor
+
+
+def zero_of(fmt: WeightFormat, name: str) -> float:
+    """What stands for 0 in a part: a code in the numbers of a decoder, else 0."""
+    owner, local = _owner(fmt, name)
+    if local in parameters.ROLES:
+        return zero_of(parameters.storage(owner.decoder_bits), local.removeprefix(f"{parameters.PREFIX}."))
+    return owner.zero_code if isinstance(owner, Uniform) and local == "codes" else 0.0
+
+
+def table_of(fmt: WeightFormat, name: str) -> str:
+    """The shared decoder that a part belongs to; "" for all other parts."""
+    owner, local = _owner(fmt, name)
+    return owner.shared if local in parameters.ROLES else ""
+
+
+def _as_codes(values: Float[Tensor, "*size"], bits: int) -> Float[Tensor, "*size"]:
+    return values.round().clamp(0, 2**bits - 1)
 
 
 def _as_scales(values: Float[Tensor, "out groups"], signed: bool) -> Float[Tensor, "out groups"]:
@@ -44,7 +71,8 @@ def _as_float(values: Float[Tensor, "*size"], dtype: torch.dtype) -> Float[Tenso
     return values.clamp(-largest, largest).to(dtype).to(torch.float32)
 
 
-def _owner(fmt: WeightFormat, name: str) -> WeightFormat:
-    """The format, this one or an inner one, that a local name belongs to."""
+def _owner(fmt: WeightFormat, name: str) -> tuple[WeightFormat, str]:
+    """The format, this one or an inner one, that a local name belongs to, and the name there."""
     head, _, rest = name.partition(".")
-    return _owner(getattr(fmt, head), rest) if rest else fmt
+    base = getattr(fmt, head, None)
+    return _owner(base, rest) if rest and isinstance(base, WeightFormat) else (fmt, name)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 from reallm.errors import FormatError
@@ -17,9 +17,12 @@ from reallm.kernels import pack_bits, packed_nbytes, unpack_bits
 
 @dataclass(frozen=True)
 class UniformParts:
-    """weight = (code - zero) · scale; `zeros` is None when symmetric, where `Uniform.zero_code` serves."""
+    """weight = (code - zero) · scale; `zeros` is None when symmetric, where `Uniform.zero_code` serves.
 
-    codes: Int[Tensor, "out in"]
+    Codes are whole numbers, of a float type while they train.
+    """
+
+    codes: Real[Tensor, "out in"]
     scales: Float[Tensor, "out groups"]
     zeros: Int[Tensor, "out groups"] | None
 

@@ -171,7 +171,13 @@ class _Run:
         if settings.adapter is not None:
             return choose_new_residuals(model, walked, settings.adapter, settings.seed, **how)
         headers = read_headers(weight_files(self.artifact, ArtifactError), ArtifactError)
-        return choose(model, walked, {name: h.dtype for name, h in headers.items()}, settings.train, **how)
+        chosen = choose(model, walked, {name: h.dtype for name, h in headers.items()}, settings.train, **how)
+        if chosen.tables and not settings.end_to_end:
+            raise RecipeError(
+                f"--train decoders: {', '.join(chosen.tables)} serves matrices of many blocks and trains end to end; "
+                "take --method both or end-to-end, or leave decoders out"
+            )
+        return chosen
 
     def _original(self, compressed: nn.Module) -> nn.Module | None:
         """The original on the CPU, frozen."""

@@ -18,8 +18,8 @@ ORIGINAL, COMPRESSED = "original", "compressed"
 TARGETS = (ORIGINAL, COMPRESSED)
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# The ledger's words for float parts, and kept tensors.
-PARTS = ("residual", "scales", "gains", "codebooks", "outliers", "dense")
+# The ledger's words for parts that can train, and kept tensors.
+PARTS = ("residual", "scales", "gains", "codebooks", "decoders", "outliers", "dense")
 KEPT = ("norms", "biases")
 # Whose parts, beside the block matrices'.
 PLACES = ("embedding", "head")

@@ -1,18 +1,24 @@
-"""What trains: float parts of compressed matrices and kept tensors, chosen by the ledger's words.
+"""What trains: float parts of compressed matrices, their decoders and kept tensors, chosen by the ledger's words.
 
 stored tensors ── unpack ──▶ parts: codes stay, chosen floats become parameters ── decode, at every use ──▶ matrix
 
 A parameter is its part divided by a power of two near the part's size, which changes no bit of it. So one learning
 rate serves scales of 0.01 and codebook entries of 3 alike.
+
+The numbers of a decoder net are codes of a grid of few bits and its scales. Both train: the codes as real numbers that
+are rounded on the way forwards. A decoder that matrices share is one such matrix of numbers, which all of them look at.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,11 +35,15 @@ from reallm.formats import (
     map_tensors,
     named_tensors,
     rounding_of,
+    table_of,
     tables_at_hand,
     with_tensors,
+    zero_of,
 )
+from reallm.formats import parameters as decoder_store
 from reallm.formats.dense import DenseParts
 from reallm.formats.low_rank_plus import LowRankPlus
+from reallm.formats.shared import PREFIX as SHARED
 from reallm.formats.waist import inner, under
 from reallm.kernels import straight_through
 from reallm.model import CompressedLinear, Walk
@@ -47,7 +57,11 @@ _NOTHING = 2.0**-40
 
 
 class LiveMatrix(nn.Module):
-    """A matrix whose chosen float parts are parameters; calling it decodes."""
+    """A matrix whose chosen parts are parameters; calling it decodes.
+
+    `tables` are shared decoders that train, by their name: live matrices of one row, of numbers. They are nobody's
+    children, so that each is listed once.
+    """
 
     def __init__(
         self,
@@ -57,46 +71,64 @@ class LiveMatrix(nn.Module):
         chosen: Sequence[str],
         rounded: bool,
         kept_dtype: torch.dtype | None,
+        tables: Mapping[str, LiveMatrix] | None = None,
     ) -> None:
         """`chosen` are local names; `kept_dtype` is that of what no trained part changes, None decodes it each time."""
         super().__init__()
         self.fmt, self.shape, self.rounded = fmt, shape, rounded
         parts = fmt.unpack(stored, shape)
         values = named_tensors(parts)
-        self.units = {name: unit_of(values[name]) for name in chosen}
+        # (part, table, part of the table), in a tuple that is no module's.
+        self._common = tuple(
+            (name, tables[table], name.rpartition(".")[2])
+            for name in values
+            if (table := table_of(fmt, name)) and tables is not None and table in tables
+        )
+        moving = {*chosen, *(name for name, _, _ in self._common)}
+        self.zeros = {name: zero_of(fmt, name) for name in chosen}
+        self.units = {name: unit_of(values[name].float() - self.zeros[name]) for name in chosen}
+        self._chosen_types = {name: values[name].dtype for name in chosen}
         self._rounding = {name: rounding_of(fmt, name, shape) for name in chosen}
         self._rounded: dict[str, tuple[int, Tensor]] = {}
         for name in chosen:
-            self.register_parameter(_leaf(name), nn.Parameter(values[name].float() / self.units[name]))
+            scaled = (values[name].float() - self.zeros[name]) / self.units[name]
+            self.register_parameter(_leaf(name), nn.Parameter(scaled))
         self.form, self.factors = fmt, {}
         if kept_dtype is not None:
-            self.form, parts, self.factors = _settled(fmt, parts, shape, set(chosen), kept_dtype)
+            self.form, parts, self.factors = _settled(fmt, parts, shape, moving, kept_dtype)
         self._types: dict[str, torch.dtype] = {}
         for name, tensor in named_tensors(parts).items():
-            if name not in chosen:
+            if name not in moving:
                 self._types[name] = torch.float32 if tensor.is_floating_point() else tensor.dtype
                 self.register_buffer(_leaf(name, "kept"), _narrow(tensor), persistent=False)
         self._frame = map_tensors(lambda tensor: torch.empty_like(tensor, device="meta"), parts)
 
     def part(self, name: str) -> Tensor:
         """A trained part in natural units, float32."""
-        return self.get_parameter(_leaf(name)) * self.units[name]
+        return self.get_parameter(_leaf(name)) * self.units[name] + self.zeros[name]
 
     def parts_to_store(self) -> Tensors:
         """The trained parts as they come back from the file."""
-        return {name: self._rounding[name](self.part(name).detach()) for name in self.units}
+        return {n: self._rounding[n](self.part(n).detach()).to(dtype) for n, dtype in self._chosen_types.items()}
+
+    def parts(self) -> Parts:
+        """All parts as they are stored, of a matrix of which everything trains."""
+        return with_tensors(self._frame, self.parts_to_store())
 
     def forward(self) -> Float[Tensor, "out in"]:
         """The matrix in float32, differentiable in the parameters."""
-        device = next(self.parameters()).device
+        device = next(itertools.chain(self.buffers(), self.parameters())).device
         with torch.autocast(device.type, enabled=False):
-            trained = {name: self._seen(name) for name in self.units}
+            trained = {name: self.seen(name) for name in self.units}
+            # Block by block a block is on another device than what no block owns.
+            trained |= {name: table.seen(part).to(device) for name, table, part in self._common}
             tensors = {name: self.get_buffer(_leaf(name, "kept")).to(dtype) for name, dtype in self._types.items()}
             for place, name in self.factors.items():
                 tensors[place] = tensors[place] * trained[name]
             return self.form.decode(with_tensors(self._frame, tensors | trained), self.shape)
 
-    def _seen(self, name: str) -> Tensor:
+    def seen(self, name: str) -> Tensor:
+        """A trained part as training sees it: rounded, with gradients as if it were not."""
         values = self.part(name)
         if not self.rounded:
             return values
@@ -133,6 +165,7 @@ class Trainables:
     matrices: dict[str, LiveMatrix]
     kept: dict[str, torch.dtype]
     model: nn.Module
+    tables: dict[str, LiveMatrix] = field(default_factory=dict)  # decoders that matrices share, by their name
 
     def within(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Those of one module, a block for instance."""
@@ -146,7 +179,22 @@ class Trainables:
             tensors |= under(path, live.parts_to_store())
         for name, dtype in self.kept.items():
             tensors[name] = _value_of(self.model, name).detach().to(dtype)
+        for table, live in self.tables.items():
+            packed = live.fmt.pack(live.parts(), live.shape)
+            tensors |= under(f"{SHARED}.{table}.{decoder_store.PREFIX}", packed)
         return tensors
+
+    @contextlib.contextmanager
+    def tables_at_rest(self) -> Iterator[None]:
+        """In here shared decoders get no gradients: they belong to no block."""
+        shared = [parameter for live in self.tables.values() for parameter in live.parameters()]
+        for parameter in shared:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in shared:
+                parameter.requires_grad_()
 
 
 def choose(
@@ -169,17 +217,25 @@ def choose(
     parameters: dict[str, nn.Parameter] = {}
     counts: dict[str, int] = defaultdict(int)
     matrices, kinds, there = {}, {m.name: m.kind for m in walked.matrices}, set()
-    for path, module in compressed_modules(model).items():
+    modules = compressed_modules(model)
+    wanted = {path for path in modules if kinds[path] == "block" or kinds[path] in train}
+    tables = _live_tables(model, [modules[path] for path in wanted], rounded) if decoder_store.ROLE in train else {}
+    for table, live in tables.items():
+        for name in live.units:
+            stored_name = f"{SHARED}.{table}.{decoder_store.PREFIX}.{name}"
+            parameters[stored_name] = live.get_parameter(_leaf(name))
+            counts[decoder_store.ROLE] += parameters[stored_name].numel()
+    for path, module in modules.items():
         with tables_at_hand(module.shared_tables()):
-            roles = float_roles(module.fmt, module.stored(), module.shape)
+            roles = part_roles(module.fmt, module.stored(), module.shape)
         there |= set(roles.values())
-        wanted = kinds[path] == "block" or kinds[path] in train
-        chosen = [name for name, role in roles.items() if wanted and role in train]
-        if not chosen:
+        own = [name for name in roles if not table_of(module.fmt, name)]
+        chosen = [name for name in own if path in wanted and roles[name] in train]
+        if not chosen and not set(module.fmt.tables()) & set(tables):
             module.decode_once()
             continue
         with tables_at_hand(module.shared_tables()):
-            live = _made(module.fmt, module.shape, module.stored(), chosen, rounded, kept_dtype, device)
+            live = _made(module.fmt, module.shape, module.stored(), chosen, rounded, kept_dtype, device, tables)
         module.come_alive(live)
         matrices[path] = live
         for name in chosen:
@@ -196,7 +252,27 @@ def choose(
     if not parameters:
         known = ", ".join(sorted(word for word in there if word in (*PARTS, *_KEPT_WORDS.values())))
         raise RecipeError(f"--train {','.join(train)}: this model has none of them; it has {known or 'nothing'}")
-    return Trainables(parameters, dict(counts), matrices, kept, model)
+    return Trainables(parameters, dict(counts), matrices, kept, model, tables)
+
+
+def _live_tables(model: nn.Module, modules: Sequence[Any], rounded: bool) -> dict[str, LiveMatrix]:
+    """The shared decoders that some modules name, as parameters; they become a part of the model."""
+    found: dict[str, LiveMatrix] = {}
+    for module in modules:
+        for table, tensors in module.shared_tables().items():
+            if table not in found:
+                found[table] = _live_table(module.fmt, table, inner(decoder_store.PREFIX, tensors), rounded)
+                model.get_submodule(SHARED).add_module(f"live_{table}", found[table])
+    return dict(sorted(found.items()))
+
+
+def _live_table(fmt: WeightFormat, table: str, stored: Tensors, rounded: bool) -> LiveMatrix:
+    """The numbers of a decoder as one row; `fmt` is that of a matrix that names it."""
+    while table not in fmt.own_tables():
+        fmt = fmt.base
+    storage, shape = decoder_store.storage(fmt.decoder_bits), (1, fmt.decoder_numbers)
+    names = list(named_tensors(storage.unpack(stored, shape)))
+    return LiveMatrix(storage, shape, stored, names, rounded, None)
 
 
 def choose_new_residuals(
@@ -243,17 +319,18 @@ def _made(
     rounded: bool,
     kept_dtype: torch.dtype | None,
     device: str | torch.device,
+    tables: Mapping[str, LiveMatrix] | None = None,
 ) -> LiveMatrix:
     """A live matrix where the stored tensors are, made on `device`: to decode 210 trellises takes a CPU minutes."""
     home = next(iter(stored.values())).device
     there = {name: tensor.to(device) for name, tensor in stored.items()}
-    return LiveMatrix(fmt, shape, there, chosen, rounded, kept_dtype).to(home)
+    return LiveMatrix(fmt, shape, there, chosen, rounded, kept_dtype, tables).to(home)
 
 
-def float_roles(fmt: WeightFormat, stored: Tensors, shape: Shape) -> dict[str, str]:
-    """Ledger role of every float part by local name."""
-    parts = fmt.unpack(stored, shape)
-    return {name: fmt.role(name) for name, part in named_tensors(parts).items() if part.is_floating_point()}
+def part_roles(fmt: WeightFormat, stored: Tensors, shape: Shape) -> dict[str, str]:
+    """Ledger role of every part that can train, by local name: floats, and the numbers of decoders."""
+    roles = {name: (fmt.role(name), part) for name, part in named_tensors(fmt.unpack(stored, shape)).items()}
+    return {n: role for n, (role, part) in roles.items() if part.is_floating_point() or role == decoder_store.ROLE}
 
 
 def unit_of(values: Tensor) -> float:
