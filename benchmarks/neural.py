@@ -41,10 +41,12 @@ from lab import Workers, arguments, commit, earlier_runs, machine
 from torch import Tensor
 
 import reallm
+from reallm.allocate.candidates import neural_candidates
 from reallm.artifact import read_ledger, read_manifest
 from reallm.evaluate.measure import measure, versions
 from reallm.fit import Objective, demand_of, fit, relative_error, train_shared
-from reallm.formats import Tensors, WeightFormat, from_spec, tables_at_hand
+from reallm.formats import Tensors, WeightFormat, from_spec, tables_at_hand, to_spec
+from reallm.formats.scaled import Scaled
 from reallm.model import Matrix, Source, open_source, read_matrix, walk
 from reallm.report.names import short_name
 
@@ -389,7 +391,7 @@ CHOICES = [
     *(vectors(2, b) for b in (4, 6, 8)),
     *(normal(b) for b in (4, 5, 6)),
 ]
-NEURAL_CHOICES = [turned(codeword(b, d)) for b, d in ((8, 8), (12, 8), (16, 8), (12, 4), (16, 4))] + [
+NEURAL_CHOICES = [to_spec(fmt) for fmt in neural_candidates("block") if not isinstance(fmt, Scaled)] + [
     conv(4, 8, 1, _TWO), linear("learned", 8, _TWO)
 ]  # fmt: skip
 SOLVED = {

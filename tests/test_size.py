@@ -202,6 +202,76 @@ def test_corrections_change_what_is_chosen(tiny_llama, text_file, tmp_path):
         bits_of("q", corrections=str(file))
 
 
+def codewords_of(plan):
+    names = {table for entry in plan.entries for table in entry.fmt.tables()}
+    assert names == set(plan.tables) and all(name.startswith("codeword_") for name in names)
+    return [entry for entry in plan.entries if entry.fmt.tables()]
+
+
+@pytest.fixture
+def large_ones(tmp_path):
+    """Candidates that leave all that is small to neural ones: for a model this small a decoder is dear."""
+    file = tmp_path / "large.yaml"
+    specs = [{"format": "uniform", "bits": bits, "group_size": size} for bits in (3, 4, 8) for size in (0, 32, 64)]
+    file.write_text(json.dumps({"candidates": {"block": specs}}))
+    return str(file)
+
+
+@pytest.mark.parametrize("bits", [1.5, 2.0, 3.0])
+def test_neural_candidates_keep_to_the_bits_with_the_decoders_they_share(tiny_llama, large_ones, tmp_path, bits):
+    job = prepare(tiny_llama, Settings(bits=bits, candidates=("neural",), corrections=large_ones))
+    assert codewords_of(job.plan) and 0.99 * bits <= job.plan.block_bits <= bits
+    run(job, tmp_path / "out")
+    assert read_ledger(tmp_path / "out").by("role")["decoders"] > 0
+    assert WholeFile(job).nbytes(job.plan) == total(tmp_path / "out")
+
+
+def test_neural_candidates_keep_to_a_size(tiny_llama, text_file, tmp_path):
+    only = tmp_path / "codewords.yaml"
+    only.write_text("candidates: {block: [{format: uniform, bits: 8}, {format: uniform, bits: 4}]}")
+    settings = {
+        "size": 80_000,
+        "candidates": ("neural",),
+        "corrections": str(only),
+        "analysis": str(tmp_path / "cache"),
+    }
+    job = prepare(tiny_llama, Settings(calibration=(str(text_file),), **settings, **CALIBRATION))
+    assert codewords_of(job.plan)
+    run(job, tmp_path / "out")
+    assert 0.995 * 80_000 <= total(tmp_path / "out") <= 80_000
+    assert torch.isfinite(reallm.load(tmp_path / "out")(torch.arange(8)[None]).logits).all()
+
+
+def test_decoders_that_a_model_is_too_small_for_are_not_shared(tiny_llama, tmp_path):
+    file = tmp_path / "corrections.yaml"
+    dear = {"format": "codeword", "index_bits": 8, "digit_bits": 8, "vector_dim": 32, "hidden": 0, "decoder_bits": 16}
+    dear["shared"] = "dear"
+    plain = [{"format": "normal_float", "bits": bits} for bits in (1, 2)]
+    file.write_text(
+        json.dumps({"candidates": {"block": [dear, *plain]}, "losses": [{"match": "*", "format": dear, "loss": 0.0}]})
+    )
+    plan = prepare(tiny_llama, Settings(bits=1.5, corrections=str(file))).plan
+    assert not plan.tables and 0.99 * 1.5 <= plan.block_bits <= 1.5
+    file.write_text(json.dumps({"candidates": {"block": [dear]}}))
+    with pytest.raises(RecipeError, match="no room for the decoders|is not possible"):
+        prepare(tiny_llama, Settings(bits=2.5, corrections=str(file)))
+
+
+def test_bits_without_calibration_heed_corrections(tiny_llama, tmp_path):
+    file = tmp_path / "corrections.yaml"
+    specs = [{"format": "uniform", "bits": bits, "symmetric": True} for bits in range(2, 9)]
+    file.write_text(json.dumps({"candidates": {"block": specs}}))
+    plan = prepare(tiny_llama, Settings(bits=4.0, corrections=str(file))).plan
+    assert {entry.fmt.name for entry in plan.entries if entry.matrix.kind == "block"} == {"uniform"}
+
+
+def test_a_wrong_word_for_candidates_is_refused(tiny_llama):
+    with pytest.raises(RecipeError, match="--candidates 'neurol' is not one of neural"):
+        prepare(tiny_llama, Settings(bits=3, candidates=("neurol",)))
+    with pytest.raises(RecipeError, match="--candidates is for budgets"):
+        prepare(tiny_llama, Settings(recipe="mixed", candidates=("neural",)))
+
+
 def test_a_calibrated_size_ends_with_predicted_and_realised_loss(tiny_llama, text_file, tmp_path, capsys):
     from reallm.cli import main
 

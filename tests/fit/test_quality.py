@@ -6,12 +6,13 @@ import torch
 
 import reallm.fit.quality as quality_module
 from reallm.allocate.budget import candidate_formats
-from reallm.allocate.candidates import calibrated_candidates
+from reallm.allocate.candidates import calibrated_candidates, neural_candidates
 from reallm.errors import FormatError
 from reallm.fit import Quality, gaussian_error, gaussian_quality, relative_error
 from reallm.fit.quality import gaussian, measured_gaussian_error
 from reallm.formats import example_formats, from_spec, known_formats, to_spec
 from reallm.formats.scaled import Scaled
+from reallm.formats.shared import shared_as
 from reallm.report.names import short_name
 
 SHAPE = (64, 512)
@@ -69,9 +70,19 @@ def test_every_candidate_of_a_budget_is_in_the_table():
     calibrated = [f for kind in ("block", "head") for bits in (10, 12, 16) for f in calibrated_candidates(kind, bits)]
     # Scales around a format change nothing on Gaussian weights: the table does not repeat it.
     plain = [fmt for fmt in calibrated if not isinstance(fmt, Scaled)]
+    plain += [shared_as(fmt, "x") for fmt in neural_candidates("block") if not isinstance(fmt, Scaled)]
     assert {json.dumps(to_spec(fmt)) for fmt in [*candidate_formats(), *plain]} == set(quality_module._table())
 
 
 def test_a_codebook_as_large_as_the_sample_would_be_is_not_taken_for_a_perfect_code():
     fmt = from_spec({"format": "codebook", "index_bits": 10, "vector_dim": 8, "group_size": 0})
     assert measured_gaussian_error(fmt) > 2.0 ** (-2 * 10 / 8)
+
+
+def test_a_shared_decoder_is_measured_on_what_it_was_not_trained_on_whatever_its_name(monkeypatch):
+    specs = [{"format": "codeword", "index_bits": 8, "shared": name} for name in ("", "one", "other")]
+    own, one, other = (from_spec({"format": "rotated", "base": spec}) for spec in specs)
+    assert gaussian_error(one) == gaussian_error(other) == pytest.approx(measured_gaussian_error(other), rel=0.02)
+    monkeypatch.setattr(quality_module, "_SEEN", (64, 512))
+    # On few vectors a decoder of its own learns them by heart; one of others cannot.
+    assert measured_gaussian_error(one) > measured_gaussian_error(own)

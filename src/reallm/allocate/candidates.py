@@ -7,6 +7,7 @@ import importlib.util
 
 from reallm.formats import WeightFormat
 from reallm.formats.codebook import Codebook
+from reallm.formats.codeword import Codeword
 from reallm.formats.dense import Dense
 from reallm.formats.e8 import E8
 from reallm.formats.entropy_coded import EntropyCoded
@@ -19,6 +20,31 @@ from reallm.formats.uniform import Uniform
 BLOCK, ENDS = "block", ("embedding", "head")
 # Rates of entropy-coded candidates: a quarter of a bit is a step of 40 % in error.
 _QUARTERS = tuple(quarters / 4 for quarters in range(4, 25))
+
+
+# Words of --candidates: what is added to the lists below.
+NEURAL = "neural"
+MORE = (NEURAL,)
+# (index bits, weights of a vector): 0.75 to 3.5 bits a weight.
+_CODEWORDS = ((12, 16), (16, 16), (8, 8), (10, 8), (12, 8), (14, 8), (16, 8), (10, 4), (12, 4), (14, 4))
+
+
+@functools.cache
+def neural_candidates(kind: str, largest: int = 16) -> tuple[WeightFormat, ...]:
+    """Rotated codeword decoders of up to `largest` index bits, for blocks. Each is shared by all matrices that take it.
+
+    After a rotation all matrices are as Gaussian, so that one decoder serves them all and costs next to nothing; of
+    its own it would be 0.2 bits a weight of a matrix of 110,000. Search goes through all codewords: a CPU takes an hour
+    for 10⁷ weights at 16 bits, so that 12 are the largest there.
+    """
+    if kind != BLOCK:
+        return ()
+    found = [
+        Rotated(Codeword(index_bits=bits, vector_dim=dim, shared=f"codeword_{bits}_{dim}"))
+        for bits, dim in _CODEWORDS
+        if bits <= largest
+    ]
+    return (*found, *(Scaled(fmt, sides) for sides in (INPUTS, OUTPUTS, BOTH) for fmt in found))
 
 
 @functools.cache

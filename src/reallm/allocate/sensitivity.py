@@ -15,7 +15,6 @@ from typing import Any
 
 from reallm.allocate.plan import MatrixInfo
 from reallm.formats import WeightFormat
-from reallm.formats.codebook import Codebook
 
 # A fused or renamed matrix suffers as the most delicate of the parts it plays.
 _ALIKE = {"qkv": "v", "gate_up": "up", "fc1": "up", "fc2": "down"}
@@ -44,4 +43,4 @@ def sensitivity(matrix: MatrixInfo, fmt: WeightFormat, depth: int) -> float:
 def _family(fmt: WeightFormat) -> str:
     while (base := getattr(fmt, "base", None)) is not None:
         fmt = base
-    return "vector" if isinstance(fmt, Codebook) and fmt.vector_dim > 1 else "scalar"
+    return "vector" if getattr(fmt, "vector_dim", 1) > 1 else "scalar"

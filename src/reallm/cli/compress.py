@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reallm.cli.options import Corrections, Exclude, Include, Model, Seed
+from reallm.cli.options import Candidates, Corrections, Exclude, Include, Model, Seed
 from reallm.cli.progress import progress_bar
 
 DEFAULT_RECIPE = "mixed"
@@ -96,6 +96,7 @@ def command(
         ),
     ] = None,
     corrections: Corrections = None,
+    candidates: Candidates = None,
     analysis: Annotated[
         Path | None,
         typer.Option(
@@ -151,6 +152,7 @@ def command(
         coding=coding,
         state_bits=state_bits,
         corrections=None if corrections is None else str(corrections),
+        candidates=tuple(candidates or ()),
         analysis=str(analysis or output.absolute().parent / ".reallm"),
         fits=None if fits is None else str(fits),
     )

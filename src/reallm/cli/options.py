@@ -21,3 +21,11 @@ Corrections: TypeAlias = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="YAML with factors or figures for predicted losses, and candidate formats."),
 ]
+Candidates: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="WORD",
+        help="What a budget may choose beside its own list: neural (codewords that a small net makes, shared by all "
+        "matrices that take them; up to 12 index bits on a CPU, 16 elsewhere).",
+    ),
+]

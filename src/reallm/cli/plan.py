@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from reallm.cli.compress import end_format
-from reallm.cli.options import Corrections, Exclude, Include, Model, Seed
+from reallm.cli.options import Candidates, Corrections, Exclude, Include, Model, Seed
 
 
 def command(
@@ -61,6 +61,7 @@ def command(
         int | None, typer.Option(metavar="N", help="Window of trellis candidates: 6 to 16, or 0 for none.")
     ] = None,
     corrections: Corrections = None,
+    candidates: Candidates = None,
     analysis: Annotated[
         Path | None,
         typer.Option(
@@ -98,6 +99,7 @@ def command(
             analysis_context=analysis_context,
             state_bits=state_bits,
             corrections=None if corrections is None else str(corrections),
+            candidates=tuple(candidates or ()),
             analysis=str(analysis or output.absolute().parent / ".reallm"),
         )
 

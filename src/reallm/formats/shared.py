@@ -64,15 +64,15 @@ def tables_of(formats: Iterable[WeightFormat]) -> dict[str, Table]:
     return dict(sorted(found.items()))
 
 
-def unshared(fmt: WeightFormat) -> WeightFormat:
-    """The same with decoders of its own."""
+def shared_as(fmt: WeightFormat, name: str) -> WeightFormat:
+    """The same with another name for every shared decoder; "": with decoders of its own."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(fmt):  # type: ignore[arg-type]
         value = getattr(fmt, field.name)
         if isinstance(value, WeightFormat):
-            changes[field.name] = unshared(value)
-        elif field.name == "shared":
-            changes[field.name] = ""
+            changes[field.name] = shared_as(value, name)
+        elif field.name == "shared" and value:
+            changes[field.name] = name
     return dataclasses.replace(fmt, **changes)  # type: ignore[type-var]
 
 

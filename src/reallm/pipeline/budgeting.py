@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,8 @@ import torch
 from reallm.allocate import MatrixInfo, Plan, Planned
 from reallm.allocate.analysis import Analysis, load_corrections
 from reallm.allocate.budget import candidate_formats
-from reallm.allocate.candidates import calibrated_candidates
+from reallm.allocate.candidates import NEURAL, calibrated_candidates, neural_candidates
+from reallm.allocate.plan import tables_nbytes
 from reallm.allocate.recipe import DEFAULT_EMBEDDING
 from reallm.allocate.sensitivity import sensitivity
 from reallm.allocate.sizing import (
@@ -28,7 +29,8 @@ from reallm.allocate.sizing import (
 )
 from reallm.errors import RecipeError
 from reallm.fit import gaussian_error, gaussian_share
-from reallm.formats import WeightFormat
+from reallm.formats import Table, WeightFormat, tables_of
+from reallm.formats.scaled import Scaled
 from reallm.model import Source, Walk
 from reallm.pipeline.analysis import analysed, analysis_file
 from reallm.pipeline.calibrating import calculation_dtype, calibration_windows
@@ -99,7 +101,10 @@ def options_of(
             found: Sequence[WeightFormat] = candidate_formats()
         else:
             found = calibrated_candidates(matrix.kind, _state_bits(settings))
-        return corrections.candidates_of(matrix.kind, found)
+        more = neural_candidates(matrix.kind, _index_bits(settings)) if NEURAL in settings.candidates else ()
+        if not known:  # scales around a format are nothing to a prediction by roles
+            more = tuple(fmt for fmt in more if not isinstance(fmt, Scaled))
+        return [*corrections.candidates_of(matrix.kind, found), *more]
 
     def loss(matrix: MatrixInfo, fmt: WeightFormat) -> float:
         if analysis is not None and analysis.knows(matrix.name):
@@ -124,6 +129,11 @@ def _state_bits(settings: Settings) -> int:
     if settings.state_bits is not None:
         return settings.state_bits
     return 0 if torch.device(settings.device).type == "cpu" else 16
+
+
+def _index_bits(settings: Settings) -> int:
+    """The most of codeword candidates: a CPU goes through 65,536 codewords for a vector in 1 ms."""
+    return 12 if torch.device(settings.device).type == "cpu" else 16
 
 
 def analysis_of(source: Source, walked: Walk, settings: Settings) -> Analysis:
@@ -224,9 +234,39 @@ def _for_bits(matrices: Sequence[MatrixInfo], options: Options, bits: float, nam
         least, most = math.ceil(100 * extremes[0]) / 100, math.floor(100 * extremes[1]) / 100
         raise RecipeError(f"--bits {bits:g} is not possible for this model; between {least:.2f} and {most:.2f} is")
     least_bytes = int(bits * (1 - _BITS_TOLERANCE) * weights / 8) + 1
-    plan = chosen_plan(blocks, options, int(bits * weights / 8), least_bytes, name)
+    plan = _with_shared(blocks, options, int(bits * weights / 8), least_bytes, name)
     if plan.block_bits < bits * (1 - _BITS_TOLERANCE):
         raise RecipeError(f"{bits:g} bits cannot be met within 1 %: the nearest below is {plan.block_bits:.3f}")
     ends = [m for m in matrices if m.kind != "block" and m.name in options]
     by_name = {e.matrix.name: e for e in plan.entries} | {m.name: Planned(m, options[m.name][0].fmt) for m in ends}
     return Plan(tuple(by_name[m.name] for m in matrices if m.name in by_name), name)
+
+
+def _with_shared(blocks: Sequence[MatrixInfo], options: Options, budget: int, least: int, name: str) -> Plan:
+    """The plan of least predicted loss, decoders that its matrices share within the budget too.
+
+    They are in no matrix's bytes: those that would be chosen if they were free are given room, and what is chosen then
+    is chosen among them. Where that ends below `least`, as with a model so small that decoders are dear, one or none is
+    shared.
+    Errors: RecipeError if the smallest options exceed the budget.
+    """
+
+    def among(tables: Mapping[str, Table], taken: int) -> Plan | None:
+        """The plan with no decoders but these, if its matrices fit what is left."""
+        rows = {m.name: [o for o in options[m.name] if o.fmt.tables().keys() <= tables.keys()] for m in blocks}
+        if not all(rows.values()) or sum(min(o.nbytes for o in found) for found in rows.values()) > budget - taken:
+            return None
+        return chosen_plan(blocks, rows, budget - taken, max(least - taken, 0), name)
+
+    everything = tables = tables_of(option.fmt for matrix in blocks for option in options[matrix.name])
+    plan = among(tables, 0)
+    while plan is not None and (plan.nbytes > budget or plan.tables.keys() < tables.keys()):
+        tables = plan.tables
+        plan = among(tables, tables_nbytes(tables))
+    if plan is not None and plan.nbytes >= least:
+        return plan
+    few = [{}, *({table: everything[table]} for table in everything)]
+    found = [plan for plan in [plan, *(among(some, tables_nbytes(some)) for some in few)] if plan is not None]
+    if not found:
+        raise RecipeError(f"{name} leave no room for the decoders that {len(blocks)} matrices would share")
+    return min(found, key=lambda plan: (plan.nbytes < least, predicted_loss(plan, options)))

@@ -35,7 +35,7 @@ def prepare(model: str | Path | Source, settings: Settings) -> Job:
         job = _from_recipe(source, walked, chosen, infos, settings)
         if settings.size is not None or settings.bits_per_parameter is not None:
             job = from_budget(source, walked, chosen, settings, job.plan)
-    elif settings.bits is not None and not settings.calibration:
+    elif settings.bits is not None and not (settings.calibration or settings.corrections or settings.candidates):
         job = _from_bits(source, walked, chosen, settings)
     else:
         job = from_budget(source, walked, chosen, settings)

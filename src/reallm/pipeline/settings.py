@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from reallm.allocate.candidates import MORE
 from reallm.allocate.recipe import FormatSpec
 from reallm.errors import RecipeError
 from reallm.model.calibration import SELF
@@ -49,6 +50,7 @@ class Settings:
     analysis_context: int = 1024
     fits: str | None = None  # folder that keeps fitted matrices, for the next budget
     corrections: str | None = None  # file of what is known better than predicted
+    candidates: tuple[str, ...] = ()  # what a budget may choose beside its own list: words of allocate.candidates.MORE
 
 
 def calibration_of(settings: Settings) -> dict[str, Any] | None:
@@ -92,6 +94,11 @@ def check_goal(settings: Settings) -> None:
         raise RecipeError(f"give one of {', '.join(goals)}" + (f", not {' and '.join(given)}" if given else ""))
     if settings.bits_per_parameter is not None and not 0 < settings.bits_per_parameter <= 64:
         raise RecipeError(f"--bits-per-parameter {settings.bits_per_parameter:g} is not above 0 and up to 64")
+    for word in settings.candidates:
+        if word not in MORE:
+            raise RecipeError(f"--candidates {word!r} is not one of {', '.join(MORE)}")
+    if settings.candidates and not set(given) - {"--recipe"}:
+        raise RecipeError("--candidates is for budgets, and --recipe names every format; give --bits or --size")
     if settings.state_bits is not None and settings.state_bits != 0 and not 6 <= settings.state_bits <= 16:
         raise RecipeError(f"--state-bits {settings.state_bits} is neither 0 nor in 6 … 16")
 

@@ -35,15 +35,15 @@ class WholeFile:
 
     def nbytes(self, plan: Plan) -> int:
         """Bytes of all files."""
-        return self.beside(plan) + plan.nbytes
+        return self.beside(plan) + _of_matrices(plan)
 
     def beside(self, plan: Plan) -> int:
-        """Bytes of all that is not a compressed matrix: kept tensors, headers, config, plan, tokenizer."""
+        """Bytes of all that is no compressed matrix: shared decoders, kept tensors, headers, texts, tokenizer."""
         job = dataclasses.replace(self._job, plan=plan)
         with tempfile.TemporaryDirectory() as place:
             write_texts(job, _FINGERPRINT, {}, Path(place), foretold_checksums(foretold_files(_tensors_of(job))))
             texts = nbytes_by_file(Path(place)) | self.companions
-        return sum(texts.values()) + foretold_nbytes(_tensors_of(job)) - plan.nbytes
+        return sum(texts.values()) + foretold_nbytes(_tensors_of(job)) - _of_matrices(plan)
 
 
 def write_texts(
@@ -56,6 +56,11 @@ def write_texts(
     write_config(job.source, manifest, folder)
     recipe = recipe_of_plan(job.plan, [info_of(matrix) for matrix in job.walk.matrices], job.coding)
     (folder / PLAN_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def _of_matrices(plan: Plan) -> int:
+    """Stored bytes of the planned matrices, decoders that they share apart."""
+    return sum(entry.nbytes for entry in plan.entries)
 
 
 def nbytes_by_file(folder: Path) -> dict[str, int]:
