@@ -21,8 +21,7 @@ from data_free import finished, normal, uniform, vectors
 from lab import Arm, Lab, Workers, arguments, earlier_runs, original_of, save
 
 from reallm.fit import Objective, fit, squared_error
-from reallm.formats import WeightFormat, from_spec
-from reallm.kernels import side_by_side
+from reallm.formats import from_spec
 from reallm.model import Matrix, load_tokenizer, walk
 from reallm.model.calibration import windows_of_files
 from reallm.model.gradients import Guidance, fisher, guidance
@@ -157,12 +156,6 @@ class Bench:
         rows = {name: own.rows for name, own in guided.items()}
         return {m.name: Objective.of_outputs(moments.of(m.name), rows.get(m.name)) for m in matrices}
 
-    def fitted(self, fmt: WeightFormat, matrix: Matrix, objective: Objective) -> torch.Tensor:
-        """The matrix as it is decoded."""
-        with torch.no_grad():
-            parts = fit(fmt, self.original(matrix), objective.to(self.lab.device))
-            return fmt.decode(parts, matrix.shape)
-
     def run(self, task: Task) -> Arm:
         """Compress along the stream, as `reallm compress --calibration` does, and score."""
         fmt, lab = from_spec(task.spec), self.lab
@@ -176,10 +169,10 @@ class Bench:
             for number in range(len(stream.blocks)):
                 matrices = [matrix for matrix in self.matrices if matrix.block == number]
                 objectives = self.objectives(stream, matrices, task.objective)
-                fits = [functools.partial(self.fitted, fmt, matrix, objectives[matrix.name]) for matrix in matrices]
-                for matrix, decoded in zip(matrices, side_by_side(fits, lab.device), strict=True):
+                for matrix in matrices:
                     original, target = self.original(matrix), self.target(matrix)
-                    target.copy_(decoded)
+                    objective = objectives[matrix.name].to(lab.device)
+                    target.copy_(fmt.decode(fit(fmt, original, objective), matrix.shape))
                     error += squared_error(original, target)
                     energy += original.double().square().sum().item()
                 stream.advance()

@@ -7,7 +7,6 @@ from reallm.kernels.nearest import nearest_entry, nearest_level
 from reallm.kernels.ordered import average, one_thread, total
 from reallm.kernels.packing import pack_bits, packed_nbytes, unpack_bits
 from reallm.kernels.segments import segment_sum
-from reallm.kernels.side_by_side import side_by_side
 from reallm.kernels.straight_through import straight_through
 from reallm.kernels.trellis import closest_codes, quantile_of_state, states_of
 
@@ -26,7 +25,6 @@ __all__ = [
     "rotate",
     "rotate_back",
     "segment_sum",
-    "side_by_side",
     "straight_through",
     "total",
     "unpack_bits",

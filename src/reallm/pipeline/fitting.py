@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from reallm.errors import FormatError, SourceError
 from reallm.fit import Objective, fit
 from reallm.formats import WeightFormat, tables_at_hand
 from reallm.formats.waist import inner, under
-from reallm.kernels import side_by_side
 from reallm.model import Matrix
 from reallm.model.gradients import Guidance, fisher, guidance
 from reallm.model.pieces import Pieces
@@ -35,8 +34,6 @@ from reallm.pipeline.settings import GUIDED, OUTPUTS
 from reallm.pipeline.sharing import missing_tables, trained_tables
 
 Progress = Callable[[str, int, int], None]  # (matrix just finished, weights done, weights in all)
-# Weights of a matrix that leaves most of a large GPU idle. Larger ones go one by one: their hessians in float64 add up.
-_SMALL = 1 << 22
 ObjectiveOf = Callable[[Matrix], Objective | None]  # None: calibration tells nothing of this matrix
 
 
@@ -76,25 +73,14 @@ def _fit_along_the_stream(job: Job, work: Path, done: Callable[[Matrix], None]) 
             pieces.fill(number)
             of_block = by_block.pop(number, [])
             open_ones = [matrix for matrix, _ in of_block if not finished_file(work, matrix.name).is_file()]
-            files = _fit_block(job, work, of_block, knowledge.objectives(stream, open_ones))
-            for (matrix, planned), file in zip(of_block, files, strict=True):
+            objective = knowledge.objectives(stream, open_ones)
+            for matrix, planned in of_block:
+                file = _fit_or_keep(job, work, matrix, planned.fmt, objective)
                 _put(pieces.model, matrix, planned.fmt, file, job.settings.device)
                 done(matrix)
             stream.advance()
             pieces.empty(number)
         assert not by_block, f"blocks {list(by_block)} are not decoder blocks"
-
-
-def _fit_block(
-    job: Job, work: Path, of_block: Sequence[tuple[Matrix, Planned]], objective: ObjectiveOf
-) -> Iterator[Path]:
-    """The files of a block's matrices; on a GPU small matrices are fitted at the same time."""
-    small = all(math.prod(matrix.shape) <= _SMALL for matrix, _ in of_block)
-    if small and torch.device(job.settings.device).type == "cuda":
-        # Matrices with the same inputs share sums, and the last one takes them: not for threads.
-        objective = {m: objective(m) for m, _ in of_block if not finished_file(work, m.name).is_file()}.pop
-    fits = [functools.partial(_fit_or_keep, job, work, matrix, planned.fmt, objective) for matrix, planned in of_block]
-    return side_by_side(fits, job.settings.device, at_once=small)
 
 
 def _before_the_stream(job: Job, windows: Tensor, work: Path, knowledge: _EndLoss) -> dict[str, Objective]:
