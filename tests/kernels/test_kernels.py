@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import torch
 
 from reallm.kernels import (
+    hadamard,
     nearest_entry,
     nearest_level,
     pack_bits,
@@ -86,6 +89,15 @@ def test_rotating_spreads_an_outlier(n):
     one = torch.zeros(1, n)
     one[0, n // 3] = 1
     assert rotate(one, seed=1).abs().max() < 2 / n**0.5
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 64, 86, 576, 1536, 4096, 11008])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_with_factors_transform_as_sums_and_differences_do(n, transposed):
+    values = torch.randn(3, n, dtype=torch.float64)
+    torch.testing.assert_close(hadamard.by_products(values, transposed), hadamard._mixed(values, transposed))
+    sizes = [len(factor) for factor in hadamard.factors(n, values.device, values.dtype)]
+    assert math.prod(sizes) == n and max(sizes) <= max(64, n // (n & -n))
 
 
 def test_another_seed_rotates_otherwise():

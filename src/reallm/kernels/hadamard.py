@@ -2,7 +2,8 @@
 
 A size n = 2^a · m with m odd is turned by (Hadamard of 2^a) ⊗ (an orthogonal matrix of m) after random signs:
 2^a additions a value for the first, m products for the second (576 = 64 · 9, 11008 = 256 · 43). The odd part is
-the type-II discrete cosine transform, which has a formula for every m. What it is for: after it the weights
+the type-II discrete cosine transform, which has a formula for every m. On a GPU, where a launch costs more than
+arithmetic, it is two or three products with factors of the same matrix. What it is for: after it the weights
 of a matrix look like independent Gaussians, whatever they were before (QuIP#, Tseng et al., arXiv:2402.04396).
 """
 
@@ -20,16 +21,28 @@ from reallm.kernels.ordered import one_thread
 _MASK = (1 << 64) - 1
 # Values that a processor transforms at once: three copies of them lie in its cache, not three of a hessian in memory.
 _CHUNK = 1 << 17
+_FACTOR = 64  # columns of a factor on a GPU
 
 
 def rotate(values: Float[Tensor, "*rows n"], seed: int) -> Float[Tensor, "*rows n"]:
     """The last axis times signs of `seed`, then transformed: an orthogonal map."""
-    return _mixed(values * signs(values.shape[-1], seed).to(values), transposed=False)
+    return _mixed(values * _signs_like(values, seed), transposed=False)
 
 
 def rotate_back(values: Float[Tensor, "*rows n"], seed: int) -> Float[Tensor, "*rows n"]:
     """The inverse of `rotate`."""
-    return _mixed(values, transposed=True) * signs(values.shape[-1], seed).to(values)
+    return _mixed(values, transposed=True) * _signs_like(values, seed)
+
+
+def _signs_like(values: Tensor, seed: int) -> Float[Tensor, " n"]:
+    n = values.shape[-1]
+    return signs(n, seed).to(values) if values.device.type == "cpu" else _signs_on(n, seed, values.device, values.dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _signs_on(n: int, seed: int, device: torch.device, dtype: torch.dtype) -> Float[Tensor, " n"]:
+    with torch.inference_mode(False):
+        return signs(n, seed).to(device, dtype)
 
 
 @functools.lru_cache(maxsize=256)
@@ -46,6 +59,8 @@ def signs(n: int, seed: int) -> Float[Tensor, " n"]:
 
 def _mixed(values: Tensor, transposed: bool) -> Tensor:
     """(H ⊗ C) of the last axis, seen as (2^a, m); H is symmetric, C goes by its transpose on the way back."""
+    if values.device.type != "cpu":
+        return by_products(values, transposed)
     n = values.shape[-1]
     power = n & -n
     shape = values.shape
@@ -58,6 +73,44 @@ def _mixed(values: Tensor, transposed: bool) -> Tensor:
     if flat.device.type == "cpu" and len(flat) > rows:
         return torch.cat([_added(part) for part in flat.split(rows)]).reshape(shape)
     return _added(flat).reshape(shape)
+
+
+def by_products(values: Float[Tensor, "*rows n"], transposed: bool) -> Float[Tensor, "*rows n"]:
+    """`_mixed` as products with the factors of a Kronecker product, one after the other."""
+    found, after = values, values.shape[-1]
+    for factor in factors(values.shape[-1], values.device, values.dtype):
+        after //= len(factor)
+        factor = factor.T if transposed else factor
+        if after == 1:
+            found = found.reshape(-1, len(factor)) @ factor.T
+        else:
+            found = factor @ found.reshape(-1, len(factor), after)
+    return found.reshape(values.shape)
+
+
+@functools.lru_cache(maxsize=64)
+def factors(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Float[Tensor, "m m"], ...]:
+    """Orthogonal matrices whose Kronecker product is the transform; of at most 64 columns unless the odd part has more.
+
+    n = 576 has two, of 16 and of 4 · 9.
+    """
+    with torch.inference_mode(False):
+        power = n & -n
+        last, sizes = _cosines(n // power).double(), []
+        while power > 1 and 2 * len(last) <= _FACTOR:
+            last, power = torch.kron(_sylvester(2), last), power // 2
+        while power > 1:
+            sizes.append(min(power, _FACTOR))
+            power //= sizes[-1]
+        return tuple(factor.to(device, dtype) for factor in (*map(_sylvester, sizes), last))
+
+
+def _sylvester(power: int) -> Float[Tensor, "m m"]:
+    """The Hadamard matrix of 2^a, orthonormal, float64."""
+    found = torch.ones(1, 1, dtype=torch.float64)
+    while len(found) < power:
+        found = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2), found)
+    return found
 
 
 def _added(flat: Float[Tensor, "rows power odd"]) -> Float[Tensor, "rows power odd"]:

@@ -96,7 +96,7 @@ def _viterbi(
             chosen = tl.zeros([block], tl.int32)
             for oldest in tl.static_range(fan):
                 state = oldest * shared + window
-                distance = target - tl.load(values + state)
+                distance = target - tl.load(values + state).to(tl.float32)
                 cost = distance * distance * weight + tl.load(before + (state >> bits))
                 chosen = tl.where(cost < best, oldest, chosen)
                 best = tl.minimum(cost, best)
