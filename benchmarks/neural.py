@@ -12,9 +12,10 @@ through `reallm.compress` and the artifact, and scored on WikiText-2 raw test. W
 arm; --resume keeps what is there.
 
 --first are the arms for a GPU, cheap ones first, and the vector quantisation that they are held against: all matrices
-as they are, then the controls. Reckoned from launches (10 µs each) and multiply-adds, not measured: on an H100 700 s
-for the former and 450 s for the latter; an arm on a matrix is 1 to 2 s for a codeword net, and for a convolution 2 ms a
-step and 0.1 ns for 1,000 multiply-adds. Small arms wait for launches, so that several --jobs a GPU should pay.
+as they are, then the controls. Reckoned from launches (10 µs each) and multiply-adds, not measured: 900 s of an H100
+for the former, of which all but shared nets of more than 10⁶ parameters take 600, and 1,000 s for the latter. An arm on
+a matrix is 1 to 2 s for a codeword net, and for a convolution 2 ms a step and 0.1 ns for 1,000 multiply-adds. Small
+arms wait for launches, so that several --jobs a GPU should pay.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ FIRST = (
     "codebook d=2, 6 bits",
     "rotated codeword d=8, 16 bits, 1 matrices",
     "rotated codeword d=8, 16 bits, 30 matrices",
-    *(arm.name for arm in C_ARMS if arm.gpu),
+    *(arm.name for arm in sorted(C_ARMS, key=lambda arm: arm.spec["width"] >= 128) if arm.gpu),
 )
 
 
