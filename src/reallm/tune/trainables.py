@@ -173,7 +173,10 @@ class Trainables:
         return {name: p for name, p in self.parameters.items() if id(p) in ours}
 
     def to_store(self) -> Tensors:
-        """Every part and kept tensor that trained, in natural units, as it comes back from the file."""
+        """Every part and kept tensor that trained, in natural units, as it comes back from the file.
+
+        Shared decoders are packed, under the names they have in the file.
+        """
         tensors: Tensors = {}
         for path, live in self.matrices.items():
             tensors |= under(path, live.parts_to_store())
@@ -218,7 +221,7 @@ def choose(
     counts: dict[str, int] = defaultdict(int)
     matrices, kinds, there = {}, {m.name: m.kind for m in walked.matrices}, set()
     modules = compressed_modules(model)
-    wanted = {path for path in modules if kinds[path] == "block" or kinds[path] in train}
+    wanted = [path for path in modules if kinds[path] == "block" or kinds[path] in train]
     tables = _live_tables(model, [modules[path] for path in wanted], rounded) if decoder_store.ROLE in train else {}
     for table, live in tables.items():
         for name in live.units:

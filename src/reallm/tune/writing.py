@@ -32,9 +32,9 @@ Change = Callable[[StoredMatrix, Tensors], tuple[StoredMatrix, Tensors]]
 def write_tuned(source: Path, staging: Path, trained: Tensors, note: dict[str, Any]) -> None:
     """Write the artifact of `source` with `trained` put in to the folder `staging`, which exists.
 
-    `trained` are parts in natural units and kept tensors, by the name of what is stored of them. `note` is added to
-    the provenance's list `tuned`. All other files are copied. Of an artifact with entropy-coded tensors those that
-    trained are coded anew, and may take some bytes more or fewer.
+    `trained` are parts in natural units, kept tensors and packed shared decoders, by the name of what is stored of
+    them. `note` is added to the provenance's list `tuned`. All other files are copied. Of an artifact with
+    entropy-coded tensors those that trained are coded anew, and may take some bytes more or fewer.
     """
 
     def change(matrix: StoredMatrix, stored: Tensors) -> tuple[StoredMatrix, Tensors]:
