@@ -42,6 +42,7 @@ from reallm.model import load, load_tokenizer, open_source, walk
 from reallm.model.text import load_text
 from reallm.pipeline import Settings as PipelineSettings
 from reallm.pipeline import prepare, run
+from reallm.tune.settings import Settings
 
 C4 = ("c4", "c4-train-sample.jsonl")
 PLAIN = (
@@ -130,6 +131,7 @@ def end_to_end(group: str, base: str, **arms: dict[str, Any]) -> list[Task]:
 
 VECTORS, TRELLIS, PUBLISHED = "gain, codebook d=4", "gain, trellis 2", "reallm-vq"
 SHORT = 500_000
+DEFAULT_RATE = Settings.learning_rate
 # In this order, so that a run that is cut short has the arms of interest. KL, a rate of 1e-3, all parts and rank 0 at 3
 # bits are the arms of `target`.
 TASKS: list[Task] = [
@@ -180,6 +182,8 @@ class Arm:
     validation: dict[str, Any] = field(default_factory=dict)
     curve: list[list[float]] = field(default_factory=list)  # step, loss
     tokens_per_second: float | None = None  # of the last step end to end
+    tokens: int | None = None  # of tuning end to end
+    learning_rate: float | None = None  # of tuning end to end
     text: str = "wiki.test.raw"
     samples: list[dict[str, str]] = field(default_factory=list)
     tasks: list[dict[str, Any]] = field(default_factory=list)
@@ -260,6 +264,8 @@ class Bench:
         seconds = time.perf_counter() - begun
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         arm = self.score(task, out, seconds, peak, tuned)
+        if settings["method"] != "blockwise":
+            arm = replace(arm, tokens=settings["tokens"], learning_rate=settings.get("learning_rate", DEFAULT_RATE))
         if not (self.keep and task.writes):
             shutil.rmtree(out)
         return arm
@@ -284,8 +290,8 @@ class Bench:
             {"end_to_end": tuned.end_to_end, "blocks": _block_errors(tuned)} if tuned else {},
             curve[:: max(1, len(curve) // 50)],
             steps[-1]["tokens_per_second"] if steps else None,
-            text.name,
-            *(self.written(folder) if task.writes else ()),
+            text=text.name,
+            **dict(zip(("samples", "tasks"), self.written(folder) if task.writes else (), strict=False)),
         )
         figures = f"{arm.bits:7.4f} b  ppl {arm.perplexity:9.3f}  KL {arm.kl:7.4f}  {seconds:7.1f} s"
         print(f"{arm.key:60s} {figures}", flush=True)

@@ -7,6 +7,7 @@ a vector or a tile.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -106,15 +107,35 @@ def _panel_by_blocks(
 ) -> tuple[dict[int, Tensor], Float[Tensor, "out panel"]]:
     """(codes by the first column of their block, answers: errors · U_JJ⁻¹) of a panel, block after block."""
     moving, answers = moving.clone(), torch.zeros_like(moving)
-    codes, at, rounded = {}, 0, _rounding_of(coder)
-    for start, end in blocks:
+    codes, at = {}, 0
+    # Of U_JJ⁻¹ the diagonal alone serves coders that weigh columns apart, a little better than the norms of its rows.
+    encoded = _encoding_of(coder, lambda inverse: inverse.diagonal().square())
+    for (start, end), inverse in zip(blocks, _inverses(factor, blocks), strict=True):
         to = at + end - start
-        own = factor[at:to, at:to]
-        codes[start], decoded = rounded(moving[:, at:to], start, own)
-        answers[:, at:to] = answer = _solved(moving[:, at:to] - decoded, own)
-        moving[:, to:] -= answer @ factor[at:to, to:]
+        # Least cost once all later blocks have answered: |errors · own⁻¹|², or its diagonal.
+        codes[start], decoded = encoded(moving[:, at:to], start, inverse)
+        answers[:, at:to] = answer = (moving[:, at:to] - decoded) @ inverse
+        if to < len(factor):
+            moving[:, to:] -= answer @ factor[at:to, to:]
         at = to
     return codes, answers
+
+
+@one_thread()
+def _inverses(factor: Float[Tensor, "panel panel"], blocks: Blocks) -> list[Float[Tensor, "width width"]]:
+    """U_JJ⁻¹ of every block, in one call where all are as wide: a GPU has better to do than launches of 16 columns."""
+    widths = [end - start for start, end in blocks]
+    if len(set(widths)) > 1:
+        pairs = zip(itertools.accumulate(widths), widths, strict=True)
+        return [_inverse(factor[to - width : to, to - width : to]) for to, width in pairs]
+    count, width = len(blocks), widths[0]
+    return list(_inverse(factor.reshape(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)))
+
+
+def _inverse(own: Float[Tensor, "*blocks width width"]) -> Float[Tensor, "*blocks width width"]:
+    """Of upper triangular matrices."""
+    identity = torch.eye(own.shape[-1], dtype=own.dtype, device=own.device).expand_as(own)
+    return torch.linalg.solve_triangular(own, identity, upper=True)
 
 
 def _panel_at_once(
@@ -145,12 +166,12 @@ def swept(
     per_block = codes.shape[1] // len(blocks)
     rows_per_code = -(-len(weight) // len(codes))
     roots, inverses = _own_roots(hessian, coder.width)
-    slopes = (weight - decoded) @ hessian
+    slopes, encoded = (weight - decoded) @ hessian, _encoding_of(coder, lambda root: root.square().sum(1))
     for start, end in blocks:
         number, span = start // coder.width, slice(0, end - start)
         slope, present = slopes[:, start:end], decoded[:, start:end]
         target = present + slope @ inverses[number, span, span]
-        found, rounded = _encoded(coder, target, start, roots[number, span, span])
+        found, rounded = encoded(target, start, roots[number, span, span])
         step = rounded - present
         gains = by_code_row(((2 * slope - step @ hessian[start:end, start:end]) * step).sum(1), len(codes))
         place = slice(number * per_block, (number + 1) * per_block)
@@ -224,26 +245,13 @@ def costs_in_feedback(
     return found
 
 
-def _rounding_of(coder: Coder) -> Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]:
-    """Rounds one block at the least cost once all later ones have answered: |errors · own⁻¹|², or nearly that."""
-
-    def by_metric(columns: Tensor, start: int, own: Float[Tensor, "width width"]) -> tuple[Tensor, Tensor]:
-        identity = torch.eye(len(own), dtype=own.dtype, device=own.device)
-        with one_thread():
-            inverse = torch.linalg.solve_triangular(own, identity, upper=True)
-        return coder.encode_by(columns, start, inverse)
-
-    def by_diagonal(columns: Tensor, start: int, own: Float[Tensor, "width width"]) -> tuple[Tensor, Tensor]:
-        return coder.encode(columns, start, own.diagonal().reciprocal().square()[None])
-
-    return by_metric if isinstance(coder, MetricCoder) else by_diagonal
-
-
-def _encoded(coder: Coder, columns: Tensor, start: int, root: Float[Tensor, "width width"]) -> tuple[Tensor, Tensor]:
-    """One block at a small |(columns - decoded) · root|²; coders that weigh columns apart take its diagonal."""
+def _encoding_of(
+    coder: Coder, apart: Callable[[Float[Tensor, "width width"]], Float[Tensor, " width"]]
+) -> Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]:
+    """Codes one block at a small |(columns - decoded) · root|²; `apart`: its weights for coders that take no root."""
     if isinstance(coder, MetricCoder):
-        return coder.encode_by(columns, start, root)
-    return coder.encode(columns, start, root.square().sum(1)[None])
+        return coder.encode_by
+    return lambda columns, start, root: coder.encode(columns, start, apart(root)[None])
 
 
 def _blocks(importance: Float[Tensor, " in"], width: int, falling: bool) -> Blocks:
@@ -296,11 +304,3 @@ def _damped(hessian: Tensor, inverse: bool) -> Tensor:
             return factor.float()
         damping = damping * 10
     raise AssertionError("a symmetric matrix that 1e6 times its mean diagonal does not make positive definite")
-
-
-def _solved(errors: Float[Tensor, "out width"], own: Float[Tensor, "width width"]) -> Float[Tensor, "out width"]:
-    """errors · own⁻¹."""
-    if own.shape[0] == 1:
-        return errors / own
-    with one_thread():
-        return torch.linalg.solve_triangular(own, errors, upper=True, left=False)

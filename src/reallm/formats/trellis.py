@@ -110,8 +110,8 @@ class Trellis(WeightFormat):
         """Tiles row by row, each row-major; filled with zeros."""
         down, across = self.tiles((weight.shape[0], weight.shape[1]))
         missing = (0, across * self.tile_columns - weight.shape[1], 0, down * self.tile_rows - weight.shape[0])
-        filled = torch.nn.functional.pad(weight, missing)
-        tiles = filled.view(down, self.tile_rows, across, self.tile_columns).transpose(1, 2)
+        filled = torch.nn.functional.pad(weight, missing) if any(missing) else weight
+        tiles = filled.reshape(down, self.tile_rows, across, self.tile_columns).transpose(1, 2)
         return tiles.reshape(down * across, TILE)
 
     def untiled(self, tiles: Float[Tensor, "tiles steps"], shape: Shape) -> Float[Tensor, "out in"]:

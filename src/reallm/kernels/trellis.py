@@ -62,20 +62,29 @@ def closest_codes(
     bits: int,
     importance: Float[Tensor, "n steps"] | None = None,
 ) -> Int[Tensor, "n steps"]:
-    """Codes of rings whose values are close to `targets` in (weighted) squared distance.
+    """Codes of rings whose values are close to `targets` in (weighted) squared distance."""
+    return closest_states(targets, values, bits, importance) & ((1 << bits) - 1)
+
+
+def closest_states(
+    targets: Float[Tensor, "n steps"],
+    values: Float[Tensor, " states"],
+    bits: int,
+    importance: Float[Tensor, "n steps"] | None = None,
+) -> Int[Tensor, "n steps"]:
+    """The states of those rings, whose last bits are the codes.
 
     The best ring would need a search for each state to begin in; as QTIP does, a first pass over the ring cut
-    at the opposite side finds the state at the seam, a second one is bound to begin and end there.
+    at the opposite side finds the state at the seam, a second one is bound to begin and end there. The search looks at
+    values in float16, which is half the memory to go through at each step and finds the same errors to five digits.
     """
     steps, states = targets.shape[1], len(values)
-    # The search looks at values in float16, half the memory to go through at each step; it finds the same errors to
-    # five digits from 12 to 16 state bits.
     values = values.to(torch.float16)
     trace = _TRACE_BYTES.get(targets.device.type, _TRACE_BYTES["cpu"])
     count = max(1, trace // (steps * (states >> bits)))
     weights = [None] * -(-len(targets) // count) if importance is None else importance.split(count)
     found = [_ring(part, values, bits, weight) for part, weight in zip(targets.split(count), weights, strict=True)]
-    return torch.cat(found) & ((1 << bits) - 1) if found else targets.long()
+    return torch.cat(found) if found else targets.long()
 
 
 def _ring(targets: Tensor, values: Tensor, bits: int, importance: Tensor | None) -> Int[Tensor, "n steps"]:
