@@ -105,9 +105,9 @@ EIGHT = to_spec(Uniform(bits=8, symmetric=True))
 TASKS: list[Task] = [
     *[adaptive(goal, group) for group, goal in GOALS.items()],
     *[dataclasses.replace(adaptive(goal, group, "one format"), made="fixed") for group, goal in GOALS.items()],
-    *[adaptive(goal, group, f"of {name}", name) for group, goal in BITS.items() for name in CANDIDATES],
     dataclasses.replace(adaptive(MIDDLE, "2.5 bits", "one format a role"), made="by role"),
     dataclasses.replace(adaptive(FILE, "60 MB", "one format a role"), made="by role"),
+    *[adaptive(MIDDLE, "2.5 bits", f"of {name}", name) for name in CANDIDATES],
     adaptive(MIDDLE, "2.5 bits", "fits by outputs", objective="outputs"),
     adaptive(FILE, "60 MB", "without coding of stored tensors", coding=False),
     adaptive(FILE, "60 MB", "embedding in 8 bits", embedding=EIGHT),
