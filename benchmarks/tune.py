@@ -187,6 +187,7 @@ class Arm:
     text: str = "wiki.test.raw"
     samples: list[dict[str, str]] = field(default_factory=list)
     tasks: list[dict[str, Any]] = field(default_factory=list)
+    run: int = 0  # which of the file's runs measured it
 
 
 @dataclass(frozen=True)
@@ -461,7 +462,7 @@ def main() -> None:
                 failed[key_of(tuning[future])] = str(error)
                 continue
             if arm is not None:
-                arms[arm.key] = arm
+                arms[arm.key] = replace(arm, run=len(earlier))
                 keep()
         if own is not None:
             written = dict(zip(("samples", "tasks"), own.result(), strict=True))

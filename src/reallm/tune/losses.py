@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -123,11 +124,13 @@ def computing(device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
 def repeatable(device: torch.device | str) -> Iterator[None]:
     """Kernels on a GPU that add up in one order, where torch has them: attention's gradient has two.
 
-    A CPU's are such already. Memory is not filled first, which that mode of torch would do with every new tensor.
+    A CPU's are such already. Memory is not filled first, which that mode of torch would do with every new tensor;
+    and cuBLAS is told its workspace, as torch would else warn of every product.
     """
     if torch.device(device).type != "cuda":
         yield
         return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     filling = torch.utils.deterministic.fill_uninitialized_memory
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.utils.deterministic.fill_uninitialized_memory = False
