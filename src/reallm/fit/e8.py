@@ -133,10 +133,10 @@ def finalists(vectors: Float[Tensor, "n 8"], importance: Float[Tensor, "n 8"]) -
 def _patterns_of(odd: bool, device: torch.device) -> tuple[Float[Tensor, "16 n"], Int[Tensor, " n"]]:
     """Patterns of odd or even sum as columns (p² / 2, -p), and their numbers."""
     with torch.inference_mode(False):
-        patterns = e8p_patterns(torch.device("cpu"))
+        patterns = e8p_patterns(device)
         numbers = (patterns.sum(1) % 2 == odd).nonzero()[:, 0]
         patterns = patterns[numbers]
-        return torch.cat([patterns.square() / 2, -patterns], 1).T.contiguous().to(device), numbers.to(device)
+        return torch.cat([patterns.square() / 2, -patterns], 1).T.contiguous(), numbers
 
 
 def _packed(bits: Tensor) -> Int[Tensor, " n"]:
