@@ -131,7 +131,6 @@ def end_to_end(group: str, base: str, **arms: dict[str, Any]) -> list[Task]:
 
 VECTORS, TRELLIS, PUBLISHED = "gain, codebook d=4", "gain, trellis 2", "reallm-vq"
 SHORT = 500_000
-DEFAULT_RATE = Settings.learning_rate
 # In this order, so that a run that is cut short has the arms of interest. KL, a rate of 1e-3, all parts and rank 0 at 3
 # bits are the arms of `target`.
 TASKS: list[Task] = [
@@ -266,7 +265,8 @@ class Bench:
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         arm = self.score(task, out, seconds, peak, tuned)
         if settings["method"] != "blockwise":
-            arm = replace(arm, tokens=settings["tokens"], learning_rate=settings.get("learning_rate", DEFAULT_RATE))
+            rate = settings.get("learning_rate", Settings.learning_rate)
+            arm = replace(arm, tokens=settings["tokens"], learning_rate=rate)
         if not (self.keep and task.writes):
             shutil.rmtree(out)
         return arm
@@ -278,6 +278,7 @@ class Bench:
         ledger = read_ledger(folder)
         steps = [e for e in tuned.events if e["phase"] == "end-to-end" and "loss" in e] if tuned else []
         curve = [[e["step"], e["loss"]] for e in steps]
+        samples, tasks = self.written(folder) if task.writes else ([], [])
         arm = Arm(
             key_of(task),
             ledger.bits_per_weight,
@@ -292,7 +293,8 @@ class Bench:
             curve[:: max(1, len(curve) // 50)],
             steps[-1]["tokens_per_second"] if steps else None,
             text=text.name,
-            **dict(zip(("samples", "tasks"), self.written(folder) if task.writes else (), strict=False)),
+            samples=samples,
+            tasks=tasks,
         )
         figures = f"{arm.bits:7.4f} b  ppl {arm.perplexity:9.3f}  KL {arm.kl:7.4f}  {seconds:7.1f} s"
         print(f"{arm.key:60s} {figures}", flush=True)

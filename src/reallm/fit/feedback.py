@@ -128,8 +128,7 @@ def _inverses(factor: Float[Tensor, "panel panel"], blocks: Blocks) -> list[Floa
     if len(set(widths)) > 1:
         pairs = zip(itertools.accumulate(widths), widths, strict=True)
         return [_inverse(factor[to - width : to, to - width : to]) for to, width in pairs]
-    count, width = len(blocks), widths[0]
-    return list(_inverse(factor.reshape(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)))
+    return list(_inverse(_diagonal_blocks(factor, widths[0])))
 
 
 def _inverse(own: Float[Tensor, "*blocks width width"]) -> Float[Tensor, "*blocks width width"]:
@@ -192,8 +191,7 @@ def _own_roots(hessian: Tensor, width: int) -> tuple[Float[Tensor, "blocks w w"]
     missing = -len(hessian) % width
     filled = torch.nn.functional.pad(hessian.double(), (0, missing, 0, missing))
     filled[range(len(hessian), len(filled)), range(len(hessian), len(filled))] = 1
-    count = len(filled) // width
-    own = filled.view(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    own = _diagonal_blocks(filled, width)
     sizes = own.diagonal(dim1=1, dim2=2)
     damping = _DAMPING * sizes.mean(1) + torch.finfo(torch.float32).tiny
     damped = own + damping[:, None, None] * torch.eye(width, dtype=own.dtype, device=own.device)
@@ -201,6 +199,12 @@ def _own_roots(hessian: Tensor, width: int) -> tuple[Float[Tensor, "blocks w w"]
     # Where float32 sums have left a block indefinite beyond the damping, its columns are taken apart.
     roots = torch.where(failed[:, None, None] > 0, torch.diag_embed((sizes.abs() + damping[:, None]).sqrt()), roots)
     return roots.float(), torch.cholesky_inverse(roots).float()
+
+
+def _diagonal_blocks(matrix: Float[Tensor, "n n"], width: int) -> Float[Tensor, "blocks width width"]:
+    """The blocks on the diagonal; `width` divides n."""
+    count = len(matrix) // width
+    return matrix.reshape(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def by_code_row(values: Float[Tensor, " out"], count: int) -> Float[Tensor, " coded"]:
@@ -236,10 +240,10 @@ def costs_in_feedback(
         size = -(-count // width) * width
         filled = torch.eye(size, device=factor.device, dtype=factor.dtype)
         filled[:count, :count] = factor
-        # (width, width, blocks): entries inside the blocks on the diagonal.
-        own = filled.view(size // width, width, size // width, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         rows = filled.view(size // width, width, size)
-        answers = torch.linalg.solve_triangular(own, rows, upper=True).reshape(size, size)[:count, :count]
+        answers = torch.linalg.solve_triangular(_diagonal_blocks(filled, width), rows, upper=True).reshape(size, size)[
+            :count, :count
+        ]
         found[width] = torch.empty_like(tested[0])
         found[width][order] = ((answers @ tested) * answers).sum(1)
     return found

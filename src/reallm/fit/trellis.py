@@ -14,7 +14,7 @@ from reallm.fit.objective import Objective
 from reallm.fit.refit import alternated
 from reallm.formats import Parts
 from reallm.formats.trellis import Trellis, TrellisParts, normal_quantiles
-from reallm.kernels import average, closest_codes, closest_states, quantile_of_state, segment_sum, states_of
+from reallm.kernels import average, closest_states, quantile_of_state, segment_sum
 
 # Of 1.00 and 1.03 the former has the least error at 16 state bits, the latter at 12 and below; both within 1 %.
 _WIDTH = 1.01
@@ -78,8 +78,7 @@ def _table(fmt: Trellis, weight: Tensor, scale: Tensor) -> Float[Tensor, " entri
     table = normal_quantiles(fmt.table_bits).to(weight.device)
     entry_of = quantile_of_state(fmt.bits, fmt.state_bits).to(weight.device) >> (fmt.state_bits - fmt.table_bits)
     for _ in range(_TABLE_ROUNDS):
-        codes = closest_codes(sample, fmt.values(table, weight.device), fmt.bits)
-        entries = entry_of[states_of(codes, fmt.bits, fmt.state_bits)].reshape(-1)
+        entries = entry_of[closest_states(sample, fmt.values(table, weight.device), fmt.bits)].reshape(-1)
         counts = segment_sum(torch.ones_like(sample.reshape(-1)), entries, len(table))
         sums = segment_sum(sample.reshape(-1), entries, len(table))
         table = torch.where(counts > 0, sums / counts.clamp(min=1), table)

@@ -100,7 +100,7 @@ class Codeword(WeightFormat):
         if not self.shared:
             return {}
         decoder: tuple[Any, ...] = (self.name, *vars(self.net).values(), self.decoder_bits)
-        return {self.shared: Table(decoder, parameters.layout(self.decoder_bits, self.net.parameters))}
+        return {self.shared: Table(decoder, parameters.layout(self.decoder_bits, self.decoder_numbers))}
 
     def own_multiply_adds(self, shape: Shape) -> int:
         """Those of the whole table: it is made once a matrix."""
@@ -110,7 +110,7 @@ class Codeword(WeightFormat):
         """`codes` packed row-major, the parameters under `decoder.` unless they are shared, scales."""
         rows, groups = scale_store.grid(shape, self.group_size)
         count = rows * self.vectors_per_row(shape[1])
-        own = {} if self.shared else parameters.layout(self.decoder_bits, self.net.parameters)
+        own = {} if self.shared else parameters.layout(self.decoder_bits, self.decoder_numbers)
         return {
             "codes": empty((packed_nbytes(count, self.index_bits),), torch.uint8),
             **own,
@@ -119,7 +119,7 @@ class Codeword(WeightFormat):
 
     def pack(self, parts: CodewordParts, shape: Shape) -> Tensors:
         """Pack indices, the decoder if it is the matrix's own, and scales."""
-        own = {} if self.shared else parameters.pack(self.decoder_bits, parts.decoder, self.net.parameters)
+        own = {} if self.shared else parameters.pack(self.decoder_bits, parts.decoder, self.decoder_numbers)
         return {
             "codes": pack_bits(parts.codes, self.index_bits),
             **own,
@@ -135,14 +135,14 @@ class Codeword(WeightFormat):
 
     def pack_table(self, decoder: parameters.Stored) -> Tensors:
         """A shared decoder's tensors."""
-        return parameters.pack(self.decoder_bits, decoder, self.net.parameters)
+        return parameters.pack(self.decoder_bits, decoder, self.decoder_numbers)
 
     def decoder(self, tensors: Tensors) -> parameters.Stored:
         """The decoder's parts, on the device of the codes."""
         if self.shared:
             device = tensors["codes"].device
             tensors = {name: tensor.to(device) for name, tensor in table_at_hand(self.shared).items()}
-        return parameters.unpack(self.decoder_bits, tensors, self.net.parameters)
+        return parameters.unpack(self.decoder_bits, tensors, self.decoder_numbers)
 
     def decode(self, parts: CodewordParts, shape: Shape) -> Float[Tensor, "out in"]:
         """net(code) · scale."""
@@ -153,4 +153,4 @@ class Codeword(WeightFormat):
         self, decoder: parameters.Stored, dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "codewords vector_dim"]:
         """All codewords, computed in float64: rounded to float32 they are the same on all devices but for rare ties."""
-        return self.net.table(parameters.values(self.decoder_bits, decoder, self.net.parameters).double()).to(dtype)
+        return self.net.table(parameters.values(self.decoder_bits, decoder, self.decoder_numbers).double()).to(dtype)

@@ -124,7 +124,7 @@ class ConvLatents(WeightFormat):
 
     def pack_table(self, decoder: parameters.Stored) -> Tensors:
         """The tensors of a net."""
-        return parameters.pack(self.decoder_bits, decoder, self.net.parameters)
+        return parameters.pack(self.decoder_bits, decoder, self.decoder_numbers)
 
     def unpack(self, tensors: Tensors, shape: Shape) -> ConvLatentsParts:
         """The inverse of `pack`. Errors: FormatError if a shared net is not at hand."""
@@ -136,12 +136,12 @@ class ConvLatents(WeightFormat):
         """The stored net."""
         if self.shared:
             tensors = {name: tensor.to(device) for name, tensor in table_at_hand(self.shared).items()}
-        return parameters.unpack(self.decoder_bits, tensors, self.net.parameters)
+        return parameters.unpack(self.decoder_bits, tensors, self.decoder_numbers)
 
     def decode(self, parts: ConvLatentsParts, shape: Shape) -> Float[Tensor, "out in"]:
         """net(latents) · scale of the row, tile by tile."""
         latents = self.as_grid(self.base.decode(parts.base, self.inner_shape(shape)))
-        flat = parameters.values(self.decoder_bits, parts.decoder, self.net.parameters).to(latents.dtype)
+        flat = parameters.values(self.decoder_bits, parts.decoder, self.decoder_numbers).to(latents.dtype)
         with one_thread(), plain_convolutions():  # else bits depend on threads, and on what a GPU chooses
             found = self.net.tiled(flat, latents)
         return found[: shape[0], : shape[1]] * parts.scales
@@ -155,7 +155,7 @@ class ConvLatents(WeightFormat):
         return grid.permute(1, 2, 0).flatten(1)
 
     def _decoder_layout(self) -> Tensors:
-        return parameters.layout(self.decoder_bits, self.net.parameters)
+        return parameters.layout(self.decoder_bits, self.decoder_numbers)
 
 
 def plain_convolutions(tf32: bool = False) -> Any:

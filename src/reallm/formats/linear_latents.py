@@ -94,7 +94,7 @@ class LinearLatents(WeightFormat):
         if not self.shared:
             return {}
         decoder = (self.name, self.patch_rows, self.patch_columns, self.kept, self.decoder_bits)
-        return {self.shared: Table(decoder, parameters.layout(self.decoder_bits, self.kept * self.patch))}
+        return {self.shared: Table(decoder, parameters.layout(self.decoder_bits, self.decoder_numbers))}
 
     def own_multiply_adds(self, shape: Shape) -> int:
         """`kept` for each weight."""
@@ -102,7 +102,7 @@ class LinearLatents(WeightFormat):
 
     def layout(self, shape: Shape) -> Tensors:
         """The basis under `decoder.` if it is learned and the matrix's own; the base under `base.`"""
-        own = parameters.layout(self.decoder_bits, self.kept * self.patch) if self._has_own else {}
+        own = parameters.layout(self.decoder_bits, self.decoder_numbers) if self._has_own else {}
         return {**own, **under("base", self.base.layout(self.inner_shape(shape)))}
 
     def pack(self, parts: LinearLatentsParts, shape: Shape) -> Tensors:
@@ -113,7 +113,7 @@ class LinearLatents(WeightFormat):
     def pack_table(self, decoder: parameters.Stored | None) -> Tensors:
         """The tensors of a learned basis."""
         assert decoder is not None
-        return parameters.pack(self.decoder_bits, decoder, self.kept * self.patch)
+        return parameters.pack(self.decoder_bits, decoder, self.decoder_numbers)
 
     def unpack(self, tensors: Tensors, shape: Shape) -> LinearLatentsParts:
         """The inverse of `pack`. Errors: FormatError if a shared basis is not at hand."""
@@ -126,7 +126,7 @@ class LinearLatents(WeightFormat):
             return None
         if self.shared:
             tensors = {name: tensor.to(device) for name, tensor in table_at_hand(self.shared).items()}
-        return parameters.unpack(self.decoder_bits, tensors, self.kept * self.patch)
+        return parameters.unpack(self.decoder_bits, tensors, self.decoder_numbers)
 
     def decode(self, parts: LinearLatentsParts, shape: Shape) -> Float[Tensor, "out in"]:
         """latents · basis, patch by patch."""
@@ -138,7 +138,7 @@ class LinearLatents(WeightFormat):
         """The map, of the dtype and on the device of `like`."""
         if decoder is None:
             return fixed_basis(self.transform, self.patch_rows, self.patch_columns, self.kept).to(like)
-        flat = parameters.values(self.decoder_bits, decoder, self.kept * self.patch)
+        flat = parameters.values(self.decoder_bits, decoder, self.decoder_numbers)
         return flat.view(self.kept, self.patch).to(like)
 
     def patches(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "rows columns patch"]:

@@ -8,11 +8,10 @@ from reallm.kernels.ordered import average, one_thread, total
 from reallm.kernels.packing import pack_bits, packed_nbytes, unpack_bits
 from reallm.kernels.segments import segment_sum
 from reallm.kernels.straight_through import straight_through
-from reallm.kernels.trellis import closest_codes, closest_states, quantile_of_state, states_of
+from reallm.kernels.trellis import closest_states, quantile_of_state, states_of
 
 __all__ = [
     "average",
-    "closest_codes",
     "closest_states",
     "entries",
     "give_back_freed_blocks",

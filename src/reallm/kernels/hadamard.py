@@ -26,17 +26,12 @@ _FACTOR = 64  # columns of a factor on a GPU
 
 def rotate(values: Float[Tensor, "*rows n"], seed: int) -> Float[Tensor, "*rows n"]:
     """The last axis times signs of `seed`, then transformed: an orthogonal map."""
-    return _mixed(values * _signs_like(values, seed), transposed=False)
+    return _mixed(values * _signs_on(values.shape[-1], seed, values.device, values.dtype), transposed=False)
 
 
 def rotate_back(values: Float[Tensor, "*rows n"], seed: int) -> Float[Tensor, "*rows n"]:
     """The inverse of `rotate`."""
-    return _mixed(values, transposed=True) * _signs_like(values, seed)
-
-
-def _signs_like(values: Tensor, seed: int) -> Float[Tensor, " n"]:
-    n = values.shape[-1]
-    return signs(n, seed).to(values) if values.device.type == "cpu" else _signs_on(n, seed, values.device, values.dtype)
+    return _mixed(values, transposed=True) * _signs_on(values.shape[-1], seed, values.device, values.dtype)
 
 
 @functools.lru_cache(maxsize=256)

@@ -56,23 +56,13 @@ def states_of(codes: Int[Tensor, "n steps"], bits: int, state_bits: int) -> Int[
     return states & ((1 << state_bits) - 1)
 
 
-def closest_codes(
-    targets: Float[Tensor, "n steps"],
-    values: Float[Tensor, " states"],
-    bits: int,
-    importance: Float[Tensor, "n steps"] | None = None,
-) -> Int[Tensor, "n steps"]:
-    """Codes of rings whose values are close to `targets` in (weighted) squared distance."""
-    return closest_states(targets, values, bits, importance) & ((1 << bits) - 1)
-
-
 def closest_states(
     targets: Float[Tensor, "n steps"],
     values: Float[Tensor, " states"],
     bits: int,
     importance: Float[Tensor, "n steps"] | None = None,
 ) -> Int[Tensor, "n steps"]:
-    """The states of those rings, whose last bits are the codes.
+    """The states of rings whose values are close to `targets` in (weighted) squared distance; last bits are the codes.
 
     The best ring would need a search for each state to begin in; as QTIP does, a first pass over the ring cut
     at the opposite side finds the state at the seam, a second one is bound to begin and end there. The search looks at

@@ -46,20 +46,6 @@ def tune_blocks(
     `training` windows fill whole batches, of which this process takes its share; validation it scores alone.
     Errors: SourceError if the two models have other blocks.
     """
-    with trainables.tables_at_rest():
-        _tune_blocks(original, trainables, training, validation, settings, work, workers, log)
-
-
-def _tune_blocks(
-    original: nn.Module,
-    trainables: Trainables,
-    training: Tensor,
-    validation: Tensor,
-    settings: Settings,
-    work: Path,
-    workers: Processes,
-    log: Log,
-) -> None:
     check_blocks(original, trainables.model)
     mine = torch.cat([workers.share(batch) for batch in training.split(settings.batch)])
     batch = settings.batch // workers.count

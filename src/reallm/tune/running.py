@@ -131,7 +131,10 @@ class _Run:
         if self.settings.block_wise and not (work / STEP_FILE).is_file():
             assert original is not None
             blocks = training[: self._whole_batches(len(training))]
-            tune_blocks(original, trainables, blocks.ids, validation.ids, self.settings, work, self.workers, self.log)
+            with trainables.tables_at_rest():
+                tune_blocks(
+                    original, trainables, blocks.ids, validation.ids, self.settings, work, self.workers, self.log
+                )
         if not self.settings.end_to_end:
             return {}
         if original is not None:
