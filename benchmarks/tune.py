@@ -13,6 +13,7 @@ Writes results/tune.json after every arm; --resume keeps the arms that are there
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import functools
 import importlib.util
@@ -50,6 +51,7 @@ PLAIN = (
     "austen-emma.txt carroll-alice.txt chesterton-brown.txt"
 ).split()
 SEVERAL = "residual,scales,gains,codebooks,norms"
+TIED = f"{SEVERAL},embedding"  # scales of the embedding, which is the head too
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
     "Write a short story about a lighthouse keeper who finds a letter.",
@@ -93,6 +95,7 @@ BASES: dict[str, dict[str, Any]] = {
     "gain, additive": {"recipe": every(gain({"format": "additive", "scales": "two_level"}))},
     "gain, entropy 2": {"recipe": every(gain({"format": "entropy_coded", "bits": 2.0})), "objective": "guided"},
     "reallm-vq": {"recipe": every({"format": "low_rank_plus", "rank": 32, "base": vectors()})},
+    **{f"bits 2, rank {rank}": budget(2.0, rank) for rank in (4, 8)},
     **{f"bits 3, rank {rank}": budget(3.0, rank) for rank in (8, 16, 32)},
     **{f"bits 4, rank {rank}": budget(4.0, rank) for rank in (0, 8, 16, 32, 64)},
 }
@@ -130,7 +133,6 @@ def end_to_end(group: str, base: str, **arms: dict[str, Any]) -> list[Task]:
 
 
 VECTORS, TRELLIS, PUBLISHED = "gain, codebook d=4", "gain, trellis 2", "reallm-vq"
-SHORT = 500_000
 # In this order, so that a run that is cut short has the arms of interest. KL, a rate of 1e-3, all parts and rank 0 at 3
 # bits are the arms of `target`.
 TASKS: list[Task] = [
@@ -139,15 +141,17 @@ TASKS: list[Task] = [
         for base in ("bits 2", "bits 2, gains", "60 MB", "60 MB, gains", "bits 2.5", "bits 3")
         for task in methods("target", base, "both", "end-to-end")
     ],
-    *end_to_end("rate", "bits 2", **{str(r): {"learning_rate": r, "tokens": SHORT} for r in (1e-3, 3e-3, 3e-4, 1e-2)}),
+    *end_to_end("rate", "bits 2", **{str(r): {"learning_rate": r} for r in (1e-3, 3e-3, 1e-2, 3e-4)}),
     *[
         Task("block rate", str(rate), "bits 2", {"method": "blockwise", "block_learning_rate": rate})
         for rate in (5e-3, 2e-2, 1e-3)
     ],
     *end_to_end("loss", "bits 2", ce={"loss": "ce"}, mix={"loss": "mix"}, top_64={"top_k": 64}),
+    *end_to_end("embedding too", "bits 2", kl={"train": TIED}, mix={"train": TIED, "loss": "mix"}),
+    *[task for r in (4, 8) for task in methods("rank at 2 bits", f"bits 2, rank {r}", "end-to-end")],
     *[task for r in (8, 16, 32) for task in methods("rank at 3 bits", f"bits 3, rank {r}", "end-to-end")],
     *[task for r in (0, 8, 16, 32, 64) for task in methods("rank at 4 bits", f"bits 4, rank {r}", "end-to-end")],
-    *end_to_end("what trains, bits 2", "bits 2", **{w: {"train": w} for w in ("norms", "scales", "gains")}),
+    *end_to_end("what trains, bits 2", "bits 2", **{w: {"train": w} for w in ("norms", "scales")}),
     *[task for base in ("bits 2", "bits 2.5", "bits 3") for task in methods("block-wise alone", base, "blockwise")[1:]],
     *[Task("target of blocks", "compressed", "bits 2", {"method": "blockwise", "target": "compressed"})],
     *end_to_end("length", "bits 2", **{f"{m} M": {"tokens": m * 1_000_000} for m in (1, 4, 8)}),
@@ -183,6 +187,7 @@ class Arm:
     tokens_per_second: float | None = None  # of the last step end to end
     tokens: int | None = None  # of tuning end to end
     learning_rate: float | None = None  # of tuning end to end
+    batch: int | None = None  # windows a step
     text: str = "wiki.test.raw"
     samples: list[dict[str, str]] = field(default_factory=list)
     tasks: list[dict[str, Any]] = field(default_factory=list)
@@ -204,6 +209,7 @@ class Bench:
     tasks: tuple[str, ...]
     limit: int | None
     keep: bool
+    checkpointing: bool = True
 
     def compress(self, name: str) -> str | None:
         """Make a base unless it is there; what was wrong, if it cannot be made."""
@@ -253,6 +259,7 @@ class Bench:
             "reference": self.model,
             "device": self.device,
             **{key: self.sizes[key] for key in ("tokens", "context", "batch", "block_windows", "validation_windows")},
+            "checkpointing": self.checkpointing,
             **self.rates,
             **task.settings,
         }
@@ -266,7 +273,7 @@ class Bench:
         arm = self.score(task, out, seconds, peak, tuned)
         if settings["method"] != "blockwise":
             rate = settings.get("learning_rate", Settings.learning_rate)
-            arm = replace(arm, tokens=settings["tokens"], learning_rate=rate)
+            arm = replace(arm, tokens=settings["tokens"], learning_rate=rate, batch=settings["batch"])
         if not (self.keep and task.writes):
             shutil.rmtree(out)
         return arm
@@ -392,6 +399,7 @@ def _more(parser: Any) -> None:
     parser.add_argument("--only", nargs="*", default=None, help="only arms whose names hold one of these words")
     parser.add_argument("--tasks", default="", help="tasks of lm-eval for the arms of group target, with commas")
     parser.add_argument("--limit", type=int, default=None, help="only the first N examples of every task")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--keep", action="store_true", help="leave the tuned models of group target in WORK")
 
 
@@ -417,6 +425,7 @@ def _settings(args: Any) -> dict[str, Any]:
         "tasks": tuple(name for name in args.tasks.split(",") if name),
         "limit": args.limit,
         "keep": args.keep,
+        "checkpointing": args.checkpointing,
     }
 
 

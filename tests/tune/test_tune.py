@@ -250,7 +250,7 @@ def test_how_it_is_computed_changes_no_loss(compressed, tiny_llama, tuning_text,
 
 def test_logits_in_chunks_give_the_same_loss(compressed, tiny_llama, tuning_text, tmp_path, monkeypatch):
     plain = losses(compressed, tiny_llama, tuning_text, tmp_path / "one")
-    monkeypatch.setattr("reallm.tune.losses.CHUNK_VALUES", 512 * 7)
+    monkeypatch.setattr("reallm.tune.losses.CHUNK_VALUES", {"cpu": 512 * 7})
     torch.testing.assert_close(plain, losses(compressed, tiny_llama, tuning_text, tmp_path / "two"), rtol=1e-5, atol=0)
 
 
@@ -318,10 +318,14 @@ def curve(events):
     return torch.tensor([e.get("loss", e.get("validation", e.get("kl"))) for e in events if e["phase"] != "begin"])
 
 
-def test_two_processes_give_the_loss_curve_of_one(compressed, tiny_llama, tuning_text, tmp_path):
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])  # through gloo, through NCCL
+def test_two_processes_give_the_loss_curve_of_one(compressed, tiny_llama, tuning_text, tmp_path, device):
     script = tmp_path / "tune.py"
     script.write_text("import sys\nfrom reallm.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n")
-    settings = {**SHORT, "tokens": 5 * 4 * 32}
+    settings = {**SHORT, "tokens": 5 * 4 * 32, "device": device, "dtype": "float32"}
     words = [str(compressed), "--text", tuning_text, "--reference", str(tiny_llama), "-o", str(tmp_path / "two")]
     words += [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]

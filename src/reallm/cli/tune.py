@@ -97,6 +97,12 @@ def command(
     save_memory: Annotated[
         bool, typer.Option("--save-memory", help="Decode at every use also what training does not change.")
     ] = False,
+    checkpointing: Annotated[
+        bool,
+        typer.Option(
+            help="Run every block once more for its gradient in place of keeping its activations: less memory, slower."
+        ),
+    ] = True,
     seed: Seed = 0,
     device: Annotated[str, typer.Option(metavar="NAME", help="Where to train: cpu, cuda, cuda:1 …")] = "cpu",
     dtype: Annotated[
@@ -139,6 +145,7 @@ def command(
         block_learning_rate=block_learning_rate,
         round_at_end=round_at_end,
         save_memory=save_memory,
+        checkpointing=checkpointing,
         seed=seed,
         device=device,
         dtype=dtype,

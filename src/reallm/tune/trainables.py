@@ -105,7 +105,8 @@ class LiveMatrix(nn.Module):
 
     def part(self, name: str) -> Tensor:
         """A trained part in natural units, float32."""
-        return self.get_parameter(_leaf(name)) * self.units[name] + self.zeros[name]
+        values = self.get_parameter(_leaf(name)) * self.units[name]
+        return values + self.zeros[name] if self.zeros[name] else values  # to add 0 is a launch more, twice a step
 
     def parts_to_store(self) -> Tensors:
         """The trained parts as they come back from the file."""
