@@ -25,7 +25,8 @@ from reallm.tune.processes import Processes
 
 RATES = {"learning_rate": 5e-3, "block_learning_rate": 5e-3}
 QUICK = {"context": 32, "batch": 4, "validation_windows": 8, "validate_every": 20, **RATES}
-SHORT = {**QUICK, "tokens": 10 * 4 * 32, "block_windows": 16, "block_epochs": 2, "validate_every": 4}
+SHORT = {**QUICK, "tokens": 10 * 4 * 32, "validate_every": 4}
+SHORT |= {"method": "both", "block_windows": 16, "block_epochs": 2}
 
 
 @pytest.fixture(scope="module")
@@ -447,7 +448,7 @@ def test_of_prompts_and_responses_the_responses_count(tiny_llama, tmp_path):
         (["--learning-rate", "0"], "--learning-rate 0.0 is not a number above 0"),
         (["--device", "cuda:77"], "--device 'cuda:77' is not available"),
         (["--reference", "nowhere/at/all"], "nowhere/at/all: no such file"),
-        (["--batch", "4096"], "take a smaller --batch"),
+        (["--batch", "4096", "--method", "both"], "take a smaller --batch"),
     ],
 )
 def test_a_bad_option_is_one_line_and_exit_2(compressed, tiny_llama, tuning_text, tmp_path, capsys, options, says):
@@ -456,6 +457,14 @@ def test_a_bad_option_is_one_line_and_exit_2(compressed, tiny_llama, tuning_text
     words = [word for pair in (usual | given).items() for word in pair]
     assert main(["tune", str(compressed), "-o", str(tmp_path / "out"), *words]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_the_default_tunes_the_whole_model_and_no_block(compressed, tiny_llama, tuning_text, tmp_path):
+    settings = {**QUICK, "tokens": 128, "validate_every": 1}
+    events = reallm.tune(
+        compressed, tmp_path / "out", text=(tuning_text,), reference=str(tiny_llama), **settings
+    ).events
+    assert {event["phase"] for event in events} == {"begin", "end-to-end", "validation"}
 
 
 def test_the_original_is_needed_for_its_outputs(compressed, tuning_text, tmp_path):
@@ -492,7 +501,10 @@ def test_the_command_says_what_it_did(compressed, tiny_llama, tuning_text, tmp_p
         "--batch",
         "4",
     ]
-    assert main(["tune", str(compressed), "-o", str(tmp_path / "out"), *words, "--block-windows", "8"]) == 0
+    assert (
+        main(["tune", str(compressed), "-o", str(tmp_path / "out"), *words, "--method", "both", "--block-windows", "8"])
+        == 0
+    )
     out = capsys.readouterr().out
     assert "trained" in out and "KL" in out and "blocks      2 tuned" in out
     bits = out.rsplit("bits", 1)[1].split()

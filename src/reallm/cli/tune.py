@@ -27,7 +27,7 @@ def command(
     ] = None,
     method: Annotated[
         str, typer.Option(metavar="NAME", help="blockwise, end-to-end, or both, one after the other.")
-    ] = "both",
+    ] = "end-to-end",
     train: Annotated[
         str,
         typer.Option(

@@ -37,7 +37,7 @@ class Settings:
 
     text: tuple[str, ...]
     reference: str | None = None
-    method: str = BOTH
+    method: str = END_TO_END
     train: tuple[str, ...] = DEFAULT_TRAIN
     adapter: int | None = None  # rank of new residuals, which alone train end to end and are written by themselves
     loss: str = KL
