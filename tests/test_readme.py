@@ -29,7 +29,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if n
 FOR_A_TINY_MODEL = {
     "eval": ["--context", "128"],
     "generate": ["--max-new-tokens", "4"],
-    "tune": "--context 64 --batch 4 --block-windows 8 --tokens 1024".split(),
+    "tune": "--context 64 --batch 4 --tokens 1024".split(),
 }
 
 

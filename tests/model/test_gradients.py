@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from reallm.model import walk
-from reallm.model.gradients import fisher, guidance
+from reallm.model.gradients import block_guidance, fisher, guidance
+from reallm.model.pieces import decoder_blocks
 from reallm.model.stream import Stream
 
 
@@ -39,6 +40,74 @@ def test_the_last_token_of_a_window_predicts_nothing_and_counts_nothing(build):
     assert all((own.tokens[:, -1] == 0).all() for name, own in found.items() if "layers.1.mlp" in name)
 
 
+def draws(numbers):
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def squared_gradients_of_blocks(model, ids, generators):
+    """(blocks, windows, context, hidden): plain autograd of the likelihood of tokens drawn from the model."""
+    outputs = []
+
+    def keep(_module, _inputs, output):
+        states = output if isinstance(output, torch.Tensor) else output[0]
+        states.retain_grad()
+        outputs.append(states)
+
+    hooks = [block.register_forward_hook(keep) for block in decoder_blocks(model)]
+    log_probs = model(ids, use_cache=False).logits.log_softmax(-1)
+    for hook in hooks:
+        hook.remove()
+    loss = 0
+    for own, generator in zip(log_probs, generators, strict=True):
+        below = torch.rand(len(own), 1, generator=generator) < own.detach().exp().cumsum(-1)
+        loss = loss - own.gather(1, below.int().argmax(1, keepdim=True)).sum()
+    loss.backward()
+    return torch.stack([states.grad.square() for states in outputs])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3_moe"])
+def test_weights_of_blocks_are_squared_gradients_of_their_outputs_at_drawn_tokens(family, build):
+    model = build(family)
+    found = block_guidance(model, windows(), "cpu", draws(range(3)))
+    squares = squared_gradients_of_blocks(model, windows(), draws(range(3)))
+    assert len(found) == len(squares)
+    for own, expected in zip(found, squares, strict=True):
+        tokens, channels = expected.mean(-1), expected.mean((0, 1))
+        torch.testing.assert_close(own.tokens, tokens / tokens.mean(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(own.rows, channels / channels.mean(), rtol=1e-3, atol=1e-5)
+
+
+def test_blocks_that_answer_with_tuples_are_weighed_as_those_that_answer_with_tensors(build):
+    model = build("llama")
+    plain = block_guidance(model, windows(), "cpu", draws(range(3)))
+    for block in decoder_blocks(model)[:-1]:
+        block.register_forward_hook(lambda _m, _i, output: (output, None))
+    for block in decoder_blocks(model)[1:]:
+        block.register_forward_pre_hook(lambda _m, inputs: (inputs[0][0], *inputs[1:]))
+    for own, other in zip(plain, block_guidance(model, windows(), "cpu", draws(range(3))), strict=True):
+        assert torch.equal(own.tokens, other.tokens) and torch.equal(own.rows, other.rows)
+
+
+def test_weights_of_blocks_are_those_of_all_windows_where_processes_share_them(build):
+    model = build("llama")
+    whole = block_guidance(model, windows(4), "cpu", draws(range(4)))
+    sums = []
+    for share in ([0, 2], [1, 3]):
+        block_guidance(model, windows(4)[share], "cpu", draws(share), lambda own: sums.append([t.clone() for t in own]))
+    others = iter(sums[2:] + sums[:2])  # two blocks of the other process, as each hands over its own
+
+    def add_up(tensors):
+        for tensor, other in zip(tensors, next(others), strict=True):
+            tensor += other
+
+    for share in ([0, 2], [1, 3]):
+        for own, all_of_it in zip(
+            block_guidance(model, windows(4)[share], "cpu", draws(share), add_up), whole, strict=True
+        ):
+            torch.testing.assert_close(own.tokens, all_of_it.tokens[share])
+            torch.testing.assert_close(own.rows, all_of_it.rows)
+
+
 def test_fisher_of_one_token_is_the_squared_gradient_of_every_weight(build):
     model = build("llama")
     matrix = next(m for m in blocks_of(model) if m.role == "v")
@@ -53,6 +122,7 @@ def test_nothing_of_the_model_is_changed(build):
     model = build("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     guidance(model, windows(), blocks_of(model), "cpu")
+    block_guidance(model, windows(), "cpu", draws(range(3)))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from reallm.artifact import read_ledger, work_folder
 from reallm.cli import main
 from reallm.errors import ArtifactError, RecipeError, SourceError, TextError
 from reallm.model import load, load_tokenizer
+from reallm.model.gradients import Guidance
 from reallm.tune import blockwise, end_to_end
 from reallm.tune.data import drawn, split, windows_of
 from reallm.tune.descent import Diverged
@@ -23,7 +25,8 @@ from reallm.tune.processes import Processes
 
 RATES = {"learning_rate": 5e-3, "block_learning_rate": 5e-3}
 QUICK = {"context": 32, "batch": 4, "validation_windows": 8, "validate_every": 20, **RATES}
-SHORT = {**QUICK, "tokens": 10 * 4 * 32, "block_windows": 16, "block_epochs": 2, "validate_every": 4}
+SHORT = {**QUICK, "tokens": 10 * 4 * 32, "validate_every": 4}
+SHORT |= {"method": "both", "block_windows": 16, "block_epochs": 2}
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +47,13 @@ def divergence(original, compressed, text):
     return (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean().item()
 
 
-@pytest.mark.parametrize("method", ["blockwise", "end-to-end"])
-def test_tuning_brings_the_model_nearer_to_the_original(
-    compressed, tiny_llama, tuning_text, text_file, tmp_path, method
-):
-    reallm.tune(compressed, tmp_path / "out", text=(tuning_text,), reference=str(tiny_llama), method=method, **QUICK)
+@pytest.mark.parametrize(
+    "how",
+    [{"method": "end-to-end"}, *({"method": "blockwise", "block_error": e} for e in ("loss", "outputs"))],
+    ids=str,
+)
+def test_tuning_brings_the_model_nearer_to_the_original(compressed, tiny_llama, tuning_text, text_file, tmp_path, how):
+    reallm.tune(compressed, tmp_path / "out", text=(tuning_text,), reference=str(tiny_llama), **how, **QUICK)
     before, after = (divergence(tiny_llama, folder, text_file) for folder in (compressed, tmp_path / "out"))
     assert after < 0.9 * before
 
@@ -212,6 +217,8 @@ def test_other_settings_are_refused_on_resume(compressed, tiny_llama, tuning_tex
         reallm.tune(compressed, tmp_path / "out", listener=lambda _: 1 / 0, **arguments)
     with pytest.raises(RecipeError, match="--resume: calibration was"):
         reallm.tune(compressed, tmp_path / "out", resume=True, **{**arguments, "learning_rate": 1e-4})
+    with pytest.raises(RecipeError, match="--resume: calibration was"):
+        reallm.tune(compressed, tmp_path / "out", resume=True, **{**arguments, "block_error": "outputs"})
 
 
 @pytest.mark.parametrize(
@@ -279,6 +286,64 @@ def test_blocks_end_no_worse_than_they_began(compressed, tiny_llama, tuning_text
     # Later errors were worse, and the best parameters, those of the beginning, are what is kept.
     assert errors[0]["validation"] < errors[1]["validation"]
     assert same(compressed, tmp_path / "out", ["model.safetensors"])
+
+
+def weighed(rows, tokens, workers=Processes()):  # noqa: B008 - it is frozen
+    """A block's error by weights of channels and of tokens, for one batch of two windows of three tokens."""
+    pair = SimpleNamespace(_targets=lambda: [TARGET], ours=SimpleNamespace(device=torch.device("cpu")))
+    return blockwise._Pair.goals(pair, Guidance(tokens, rows), workers).error
+
+
+TARGET = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+ALIKE = (torch.ones(4), torch.ones(2, 3))
+
+
+def test_an_error_where_the_end_loss_does_not_mind_costs_less():
+    rows, tokens = torch.tensor([1.9, 1.9, 0.1, 0.1]), torch.tensor([[1.5, 1.5, 0.5], [0.5, 1.0, 1.0]])
+    error, plain = weighed(rows, tokens), weighed(*ALIKE)
+    for place, there, elsewhere in ((2, 0, 2), (1, 0, 2)):  # a channel, then a token of the first window
+        answers = [TARGET.clone(), TARGET.clone()]
+        for answer, index in zip(answers, (there, elsewhere), strict=True):
+            answer[0].select(place - 1, index).add_(0.5)
+        assert error(0, answers[1]) < 0.5 * error(0, answers[0])
+        torch.testing.assert_close(plain(0, answers[1]), plain(0, answers[0]))
+
+
+def test_the_error_is_relative_to_the_target_as_it_is_weighed():
+    error = weighed(torch.tensor([1.9, 1.9, 0.1, 0.1]), torch.rand(2, 3))
+    assert error(0, TARGET) == 0
+    torch.testing.assert_close(error(0, torch.zeros_like(TARGET)), torch.tensor(1.0))
+    even = TARGET.sign()  # tokens of one size: the mean of ratios is the ratio of means
+    torch.testing.assert_close(weighed(*ALIKE)(0, TARGET + even), 4 * 6 / TARGET.square().sum())
+
+
+class BesideLarger(Processes):
+    """One of two processes; squares of the other's targets are twice as large."""
+
+    def add_up(self, tensors):
+        for tensor in tensors:
+            tensor += tensor * torch.tensor([2, 1])
+
+
+def test_processes_measure_errors_by_one_size():
+    error = weighed(*ALIKE, BesideLarger(0, 2))
+    torch.testing.assert_close(1.5 * error(0, TARGET + 1), weighed(*ALIKE)(0, TARGET + 1))
+
+
+def test_a_model_without_any_gradient_has_nothing_to_learn():
+    error = weighed(torch.zeros(4), torch.zeros(2, 3))
+    assert error(0, TARGET + 1) == 0
+
+
+def test_errors_by_the_end_loss_are_others_than_plain_ones(compressed, tiny_llama, tuning_text, tmp_path):
+    options = {**SHORT, "method": "blockwise", "text": (tuning_text,), "reference": str(tiny_llama)}
+    runs = {kind: reallm.tune(compressed, tmp_path / kind, block_error=kind, **options) for kind in ("loss", "outputs")}
+    assert not same(tmp_path / "loss", tmp_path / "outputs", ["model.safetensors"])
+    firsts = [run.events[1]["validation"] for run in runs.values()]
+    assert 0.2 < firsts[0] / firsts[1] < 5 and firsts[0] != firsts[1]
+    for kind in runs:
+        provenance = json.loads((tmp_path / kind / "config.json").read_text())["quantization_config"]["provenance"]
+        assert provenance["tuned"][0]["block_error"] == kind
 
 
 def test_a_loss_that_is_not_finite_ends_with_the_last_good_parameters(
@@ -380,13 +445,14 @@ def test_of_prompts_and_responses_the_responses_count(tiny_llama, tmp_path):
         (["--train", "embedding"], "--train embedding: names no part"),
         (["--train", "outliers"], "--train outliers: this model has none of them"),
         (["--method", "fast"], "--method 'fast' is not one of blockwise, end-to-end, both"),
+        (["--block-error", "plain"], "--block-error 'plain' is not one of loss, outputs"),
         (["--loss", "mse"], "--loss 'mse' is not one of kl, ce, mix"),
         (["--context", "1024"], "--context 1024 is longer than the 512 positions"),
         (["--batch", "0"], "--batch 0 is below 1"),
         (["--learning-rate", "0"], "--learning-rate 0.0 is not a number above 0"),
         (["--device", "cuda:77"], "--device 'cuda:77' is not available"),
         (["--reference", "nowhere/at/all"], "nowhere/at/all: no such file"),
-        (["--batch", "4096"], "take a smaller --batch"),
+        (["--batch", "4096", "--method", "both"], "take a smaller --batch"),
     ],
 )
 def test_a_bad_option_is_one_line_and_exit_2(compressed, tiny_llama, tuning_text, tmp_path, capsys, options, says):
@@ -395,6 +461,14 @@ def test_a_bad_option_is_one_line_and_exit_2(compressed, tiny_llama, tuning_text
     words = [word for pair in (usual | given).items() for word in pair]
     assert main(["tune", str(compressed), "-o", str(tmp_path / "out"), *words]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_the_default_tunes_the_whole_model_and_no_block(compressed, tiny_llama, tuning_text, tmp_path):
+    settings = {**QUICK, "tokens": 128, "validate_every": 1}
+    events = reallm.tune(
+        compressed, tmp_path / "out", text=(tuning_text,), reference=str(tiny_llama), **settings
+    ).events
+    assert {event["phase"] for event in events} == {"begin", "end-to-end", "validation"}
 
 
 def test_the_original_is_needed_for_its_outputs(compressed, tuning_text, tmp_path):
@@ -431,7 +505,10 @@ def test_the_command_says_what_it_did(compressed, tiny_llama, tuning_text, tmp_p
         "--batch",
         "4",
     ]
-    assert main(["tune", str(compressed), "-o", str(tmp_path / "out"), *words, "--block-windows", "8"]) == 0
+    assert (
+        main(["tune", str(compressed), "-o", str(tmp_path / "out"), *words, "--method", "both", "--block-windows", "8"])
+        == 0
+    )
     out = capsys.readouterr().out
     assert "trained" in out and "KL" in out and "blocks      2 tuned" in out
     bits = out.rsplit("bits", 1)[1].split()

@@ -27,7 +27,7 @@ def command(
     ] = None,
     method: Annotated[
         str, typer.Option(metavar="NAME", help="blockwise, end-to-end, or both, one after the other.")
-    ] = "both",
+    ] = "end-to-end",
     train: Annotated[
         str,
         typer.Option(
@@ -83,6 +83,14 @@ def command(
             "the compressed model's (compressed).",
         ),
     ] = "original",
+    block_error: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What an error of a block's output costs: loss weighs its tokens and channels by squared gradients of "
+            "the original's end loss, outputs counts all alike.",
+        ),
+    ] = "loss",
     block_windows: Annotated[int, typer.Option(metavar="N", help="Windows that blocks are tuned on.")] = 128,
     block_epochs: Annotated[int, typer.Option(metavar="N", help="Rounds of these windows for each block.")] = 4,
     block_patience: Annotated[
@@ -139,6 +147,7 @@ def command(
         validation_windows=validation_windows,
         validate_every=validate_every,
         target=target,
+        block_error=block_error,
         block_windows=block_windows,
         block_epochs=block_epochs,
         block_patience=block_patience,

@@ -1,8 +1,9 @@
-"""What the end loss says of a model's matrices: squared gradients on calibration text, in the original model."""
+"""What the end loss says of a model's matrices and blocks: squared gradients on a text, in the original model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reallm.kernels import average
+from reallm.model.pieces import decoder_blocks
 from reallm.model.walk import Matrix, linear_shape
 
 # (module path, its inputs (tokens, in), gradients of its outputs (tokens, out)) of one window
@@ -33,21 +35,57 @@ def guidance(
     With `tokens` XᵀX becomes the end-loss-guided hessian of GuidedQuant (Kim et al., arXiv:2505.07004), all output
     channels in one group. Modules that no gradient reaches are left out.
     """
-    tokens: dict[str, list[Tensor]] = {}
-    rows: dict[str, Tensor] = {}
-
-    def seen(name: str, inputs: Tensor, gradients: Tensor) -> None:
-        squares = gradients.float().square()
-        tokens.setdefault(name, []).append(squares.mean(1).cpu())
-        rows[name] = rows[name] + squares.sum(0) if name in rows else squares.sum(0)
-
-    _backward_each(model, windows, matrices, device, seen)
-    weights = {name: torch.stack(parts) for name, parts in tokens.items() if len(parts) == len(windows)}
+    squares = _Squares()
+    _backward_each(model, windows, _linears(model, matrices), device, squares.add)
+    weights = {name: torch.stack(parts) for name, parts in squares.tokens.items() if len(parts) == len(windows)}
     return {
-        name: Guidance(weight / average(weight), rows[name].cpu() / average(rows[name].cpu()))
+        name: Guidance(weight / average(weight), squares.rows[name].cpu() / average(squares.rows[name].cpu()))
         for name, weight in weights.items()
         if average(weight) > 0
     }
+
+
+def block_guidance(
+    model: nn.Module,
+    windows: Int[Tensor, "windows context"],
+    device: str | torch.device,
+    draws: Iterable[torch.Generator],
+    add_up: Callable[[list[Tensor]], None] = lambda _: None,
+) -> list[Guidance]:
+    """How much each token and each channel of the hidden states that each decoder block puts out matters.
+
+    Tokens to predict are drawn from the model, for each window by a generator of its own in `draws`: so squared
+    gradients are the curvature of the KL divergence to the model (see `curvatures`). Where several processes have
+    windows, `add_up` makes tensors on the device their sums over all: means are of all windows, channels the same.
+    Takes the memory of the whole model on the device, of one window's activations there, and, for each block, a number
+    a token and a number a channel. Where no gradient arrives all weigh nothing.
+    Errors: SourceError for a model whose blocks cannot be told apart.
+    """
+    blocks = {str(number): block for number, block in enumerate(decoder_blocks(model))}
+    squares = _Squares()
+    _backward_each(model, windows, blocks, device, squares.add, draws)
+    tiny = torch.finfo(torch.float32).tiny
+    found = []
+    for name in blocks:
+        tokens, rows = torch.stack(squares.tokens[name]), squares.rows[name]
+        count = rows.new_tensor([tokens.numel()])
+        add_up([rows, count])
+        total = average(rows).clamp(min=tiny)
+        found.append(Guidance(tokens / (total / count).clamp(min=tiny).cpu(), (rows / total).cpu()))
+    return found
+
+
+class _Squares:
+    """Squared gradients by module: the mean over channels of each token, window by window, and sums over tokens."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[str, list[Tensor]] = {}
+        self.rows: dict[str, Tensor] = {}
+
+    def add(self, name: str, inputs: Tensor, gradients: Tensor) -> None:
+        squares = gradients.float().square()
+        self.tokens.setdefault(name, []).append(squares.mean(1).cpu())
+        self.rows[name] = self.rows[name] + squares.sum(0) if name in self.rows else squares.sum(0)
 
 
 def fisher(
@@ -60,7 +98,7 @@ def fisher(
         update = gradients.float().square().T @ inputs.float().square()
         found[name] = found[name] + update.cpu() if name in found else update.cpu()
 
-    _backward_each(model, windows, matrices, device, seen)
+    _backward_each(model, windows, _linears(model, matrices), device, seen)
     return {name: total / average(total) for name, total in found.items() if average(total) > 0}
 
 
@@ -96,7 +134,8 @@ def curvatures(
     ends = _Ends(model, windows)
     for number, part in enumerate(_parts(matrices)):
         sums = _Sums(guided, len(windows) == 1)
-        _backward_each(model, windows, part, device, sums.add, seed, None if number else ends)
+        draws = itertools.repeat(torch.Generator().manual_seed(seed))
+        _backward_each(model, windows, _linears(model, part), device, sums.add, draws, None if number else ends)
         for name in list(sums.hessians):
             found(name, sums.pop(name))
     return ends.result()
@@ -213,18 +252,25 @@ class _Ends:
         return EndCurvature(self.inputs / count, self.frequencies, self.states / count, self.outputs / count)
 
 
+def _linears(model: nn.Module, matrices: Sequence[Matrix]) -> dict[str, nn.Module]:
+    """The modules of those matrices that are a linear's."""
+    modules = {matrix.name: model.get_submodule(matrix.name) for matrix in matrices if matrix.expert is None}
+    return {name: module for name, module in modules.items() if linear_shape(module) is not None}
+
+
 def _backward_each(
     model: nn.Module,
     windows: Tensor,
-    matrices: Sequence[Matrix],
+    modules: dict[str, nn.Module],
     device: Any,
     seen: Seen,
-    seed: int | None = None,
+    draws: Iterable[torch.Generator] | None = None,
     ends: _Ends | None = None,
 ) -> None:
     """One window at a time through the whole model and back; no weight gets a gradient of its own.
 
-    With a `seed` every token is predicted to be one drawn from the model, without it to be the text's.
+    With `draws`, one for each window, every token is predicted to be one drawn from the model, without them to be the
+    text's.
     """
     home = next(model.parameters()).device
     model.to(device)
@@ -233,19 +279,15 @@ def _backward_each(
         parameter.requires_grad_(False)
     hooks = [model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_())]
     hooks += ends.hooks(model) if ends else []
-    for matrix in matrices:
-        module = model.get_submodule(matrix.name) if matrix.expert is None else None
-        if module is not None and linear_shape(module) is not None:
-            hooks.append(module.register_forward_hook(_watching(matrix.name, seen)))
-    draws = None if seed is None else torch.Generator().manual_seed(seed)
+    hooks += [module.register_forward_hook(_watching(name, seen)) for name, module in modules.items()]
     try:
         with torch.enable_grad():
-            for window in windows:
+            for window, draw in zip(windows, itertools.repeat(None) if draws is None else draws, strict=False):
                 ids = window[None].to(device)
                 logits = model(input_ids=ids, use_cache=False).logits[0].float()
                 if ends:
                     ends.add_logits(logits.detach())
-                logits, targets = (logits[:-1], ids[0, 1:]) if draws is None else (logits, _drawn(logits, draws))
+                logits, targets = (logits[:-1], ids[0, 1:]) if draw is None else (logits, _drawn(logits, draw))
                 torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
     finally:
         for hook in hooks:
@@ -264,10 +306,11 @@ def _drawn(logits: Float[Tensor, "tokens vocabulary"], draws: torch.Generator) -
 
 
 def _watching(name: str, seen: Seen) -> Callable[..., None]:
-    """A forward hook that waits for the gradient of the module's output."""
+    """A forward hook that waits for the gradient of the module's output, of a tuple's first."""
 
-    def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> None:
         rows = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
-        output.register_hook(lambda gradient: seen(name, rows, gradient.detach().reshape(len(rows), -1)))
+        states = output if isinstance(output, Tensor) else output[0]
+        states.register_hook(lambda gradient: seen(name, rows, gradient.detach().reshape(len(rows), -1)))
 
     return hook

@@ -239,6 +239,7 @@ class _Run:
         if settings.block_wise:
             note |= {"block_windows": settings.block_windows, "block_epochs": settings.block_epochs}
             note |= {"block_learning_rate": settings.block_learning_rate, "target": settings.target}
+            note |= {"block_error": settings.block_error}
         if settings.end_to_end:
             note |= {"loss": settings.loss, "learning_rate": settings.learning_rate}
             note |= {key: figures[key] for key in ("steps", "best_step", "stopped") if key in figures}

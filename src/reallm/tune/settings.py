@@ -16,6 +16,8 @@ KL, CE, MIX = "kl", "ce", "mix"
 LOSSES = (KL, CE, MIX)
 ORIGINAL, COMPRESSED = "original", "compressed"
 TARGETS = (ORIGINAL, COMPRESSED)
+END_LOSS, OUTPUTS = "loss", "outputs"
+BLOCK_ERRORS = (END_LOSS, OUTPUTS)
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # The ledger's words for parts that can train, and kept tensors.
@@ -35,7 +37,7 @@ class Settings:
 
     text: tuple[str, ...]
     reference: str | None = None
-    method: str = BOTH
+    method: str = END_TO_END
     train: tuple[str, ...] = DEFAULT_TRAIN
     adapter: int | None = None  # rank of new residuals, which alone train end to end and are written by themselves
     loss: str = KL
@@ -51,6 +53,7 @@ class Settings:
     validation_windows: int = 16
     validate_every: int | None = None  # steps; None: twenty times in all
     target: str = ORIGINAL  # whose stream the block-wise target comes from
+    block_error: str = END_LOSS  # what an error of a block's output costs: by the end loss, or the same everywhere
     block_windows: int = 128
     block_epochs: int = 4
     block_patience: int = 1
@@ -92,6 +95,7 @@ def check_settings(settings: Settings) -> None:
     _one_of("--method", settings.method, METHODS)
     _one_of("--loss", settings.loss, LOSSES)
     _one_of("--target", settings.target, TARGETS)
+    _one_of("--block-error", settings.block_error, BLOCK_ERRORS)
     _one_of("--dtype", settings.dtype, tuple(DTYPES))
     for word in settings.train:
         _one_of("--train", word, PARTS + KEPT + PLACES)
