@@ -271,7 +271,8 @@ def _blocks(job: Job) -> list[Any]:
 def _fixed(chosen: Job, ladder: Sequence[WeightFormat]) -> list[dict[str, Any]]:
     """One format everywhere; between two rates whole blocks have one or the other, spread evenly, to the same bytes."""
     entries, options = _blocks(chosen), chosen.forecast.options
-    budget = sum(option_of(entry, options).nbytes for entry in entries)
+    # A trellis of 2 bits is one of 2.0001: without the thousandth a whole block would fall to 1 bit.
+    budget = 1.001 * sum(option_of(entry, options).nbytes for entry in entries)
     total = [sum(fmt.nbytes(entry.matrix.shape) for entry in entries) for fmt in ladder]
     low = max((i for i, nbytes in enumerate(total) if nbytes <= budget), default=0)
     high = min(low + 1, len(ladder) - 1)

@@ -58,10 +58,18 @@ def test_a_column_that_nobody_fills_is_left_out():
 
 def test_an_arm_of_tuning_says_how_long_and_how_fast_and_one_that_was_not_tuned_says_neither():
     results = sample()
-    tuned = {"seconds": 110.8, "tokens_per_second": 11620.1}
+    tuned = {"seconds": 110.8, "tokens_per_second": 11620.1, "tokens": 2_323_200}
     results["arms"] = [arm("before", "2 bits", seconds=0.0, tokens_per_second=None), arm("both", "2 bits", **tuned)]
     before, both = [line for line in table(results).splitlines() if line.startswith("| b")]
-    assert "| 110.8 | 11,620 |" in both and "| – | – |" in before
+    assert "| 2.3 | 110.8 | 11,620 |" in both and "| – | – | – |" in before
+
+
+def test_an_arm_that_was_scored_on_another_text_names_it():
+    results = sample()
+    results["arms"] = [arm("usual", "rate", text=results["text"]["name"]), arm("own", "rate", text="wiki.valid.raw")]
+    usual, own = [line for line in table(results).splitlines() if line.startswith(("| usual", "| own"))]
+    assert usual.endswith("| – |") and own.endswith("| wiki.valid.raw |")
+    assert "wiki.valid.raw" not in table(sample()) and "scored on" not in table(sample())
 
 
 def test_an_arm_of_a_budget_says_the_bytes_of_the_file_and_what_was_foretold():

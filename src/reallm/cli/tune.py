@@ -58,7 +58,7 @@ def command(
     ] = None,
     learning_rate: Annotated[
         float, typer.Option(metavar="X", help="End-to-end, relative to the size of each tensor that trains.")
-    ] = 1e-3,
+    ] = 3e-3,
     warm_up: Annotated[float, typer.Option(metavar="X", help="Share of the steps in which the rate rises.")] = 0.05,
     clip: Annotated[float, typer.Option(metavar="X", help="Largest norm of a step's gradient.")] = 1.0,
     top_k: Annotated[
@@ -98,7 +98,7 @@ def command(
     ] = 1,
     block_learning_rate: Annotated[
         float, typer.Option(metavar="X", help="Block-wise, relative to the size of each tensor that trains.")
-    ] = 5e-3,
+    ] = 1e-3,
     round_at_end: Annotated[
         bool, typer.Option("--round-at-end", help="Round what trains when it is stored, not at every step.")
     ] = False,

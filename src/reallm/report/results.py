@@ -31,7 +31,13 @@ def table(results: dict[str, Any]) -> str:
     """A results file as Markdown: what was measured, a table, how to measure it again."""
     if "shape" in results:
         return "\n\n".join([_settings(results), _measured_at(results["command"], [_provenance(results)])])
-    return "\n\n".join([_heading(results), _arms(results["arms"]), _origin(results)])
+    return "\n\n".join([_heading(results), _arms(_with_own_text(results)), _origin(results)])
+
+
+def _with_own_text(results: dict[str, Any]) -> list[Arm]:
+    """The arms; one that was scored on another text than the heading names has it under `own_text`."""
+    usual = results["text"]["name"]
+    return [{**arm, "own_text": None if arm.get("text", usual) == usual else arm["text"]} for arm in results["arms"]]
 
 
 def updated(page: str, folder: Path) -> str:
@@ -145,9 +151,11 @@ _COLUMNS: tuple[tuple[str, Callable[[Arm], str]], ...] = (
     ("relative error", lambda arm: number(arm.get("relative_error"), 4)),
     ("plan, s", lambda arm: number(_seconds(arm).get("plan"), 1)),
     ("fit, s", lambda arm: number(arm.get("fit_seconds", _seconds(arm).get("fit")), 1)),
+    ("million tokens", lambda arm: number(_million(arm.get("tokens")), 1)),
     ("tuned, s", lambda arm: number(_seconds(arm).get("tune"), 1)),
     ("tokens/s", lambda arm: _whole(arm.get("tokens_per_second"))),
     ("peak memory, MB", lambda arm: _megabytes(arm.get("peak_memory_bytes"))),
+    ("scored on", lambda arm: arm.get("own_text") or _NOTHING),
 )
 
 
@@ -159,6 +167,10 @@ def _seconds(arm: Arm) -> dict[str, float]:
     """By what they were spent on; an arm of tuning has one number, 0 if nothing was tuned."""
     seconds = arm.get("seconds", {})
     return seconds if isinstance(seconds, dict) else {"tune": seconds} if seconds else {}
+
+
+def _million(count: int | None) -> float | None:
+    return None if count is None else count / 1e6
 
 
 def _whole(value: float | None) -> str:

@@ -45,7 +45,7 @@ class Settings:
     context: int = 1024
     batch: int = 8  # windows a step
     micro_batch: int | None = None  # windows at once; None: the batch
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     warm_up: float = 0.05  # share of the steps
     clip: float = 1.0
     top_k: int = 0  # the original's likeliest tokens kept on disk before training; 0: computed as needed
@@ -57,7 +57,7 @@ class Settings:
     block_windows: int = 128
     block_epochs: int = 4
     block_patience: int = 1
-    block_learning_rate: float = 5e-3
+    block_learning_rate: float = 1e-3
     round_at_end: bool = False  # else parts are rounded as stored at every step, gradients passing straight through
     save_memory: bool = False  # decode everything at every use, also what no trained part changes
     checkpointing: bool = True
