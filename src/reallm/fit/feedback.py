@@ -87,7 +87,7 @@ def feedback(
     from left to right. The order leaves no trace in the codes.
     """
     blocks = _blocks(hessian.diagonal(), coder.width, falling)
-    order = torch.cat([torch.arange(start, end) for start, end in blocks]).to(weight.device)
+    order = _columns_of(blocks, weight.device)
     factor = inverse_factor(hessian[order][:, order])
     moving = weight[:, order]
     codes: dict[int, Tensor] = {}
@@ -97,7 +97,7 @@ def feedback(
         right = left + sum(end - start for start, end in panel)
         found, answers = by_panel(coder, moving[:, left:right], panel, factor[left:right, left:right])
         codes |= found
-        moving[:, right:] -= answers @ factor[left:right, right:]
+        moving[:, right:].addmm_(answers, factor[left:right, right:], alpha=-1)
         left = right
     return torch.cat([codes[start] for start in sorted(codes)], 1)
 
@@ -108,27 +108,34 @@ def _panel_by_blocks(
     """(codes by the first column of their block, answers: errors · U_JJ⁻¹) of a panel, block after block."""
     moving, answers = moving.clone(), torch.zeros_like(moving)
     codes, at = {}, 0
-    # Of U_JJ⁻¹ the diagonal alone serves coders that weigh columns apart, a little better than the norms of its rows.
-    encoded = _encoding_of(coder, lambda inverse: inverse.diagonal().square())
-    for (start, end), inverse in zip(blocks, _inverses(factor, blocks), strict=True):
+    encoded = _encoding_of(coder)
+    for (start, end), (inverse, weights) in zip(blocks, _inverses(factor, blocks), strict=True):
         to = at + end - start
         # Least cost once all later blocks have answered: |errors · own⁻¹|², or its diagonal.
-        codes[start], decoded = encoded(moving[:, at:to], start, inverse)
+        codes[start], decoded = encoded(moving[:, at:to], start, inverse, weights)
         answers[:, at:to] = answer = (moving[:, at:to] - decoded) @ inverse
         if to < len(factor):
-            moving[:, to:] -= answer @ factor[at:to, to:]
+            moving[:, to:].addmm_(answer, factor[at:to, to:], alpha=-1)
         at = to
     return codes, answers
 
 
 @one_thread()
-def _inverses(factor: Float[Tensor, "panel panel"], blocks: Blocks) -> list[Float[Tensor, "width width"]]:
-    """U_JJ⁻¹ of every block, in one call where all are as wide: a GPU has better to do than launches of 16 columns."""
+def _inverses(
+    factor: Float[Tensor, "panel panel"], blocks: Blocks
+) -> list[tuple[Float[Tensor, "width width"], Float[Tensor, " width"]]]:
+    """U_JJ⁻¹ of every block and the squares of its diagonal, in one call where all are as wide.
+
+    A GPU has better to do than launches of 16 columns. The diagonal alone serves coders that weigh columns apart, a
+    little better than the norms of its rows.
+    """
     widths = [end - start for start, end in blocks]
     if len(set(widths)) > 1:
         pairs = zip(itertools.accumulate(widths), widths, strict=True)
-        return [_inverse(factor[to - width : to, to - width : to]) for to, width in pairs]
-    return list(_inverse(_diagonal_blocks(factor, widths[0])))
+        inverses = [_inverse(factor[to - width : to, to - width : to]) for to, width in pairs]
+        return [(inverse, inverse.diagonal().square()) for inverse in inverses]
+    stacked = _inverse(_diagonal_blocks(factor, widths[0]))
+    return list(zip(stacked, stacked.diagonal(dim1=1, dim2=2).square(), strict=True))
 
 
 def _inverse(own: Float[Tensor, "*blocks width width"]) -> Float[Tensor, "*blocks width width"]:
@@ -165,20 +172,23 @@ def swept(
     per_block = codes.shape[1] // len(blocks)
     rows_per_code = -(-len(weight) // len(codes))
     roots, inverses = _own_roots(hessian, coder.width)
-    slopes, encoded = (weight - decoded) @ hessian, _encoding_of(coder, lambda root: root.square().sum(1))
+    weights = roots.square().sum(2)
+    slopes, encoded = (weight - decoded) @ hessian, _encoding_of(coder)
     for start, end in blocks:
         number, span = start // coder.width, slice(0, end - start)
         slope, present = slopes[:, start:end], decoded[:, start:end]
-        target = present + slope @ inverses[number, span, span]
-        found, rounded = encoded(target, start, roots[number, span, span])
+        target = torch.addmm(present, slope, inverses[number, span, span])
+        found, rounded = encoded(target, start, roots[number, span, span], weights[number, span])
         step = rounded - present
-        gains = by_code_row(((2 * slope - step @ hessian[start:end, start:end]) * step).sum(1), len(codes))
+        twice = torch.addmm(slope, step, hessian[start:end, start:end], beta=2, alpha=-1)
+        gains = by_code_row((twice * step).sum(1), len(codes))
         place = slice(number * per_block, (number + 1) * per_block)
-        codes[:, place] = torch.where(gains[:, None] > 0, found, codes[:, place])
-        kept = (gains > 0).repeat_interleave(rows_per_code)[: len(weight), None]
+        better = gains[:, None] > 0
+        codes[:, place] = torch.where(better, found, codes[:, place])
+        kept = better if rows_per_code == 1 else better.repeat_interleave(rows_per_code, 0)[: len(weight)]
         step = torch.where(kept, step, 0.0)
         decoded[:, start:end] += step
-        slopes -= step @ hessian[start:end]
+        slopes.addmm_(step, hessian[start:end], alpha=-1)
     return codes, decoded
 
 
@@ -210,13 +220,15 @@ def _diagonal_blocks(matrix: Float[Tensor, "n n"], width: int) -> Float[Tensor, 
 def by_code_row(values: Float[Tensor, " out"], count: int) -> Float[Tensor, " coded"]:
     """Sums over the output rows that share one of `count` rows of codes (rows of tiles)."""
     rows = -(-len(values) // count)
+    if rows == 1:
+        return values
     return torch.nn.functional.pad(values, (0, rows * count - len(values))).view(count, rows).sum(1)
 
 
 def importance_in_feedback(hessian: Float[Tensor, "in in"], width: int) -> Float[Tensor, " in"]:
     """What an error in each column costs once all columns that come after it have answered: U_jj⁻²."""
     blocks = _blocks(hessian.diagonal(), width, falling=True)
-    order = torch.cat([torch.arange(start, end) for start, end in blocks]).to(hessian.device)
+    order = _columns_of(blocks, hessian.device)
     found = torch.empty_like(hessian[0])
     found[order] = inverse_factor(hessian[order][:, order]).diagonal().reciprocal().square()
     return found
@@ -233,7 +245,7 @@ def costs_in_feedback(
     """
     widest = max(widths)
     blocks = _blocks(hessian.diagonal(), widest, falling=True)
-    order = torch.cat([torch.arange(start, end) for start, end in blocks]).to(hessian.device)
+    order = _columns_of(blocks, hessian.device)
     factor, tested = inverse_factor(hessian[order][:, order]), tested[order][:, order]
     count, found = len(factor), {}
     for width in widths:
@@ -249,13 +261,14 @@ def costs_in_feedback(
     return found
 
 
-def _encoding_of(
-    coder: Coder, apart: Callable[[Float[Tensor, "width width"]], Float[Tensor, " width"]]
-) -> Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]:
-    """Codes one block at a small |(columns - decoded) · root|²; `apart`: its weights for coders that take no root."""
+def _encoding_of(coder: Coder) -> Callable[[Tensor, int, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Codes a block (columns, start, root, weights) at a small |(columns - decoded) · root|².
+
+    Coders that take no root are given the weights of the columns.
+    """
     if isinstance(coder, MetricCoder):
-        return coder.encode_by
-    return lambda columns, start, root: coder.encode(columns, start, apart(root)[None])
+        return lambda columns, start, root, weights: coder.encode_by(columns, start, root)
+    return lambda columns, start, root, weights: coder.encode(columns, start, weights[None])
 
 
 def _blocks(importance: Float[Tensor, " in"], width: int, falling: bool) -> Blocks:
@@ -264,8 +277,15 @@ def _blocks(importance: Float[Tensor, " in"], width: int, falling: bool) -> Bloc
     blocks = [(start, min(start + width, columns)) for start in range(0, columns, width)]
     if not falling:
         return blocks
-    means = torch.stack([importance[start:end].mean() for start, end in blocks]) if width > 1 else importance
+    means = importance[: columns // width * width].view(-1, width).mean(1)
+    if columns % width:
+        means = torch.cat([means, importance[-(columns % width) :].mean()[None]])
     return [blocks[i] for i in means.argsort(descending=True, stable=True).tolist()]
+
+
+def _columns_of(blocks: Blocks, device: torch.device) -> Int[Tensor, " in"]:
+    """All columns, in the order of rounding."""
+    return torch.tensor([column for start, end in blocks for column in range(start, end)], device=device)
 
 
 def _panels(blocks: Blocks) -> Iterator[Blocks]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +20,10 @@ from reallm.formats import Parts
 from reallm.formats import scales as scale_store
 from reallm.formats.codebook import Codebook, CodebookParts
 from reallm.formats.normal_float import normal_levels
-from reallm.kernels import average, nearest_entry, nearest_level, segment_sum
+from reallm.kernels import average, entry_table, nearest_entry, nearest_level, segment_sum
+
+# (vectors (n, dim), importance (n, dim)) -> codes (n,)
+Search: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 _ITERATIONS = 30
 _WARM_ITERATIONS = 5
@@ -78,11 +84,23 @@ class _CodebookCoder:
 
     def encode(self, columns: Tensor, start: int, importance: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest by the error of the weights themselves: coordinates weighted by squared scale and importance."""
-        scales = scale_store.of_columns(self.scales, start, columns.shape[1], self.fmt.group_size)
-        vectors = _vectors(columns / divisors(scales), self.fmt.vector_dim)
-        codes = nearest(vectors, self.codebook, _vectors(scales.square() * importance, self.fmt.vector_dim))
+        scales, divided, squares = (
+            scale_store.of_columns(values, start, columns.shape[1], self.fmt.group_size)
+            for values in (self.scales, *self._of_scales)
+        )
+        vectors = _vectors(columns / divided, self.fmt.vector_dim)
+        codes = self._nearest(vectors, _vectors(squares * importance, self.fmt.vector_dim))
         decoded = self.codebook[codes].view(len(columns), -1)[:, : columns.shape[1]] * scales
         return codes.view(len(columns), -1), decoded
+
+    @functools.cached_property
+    def _of_scales(self) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+        """Divisors and squares: once, not once a block of columns."""
+        return divisors(self.scales), self.scales.square()
+
+    @functools.cached_property
+    def _nearest(self) -> Search:
+        return search_of(self.codebook)
 
 
 def kmeans(
@@ -117,15 +135,23 @@ def nearest(
     vectors: Float[Tensor, "n dim"], codebook: Float[Tensor, "size dim"], importance: Float[Tensor, "n dim"]
 ) -> Int[Tensor, " n"]:
     """Index of the nearest entry by the weighted distance."""
+    return search_of(codebook)(vectors, importance)
+
+
+def search_of(codebook: Float[Tensor, "size dim"]) -> Search:
+    """`nearest` in one codebook, for many calls."""
     if codebook.shape[1] == 1:
         levels, order = codebook[:, 0].sort(stable=True)  # entries that were refitted may have passed each other
-        return order.to(torch.int32)[nearest_level(vectors[:, 0], levels)]
-    return nearest_entry(vectors, codebook, importance)
+        order = order.to(torch.int32)
+        return lambda vectors, importance: order[nearest_level(vectors[:, 0], levels)]
+    table = entry_table(codebook)
+    return lambda vectors, importance: nearest_entry(vectors, codebook, importance, table)
 
 
 def _vectors(matrix: Float[Tensor, "out in"], dim: int) -> Float[Tensor, "n dim"]:
     """Rows cut into vectors; a short last vector is filled with zeros."""
-    return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % dim)).reshape(-1, dim)
+    missing = -matrix.shape[1] % dim
+    return (torch.nn.functional.pad(matrix, (0, missing)) if missing else matrix).reshape(-1, dim)
 
 
 def _first_entries(vectors: Tensor, importance: Tensor, size: int, generator: torch.Generator) -> Tensor:

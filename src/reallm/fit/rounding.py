@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
@@ -111,10 +112,22 @@ class _LevelCoder:
 
     def encode(self, columns: Tensor, start: int, importance: Tensor) -> tuple[Tensor, Tensor]:
         """Rounding is best for any importance: weights do not share a code."""
-        levels = self.fmt.levels(columns.device)
-        scales = scale_store.of_columns(self.scales, start, columns.shape[1], self.fmt.group_size)
-        codes = nearest_level(columns / divisors(scales), levels)
-        return codes, levels[codes] * scales
+        scales, divided = (
+            scale_store.of_columns(values, start, columns.shape[1], self.fmt.group_size)
+            for values in (self.scales, self.divisors)
+        )
+        codes = nearest_level(columns / divided, self.levels)
+        return codes, self.levels[codes] * scales
+
+    @functools.cached_property
+    def divisors(self) -> Float[Tensor, "out groups"]:
+        """Of the scales: once, not once a column."""
+        return divisors(self.scales)
+
+    @functools.cached_property
+    def levels(self) -> Float[Tensor, " levels"]:
+        """Of the format, where the scales are."""
+        return self.fmt.levels(self.scales.device)
 
 
 @dataclass(frozen=True)
@@ -133,12 +146,17 @@ class _GridCoder:
 
     def encode(self, columns: Tensor, start: int, importance: Tensor) -> tuple[Tensor, Tensor]:
         """Rounding, clamped to the codes there are."""
-        scales, zeros = (
+        scales, zeros, divided = (
             scale_store.of_columns(values, start, columns.shape[1], self.fmt.group_size)
-            for values in (self.scales, self.zeros)
+            for values in (self.scales, self.zeros, self.divisors)
         )
-        codes = _rounded(columns / divisors(scales) + zeros, self.fmt.bits)
+        codes = _rounded(columns / divided + zeros, self.fmt.bits)
         return codes, (codes - zeros) * scales
+
+    @functools.cached_property
+    def divisors(self) -> Float[Tensor, "out groups"]:
+        """Of the scales: once, not once a column."""
+        return divisors(self.scales)
 
 
 def largest_magnitude(weight: Float[Tensor, "out in"], group_size: int) -> Float[Tensor, "out groups"]:

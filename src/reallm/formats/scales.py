@@ -52,10 +52,13 @@ def spread(values: Shaped[Tensor, "out groups"], in_features: int, group_size: i
 def of_columns(
     scales: Shaped[Tensor, "out groups"], start: int, count: int, group_size: int
 ) -> Shaped[Tensor, "out count"]:
-    """The scales of `count` columns from column `start` on, one a weight."""
+    """The scales of `count` columns from column `start` on, one a weight; a view where all are of one group."""
+    first, last = start // (group_size or 1), (start + count - 1) // (group_size or 1)
+    if scales.shape[1] == 1 or first == last:
+        group = 0 if scales.shape[1] == 1 else first
+        return scales[:, group : group + 1].expand(-1, count)
     columns = torch.arange(start, start + count, device=scales.device)
-    # One group takes all columns where it is wider than a row: torch divides by no number beyond 64 bits.
-    return scales[:, columns // group_size if scales.shape[1] > 1 else columns * 0]
+    return scales[:, columns // group_size]
 
 
 def scaled(

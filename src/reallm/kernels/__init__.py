@@ -3,7 +3,7 @@
 from reallm.kernels.hadamard import rotate, rotate_back
 from reallm.kernels.heap import give_back_freed_blocks
 from reallm.kernels.lookup import entries
-from reallm.kernels.nearest import nearest_entry, nearest_level
+from reallm.kernels.nearest import entry_table, nearest_entry, nearest_level
 from reallm.kernels.ordered import average, one_thread, total
 from reallm.kernels.packing import pack_bits, packed_nbytes, unpack_bits
 from reallm.kernels.segments import segment_sum
@@ -14,6 +14,7 @@ __all__ = [
     "average",
     "closest_states",
     "entries",
+    "entry_table",
     "give_back_freed_blocks",
     "quantile_of_state",
     "states_of",

@@ -22,8 +22,12 @@ def nearest_entry(
     vectors: Float[Tensor, "n dim"],
     codebook: Float[Tensor, "entries dim"],
     importance: Float[Tensor, "n dim"] | None = None,
+    table: Float[Tensor, "twice_dim entries"] | None = None,
 ) -> Int[Tensor, " n"]:
-    """Index of the entry at the smallest squared distance, each coordinate weighted by `importance`."""
+    """Index of the entry at the smallest squared distance, each coordinate weighted by `importance`.
+
+    `table` is the codebook's `entry_table`, where it serves many calls.
+    """
     distances = _DISTANCES_PER_CHUNK.get(vectors.device.type, _DISTANCES_PER_CHUNK_ELSEWHERE)
     chunk = max(1, distances // len(codebook))
     # argmin Σ h (v - c)² = argmin Σ h c²/2 - h v c: the term h v² is the same for all entries.
@@ -31,9 +35,16 @@ def nearest_entry(
         half_norms = codebook.square().sum(1) / 2
         codes = [torch.addmm(half_norms, part, codebook.T, alpha=-1).argmin(1) for part in vectors.split(chunk)]
     else:
-        table = torch.cat([codebook.square() / 2, -codebook], 1).T
+        table = entry_table(codebook) if table is None else table
         codes = [
             (torch.cat([weight, weight * part], 1) @ table).argmin(1)
             for part, weight in zip(vectors.split(chunk), importance.split(chunk), strict=True)
         ]
+    if len(codes) == 1:
+        return codes[0].to(torch.int32)
     return torch.cat(codes).to(torch.int32) if codes else vectors.new_empty(0, dtype=torch.int32)
+
+
+def entry_table(codebook: Float[Tensor, "entries dim"]) -> Float[Tensor, "twice_dim entries"]:
+    """What (h, h v) of a vector v and its importance h are multiplied with for half its distances, up to Σ h v² / 2."""
+    return torch.cat([codebook.square() / 2, -codebook], 1).T
