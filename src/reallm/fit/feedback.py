@@ -285,7 +285,7 @@ def _blocks(importance: Float[Tensor, " in"], width: int, falling: bool) -> Bloc
 
 def _columns_of(blocks: Blocks, device: torch.device) -> Int[Tensor, " in"]:
     """All columns, in the order of rounding."""
-    return torch.tensor([column for start, end in blocks for column in range(start, end)], device=device)
+    return torch.tensor([column for start, end in blocks for column in range(start, end)]).to(device)
 
 
 def _panels(blocks: Blocks) -> Iterator[Blocks]:
