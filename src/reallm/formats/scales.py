@@ -53,10 +53,10 @@ def of_columns(
     scales: Shaped[Tensor, "out groups"], start: int, count: int, group_size: int
 ) -> Shaped[Tensor, "out count"]:
     """The scales of `count` columns from column `start` on, one a weight; a view where all are of one group."""
-    first, last = start // (group_size or 1), (start + count - 1) // (group_size or 1)
-    if scales.shape[1] == 1 or first == last:
-        group = 0 if scales.shape[1] == 1 else first
-        return scales[:, group : group + 1].expand(-1, count)
+    # One group may be wider than a row, and its width 0.
+    first, last = (column // group_size if scales.shape[1] > 1 else 0 for column in (start, start + count - 1))
+    if first == last:
+        return scales[:, first : first + 1].expand(-1, count)
     columns = torch.arange(start, start + count, device=scales.device)
     return scales[:, columns // group_size]
 
