@@ -105,12 +105,14 @@ def command(
     save_memory: Annotated[
         bool, typer.Option("--save-memory", help="Decode at every use also what training does not change.")
     ] = False,
-    checkpointing: Annotated[
+    no_checkpointing: Annotated[
         bool,
         typer.Option(
-            help="Run every block once more for its gradient in place of keeping its activations: less memory, slower."
+            "--no-checkpointing",
+            help="Keep the activations of all blocks in place of running each once more for its gradient: faster, with "
+            "several times the memory.",
         ),
-    ] = True,
+    ] = False,
     seed: Seed = 0,
     device: Annotated[str, typer.Option(metavar="NAME", help="Where to train: cpu, cuda, cuda:1 …")] = "cpu",
     dtype: Annotated[
@@ -154,7 +156,7 @@ def command(
         block_learning_rate=block_learning_rate,
         round_at_end=round_at_end,
         save_memory=save_memory,
-        checkpointing=checkpointing,
+        checkpointing=not no_checkpointing,
         seed=seed,
         device=device,
         dtype=dtype,
