@@ -25,8 +25,8 @@ from reallm.tune.processes import Processes
 
 RATES = {"learning_rate": 5e-3, "block_learning_rate": 5e-3}
 QUICK = {"context": 32, "batch": 4, "validation_windows": 8, "validate_every": 20, **RATES}
-SHORT = {**QUICK, "tokens": 10 * 4 * 32, "validate_every": 4}
-SHORT |= {"method": "both", "block_windows": 16, "block_epochs": 2}
+BLOCKS = {"method": "both", "block_windows": 16, "block_epochs": 2}
+SHORT = {**QUICK, **BLOCKS, "tokens": 10 * 4 * 32, "validate_every": 4}
 
 
 @pytest.fixture(scope="module")

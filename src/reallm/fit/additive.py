@@ -12,10 +12,10 @@ from torch import Tensor
 
 from reallm.fit.dispatch import fit
 from reallm.fit.feedback import coded
-from reallm.fit.kmeans import kmeans
+from reallm.fit.kmeans import kmeans, vectors_of
 from reallm.fit.objective import Objective
 from reallm.fit.refit import alternated
-from reallm.fit.rounding import divisors, normalised
+from reallm.fit.rounding import ByGroups, normalised
 from reallm.formats import Parts
 from reallm.formats import scales as scale_store
 from reallm.formats.additive import Additive, AdditiveParts, sum_of_entries
@@ -59,8 +59,7 @@ def _first(fmt: Additive, weight: Tensor, objective: Objective, seed: int) -> tu
     scales = scale_store.stored(fmt.scales, (sizes.sum(2) / counts).sqrt())
     importance = scale_store.spread(scales.square(), weight.shape[1], fmt.group_size) * objective.importance
     remainders, importance = (
-        torch.nn.functional.pad(values, (0, -values.shape[1] % fmt.vector_dim)).view(-1, fmt.vector_dim)
-        for values in (normalised(weight, scales, fmt.group_size), importance)
+        vectors_of(values, fmt.vector_dim) for values in (normalised(weight, scales, fmt.group_size), importance)
     )
     codebooks = []
     for book in range(fmt.books):
@@ -73,7 +72,7 @@ def _first(fmt: Additive, weight: Tensor, objective: Objective, seed: int) -> tu
 
 
 @dataclass(frozen=True)
-class AdditiveCoder:
+class AdditiveCoder(ByGroups):
     """Beam search for vectors of neighbouring columns; a codebook made by a net is one of one book."""
 
     fmt: Additive | Codeword
@@ -95,10 +94,12 @@ class AdditiveCoder:
         self, columns: Float[Tensor, "out columns"], start: int, importance: Float[Tensor, "rows columns"]
     ) -> tuple[Int[Tensor, "out codes"], Float[Tensor, "out columns"]]:
         """Codes of small error of the weights themselves: coordinates weighted by squared scale and importance."""
-        scales = self._scales(start, columns.shape[1])
-        vectors = self._vectors(columns / divisors(scales))
-        weights = self._vectors((importance if self._one_scale else importance * scales.square()).expand_as(columns))
-        return self._found(beam_search(vectors, self.tables, weights, self.beam), scales, columns.shape[1])
+        count = columns.shape[1]
+        vectors = vectors_of(columns / self.of_columns(self.divisors, start, count), self.width)
+        if not self._one_scale:
+            importance = importance * self.of_columns(self.squares, start, count)
+        weights = vectors_of(importance.expand_as(columns), self.width)
+        return self._found(beam_search(vectors, self.tables, weights, self.beam), start, count)
 
     def encode_by(
         self, columns: Float[Tensor, "out columns"], start: int, root: Float[Tensor, "columns columns"]
@@ -106,29 +107,21 @@ class AdditiveCoder:
         """The same for one vector a row, its errors weighed together: in space turned by `root` distance is plain."""
         if not self._one_scale:
             return self.encode(columns, start, root.square().sum(1)[None])
-        scales = self._scales(start, columns.shape[1])
+        count = columns.shape[1]
         turned = [table[:, : len(root)] @ root for table in self.tables]
-        codes = beam_search((columns / divisors(scales)) @ root, turned, None, self.beam)
-        return self._found(codes, scales, columns.shape[1])
+        vectors = (columns / self.of_columns(self.divisors, start, count)) @ root
+        return self._found(beam_search(vectors, turned, None, self.beam), start, count)
 
     @property
     def _one_scale(self) -> bool:
         """Whether all of a vector has one scale: it is a factor of all distances then, and no matter."""
         return self.fmt.group_size % self.width == 0
 
-    def _scales(self, start: int, count: int) -> Float[Tensor, "out columns"]:
-        if not self.fmt.group_size:
-            return self.scales
-        return scale_store.of_columns(self.scales, start, count, self.fmt.group_size)
-
-    def _vectors(self, matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "n dim"]:
-        return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % self.width)).reshape(-1, self.width)
-
-    def _found(self, codes: Int[Tensor, "n tables"], scales: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def _found(self, codes: Int[Tensor, "n tables"], start: int, count: int) -> tuple[Tensor, Tensor]:
         """Codes of single codebooks and decoded values, by rows."""
         codes = self._apart(codes)
         vectors = sum_of_entries(codes, self.codebooks).view(len(self.scales), -1)
-        return codes.view(len(self.scales), -1), vectors[:, :count] * scales
+        return codes.view(len(self.scales), -1), vectors[:, :count] * self.of_columns(self.scales, start, count)
 
     def _apart(self, codes: Int[Tensor, "n tables"]) -> Int[Tensor, "n books"]:
         bits, joined = self.fmt.index_bits, _books_at_once(self.fmt.index_bits)

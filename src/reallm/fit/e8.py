@@ -12,6 +12,7 @@ from torch import Tensor
 
 from reallm.fit.dispatch import fit
 from reallm.fit.feedback import coded
+from reallm.fit.kmeans import vectors_of
 from reallm.fit.objective import Objective
 from reallm.fit.refit import alternated
 from reallm.formats import Parts
@@ -55,8 +56,8 @@ def fit_e8(
 
 def best_scale(weight: Float[Tensor, "out in"], objective: Objective, bits: int, seed: int = 0) -> Float[Tensor, " 1"]:
     """The multiple of the root mean square with the least importance-weighted error on vectors drawn by `seed`."""
-    vectors = _vectors(weight)
-    importance = _vectors(objective.importance.expand_as(weight))
+    vectors = vectors_of(weight, VECTOR_DIM)
+    importance = vectors_of(objective.importance.expand_as(weight), VECTOR_DIM)
     if len(vectors) > _SAMPLES:
         generator = torch.Generator(device=weight.device).manual_seed(seed)
         chosen = torch.randint(len(vectors), (_SAMPLES,), generator=generator, device=weight.device)
@@ -82,8 +83,8 @@ class E8Coder:
     ) -> tuple[Int[Tensor, "out vectors"], Float[Tensor, "out columns"]]:
         """Codes and decoded values; what fills a short vector has no importance, and so costs nothing."""
         # A zero matrix has the scale 0.
-        vectors = _vectors(columns / torch.where(self.scale > 0, self.scale, 1.0))
-        importance = _vectors(importance.expand_as(columns))
+        vectors = vectors_of(columns / torch.where(self.scale > 0, self.scale, 1.0), VECTOR_DIM)
+        importance = vectors_of(importance.expand_as(columns), VECTOR_DIM)
         chunk = _VECTORS_PER_CHUNK.get(columns.device.type, _VECTORS_PER_CHUNK_ELSEWHERE)
         pairs = zip(vectors.split(chunk), importance.split(chunk), strict=True)
         codes = torch.cat([nearest_codes(*pair, self.bits) for pair in pairs]).view(len(columns), -1)
@@ -148,12 +149,6 @@ def _second(vectors: Float[Tensor, "n 8"], importance: Float[Tensor, "n 8"], bit
     if bits == 3:
         return nearest_entry(vectors, short_words(vectors.device), importance).long()
     return nearest_codes(vectors, importance, bits=2)
-
-
-def _vectors(matrix: Float[Tensor, "out in"]) -> Float[Tensor, "n 8"]:
-    """Rows cut into vectors; a short last vector is filled with zeros."""
-    filled = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % VECTOR_DIM))
-    return filled.view(-1, VECTOR_DIM)
 
 
 def _root_mean_square(weight: Float[Tensor, "out in"]) -> Float[Tensor, " 1"]:

@@ -15,7 +15,7 @@ from reallm.fit.dispatch import fit
 from reallm.fit.feedback import coded
 from reallm.fit.objective import Objective
 from reallm.fit.refit import alternated
-from reallm.fit.rounding import divisors, normalised, signed_largest
+from reallm.fit.rounding import ByGroups, normalised, signed_largest
 from reallm.formats import Parts
 from reallm.formats import scales as scale_store
 from reallm.formats.codebook import Codebook, CodebookParts
@@ -50,11 +50,11 @@ def fit_codebook(
     are the fit of ClusComp (Liao et al., arXiv:2503.13089).
     """
     scales = scale_store.stored(fmt.scales, signed_largest(weight, fmt.group_size), signed=True)
-    vectors = _vectors(normalised(weight, scales, fmt.group_size), fmt.vector_dim)
+    vectors = vectors_of(normalised(weight, scales, fmt.group_size), fmt.vector_dim)
     importance = scale_store.spread(scales.square(), weight.shape[1], fmt.group_size)
     if objective is not None:
         importance = importance * objective.importance
-    importance = _vectors(importance, fmt.vector_dim)
+    importance = vectors_of(importance, fmt.vector_dim)
     previous = start.codebook if isinstance(start, CodebookParts) else None
     codebook = kmeans(vectors, importance, fmt.codebook_size, seed, previous)
     codebook = codebook.to(torch.float16).to(torch.float32)
@@ -71,7 +71,7 @@ def fit_codebook(
 
 
 @dataclass(frozen=True)
-class _CodebookCoder:
+class _CodebookCoder(ByGroups):
     """Nearest entries of a codebook, for vectors of neighbouring columns."""
 
     fmt: Codebook
@@ -85,18 +85,12 @@ class _CodebookCoder:
     def encode(self, columns: Tensor, start: int, importance: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest by the error of the weights themselves: coordinates weighted by squared scale and importance."""
         scales, divided, squares = (
-            scale_store.of_columns(values, start, columns.shape[1], self.fmt.group_size)
-            for values in (self.scales, *self._of_scales)
+            self.of_columns(values, start, columns.shape[1]) for values in (self.scales, self.divisors, self.squares)
         )
-        vectors = _vectors(columns / divided, self.fmt.vector_dim)
-        codes = self._nearest(vectors, _vectors(squares * importance, self.fmt.vector_dim))
+        vectors = vectors_of(columns / divided, self.fmt.vector_dim)
+        codes = self._nearest(vectors, vectors_of(squares * importance, self.fmt.vector_dim))
         decoded = self.codebook[codes].view(len(columns), -1)[:, : columns.shape[1]] * scales
         return codes.view(len(columns), -1), decoded
-
-    @functools.cached_property
-    def _of_scales(self) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
-        """Divisors and squares: once, not once a block of columns."""
-        return divisors(self.scales), self.scales.square()
 
     @functools.cached_property
     def _nearest(self) -> Search:
@@ -148,7 +142,7 @@ def search_of(codebook: Float[Tensor, "size dim"]) -> Search:
     return lambda vectors, importance: nearest_entry(vectors, codebook, importance, table)
 
 
-def _vectors(matrix: Float[Tensor, "out in"], dim: int) -> Float[Tensor, "n dim"]:
+def vectors_of(matrix: Float[Tensor, "out in"], dim: int) -> Float[Tensor, "n dim"]:
     """Rows cut into vectors; a short last vector is filled with zeros."""
     missing = -matrix.shape[1] % dim
     return (torch.nn.functional.pad(matrix, (0, missing)) if missing else matrix).reshape(-1, dim)

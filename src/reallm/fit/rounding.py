@@ -98,8 +98,29 @@ def _improved(
     return alternated(fmt, parts, weight, objective, (("scales",),), coder_of, _ROUNDS)
 
 
+class ByGroups:
+    """What coders share whose scales are those of groups: what scales alone decide is made once, not once a block."""
+
+    fmt: WeightFormat  # with a `group_size`
+    scales: Float[Tensor, "out groups"]
+
+    @functools.cached_property
+    def divisors(self) -> Float[Tensor, "out groups"]:
+        """Of the scales."""
+        return divisors(self.scales)
+
+    @functools.cached_property
+    def squares(self) -> Float[Tensor, "out groups"]:
+        """Of the scales."""
+        return self.scales.square()
+
+    def of_columns(self, values: Real[Tensor, "out groups"], start: int, count: int) -> Real[Tensor, "out count"]:
+        """One value a weight of `count` columns from column `start` on."""
+        return scale_store.of_columns(values, start, count, self.fmt.group_size)
+
+
 @dataclass(frozen=True)
-class _LevelCoder:
+class _LevelCoder(ByGroups):
     """Nearest levels of a NormalFloat."""
 
     fmt: NormalFloat
@@ -112,17 +133,8 @@ class _LevelCoder:
 
     def encode(self, columns: Tensor, start: int, importance: Tensor) -> tuple[Tensor, Tensor]:
         """Rounding is best for any importance: weights do not share a code."""
-        scales, divided = (
-            scale_store.of_columns(values, start, columns.shape[1], self.fmt.group_size)
-            for values in (self.scales, self.divisors)
-        )
-        codes = nearest_level(columns / divided, self.levels)
-        return codes, self.levels[codes] * scales
-
-    @functools.cached_property
-    def divisors(self) -> Float[Tensor, "out groups"]:
-        """Of the scales: once, not once a column."""
-        return divisors(self.scales)
+        codes = nearest_level(columns / self.of_columns(self.divisors, start, columns.shape[1]), self.levels)
+        return codes, self.levels[codes] * self.of_columns(self.scales, start, columns.shape[1])
 
     @functools.cached_property
     def levels(self) -> Float[Tensor, " levels"]:
@@ -131,7 +143,7 @@ class _LevelCoder:
 
 
 @dataclass(frozen=True)
-class _GridCoder:
+class _GridCoder(ByGroups):
     """Nearest steps of an even grid; `zeros` is the code that stands for 0."""
 
     fmt: Uniform
@@ -147,16 +159,10 @@ class _GridCoder:
     def encode(self, columns: Tensor, start: int, importance: Tensor) -> tuple[Tensor, Tensor]:
         """Rounding, clamped to the codes there are."""
         scales, zeros, divided = (
-            scale_store.of_columns(values, start, columns.shape[1], self.fmt.group_size)
-            for values in (self.scales, self.zeros, self.divisors)
+            self.of_columns(values, start, columns.shape[1]) for values in (self.scales, self.zeros, self.divisors)
         )
         codes = _rounded(columns / divided + zeros, self.fmt.bits)
         return codes, (codes - zeros) * scales
-
-    @functools.cached_property
-    def divisors(self) -> Float[Tensor, "out groups"]:
-        """Of the scales: once, not once a column."""
-        return divisors(self.scales)
 
 
 def largest_magnitude(weight: Float[Tensor, "out in"], group_size: int) -> Float[Tensor, "out groups"]:

@@ -40,9 +40,9 @@ def nearest_entry(
             (torch.cat([weight, weight * part], 1) @ table).argmin(1)
             for part, weight in zip(vectors.split(chunk), importance.split(chunk), strict=True)
         ]
-    if len(codes) == 1:
-        return codes[0].to(torch.int32)
-    return torch.cat(codes).to(torch.int32) if codes else vectors.new_empty(0, dtype=torch.int32)
+    if not codes:
+        return vectors.new_empty(0, dtype=torch.int32)
+    return (codes[0] if len(codes) == 1 else torch.cat(codes)).to(torch.int32)
 
 
 def entry_table(codebook: Float[Tensor, "entries dim"]) -> Float[Tensor, "twice_dim entries"]:

@@ -7,7 +7,7 @@ Both models lie on the CPU and one block at a time is on the device. What an err
 
 loss     Σ_t w_t Σ_c r_c (answer - target)² / Σ_t w_t Σ_c r_c target², with w and r the squared gradients of the
          original's end loss by token and by channel. Fits that the end loss guided have put their errors where w and r
-         are small; an error that counts all channels alike has these taken back. Before the first block the
+         are small; an error that counts all channels alike would have these taken back. Before the first block the
          original goes to the device as a whole, for a pass over the windows and back.
 outputs  Σ_c (answer - target)² / Σ_c target², the mean over tokens: what follows a block is a norm, so that a token
          with huge states would otherwise drown all others. With w it does not: its gradients are as small.
