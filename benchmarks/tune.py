@@ -139,8 +139,8 @@ def end_to_end(group: str, base: str, **arms: dict[str, Any]) -> list[Task]:
 
 
 VECTORS, TRELLIS, PUBLISHED = "gain, codebook d=4", "gain, trellis 2", "reallm-vq"
-# In this order, so that a run that is cut short has the arms of interest. KL, a rate of 1e-3, all parts and rank 0 at 3
-# bits are the arms of `target`.
+# In this order, so that a run that is cut short has the arms of interest. KL, all parts and rank 0 at 3 bits stand in
+# `target`.
 TASKS: list[Task] = [
     *[
         task
@@ -148,6 +148,7 @@ TASKS: list[Task] = [
         for task in methods("target", base, "both", "end-to-end")
     ],
     *end_to_end("rate", "bits 2", **{str(r): {"learning_rate": r} for r in (1e-3, 3e-3, 1e-2, 3e-4)}),
+    Task("block rate", "before", "bits 2"),
     *[
         Task(
             "block rate",
@@ -205,6 +206,7 @@ class Arm:
     tokens: int | None = None  # of tuning end to end
     learning_rate: float | None = None  # of tuning end to end
     batch: int | None = None  # windows a step
+    checkpointing: bool | None = None  # whether blocks ran twice, which takes time and spares memory
     text: str = "wiki.test.raw"
     samples: list[dict[str, str]] = field(default_factory=list)
     tasks: list[dict[str, Any]] = field(default_factory=list)
@@ -290,7 +292,8 @@ class Bench:
         arm = self.score(task, out, seconds, peak, tuned)
         if settings["method"] != "blockwise":
             rate = settings.get("learning_rate", Settings.learning_rate)
-            arm = replace(arm, tokens=settings["tokens"], learning_rate=rate, batch=settings["batch"])
+            how = {key: settings[key] for key in ("tokens", "batch", "checkpointing")}
+            arm = replace(arm, learning_rate=rate, **how)
         if not (self.keep and task.writes):
             shutil.rmtree(out)
         return arm
