@@ -5,9 +5,9 @@
 Bases are compressed with calibration (c4/c4-train-sample.jsonl) into FOLDER once and tuned from there;
 `--base "bits 2=OUT"` takes a compressed model that is there. Text for tuning: a mix of DATA/tune and C4, of which
 Wikipedia is a third at most. Scored on WikiText-2 raw test, all windows, context 2,048; early stopping on its raw
-validation text, which also scores the groups that choose a setting (`rate`, `block rate`). Arms of group `target` and
-the original also write three answers, and are scored on `--tasks` with the files in DATA/tasks. --keep leaves their
-tuned models in FOLDER.
+validation text, which also scores the groups that choose a setting (`rate`, `block rate`). Arms of group `target`, the
+longest with both losses and the original also write three answers, and are scored on `--tasks` with the files in
+DATA/tasks. --keep leaves their tuned models in FOLDER.
 Writes results/tune.json after every arm; --resume keeps the arms that are there.
 """
 
@@ -118,7 +118,7 @@ class Task:
     @property
     def writes(self) -> bool:
         """Whether samples are written and tasks scored."""
-        return self.group == "target"
+        return self.group == "target" or self.name == LONG
 
 
 # `both` is measured with block errors of outputs, all alike, as it was before errors were weighed by the end loss.
@@ -139,6 +139,7 @@ def end_to_end(group: str, base: str, **arms: dict[str, Any]) -> list[Task]:
 
 
 VECTORS, TRELLIS, PUBLISHED = "gain, codebook d=4", "gain, trellis 2", "reallm-vq"
+LONG = "8 M, mix"  # the best there is at 2 bits
 # In this order, so that a run that is cut short has the arms of interest. KL, all parts and rank 0 at 3 bits stand in
 # `target`.
 TASKS: list[Task] = [
