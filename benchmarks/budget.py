@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import Lab, Workers, arguments, earlier_runs, original_of, save
+from lab import Lab, Workers, arguments, asked_for, earlier_runs, original_of, save
 
 from reallm.allocate import Candidate, choose
 from reallm.allocate.candidates import calibrated_candidates
@@ -345,7 +345,6 @@ def _more(parser: Any) -> None:
     parser.add_argument("--state-bits", type=int, default=None, help="of trellis codes; default 16 on a GPU")
     parser.add_argument("--sizes", nargs="*", default=None, help="in place of 60MB 50MB 80MB 40MB")
     parser.add_argument("--keep", action="store_true", help="leave the artifacts in the work folder")
-    parser.add_argument("--only", nargs="*", default=None, help="only arms whose names hold one of these words")
 
 
 def main() -> None:
@@ -369,8 +368,7 @@ def main() -> None:
     failed: dict[str, str] = {}
     make = functools.partial(bench_of, args.model, text, args.work, args.windows, shared, args.corrections, args.keep)
     analysing = time.perf_counter()
-    todo = [task for task in tasks if task.key not in arms and (not args.groups or task.group in args.groups)]
-    todo = [task for task in todo if not args.only or any(word in task.key for word in args.only)]
+    todo = [task for task in tasks if task.key not in arms and asked_for(args, task.group, task.name)]
     for objective in ("guided", "outputs"):  # before any arm, so that none of them makes it twice
         wanted = [task for task in todo if task.settings["objective"] == objective]
         if objective == "guided" or wanted:

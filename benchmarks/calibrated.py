@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from data_free import finished, normal, uniform, vectors
-from lab import Arm, Lab, Workers, arguments, earlier_runs, original_of, save
+from lab import Arm, Lab, Workers, arguments, asked_for, earlier_runs, original_of, save
 
 from reallm.fit import Objective, fit, squared_error
 from reallm.formats import from_spec
@@ -217,8 +217,7 @@ def main() -> None:
         content = {"calibration": calibration, "jobs": args.jobs, "left_out": left_out, "arms": rows}
         save(args.output, lab, command, original, earlier, **content)
 
-    todo = [task for task in TASKS if (task.group, task.name) not in arms]
-    todo = [task for task in todo if not args.groups or task.group in args.groups]
+    todo = [task for task in TASKS if (task.group, task.name) not in arms and asked_for(args, task.group, task.name)]
     make = functools.partial(bench_of, args.model, args.text, text, sizes, args.windows)
     run = functools.partial(_run, latest=args.deadline and begun + args.deadline)
     with Workers(args.jobs, args.device, make) as pool:

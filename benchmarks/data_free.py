@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lab import Arm, FormatOf, Lab, Workers, arguments, earlier_runs, original_of, save
+from lab import Arm, FormatOf, Lab, Workers, arguments, asked_for, earlier_runs, original_of, save
 
 from reallm.allocate import Candidate, MatrixInfo, choose, load_recipe, plan_for_bits, plan_from_recipe
 from reallm.fit import gaussian_error
@@ -179,8 +179,8 @@ def main() -> None:
     others += [Task("budget", f"--bits {bits:g}", budget=bits) for bits in BUDGETS]
     others += permutation_tasks(lab.infos)
     pairs = ranked_tasks(lab.infos)
-    wanted = [task for task in singles + others if args.groups is None or task.group in args.groups]
-    pairs = [pair for pair in pairs if args.groups is None or pair[0].group in args.groups]
+    wanted = [task for task in singles + others if asked_for(args, task.group, task.name)]
+    pairs = [pair for pair in pairs if asked_for(args, pair[0].group, pair[0].name)]
     tasks = wanted + [task for pair in pairs for task in pair]
     arms = finished(args.output) if args.resume else {}
     earlier = earlier_runs(args.output, args.resume)

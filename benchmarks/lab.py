@@ -163,6 +163,7 @@ def arguments(
         parser.add_argument("--deadline", type=float, default=None, help="begin no arm after so many seconds")
         parser.add_argument("--resume", action="store_true", help="keep the arms that OUTPUT holds already")
         parser.add_argument("--groups", nargs="*", default=None, help="only these groups of arms")
+        parser.add_argument("--only", nargs="*", default=None, help="only arms whose names hold one of these words")
     if calibration:
         parser.add_argument("--calibration-windows", type=int, default=128)
         parser.add_argument("--calibration-context", type=int, default=2048)
@@ -173,6 +174,12 @@ def arguments(
     args = parser.parse_args()
     args.text = args.data_dir / "wikitext2-raw" / text
     return args
+
+
+def asked_for(args: argparse.Namespace, group: str, name: str) -> bool:
+    """Whether --groups and --only ask for an arm; they ask for all where they are not given."""
+    named = args.only is None or any(word in f"{group} | {name}" for word in args.only)
+    return named and (args.groups is None or group in args.groups)
 
 
 def earlier_runs(path: Path, resume: bool) -> list[dict[str, Any]]:

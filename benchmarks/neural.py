@@ -38,7 +38,7 @@ from typing import Any
 import torch
 import yaml
 from data_free import normal, vectors
-from lab import Workers, arguments, commit, earlier_runs, machine
+from lab import Workers, arguments, asked_for, commit, earlier_runs, machine
 from torch import Tensor
 
 import reallm
@@ -358,7 +358,7 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
     gpu = args.device.startswith("cuda")
     known = {arm.name: arm for arm in ARMS}
     arms = [known[name] for name in FIRST] if args.first else [arm for arm in ARMS if gpu or not arm.gpu]
-    arms = [arm for arm in arms if not args.groups or arm.group in args.groups]
+    arms = [arm for arm in arms if asked_for(args, arm.group, arm.name)]
     arms = [arm for arm in arms if not args.arms or any(fnmatch.fnmatchcase(arm.name, p) for p in args.arms)]
     controlled = args.depths[:1] if args.control_depths is None else args.control_depths
     plain = [(role, block, ORIGINAL) for role in args.roles for block in args.depths if ORIGINAL in args.sources]

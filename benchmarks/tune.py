@@ -5,9 +5,9 @@
 Bases are compressed with calibration (c4/c4-train-sample.jsonl) into FOLDER once and tuned from there;
 `--base "bits 2=OUT"` takes a compressed model that is there. Text for tuning: a mix of DATA/tune and C4, of which
 Wikipedia is a third at most. Scored on WikiText-2 raw test, all windows, context 2,048; early stopping on its raw
-validation text, which also scores the groups that choose a setting (`rate`, `block rate`). Arms of group `target`, the
-longest with both losses and the original also write three answers, and are scored on `--tasks` with the files in
-DATA/tasks. --keep leaves their tuned models in FOLDER.
+validation text, which also scores the groups that choose a setting (`rate`, `block rate`). Arms of group `target` and
+named `mix` also write three answers, as the original does, and are scored on `--tasks` with the files in DATA/tasks.
+--keep leaves their tuned models in FOLDER.
 Writes results/tune.json after every arm; --resume keeps the arms that are there.
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import Lab, Workers, arguments, earlier_runs, original_of, save
+from lab import Lab, Workers, arguments, asked_for, earlier_runs, original_of, save
 
 import reallm
 from reallm.artifact import read_ledger
@@ -118,7 +118,7 @@ class Task:
     @property
     def writes(self) -> bool:
         """Whether samples are written and tasks scored."""
-        return self.group == "target" or self.name == LONG
+        return self.group == "target" or self.name == "mix"
 
 
 # `both` is measured with block errors of outputs, all alike, as it was before errors were weighed by the end loss.
@@ -139,7 +139,6 @@ def end_to_end(group: str, base: str, **arms: dict[str, Any]) -> list[Task]:
 
 
 VECTORS, TRELLIS, PUBLISHED = "gain, codebook d=4", "gain, trellis 2", "reallm-vq"
-LONG = "8 M, mix"  # the best there is at 2 bits
 # In this order, so that a run that is cut short has the arms of interest. KL, all parts and rank 0 at 3 bits stand in
 # `target`.
 TASKS: list[Task] = [
@@ -417,7 +416,6 @@ def _more(parser: Any) -> None:
     parser.add_argument(
         "--base", nargs="*", default=[], metavar="NAME=FOLDER", help="bases that are compressed already"
     )
-    parser.add_argument("--only", nargs="*", default=None, help="only arms whose names hold one of these words")
     parser.add_argument("--tasks", default="", help="tasks of lm-eval for the arms of group target, with commas")
     parser.add_argument("--limit", type=int, default=None, help="only the first N examples of every task")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
@@ -472,8 +470,7 @@ def main() -> None:
              jobs=args.jobs, limit=args.limit, bases=bases, failed=failed, left_out=left_out, written=written,
              arms=rows)  # fmt: skip
 
-    todo = [task for task in TASKS if key_of(task) not in arms and (not args.groups or task.group in args.groups)]
-    todo = [task for task in todo if not args.only or any(word in key_of(task) for word in args.only)]
+    todo = [task for task in TASKS if key_of(task) not in arms and asked_for(args, task.group, task.name)]
     make = functools.partial(bench_of, settings)
     tune = functools.partial(_run, latest=args.deadline and begun + args.deadline)
     bench = make(args.device)
