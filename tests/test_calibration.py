@@ -146,6 +146,40 @@ def test_an_objective_of_the_end_loss_brings_the_model_nearer_too(tiny_llama, re
     assert divergence(tiny_llama, tmp_path / objective, ids) < (0.9 if objective == "guided" else 1.1) * plain
 
 
+@pytest.mark.parametrize(
+    ("goal", "chosen"),
+    [
+        ({"bits": 4.0}, "guided"),
+        ({"size": 75_000}, "guided"),
+        ({"bits": 4.0, "objective": "outputs"}, "outputs"),
+        ({"recipe": ""}, "outputs"),
+        ({"recipe": "objective: fisher"}, "fisher"),
+        ({"recipe": "objective: fisher", "objective": "guided"}, "guided"),
+    ],
+)
+def test_a_budget_asks_the_end_loss_and_a_recipe_only_if_it_says_so(tiny_llama, text_file, tmp_path, goal, chosen):
+    if "recipe" in goal:
+        (tmp_path / "own.yaml").write_text(f"{RECIPE}{goal['recipe']}\n")
+        goal = {**goal, "recipe": str(tmp_path / "own.yaml")}
+    job = prepare(tiny_llama, Settings(calibration=(str(text_file),), **CALIBRATION, **goal))
+    assert job.settings.objective == chosen
+
+
+def test_the_plan_beside_a_guided_artifact_gives_the_same_bytes_again(tiny_llama, text_file, tmp_path):
+    settings = {"calibration": (str(text_file),), **CALIBRATION}
+    reallm.compress(tiny_llama, tmp_path / "one", bits=4.0, **settings)
+    reallm.compress(tiny_llama, tmp_path / "again", recipe=str(tmp_path / "one" / "plan.yaml"), **settings)
+    assert "objective: guided" in (tmp_path / "one" / "plan.yaml").read_text()
+    assert filecmp.cmp(tmp_path / "one" / "model.safetensors", tmp_path / "again" / "model.safetensors", shallow=False)
+
+
+def test_an_objective_in_a_recipe_means_nothing_without_text(tiny_llama, recipe, tmp_path):
+    (tmp_path / "own.yaml").write_text(f"{RECIPE}objective: guided\n")
+    for name, file in (("with", str(tmp_path / "own.yaml")), ("without", recipe)):
+        reallm.compress(tiny_llama, tmp_path / name, recipe=file)
+    assert filecmp.cmp(tmp_path / "with" / "plan.yaml", tmp_path / "without" / "plan.yaml", shallow=False)
+
+
 def test_the_dry_run_counts_what_calibration_takes(tiny_llama, recipe, job):
     from reallm.pipeline import estimate
 

@@ -13,6 +13,7 @@
     embedding: {format: uniform, bits: 8}   # or `keep`
     head: {format: uniform, bits: 8}        # or `keep`; a head tied to the embedding is the embedding
     coding: true                 # tensors that entropy coding makes smaller are stored coded; default false
+    objective: guided            # what calibration minimises, if there is any: outputs, guided or fisher
 
 A format of `keep` leaves the matrix as it is.
 """
@@ -84,6 +85,7 @@ class Recipe(BaseModel):
     embedding: FormatSpec = DEFAULT_EMBEDDING
     head: FormatSpec = DEFAULT_EMBEDDING
     coding: bool = False
+    objective: Literal["outputs", "guided", "fisher"] | None = None  # of fit.objective.OBJECTIVES; None: the default
 
 
 def parse_recipe(text: str, origin: str) -> Recipe:
@@ -206,7 +208,9 @@ def with_rank(fmt: WeightFormat, rank: int | None) -> WeightFormat:
     return LowRankPlus(base=base, rank=rank, factors=factors) if rank else base
 
 
-def recipe_of_plan(plan: Plan, matrices: Iterable[MatrixInfo], coding: bool = False) -> Recipe:
+def recipe_of_plan(
+    plan: Plan, matrices: Iterable[MatrixInfo], coding: bool = False, objective: str | None = None
+) -> Recipe:
     """The plan as run, written as a recipe that names every matrix: running it again gives the same plan."""
     formats = {entry.matrix.name: to_spec(entry.fmt) for entry in plan.entries}
     blocks = [matrix for matrix in matrices if matrix.kind == "block"]
@@ -216,7 +220,8 @@ def recipe_of_plan(plan: Plan, matrices: Iterable[MatrixInfo], coding: bool = Fa
         grouped.setdefault(repr(spec), (spec, []))[1].append(matrix.name)
     rules = [Rule(match=names, format=spec) for spec, names in grouped.values()]
     ends = {m.kind: formats.get(m.name, KEEP) for m in matrices if m.kind != "block"}
-    return Recipe(name=plan.recipe, description="the plan as run", rules=rules, coding=coding, **ends)
+    more = {"coding": coding, "objective": objective, **ends}
+    return Recipe(name=plan.recipe, description="the plan as run", rules=rules, **more)
 
 
 def dump_recipe(recipe: Recipe) -> str:

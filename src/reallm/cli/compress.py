@@ -73,13 +73,14 @@ def command(
         int, typer.Option(metavar="N", help="Tokens a window; at most what the model was made for.")
     ] = 2048,
     objective: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME",
             help="What calibration minimises: outputs (squared error of every matrix's outputs), guided (tokens "
-            "weighted by the gradient of the end loss) or fisher (weights weighted by their Fisher information).",
+            "weighted by the gradient of the end loss) or fisher (weights weighted by their Fisher information). "
+            "Default: what the recipe says, guided under a budget, outputs without.",
         ),
-    ] = "outputs",
+    ] = None,
     coding: Annotated[
         bool | None,
         typer.Option(

@@ -51,8 +51,9 @@ def command(
         ),
     ] = None,
     objective: Annotated[
-        str, typer.Option(metavar="NAME", help="What fits will minimise: outputs, guided or fisher, as in compress.")
-    ] = "outputs",
+        str | None,
+        typer.Option(metavar="NAME", help="What fits will minimise: guided unless outputs or fisher, as in compress."),
+    ] = None,
     analysis_windows: Annotated[
         int, typer.Option(metavar="N", min=1, help="Windows of calibration text that losses are predicted from.")
     ] = 16,

@@ -13,6 +13,14 @@ from torch import Tensor
 from reallm.errors import FormatError
 from reallm.kernels import average, one_thread, total
 
+# What calibration can minimise.
+OUTPUTS, GUIDED, FISHER = "outputs", "guided", "fisher"
+OBJECTIVES = {
+    OUTPUTS: "squared error of every matrix's outputs",
+    GUIDED: "the same, tokens weighted by the gradient of the end loss",
+    FISHER: "squared error of the weights, each weighted by its Fisher information",
+}
+
 # A column that is (nearly) zero counts at most 1,000 times as much as the mean column.
 _LEAST_ENERGY = 1e-3
 # Inputs that calibration never saw (dead ones) count a millionth of the mean: rounding to nearest decides there.

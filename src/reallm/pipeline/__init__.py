@@ -8,10 +8,9 @@ from reallm.pipeline.cost import Estimate, estimate, work_bytes
 from reallm.pipeline.job import Forecast, Job
 from reallm.pipeline.preparing import prepare
 from reallm.pipeline.running import compress, run
-from reallm.pipeline.settings import OBJECTIVES, Settings
+from reallm.pipeline.settings import Settings
 
 __all__ = [
-    "OBJECTIVES",
     "Estimate",
     "Forecast",
     "Job",

@@ -29,13 +29,14 @@ from reallm.allocate.sizing import (
 )
 from reallm.errors import RecipeError
 from reallm.fit import gaussian_error, gaussian_share
+from reallm.fit.objective import GUIDED
 from reallm.formats import Table, WeightFormat, tables_of
 from reallm.formats.scaled import Scaled
 from reallm.model import Source, Walk
 from reallm.pipeline.analysis import analysed, analysis_file
 from reallm.pipeline.calibrating import calculation_dtype, calibration_windows
 from reallm.pipeline.job import Forecast, Job
-from reallm.pipeline.settings import GUIDED, Settings, calibration_of
+from reallm.pipeline.settings import Settings, calibration_of
 from reallm.pipeline.whole import WholeFile
 
 _BITS_TOLERANCE = 0.01

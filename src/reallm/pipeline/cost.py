@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from reallm.fit import Objective, demand_of, fit, train_shared
+from reallm.fit.objective import FISHER, GUIDED, OUTPUTS
 from reallm.formats import Tensors, WeightFormat, tables_at_hand
 from reallm.model.calibration import SELF
 from reallm.model.stream import TOKENS_PER_PASS
 from reallm.model.walk import block_of
 from reallm.pipeline.fitting import stream_dtype
 from reallm.pipeline.job import Job
-from reallm.pipeline.settings import FISHER, GUIDED, OUTPUTS
 
 # Beside the largest matrix in float32 a fit holds its decoding, the error and a few chunks.
 COPIES_WHILE_FITTING = 6

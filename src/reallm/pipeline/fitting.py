@@ -20,6 +20,7 @@ from reallm.allocate import Planned
 from reallm.artifact import check_finished, finished_file, save_tensors
 from reallm.errors import FormatError, SourceError
 from reallm.fit import Objective, fit
+from reallm.fit.objective import GUIDED, OUTPUTS
 from reallm.formats import WeightFormat, tables_at_hand
 from reallm.formats.waist import inner, under
 from reallm.model import Matrix
@@ -30,7 +31,6 @@ from reallm.pipeline.calibrating import calculation_dtype, calibration_windows
 from reallm.pipeline.fits import Fits, key_of
 from reallm.pipeline.job import Job
 from reallm.pipeline.reading import checked_weight, seed_of
-from reallm.pipeline.settings import GUIDED, OUTPUTS
 from reallm.pipeline.sharing import missing_tables, trained_tables
 
 Progress = Callable[[str, int, int], None]  # (matrix just finished, weights done, weights in all)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from reallm.allocate import MatrixInfo, Plan, Planned
+from reallm.allocate import MatrixInfo, Plan, Planned, Recipe, recipe_of_plan
 from reallm.allocate.sizing import Options
 from reallm.artifact import Manifest, StoredMatrix
 from reallm.model import Matrix, Source, Walk
@@ -56,6 +56,12 @@ class Job:
         planned = {entry.matrix.name for entry in self.plan.entries}
         left_out = {m.parameter: LEFT_OUT for m in self.walk.matrices if m.name not in planned}
         return reasons | left_out
+
+    @property
+    def recipe(self) -> Recipe:
+        """The plan as a recipe that gives it again, with the objective of its fits if they know a text."""
+        objective = self.settings.objective if self.settings.calibration else None
+        return recipe_of_plan(self.plan, [info_of(matrix) for matrix in self.walk.matrices], self.coding, objective)
 
     def manifest(self, fingerprint: str, coded: Mapping[str, tuple[str, ...]] | None = None) -> Manifest:
         """What the loader must know. `coded`: local names of entropy-coded tensors by matrix."""

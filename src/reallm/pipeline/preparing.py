@@ -7,14 +7,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from reallm.allocate import MatrixInfo, Plan, load_recipe, plan_for_bits, plan_from_recipe
+from reallm.allocate import MatrixInfo, Plan, Recipe, load_recipe, plan_for_bits, plan_from_recipe
 from reallm.allocate.recipe import DEFAULT_EMBEDDING
 from reallm.errors import RecipeError
 from reallm.fit import gaussian_error
 from reallm.model import Matrix, Source, Walk, open_source, walk
 from reallm.pipeline.budgeting import from_budget
 from reallm.pipeline.job import Job, info_of
-from reallm.pipeline.settings import Settings, check_calibration, check_device, check_goal
+from reallm.pipeline.settings import Settings, check_calibration, check_device, check_goal, decided
 
 
 def prepare(model: str | Path | Source, settings: Settings) -> Job:
@@ -27,12 +27,14 @@ def prepare(model: str | Path | Source, settings: Settings) -> Job:
     if settings.rank is not None and settings.rank < 0:
         raise RecipeError(f"--rank {settings.rank} is negative; 0 means no residual")
     check_device(settings.device)
+    recipe = None if settings.recipe is None else load_recipe(settings.recipe)
+    settings = decided(settings, recipe)
     source = model if isinstance(model, Source) else open_source(model)
     walked = walk(source.skeleton)
     chosen = [info_of(matrix) for matrix in _selected(walked.matrices, settings)]
     infos = [info_of(matrix) for matrix in walked.matrices]
-    if settings.recipe is not None:
-        job = _from_recipe(source, walked, chosen, infos, settings)
+    if recipe is not None:
+        job = _from_recipe(source, walked, chosen, infos, settings, recipe)
         if settings.size is not None or settings.bits_per_parameter is not None:
             job = from_budget(source, walked, chosen, settings, job.plan)
     elif settings.bits is not None and not (settings.calibration or settings.corrections or settings.candidates):
@@ -44,11 +46,9 @@ def prepare(model: str | Path | Source, settings: Settings) -> Job:
 
 
 def _from_recipe(
-    source: Source, walked: Walk, chosen: list[MatrixInfo], infos: list[MatrixInfo], settings: Settings
+    source: Source, walked: Walk, chosen: list[MatrixInfo], infos: list[MatrixInfo], settings: Settings, recipe: Recipe
 ) -> Job:
     ends = {"embedding": settings.embedding, "head": settings.head}
-    assert settings.recipe is not None
-    recipe = load_recipe(settings.recipe)
     recipe = recipe.model_copy(update={kind: spec for kind, spec in ends.items() if spec is not None})
     plan = plan_from_recipe(recipe, chosen, settings.rank, infos)
     return Job(source, walked, plan, settings, recipe.coding if settings.coding is None else settings.coding)

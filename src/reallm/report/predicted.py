@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from reallm.allocate import MatrixInfo
-from reallm.allocate.recipe import KEEP, recipe_of_plan
+from reallm.allocate.recipe import KEEP
 from reallm.allocate.sizing import option_of
 from reallm.evaluate.perplexity import evaluate
 from reallm.model import load, load_tokenizer
@@ -63,7 +63,6 @@ def _tokens(job: Job, model: torch.nn.Module, windows: int) -> tuple[torch.Tenso
 
 def plan_file(job: Job) -> str:
     """The plan as a recipe to edit: one rule a matrix, beside it the bytes and the loss that are expected."""
-    recipe = recipe_of_plan(job.plan, [info_of(matrix) for matrix in job.walk.matrices], job.coding)
     entries = {entry.matrix.name: entry for entry in job.plan.entries}
     lines = [*_head(job), "", "rules:"]
     for matrix in (info_of(matrix) for matrix in job.walk.matrices if matrix.kind == "block"):
@@ -75,8 +74,10 @@ def plan_file(job: Job) -> str:
         if named:
             entry = entries.get(named[0].name)
             lines.append(f"{kind}: {KEEP if entry is None else _flow(entry.fmt)}{_comment(job, named[0])}")
-    if recipe.coding:
+    if job.coding:
         lines.append("coding: true")
+    if job.recipe.objective is not None:
+        lines.append(f"objective: {job.recipe.objective}")
     return "\n".join(lines) + "\n"
 
 
