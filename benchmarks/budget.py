@@ -111,7 +111,6 @@ TASKS: list[Task] = [
     adaptive(MIDDLE, "2.5 bits", "fits by outputs", objective="outputs"),
     adaptive(FILE, "60 MB", "without coding of stored tensors", coding=False),
     adaptive(FILE, "60 MB", "embedding in 8 bits", embedding=EIGHT),
-    adaptive(GOALS["80 MB"], "80 MB", "embedding kept", embedding="keep"),
     adaptive(FILE, "60 MB", "of without entropy-coded formats", "without entropy-coded formats"),
     adaptive(FILE, "60 MB", "fits by outputs", objective="outputs"),
     adaptive(MIDDLE, "2.5 bits", "analysis of 16 windows of 1,024", analysis_windows=16, analysis_context=1024),
