@@ -139,6 +139,7 @@ def plot_frontier(points: dict[str, Any], path: Path) -> bool:
     """A picture of bytes against predicted loss; False where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError:
         return False
     rows = sorted(points["points"], key=lambda row: row["nbytes"])
@@ -155,6 +156,8 @@ def plot_frontier(points: dict[str, Any], path: Path) -> bool:
         )  # fmt: skip
     axes.set(xlabel=f"whole artifact, {name}", ylabel="predicted KL, nats a token", yscale="log", title=points["model"])
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.margins(y=0.1)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
