@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import fnmatch
 import functools
 import json
 import math
@@ -359,7 +358,6 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
     known = {arm.name: arm for arm in ARMS}
     arms = [known[name] for name in FIRST] if args.first else [arm for arm in ARMS if gpu or not arm.gpu]
     arms = [arm for arm in arms if asked_for(args, arm.group, arm.name)]
-    arms = [arm for arm in arms if not args.arms or any(fnmatch.fnmatchcase(arm.name, p) for p in args.arms)]
     controlled = args.depths[:1] if args.control_depths is None else args.control_depths
     plain = [(role, block, ORIGINAL) for role in args.roles for block in args.depths if ORIGINAL in args.sources]
     kinds = [source for source in args.sources if source not in (ORIGINAL, SMOOTH)]
@@ -454,7 +452,6 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sources", nargs="*", default=[ORIGINAL, SHUFFLED, NOISE, SMOOTH])
     parser.add_argument("--control-depths", nargs="*", type=int, help="of shuffled and noise; default: the first depth")
     parser.add_argument("--first", action="store_true", help="only the arms for a GPU, most worth first")
-    parser.add_argument("--arms", nargs="*", metavar="PATTERN", help="only arms whose names fit, as `codeword d=8*`")
     parser.add_argument("--end-to-end", action="store_true", help="perplexity of whole models in place of matrices")
     parser.add_argument("--context", type=int, default=2048, help="tokens of a window that is scored")
     parser.add_argument("--data-free", action="store_true", help="end to end without calibration")
@@ -483,7 +480,7 @@ def main() -> None:
     if args.end_to_end:
         done = {(row["name"], row["calibrated"]) for row in arms}
         names = [name for name in END_TO_END if (name, not args.data_free) not in done]
-        names = [name for name in names if not args.arms or any(fnmatch.fnmatchcase(name, p) for p in args.arms)]
+        names = [name for name in names if asked_for(args, "end to end", name)]
         make: Any = _device
         work = [functools.partial(_end_to_end, name, args, len(earlier), latest) for name in names]
         kept = arms

@@ -50,7 +50,7 @@ def test_a_shared_decoder_is_charged_to_all_its_matrices(neural):
 
 
 def chosen(neural, **options):
-    defaults = {"device": "cuda", "first": True, "groups": None, "arms": None, "control_depths": None}
+    defaults = {"device": "cuda", "first": True, "groups": None, "only": None, "control_depths": None}
     places = {"roles": ["q"], "depths": [0, 2], "sources": [neural.ORIGINAL, neural.SHUFFLED, neural.SMOOTH]}
     return neural.tasks_of(
         argparse.Namespace(**defaults, **places)
@@ -66,7 +66,7 @@ def test_controls_come_after_all_matrices_as_they_are_and_at_the_first_depth_alo
     assert {task.block for task in tasks[len(plain) :]} == {0}
     assert [task.arm.name for task in plain[::2]] == list(neural.FIRST)
     assert {task.block for task in chosen(neural, control_depths=[2]) if task.source == neural.SHUFFLED} == {2}
-    assert {task.arm.name for task in chosen(neural, arms=["rotated trellis*"])} == set(neural.FIRST[:2])
+    assert {task.arm.name for task in chosen(neural, only=["rotated trellis"])} == set(neural.FIRST[:2])
 
 
 def test_a_decoder_of_all_matrices_is_trained_once(neural, monkeypatch):
