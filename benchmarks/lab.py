@@ -177,9 +177,9 @@ def arguments(
 
 
 def asked_for(args: argparse.Namespace, group: str, name: str) -> bool:
-    """Whether --groups and --only ask for an arm; they ask for all where they are not given."""
-    named = args.only is None or any(word in f"{group} | {name}" for word in args.only)
-    return named and (args.groups is None or group in args.groups)
+    """Whether --groups and --only ask for an arm; they ask for all where they are not given, or empty."""
+    named = not args.only or any(word in f"{group} | {name}" for word in args.only)
+    return named and (not args.groups or group in args.groups)
 
 
 def earlier_runs(path: Path, resume: bool) -> list[dict[str, Any]]:

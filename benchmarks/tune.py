@@ -416,7 +416,7 @@ def _more(parser: Any) -> None:
     parser.add_argument(
         "--base", nargs="*", default=[], metavar="NAME=FOLDER", help="bases that are compressed already"
     )
-    parser.add_argument("--tasks", default="", help="tasks of lm-eval for the arms of group target, with commas")
+    parser.add_argument("--tasks", default="", help="tasks of lm-eval for arms that write answers, with commas")
     parser.add_argument("--limit", type=int, default=None, help="only the first N examples of every task")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--keep", action="store_true", help="leave the tuned models of group target in WORK")

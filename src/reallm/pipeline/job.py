@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from reallm.allocate import MatrixInfo, Plan, Planned, Recipe, recipe_of_plan
+from reallm.allocate import MatrixInfo, Plan, Planned
 from reallm.allocate.sizing import Options
 from reallm.artifact import Manifest, StoredMatrix
 from reallm.model import Matrix, Source, Walk
@@ -58,10 +58,9 @@ class Job:
         return reasons | left_out
 
     @property
-    def recipe(self) -> Recipe:
-        """The plan as a recipe that gives it again, with the objective of its fits if they know a text."""
-        objective = self.settings.objective if self.settings.calibration else None
-        return recipe_of_plan(self.plan, [info_of(matrix) for matrix in self.walk.matrices], self.coding, objective)
+    def objective(self) -> str | None:
+        """What fits minimise on the calibration text; None without one."""
+        return self.settings.objective if self.settings.calibration else None
 
     def manifest(self, fingerprint: str, coded: Mapping[str, tuple[str, ...]] | None = None) -> Manifest:
         """What the loader must know. `coded`: local names of entropy-coded tensors by matrix."""

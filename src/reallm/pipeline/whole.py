@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reallm.allocate import Plan
+from reallm.allocate import Plan, recipe_of_plan
 from reallm.allocate.recipe import dump_recipe
 from reallm.artifact import foretold_files, foretold_nbytes
 from reallm.artifact.integrity import foretold_checksums
 from reallm.formats import table_tensors
 from reallm.formats.waist import under
-from reallm.pipeline.job import Job
+from reallm.pipeline.job import Job, info_of
 
 PLAN_FILE = "plan.yaml"
 _FINGERPRINT = "0" * 64  # as long as any
@@ -54,7 +54,9 @@ def write_texts(
 
     manifest = dataclasses.replace(job.manifest(fingerprint, coded), checksums=checksums)
     write_config(job.source, manifest, folder)
-    (folder / PLAN_FILE).write_text(dump_recipe(job.recipe), encoding="utf-8")
+    matrices = [info_of(matrix) for matrix in job.walk.matrices]
+    recipe = recipe_of_plan(job.plan, matrices, job.coding, job.objective)
+    (folder / PLAN_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
 
 
 def _of_matrices(plan: Plan) -> int:

@@ -76,8 +76,8 @@ def plan_file(job: Job) -> str:
             lines.append(f"{kind}: {KEEP if entry is None else _flow(entry.fmt)}{_comment(job, named[0])}")
     if job.coding:
         lines.append("coding: true")
-    if job.recipe.objective is not None:
-        lines.append(f"objective: {job.recipe.objective}")
+    if job.objective is not None:
+        lines.append(f"objective: {job.objective}")
     return "\n".join(lines) + "\n"
 
 
