@@ -167,6 +167,33 @@ def test_the_frontier_is_drawn_where_matplotlib_is(tiny_llama, tmp_path):
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("name", "goal", "says"),
+    [
+        ("text.txt", "--sizes", "what is written is JSON; name it .json"),
+        ("text.txt", "--size", "what is written is YAML; name it .yaml"),
+        ("z.yaml", "--sizes", "name it .json"),
+        ("z.json", "--size", "name it .yaml"),
+        ("plan.yaml", "--size", "plan.yaml exists; give another name or remove it"),
+        ("frontier.json", "--sizes", "frontier.json exists; give another name or remove it"),
+        ("drawn.json", "--sizes", "drawn.png exists; give another name or remove it"),
+        ("no/plan.yaml", "--size", "does not exist; make it first"),
+    ],
+)
+def test_a_plan_is_not_written_over_a_file_nor_under_a_suffix_of_another_kind(
+    tiny_llama, tmp_path, capsys, name, goal, says
+):
+    from reallm.cli import main
+
+    for there in ("text.txt", "plan.yaml", "frontier.json", "drawn.png"):
+        (tmp_path / there).write_text("mine")
+    assert main(["plan", str(tiny_llama), "-o", str(tmp_path / name), goal, "80KB"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --output") and says in err and err.count("\n") == 1
+    assert {file.name for file in tmp_path.iterdir()} == {"text.txt", "plan.yaml", "frontier.json", "drawn.png"}
+    assert all(file.read_text() == "mine" for file in tmp_path.iterdir())
+
+
 def test_bits_with_calibration_are_met_and_chosen_by_the_end_loss(tiny_llama, text_file):
     for bits in (2.5, 4.0):
         job = prepare(tiny_llama, Settings(bits=bits, calibration=(str(text_file),), **CALIBRATION))

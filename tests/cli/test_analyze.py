@@ -185,3 +185,21 @@ def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder_are_refused
     options = ["--json", str(tmp_path)] if json_first else ["-o", str(file)]
     assert main(["analyze", str(tiny_llama), *options]) == 2
     assert "give a" in capsys.readouterr().err and file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("there", ["structure.json", "codecs.png"])
+def test_what_an_earlier_run_left_is_neither_written_over_nor_left_beside_new_figures(
+    tiny_llama, tmp_path, capsys, there
+):
+    (tmp_path / there).write_text("mine")
+    assert main(["analyze", str(tiny_llama), "--role", "q", "--codec", "none", "-o", str(tmp_path)]) == 2
+    assert f"{there} exists; give another name or remove it" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == [there] and (tmp_path / there).read_text() == "mine"
+
+
+@pytest.mark.parametrize(("name", "says"), [("text.txt", "name it .json"), ("old.json", "exists; give another name")])
+def test_json_is_not_written_over_a_file_of_the_user(tiny_llama, tmp_path, capsys, name, says):
+    (tmp_path / name).write_text("mine")
+    options = ["--role", "q", "--codec", "none", "--json", str(tmp_path / name)]
+    assert main(["analyze", str(tiny_llama), *options]) == 2
+    assert says in capsys.readouterr().err and (tmp_path / name).read_text() == "mine"

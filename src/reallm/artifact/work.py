@@ -52,6 +52,19 @@ def check_output(out: Path, resume: bool = False) -> None:
         raise ArtifactError(f"{work} is not the work folder of an interrupted run; give another --output or remove it")
 
 
+def check_new_file(file: Path, option: str, suffixes: tuple[str, ...] = ()) -> None:
+    """Refuse a file that cannot be written or is there already, before any work. `suffixes`: of what it will hold.
+
+    Errors: ArtifactError that names the option, with the remedy.
+    """
+    if suffixes and file.suffix.lower() not in suffixes:
+        raise ArtifactError(f"{option} {file}: what is written is {suffixes[0][1:].upper()}; name it {suffixes[0]}")
+    if not file.absolute().parent.is_dir():
+        raise ArtifactError(f"{option} {file}: the folder {file.absolute().parent} does not exist; make it first")
+    if os.path.lexists(file):
+        raise ArtifactError(f"{option}: {file} exists; give another name or remove it")
+
+
 def _may_be_finished(out: Path) -> bool:
     """Whether a run may have been killed after it had put its artifact at `out`, by the last of its renames."""
     try:

@@ -14,7 +14,10 @@ def command(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Recipe to write (.yaml); with --sizes the frontier (.json)."
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Recipe to write (.yaml); with --sizes the frontier (.json). Must not exist.",
         ),
     ],
     size: Annotated[
@@ -74,6 +77,7 @@ def command(
     import json
 
     from reallm.allocate.sizing import parse_size
+    from reallm.artifact import check_new_file
     from reallm.errors import RecipeError
     from reallm.model import open_source
     from reallm.pipeline import Settings, prepare
@@ -82,6 +86,10 @@ def command(
 
     if sizes is not None and (size is not None or bits is not None or bits_per_parameter is not None):
         raise RecipeError("--sizes is given beside another goal; give one")
+    picture = output.with_suffix(".png")
+    check_new_file(output, "--output", (".yaml", ".yml") if sizes is None else (".json",))
+    if sizes is not None:
+        check_new_file(picture, "--output")
 
     def settings(nbytes: int | None) -> Settings:
         return Settings(
@@ -115,5 +123,4 @@ def command(
     output.write_text(json.dumps(points, indent=1) + "\n", encoding="utf-8")
     for job in jobs:
         print(budget_table(job), end="\n\n")
-    picture = output.with_suffix(".png")
     print(f"written: {output}" + (f", {picture}" if plot_frontier(points, picture) else " (no matplotlib, no picture)"))

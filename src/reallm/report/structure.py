@@ -13,6 +13,7 @@ from typing import Any
 
 from reallm.analyze import Work
 from reallm.analyze.orders import RAW
+from reallm.artifact import check_new_file
 from reallm.errors import ReallmError
 from reallm.evaluate.measure import versions
 from reallm.formats import from_spec
@@ -21,6 +22,7 @@ from reallm.report.text import duration, table
 
 Row = dict[str, Any]
 _SIDES = ("along_rows", "along_columns")
+_FILE = "structure.json"
 PICTURES = ("spectra.png", "orders.png", "codecs.png")
 
 
@@ -34,11 +36,19 @@ def work_line(work: Work, seconds: float) -> str:
 
 
 def check_writable(json_file: Path | None, folder: Path | None) -> None:
-    """Errors: ReallmError if `write_structure` could not write there: better before the work than after it."""
+    """Errors: ReallmError if `write_structure` could not write there, or would write over something.
+
+    Better before the work than after it. All its files count, also those that this run will not write: a picture of an
+    earlier run beside new figures would be taken for theirs.
+    """
     if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
         raise ReallmError(f"--json {json_file}: not a file in an existing folder; give another name")
     if folder is not None and folder.exists() and not folder.is_dir():
         raise ReallmError(f"--output {folder}: is a file; give a folder")
+    if json_file is not None:
+        check_new_file(json_file, "--json", (".json",))
+    for name in (_FILE, *PICTURES) if folder is not None and folder.exists() else ():
+        check_new_file(folder / name, "--output")
 
 
 def write_structure(found: dict[str, Any], json_file: Path | None, folder: Path | None) -> list[Path]:
@@ -47,7 +57,7 @@ def write_structure(found: dict[str, Any], json_file: Path | None, folder: Path 
     pictures: list[Path] = []
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
-        files.append(folder / "structure.json")
+        files.append(folder / _FILE)
         pictures = plot_structure(found, folder)
     for file in files:
         file.write_text(structure_json(found), encoding="utf-8")
