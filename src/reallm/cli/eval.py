@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reallm.errors import ReallmError
+from reallm.errors import ReallmError, install
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Compressed model, Hugging Face folder, hub id or GGUF file.")
@@ -30,7 +30,7 @@ def command(
         typer.Option(
             metavar="NAMES",
             help="Zero-shot tasks of lm-eval, such as arc_easy,piqa,lambada (lambada_openai). "
-            'Needs: pip install "reallm-compress[tasks]".',
+            f"Needs lm-eval: {install('tasks')}.",
         ),
     ] = None,
     tasks_data: Annotated[
