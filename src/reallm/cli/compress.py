@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reallm.cli.options import Candidates, Corrections, Exclude, Include, Model, Seed
+from reallm.cli.options import Candidates, Corrections, Exclude, Include, Model, Seed, note_left_out
 from reallm.cli.progress import progress_bar
 
 DEFAULT_RECIPE = "mixed"
@@ -158,6 +158,8 @@ def command(
         fits=None if fits is None else str(fits),
     )
     job = prepare(model, settings)
+    if job.forecast is not None:
+        note_left_out()
     if dry_run:
         print(plan_table(job), cost_table(job), sep="\n\n")
         return

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from reallm.cli.compress import end_format
-from reallm.cli.options import Candidates, Corrections, Exclude, Include, Model, Seed
+from reallm.cli.options import Candidates, Corrections, Exclude, Include, Model, Seed, note_left_out
 
 
 def command(
@@ -112,6 +112,7 @@ def command(
             analysis=str(analysis or output.absolute().parent / ".reallm"),
         )
 
+    note_left_out()
     if sizes is None:
         job = prepare(model, settings(None if size is None else parse_size(size)))
         output.write_text(plan_file(job), encoding="utf-8")
