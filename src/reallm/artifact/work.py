@@ -174,10 +174,31 @@ def _check_state(path: Path, now: dict[str, Any]) -> None:
     remedy = f"go back to that, or remove {path.parent} to start anew"
     if before.get("source") != now["source"]:
         raise RecipeError(f"--resume: the weights of the source are not those the run began with; {remedy}")
-    for key in ("seed", "device", "calibration"):
-        if before.get(key) != now[key]:
-            raise RecipeError(f"--resume: {key} was {before.get(key)!r} and is now {now[key]!r}; {remedy}")
+    changes = [line for key in ("seed", "device", "calibration") for line in _changes(key, before.get(key), now[key])]
+    if changes:
+        raise RecipeError(f"--resume: {', '.join(changes)}; {remedy}")
     for name in old_plan | new_plan:
         old, new = (plan.get(name, "not in the plan") for plan in (old_plan, new_plan))
         if old != new:
             raise RecipeError(f"--resume: the format of {name} was {old} and is now {new}; {remedy}")
+
+
+def _changes(name: str, old: Any, new: Any) -> Iterator[str]:
+    """What differs between two JSON values, a line each, by the innermost names."""
+    old, new = (list(value) if isinstance(value, tuple) else value for value in (old, new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old | new:
+            yield from _changes(key.replace("_", " "), old.get(key), new.get(key))
+    elif old != new:
+        yield f"{name} was {_in_words(old)} and is now {_in_words(new)}"
+
+
+def _in_words(value: Any) -> str:
+    """A setting as a user would say it; of a sha256, which stands for a text or a model, the beginning."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_in_words(inner)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return " + ".join(map(_in_words, value)) or "none"
+    if isinstance(value, str) and len(value) == 64:
+        return f"the one of sha256 {value[:12]}…"
+    return str(value)
