@@ -11,6 +11,7 @@ from reallm.analyze.running import sampled, sampled_shape
 from reallm.cli import main
 from reallm.errors import FormatError
 from reallm.formats import from_spec
+from reallm.report.structure import bits_over_all
 
 UNIFORM = "{format: uniform, bits: 3}"
 
@@ -174,6 +175,14 @@ def test_pictures_are_drawn_of_what_was_found(tiny_llama, tmp_path, capsys, code
     codecs = {"codecs.png"} if codec != "none" else set()
     assert written == {"structure.json", "spectra.png", "orders.png"} | codecs
     assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in written if name.endswith("png"))
+
+
+def test_the_bits_over_all_matrices_count_large_ones_for_more():
+    rows = [
+        {"shape": [8, 8], "codecs": [{"bits_per_weight": 6.0}]},
+        {"shape": [24, 8], "codecs": [{"bits_per_weight": 2.0}]},
+    ]
+    assert bits_over_all(rows, 0) == 3.0
 
 
 @pytest.mark.parametrize("json_first", [True, False])

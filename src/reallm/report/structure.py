@@ -272,6 +272,12 @@ def _plot_orders(figure: Any, groups: dict[str, list[Row]]) -> bool:
     return True
 
 
+def bits_over_all(rows: Sequence[Row], number: int) -> float:
+    """Bits a weight of a codec over all matrices: those of large ones count for more."""
+    weights = [math.prod(row["shape"]) for row in rows]
+    return statistics.fmean([row["codecs"][number]["bits_per_weight"] for row in rows], weights)
+
+
 def _plot_codecs(figure: Any, groups: dict[str, list[Row]]) -> bool:
     codecs = next(iter(groups.values()))[0]["codecs"]
     if not codecs:
@@ -284,7 +290,7 @@ def _plot_codecs(figure: Any, groups: dict[str, list[Row]]) -> bool:
                 errors = [row["codecs"][number][kind] for row in members]
                 label = kind if place == 0 else None
                 panel.scatter([place + shift] * len(errors), errors, color=colour, marker=marker, s=28, label=label)
-        bits = statistics.fmean(_mean(members, "codecs", number, "bits_per_weight") for members in groups.values())
+        bits = bits_over_all([row for members in groups.values() for row in members], number)
         title = f"{short_name(from_spec(codecs[number]['codec']))}: {bits:z.2f} bits a weight"
         panel.set(title=title, xticks=range(len(groups)), xticklabels=list(groups), ylabel="relative error")
         panel.title.set_fontsize(9)
