@@ -99,9 +99,11 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_2(tiny_llama, text_file, ca
 
 def test_an_adapter_in_place_of_a_model_is_named_with_the_model_that_it_is_of(text_file, tmp_path, capsys):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "SmolLM2-3bit"}')
-    code, _, err = run(capsys, tmp_path, "--text", str(text_file))
-    assert code == 2 and err.count("\n") == 1
-    assert f"{tmp_path}: is an adapter of SmolLM2-3bit; give that as MODEL, and --adapter {tmp_path}" in err
+    for command in (["eval", str(tmp_path), "--text", str(text_file)], ["generate", str(tmp_path), "Hello"]):
+        assert main(command) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert f"{tmp_path}: is an adapter of SmolLM2-3bit; give that as MODEL, and --adapter {tmp_path}" in err
 
 
 def test_a_reference_that_reads_other_tokens_is_refused(tiny_llama, foreign_llama, text_file, capsys):

@@ -14,10 +14,8 @@ from reallm.errors import ArtifactError, SourceError
 from reallm.model.headers import read_headers, weight_files
 from reallm.model.modules import DECODE_AT_LOAD, check_mode
 from reallm.model.silence import quiet
-from reallm.model.source import device_options, open_source, read_config
+from reallm.model.source import device_options, open_source, read_config, refuse_adapter
 from reallm.model.untrusted import bounded, said
-
-ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 
 
 def load(
@@ -53,8 +51,7 @@ def load_tokenizer(path: str | Path) -> Any:
             require_gguf()
             return gguf_tokenizer(place)
         folder = place if place.is_dir() else open_source(path).folder
-        if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-            raise SourceError(_is_adapter(folder))
+        refuse_adapter(folder)
         if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
             raise SourceError(f"{path}: has no tokenizer files; copy the tokenizer of the original model there")
         with quiet():
@@ -74,13 +71,6 @@ def is_artifact(path: str | Path) -> bool:
         return False
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
-
-
-def _is_adapter(folder: Path) -> str:
-    """What a folder with an adapter alone is, and how to use it."""
-    config = read_json(folder / ADAPTER_CONFIG, SourceError)
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    return f"{folder}: is an adapter of {base or 'another model'}; give that as MODEL, and --adapter {folder}"
 
 
 def _load_artifact(folder: Path, mode: str, device: Any, dtype: torch.dtype | None, verify: bool) -> nn.Module:
