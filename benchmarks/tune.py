@@ -90,6 +90,7 @@ BASES: dict[str, dict[str, Any]] = {
     "bits 2, gains": {**budget(2.0), "gains": True},
     "60 MB, gains": {"size": 60_000_000, "objective": "guided", "gains": True},
     "gain, trellis 2": {"recipe": every(trellis(2)), "objective": "guided"},
+    "scaled trellis 2": {"recipe": every({"format": "scaled", "base": trellis(2)["base"]})},  # by outputs, no guidance
     "gain, trellis 3": {"recipe": every(trellis(3)), "objective": "guided"},
     "gain, codebook d=4": {"recipe": every(gain(vectors())), "objective": "guided"},
     "gain, additive": {"recipe": every(gain({"format": "additive", "scales": "two_level"}))},
@@ -113,7 +114,7 @@ class Task:
     @property
     def chooses(self) -> bool:
         """Whether a setting is chosen by it: scored on validation text."""
-        return self.group in ("rate", "block rate")
+        return self.group in ("rate", "block rate", "block error")
 
     @property
     def writes(self) -> bool:
@@ -158,6 +159,33 @@ TASKS: list[Task] = [
         )
         for error in ("loss", "outputs")
         for rate in (5e-3, 2e-2, 1e-3, 2e-4)
+    ],
+    Task("block error", "scaled trellis 2", "scaled trellis 2"),
+    *[
+        Task(
+            "block error",
+            f"{base}, {error}, {target}",
+            base,
+            {"method": "blockwise", "block_error": error, "target": target, "block_learning_rate": 1e-3},
+        )
+        for base in ("bits 2", "scaled trellis 2")
+        for target in ("original", "compressed")
+        for error in ("loss", "outputs", "directions", "gradients")
+    ],
+    *[
+        Task(
+            "block error",
+            f"bits 2, gradients, compressed, {rate:.0e}".replace("e-0", "e-") + (f", {n} windows" if n > 128 else ""),
+            "bits 2",
+            {
+                "method": "blockwise",
+                "block_error": "gradients",
+                "target": "compressed",
+                "block_learning_rate": rate,
+                "block_windows": n,
+            },
+        )
+        for rate, n in ((3e-3, 128), (3e-4, 128), (1e-3, 512), (3e-3, 512))
     ],
     *end_to_end("loss", "bits 2", ce={"loss": "ce"}, mix={"loss": "mix"}, top_64={"top_k": 64}),
     *end_to_end("embedding too", "bits 2", kl={"train": TIED}, mix={"train": TIED, "loss": "mix"}),

@@ -49,7 +49,10 @@ def divergence(original, compressed, text):
 
 @pytest.mark.parametrize(
     "how",
-    [{"method": "end-to-end"}, *({"method": "blockwise", "block_error": e} for e in ("loss", "outputs"))],
+    [
+        {"method": "end-to-end"},
+        *({"method": "blockwise", "block_error": e} for e in ("loss", "outputs", "directions", "gradients")),
+    ],
     ids=str,
 )
 def test_tuning_brings_the_model_nearer_to_the_original(compressed, tiny_llama, tuning_text, text_file, tmp_path, how):
@@ -337,7 +340,10 @@ def test_a_model_without_any_gradient_has_nothing_to_learn():
 
 def test_errors_by_the_end_loss_are_others_than_plain_ones(compressed, tiny_llama, tuning_text, tmp_path):
     options = {**SHORT, "method": "blockwise", "text": (tuning_text,), "reference": str(tiny_llama)}
-    runs = {kind: reallm.tune(compressed, tmp_path / kind, block_error=kind, **options) for kind in ("loss", "outputs")}
+    runs = {
+        kind: reallm.tune(compressed, tmp_path / kind, block_error=kind, **options)
+        for kind in ("loss", "outputs", "directions", "gradients")
+    }
     assert not same(tmp_path / "loss", tmp_path / "outputs", ["model.safetensors"])
     firsts = [run.events[1]["validation"] for run in runs.values()]
     assert 0.2 < firsts[0] / firsts[1] < 5 and firsts[0] != firsts[1]

@@ -25,6 +25,8 @@ class Guidance:
 
     tokens: Float[Tensor, "windows context"]
     rows: Float[Tensor, " out"]
+    directions: Float[Tensor, "out out"] | None = None  # second moment of gradients, its trace as that of `rows`
+    gradients: Float[Tensor, "windows context out"] | None = None
 
 
 def guidance(
@@ -51,6 +53,7 @@ def block_guidance(
     device: str | torch.device,
     draws: Iterable[torch.Generator],
     add_up: Callable[[list[Tensor]], None] = lambda _: None,
+    kind: str = "loss",  # also: "directions", "gradients"
 ) -> list[Guidance]:
     """How much each token and each channel of the hidden states that each decoder block puts out matters.
 
@@ -63,7 +66,18 @@ def block_guidance(
     """
     blocks = {str(number): block for number, block in enumerate(decoder_blocks(model))}
     squares = _Squares()
-    _backward_each(model, windows, blocks, device, squares.add, draws)
+    directions: dict[str, Tensor] = {}
+    gradients: dict[str, list[Tensor]] = {}
+
+    def seen(name: str, inputs: Tensor, found: Tensor) -> None:
+        squares.add(name, inputs, found)
+        if kind == "directions":
+            moment = found.float().T @ found.float()
+            directions[name] = directions[name] + moment if name in directions else moment
+        if kind == "gradients":
+            gradients.setdefault(name, []).append(found.float().cpu())
+
+    _backward_each(model, windows, blocks, device, seen, draws)
     tiny = torch.finfo(torch.float32).tiny
     found = []
     for name in blocks:
@@ -71,7 +85,13 @@ def block_guidance(
         count = rows.new_tensor([tokens.numel()])
         add_up([rows, count])
         total = average(rows).clamp(min=tiny)
-        found.append(Guidance(tokens / (total / count).clamp(min=tiny).cpu(), (rows / total).cpu()))
+        mean = (total / count).clamp(min=tiny).cpu()
+        own = directions[name] if kind == "directions" else None
+        if own is not None:
+            add_up([own])
+            own = (own / total).cpu()
+        drawn = (torch.stack(gradients.pop(name)) / mean.sqrt()).half() if kind == "gradients" else None
+        found.append(Guidance(tokens / mean, (rows / total).cpu(), own, drawn))
     return found
 
 

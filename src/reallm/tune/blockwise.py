@@ -34,7 +34,7 @@ from reallm.tune.descent import Descent, Diverged, restore, snapshot
 from reallm.tune.log import Log
 from reallm.tune.losses import computing
 from reallm.tune.processes import Processes
-from reallm.tune.settings import COMPRESSED, END_LOSS, Settings
+from reallm.tune.settings import COMPRESSED, OUTPUTS, Settings
 from reallm.tune.trainables import Trainables
 
 
@@ -95,7 +95,7 @@ def _guidance(
     Tokens to validate weigh by gradients of their own, as else one with huge states would decide; channels as in
     training, so that validation judges what training lowers.
     """
-    if settings.block_error != END_LOSS:
+    if settings.block_error == OUTPUTS:
         nothing = [None] * len(decoder_blocks(original))
         return nothing, nothing
 
@@ -103,10 +103,15 @@ def _guidance(
         """By a window's number, so that its draws are the same in whichever process."""
         return (torch.Generator().manual_seed(settings.seed * 1_000_003 + number) for number in windows)
 
-    guided = block_guidance(original, training[numbers], settings.device, draws(numbers.tolist()), workers.add_up)
+    guided = block_guidance(
+        original, training[numbers], settings.device, draws(numbers.tolist()), workers.add_up, settings.block_error
+    )
     after = range(len(training), len(training) + len(validation))
-    judged = block_guidance(original, validation, settings.device, draws(after))
-    return guided, [Guidance(own.tokens, block.rows) for own, block in zip(judged, guided, strict=True)]
+    judged = block_guidance(original, validation, settings.device, draws(after), kind=settings.block_error)
+    return guided, [
+        Guidance(own.tokens, block.rows, block.directions, own.gradients)
+        for own, block in zip(judged, guided, strict=True)
+    ]
 
 
 class _Pair:
@@ -123,7 +128,9 @@ class _Pair:
         if guidance is None:
             return _Goals(targets)
         tokens = guidance.tokens.split([len(target) for target in targets])
-        goals = _Goals(targets, tokens, guidance.rows.to(self.ours.device))
+        channels = guidance.rows if guidance.directions is None else guidance.directions
+        drawn = () if guidance.gradients is None else guidance.gradients.split([len(target) for target in targets])
+        goals = _Goals(targets, tokens, channels.to(self.ours.device), gradients=drawn)
         return replace(goals, size=goals.mean_size(self.ours.device, workers))
 
     def _targets(self) -> list[Float[Tensor, "batch context hidden"]]:
@@ -150,14 +157,18 @@ class _Goals:
 
     targets: Sequence[Float[Tensor, "batch context hidden"]]
     tokens: Sequence[Float[Tensor, "batch context"]] = ()
-    channels: Float[Tensor, " hidden"] | None = None
+    channels: Float[Tensor, " hidden"] | Float[Tensor, "hidden hidden"] | None = None
     size: float = 1.0  # the mean over tokens of all windows of w_t times the mean over channels of r_c target²
+    gradients: Sequence[Float[Tensor, "batch context hidden"]] = ()
 
     def error(self, number: int, answer: Float[Tensor, "batch context hidden"]) -> Float[Tensor, ""]:
         """Mean relative squared error of the answer to a batch."""
         target = self.targets[number].to(answer.device).float()
         if self.channels is None:
             return relative_error(answer, target)
+        if self.gradients:
+            drawn = self.gradients[number].to(answer.device).float()
+            return (drawn * (answer - target)).sum(-1).square().mean() / answer.shape[-1] / self.size
         return weighted_square(answer - target, self.tokens[number].to(answer.device), self.channels) / self.size
 
     def mean_size(self, device: torch.device, workers: Processes) -> float:
@@ -210,9 +221,11 @@ def relative_error(
 def weighted_square(
     states: Float[Tensor, "batch context hidden"],
     tokens: Float[Tensor, "batch context"],
-    channels: Float[Tensor, " hidden"],
+    channels: Float[Tensor, " hidden"] | Float[Tensor, "hidden hidden"],
 ) -> Float[Tensor, ""]:
     """Squares of states weighted by token and by channel, the mean over both."""
+    if channels.ndim == 2:
+        return (((states @ channels) * states).mean(-1) * tokens).mean()
     return ((states.square() * channels).mean(-1) * tokens).mean()
 
 

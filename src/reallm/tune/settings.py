@@ -17,7 +17,7 @@ LOSSES = (KL, CE, MIX)
 ORIGINAL, COMPRESSED = "original", "compressed"
 TARGETS = (ORIGINAL, COMPRESSED)
 END_LOSS, OUTPUTS = "loss", "outputs"
-BLOCK_ERRORS = (END_LOSS, OUTPUTS)
+BLOCK_ERRORS = (END_LOSS, OUTPUTS, "directions", "gradients")
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # The ledger's words for parts that can train, and kept tensors.
