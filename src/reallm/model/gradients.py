@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from reallm.kernels import average
@@ -25,8 +25,6 @@ class Guidance:
 
     tokens: Float[Tensor, "windows context"]
     rows: Float[Tensor, " out"]
-    directions: Float[Tensor, "out out"] | None = None  # second moment of gradients, its trace as that of `rows`
-    gradients: Float[Tensor, "windows context out"] | None = None
 
 
 def guidance(
@@ -47,52 +45,36 @@ def guidance(
     }
 
 
-def block_guidance(
+def block_gradients(
     model: nn.Module,
     windows: Int[Tensor, "windows context"],
+    counted: Bool[Tensor, "windows context"],
     device: str | torch.device,
     draws: Iterable[torch.Generator],
-    add_up: Callable[[list[Tensor]], None] = lambda _: None,
-    kind: str = "loss",  # also: "directions", "gradients"
-) -> list[Guidance]:
-    """How much each token and each channel of the hidden states that each decoder block puts out matters.
+    found: Callable[[int, Float[Tensor, "blocks context hidden"]], None],
+) -> None:
+    """Gradients of the end loss by the hidden states that every decoder block puts out, handed over window by window.
 
-    Tokens to predict are drawn from the model, for each window by a generator of its own in `draws`: so squared
-    gradients are the curvature of the KL divergence to the model (see `curvatures`). Where several processes have
-    windows, `add_up` makes tensors on the device their sums over all: means are of all windows, channels the same.
-    Takes the memory of the whole model on the device, of one window's activations there, and, for each block, a number
-    a token and a number a channel. Where no gradient arrives all weigh nothing.
+    `found` gets a window's number and its gradients, float32 on the device; zeros where none arrive. Tokens to predict
+    are drawn from the model, for each window by a generator of its own in `draws`, wherever the text's is `counted`;
+    so an error d of a token's states costs ½ (g · d)² nats of KL divergence to the model, to second order, in the mean
+    over draws, and as if tokens erred independently (see `curvatures`).
+    Takes the memory of the whole model on the device and of one window's activations there.
     Errors: SourceError for a model whose blocks cannot be told apart.
     """
     blocks = {str(number): block for number, block in enumerate(decoder_blocks(model))}
-    squares = _Squares()
-    directions: dict[str, Tensor] = {}
-    gradients: dict[str, list[Tensor]] = {}
+    seen: dict[str, Tensor] = {}
 
-    def seen(name: str, inputs: Tensor, found: Tensor) -> None:
-        squares.add(name, inputs, found)
-        if kind == "directions":
-            moment = found.float().T @ found.float()
-            directions[name] = directions[name] + moment if name in directions else moment
-        if kind == "gradients":
-            gradients.setdefault(name, []).append(found.float().cpu())
+    def keep(name: str, inputs: Tensor, gradients: Tensor) -> None:
+        seen[name] = gradients.float()
 
-    _backward_each(model, windows, blocks, device, seen, draws)
-    tiny = torch.finfo(torch.float32).tiny
-    found = []
-    for name in blocks:
-        tokens, rows = torch.stack(squares.tokens[name]), squares.rows[name]
-        count = rows.new_tensor([tokens.numel()])
-        add_up([rows, count])
-        total = average(rows).clamp(min=tiny)
-        mean = (total / count).clamp(min=tiny).cpu()
-        own = directions[name] if kind == "directions" else None
-        if own is not None:
-            add_up([own])
-            own = (own / total).cpu()
-        drawn = (torch.stack(gradients.pop(name)) / mean.sqrt()).half() if kind == "gradients" else None
-        found.append(Guidance(tokens / mean, (rows / total).cpu(), own, drawn))
-    return found
+    def ended(window: int) -> None:
+        size = windows.shape[1], model.config.get_text_config(decoder=True).hidden_size
+        nothing = torch.zeros(size, device=device)
+        found(window, torch.stack([seen.get(name, nothing) for name in blocks]))
+        seen.clear()
+
+    _backward_each(model, windows, blocks, device, keep, draws, counted=counted, ended=ended)
 
 
 class _Squares:
@@ -286,11 +268,13 @@ def _backward_each(
     seen: Seen,
     draws: Iterable[torch.Generator] | None = None,
     ends: _Ends | None = None,
+    counted: Bool[Tensor, "windows context"] | None = None,
+    ended: Callable[[int], None] = lambda _: None,
 ) -> None:
     """One window at a time through the whole model and back; no weight gets a gradient of its own.
 
     With `draws`, one for each window, every token is predicted to be one drawn from the model, without them to be the
-    text's.
+    text's; with `counted` only those that are. `ended` is called with a window's number once it is done.
     """
     home = next(model.parameters()).device
     model.to(device)
@@ -302,13 +286,17 @@ def _backward_each(
     hooks += [module.register_forward_hook(_watching(name, seen)) for name, module in modules.items()]
     try:
         with torch.enable_grad():
-            for window, draw in zip(windows, itertools.repeat(None) if draws is None else draws, strict=False):
+            every = itertools.repeat(None) if draws is None else draws
+            for number, (window, draw) in enumerate(zip(windows, every, strict=False)):
                 ids = window[None].to(device)
                 logits = model(input_ids=ids, use_cache=False).logits[0].float()
                 if ends:
                     ends.add_logits(logits.detach())
+                if counted is not None:
+                    logits = logits[:-1][counted[number, 1:].to(device)]
                 logits, targets = (logits[:-1], ids[0, 1:]) if draw is None else (logits, _drawn(logits, draw))
                 torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+                ended(number)
     finally:
         for hook in hooks:
             hook.remove()
