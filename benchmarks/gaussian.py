@@ -13,29 +13,18 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from lab import commit, machine
 
 from reallm.evaluate.measure import versions
-from reallm.fit.quality import gaussian_quality
-from reallm.formats import WeightFormat, from_spec
-from reallm.report.formats import SHAPE, formats_dict, formats_text, measured_formats, setting_of
-from reallm.report.names import short_name
+from reallm.formats import from_spec, known_formats
+from reallm.report.formats import SHAPE, formats_text, measured_formats
 
 
 def shape(text: str) -> tuple[int, int]:
     rows, _, columns = text.partition("x")
     return int(rows), int(columns)
-
-
-def add(entries: dict[str, Any], fmt: WeightFormat, size: tuple[int, int], device: str) -> None:
-    """Measure a setting that takes too long to be an example, and put it beside those of its format."""
-    print(short_name(fmt), file=sys.stderr)
-    entry = formats_dict([fmt.name], size)["formats"][fmt.name]
-    settings = entries.setdefault(fmt.name, entry | {"settings": []})["settings"]
-    settings.append(setting_of(fmt, size, lambda fmt, size: gaussian_quality(fmt, size, device)))
 
 
 def command(args: argparse.Namespace) -> str:
@@ -54,9 +43,13 @@ def main() -> None:
     parser.add_argument("--spec", action="append", default=[], type=json.loads, metavar="JSON", help="a format more")
     parser.add_argument("--output", type=Path, default=Path("results/gaussian.json"))
     args = parser.parse_args()
-    found = measured_formats(args.names, args.shape, args.device, lambda setting: print(setting, file=sys.stderr))
-    for spec in args.spec:
-        add(found["formats"], from_spec(spec), args.shape, args.device)
+    found = measured_formats(
+        args.names or list(known_formats()),
+        args.shape,
+        args.device,
+        lambda setting: print(setting, file=sys.stderr),
+        [from_spec(spec) for spec in args.spec],
+    )
     result = {
         "command": command(args),
         "commit": commit(),

@@ -45,6 +45,60 @@ def test_progress_of_measuring_is_not_in_the_json(capsys):
     assert err == "measuring dense bfloat16\n" and setting["bits_per_weight"] == 16
 
 
+ROTATED = "{format: rotated, base: {format: uniform, bits: 3}}"
+
+
+def test_a_setting_is_measured_in_the_words_of_a_recipe(capsys):
+    # With a name, or a command that forgets the setting would measure everything for minutes before this fails.
+    assert main(["formats", "dense", "--measure", "--device", "cpu", "--json", "--spec", ROTATED]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)["formats"]
+    assert list(found) == ["dense", "rotated"] and err.count("measuring") == 2
+    (setting,) = found["rotated"]["settings"]
+    assert from_spec(setting["spec"]) == from_spec({"format": "rotated", "base": {"format": "uniform", "bits": 3}})
+    assert 2**-6 < setting["measured"]["relative_error"] < 0.05
+
+
+def test_settings_alone_are_all_that_is_shown(capsys):
+    assert list(json.loads(printed(capsys, "--json", "--spec", ROTATED))["formats"]) == ["rotated"]
+
+
+def test_settings_stand_below_the_examples_of_the_formats_named(capsys):
+    specs = ["--spec", "{format: uniform, bits: 7}", "--spec", '{"format": "trellis", "bits": 2}']
+    found = json.loads(printed(capsys, "--json", "uniform", *specs))["formats"]
+    assert list(found) == ["uniform", "trellis"]
+    assert len(found["uniform"]["settings"]) > 1 and found["uniform"]["settings"][-1]["spec"]["bits"] == 7
+    assert [setting["spec"]["state_bits"] for setting in found["trellis"]["settings"]] == [16]
+
+
+def test_formats_are_measured_on_the_device_asked_for(monkeypatch):
+    devices = []
+
+    def measure(fmt, shape, device):
+        devices.append(device)
+        return Quality(3.0, 0.02, 0.1, 0.1)
+
+    monkeypatch.setattr("reallm.report.formats.gaussian_quality", measure)
+    monkeypatch.setattr("reallm.pipeline.settings.check_device", lambda device: None)
+    assert main(["formats", "--measure", "--device", "cuda:1", "--spec", ROTATED]) == 0
+    assert devices == ["cuda:1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--spec", "{format: uniform"], "error: --spec: not valid YAML"),
+        (["--spec", "uniform"], "error: a format is a mapping with the key 'format', not 'uniform'"),
+        (["--spec", "{format: trellis, bits: 9}"], "error: trellis: bits=9 is not in 1 … 4"),
+        (["--measure", "--device", "cuda:77"], "error: --device 'cuda:77' is not available"),
+    ],
+)
+def test_a_setting_or_device_that_cannot_be_is_one_line(capsys, options, says):
+    assert main(["formats", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(says) and err.count("\n") == 1
+
+
 def test_the_keys_of_the_json_are_these():
     found = measured_formats(["codebook"], SMALL)
     assert list(found) == ["shape", "formats"] and found["shape"] == list(SMALL)

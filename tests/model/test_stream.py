@@ -83,6 +83,32 @@ def test_a_module_that_was_not_asked_for_has_no_moments(build):
     assert Stream(dense, windows(), "cpu").moments([]).of("model.layers.0.mlp.up_proj") is None
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_moments_of_a_16_bit_model_are_summed_in_32_bits(build, weighted):
+    # 2,048 tokens: beside a sum of 256 squares bfloat16, with its 8 bits, loses every next one.
+    dense, ids = build("llama", torch.bfloat16), windows(64, 32)
+    matrix = next(m for m in block_matrices(dense, 0) if m.role == "down")
+    weights = torch.rand(64, 32, generator=torch.Generator().manual_seed(1)) if weighted else torch.ones(64, 32)
+    moments = Stream(dense, ids, "cpu", 4).moments([matrix], {matrix.name: weights} if weighted else None)
+    rows = inputs_seen(dense, matrix.name, ids).double() * weights.reshape(-1, 1).double().sqrt()
+    assert moments.of(matrix.name).dtype == torch.float32
+    torch.testing.assert_close(moments.of(matrix.name).double(), rows.T @ rows / len(rows), rtol=1e-3, atol=1e-5)
+
+
+def test_autocast_around_a_stream_changes_nothing(build):
+    def calibrated():
+        dense = build("llama")
+        stream = Stream(dense, windows(), "cpu")
+        first = stream.moments(matrices := block_matrices(dense, 0))
+        stream.advance()
+        return [*(first.of(matrix.name) for matrix in matrices), *stream.states]
+
+    expected = calibrated()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = calibrated()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_a_model_without_blocks_is_refused(tiny_llama):
     from reallm.errors import SourceError
 

@@ -2,11 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from reallm.cli.options import Model, Seed
+from reallm.cli.options import Model, Seed, formats_of
 from reallm.cli.progress import progress_bar
 
 
@@ -67,7 +67,7 @@ def command(
         roles=tuple(role or ()),
         every_block=every_block,
         sample=sample,
-        codecs=DEFAULT_CODECS if codec is None else _formats(codec),
+        codecs=DEFAULT_CODECS if codec is None else () if codec == ["none"] else formats_of(codec, "--codec"),
         seed=seed,
         device=device,
     )
@@ -81,14 +81,3 @@ def command(
         pictures = output is None or any(file.suffix == ".png" for file in written)
         note = "" if pictures else " (no matplotlib, no pictures)"
         print(f"\nwritten: {', '.join(map(str, written))}{note}")
-
-
-def _formats(specs: list[str]) -> tuple[Any, ...]:
-    """Formats in the words of a recipe; () for none.
-
-    Errors: RecipeError for what is no YAML, FormatError for no format.
-    """
-    from reallm.allocate.recipe import read_yaml
-    from reallm.formats import from_spec
-
-    return () if specs == ["none"] else tuple(from_spec(read_yaml(spec, "--codec")) for spec in specs)

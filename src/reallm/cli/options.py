@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -29,3 +30,14 @@ Candidates: TypeAlias = Annotated[
         "matrices that take them; up to 12 index bits on a CPU, 16 elsewhere).",
     ),
 ]
+
+
+def formats_of(specs: Sequence[str], option: str) -> tuple[Any, ...]:
+    """Formats in the words of a recipe.
+
+    Errors: RecipeError for what is no YAML, FormatError for no format.
+    """
+    from reallm.allocate.recipe import read_yaml
+    from reallm.formats import from_spec
+
+    return tuple(from_spec(read_yaml(spec, option)) for spec in specs)

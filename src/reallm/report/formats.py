@@ -26,13 +26,19 @@ def formats_dict(
     shape: Shape = SHAPE,
     measure: Measure | None = None,
     progress: Callable[[str], None] | None = None,
+    more: Sequence[WeightFormat] = (),
 ) -> dict[str, Any]:
-    """The formats named, or all, as JSON values; with `measure` what it finds for every example.
+    """The formats named in their examples, and those in `more`; without either all in their examples. JSON values.
 
-    Errors: FormatError for an unknown name, which lists the known ones, and for an example that cannot store `shape`.
+    `measure` says what is measured of each.
+    Errors: FormatError for an unknown name, which lists the known ones, and for a format that cannot store `shape`.
     """
-    classes = [known_format(name) for name in dict.fromkeys(names)] or list(known_formats().values())
-    return {"shape": list(shape), "formats": {cls.name: _entry(cls, shape, measure, progress) for cls in classes}}
+    named = [known_format(name) for name in names] or ([] if more else known_formats().values())
+    chosen = {cls: example_formats(cls) for cls in named}
+    for fmt in more:
+        chosen.setdefault(type(fmt), []).append(fmt)
+    entries = {cls.name: _entry(cls, fmts, shape, measure, progress) for cls, fmts in chosen.items()}
+    return {"shape": list(shape), "formats": entries}
 
 
 def measured_formats(
@@ -40,9 +46,10 @@ def measured_formats(
     shape: Shape = SHAPE,
     device: str = "cpu",
     progress: Callable[[str], None] | None = None,
+    more: Sequence[WeightFormat] = (),
 ) -> dict[str, Any]:
-    """`formats_dict` with the quality of every example on a Gaussian matrix."""
-    return formats_dict(names, shape, lambda fmt, shape: gaussian_quality(fmt, shape, device), progress)
+    """`formats_dict` with the quality of every setting on a Gaussian matrix."""
+    return formats_dict(names, shape, lambda fmt, shape: gaussian_quality(fmt, shape, device), progress, more)
 
 
 def formats_text(found: dict[str, Any]) -> str:
@@ -53,13 +60,17 @@ def formats_text(found: dict[str, Any]) -> str:
 
 
 def _entry(
-    cls: type[WeightFormat], shape: Shape, measure: Measure | None, progress: Callable[[str], None] | None
+    cls: type[WeightFormat],
+    fmts: Sequence[WeightFormat],
+    shape: Shape,
+    measure: Measure | None,
+    progress: Callable[[str], None] | None,
 ) -> Entry:
     settings = []
-    for fmt in example_formats(cls):
+    for fmt in fmts:
         if progress and measure:
             progress(short_name(fmt))
-        settings.append(setting_of(fmt, shape, measure))
+        settings.append(_setting(fmt, shape, measure))
     return {
         "description": _first_line(cls.__doc__),
         "fields": [_field(field) for field in dataclasses.fields(cls)],  # type: ignore[arg-type]
@@ -69,7 +80,7 @@ def _entry(
     }
 
 
-def setting_of(fmt: WeightFormat, shape: Shape, measure: Measure | None = None) -> Entry:
+def _setting(fmt: WeightFormat, shape: Shape, measure: Measure | None = None) -> Entry:
     """One setting as JSON values; with `measure` what it finds.
 
     Errors: FormatError if it cannot store `shape`.
