@@ -122,7 +122,7 @@ def test_a_text_that_fills_no_window_says_so(tiny_llama, jsonl_file):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--calibration", "missing.txt"], "missing.txt: no such file"),
+        (["--calibration", "missing.txt"], "missing.txt: no such file; --calibration takes a .txt"),
         (["--calibration", "self", "--calibration", "README.md"], "self cannot be mixed with files"),
         (["--objective", "guided"], "--objective guided needs text"),
         (["--objective", "hessian"], "--objective 'hessian' is not one of outputs, guided, fisher"),

@@ -29,7 +29,7 @@ def windows_of_files(
     """
     bos = leading_bos(tokenizer)
     body = context - (bos is not None)
-    documents = [document for path in paths for document in load_text(path)]
+    documents = [document for path in paths for document in load_text(path, "--calibration")]
     ids = tokenize(tokenizer, documents)
     count = min(windows, len(ids) // body)
     if count == 0:

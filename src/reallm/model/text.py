@@ -13,7 +13,7 @@ from torch import Tensor
 from reallm.errors import TextError
 
 
-def load_text(path: str | Path) -> list[str]:
+def load_text(path: str | Path, option: str = "--text") -> list[str]:
     """The documents of a UTF-8 file: one, save for `.jsonl`.
 
     * `.raw` (WikiText): lines become rows, a blank line the empty string, and rows are joined by a blank
@@ -21,10 +21,11 @@ def load_text(path: str | Path) -> list[str]:
     * `.jsonl`: the `text` field of each line is a document of its own.
     * anything else: the file as it is.
 
-    TextError if the file is missing, not text, or holds nothing but white space.
+    TextError if the file is missing, which names the `option` that asked for it, is not text, or holds nothing but
+    white space.
     """
     path = Path(path)
-    text = _read(path)
+    text = _read(path, option)
     if path.suffix == ".raw":
         documents = [wikitext_rows(text)]
     elif path.suffix == ".jsonl":
@@ -71,11 +72,11 @@ def leading_bos(tokenizer: Any) -> int | None:
     return bos if tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, option: str) -> str:
     if not path.exists():
-        raise TextError(f"{path}: no such file; --text takes a .txt, .raw (WikiText) or .jsonl file")
+        raise TextError(f"{path}: no such file; {option} takes a .txt, .raw (WikiText) or .jsonl file")
     if not path.is_file():
-        raise TextError(f"{path}: not a file; --text takes one .txt, .raw (WikiText) or .jsonl file")
+        raise TextError(f"{path}: not a file; {option} takes one .txt, .raw (WikiText) or .jsonl file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
