@@ -143,7 +143,31 @@ def test_an_objective_of_the_end_loss_brings_the_model_nearer_too(tiny_llama, re
     reallm.compress(tiny_llama, tmp_path / objective, objective=objective, **settings)
     ids = tokenize(load_tokenizer(tiny_llama), load_text(text_file))[600:856].view(4, 64)
     plain = divergence(tiny_llama, tmp_path / "plain", ids)
-    assert divergence(tiny_llama, tmp_path / objective, ids) < (0.9 if objective == "guided" else 1.1) * plain
+    assert divergence(tiny_llama, tmp_path / objective, ids) < 0.9 * plain
+
+
+@pytest.mark.parametrize(
+    ("spec", "same"),
+    [
+        ("{format: rotated, base: {format: uniform, bits: 3}}", True),
+        ("{format: codebook, index_bits: 4, vector_dim: 2}", False),
+    ],
+)
+def test_fisher_makes_other_codebooks_and_is_outputs_else(tiny_llama, text_file, tmp_path, spec, same):
+    (tmp_path / "own.yaml").write_text(f"rules: [{{match: '*', format: {spec}}}]\nembedding: keep\n")
+    settings = {"recipe": str(tmp_path / "own.yaml"), "calibration": (str(text_file),), "include": ("*.0.*",)}
+    for objective in ("outputs", "fisher"):
+        reallm.compress(tiny_llama, tmp_path / objective, objective=objective, **settings, **CALIBRATION)
+    folders = (tmp_path / name / "model.safetensors" for name in ("outputs", "fisher"))
+    assert filecmp.cmp(*folders, shallow=False) == same
+
+
+def test_a_budget_foretells_what_fisher_loses(tiny_llama, text_file, tmp_path):
+    settings = Settings(bits=2.5, calibration=(str(text_file),), objective="fisher", embedding="keep", **CALIBRATION)
+    job = prepare(tiny_llama, settings)
+    run(job, tmp_path / "out")
+    ids = tokenize(load_tokenizer(tiny_llama), load_text(text_file))[600:856].view(4, 64)
+    assert divergence(tiny_llama, tmp_path / "out", ids) < 1.5 * job.forecast.loss
 
 
 @pytest.mark.parametrize(

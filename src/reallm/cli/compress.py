@@ -77,7 +77,8 @@ def command(
         typer.Option(
             metavar="NAME",
             help="What calibration minimises: outputs (squared error of every matrix's outputs), guided (tokens "
-            "weighted by the gradient of the end loss) or fisher (weights weighted by their Fisher information). "
+            "weighted by the gradient of the end loss) or fisher (as outputs, save that codebooks are made by the "
+            "Fisher information of every weight; behind a rotation the same as outputs). "
             "Default: what the recipe says, guided under a budget, outputs without.",
         ),
     ] = None,
