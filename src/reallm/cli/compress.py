@@ -127,7 +127,7 @@ def command(
     from reallm.allocate.sizing import parse_size
     from reallm.artifact import check_output, work_folder
     from reallm.pipeline import Settings, prepare, run, work_bytes
-    from reallm.report.cost import cost_table, plan_table
+    from reallm.report.cost import calibration_line, cost_table, plan_table
     from reallm.report.ledger import summary
     from reallm.report.predicted import realised_line
     from reallm.report.text import size as in_units
@@ -159,6 +159,8 @@ def command(
         fits=None if fits is None else str(fits),
     )
     job = prepare(model, settings)
+    if job.settings.calibration:
+        print(f"calibration: {calibration_line(job, calibration_windows)}", file=sys.stderr)
     if dry_run:
         print(plan_table(job), cost_table(job), sep="\n\n")
         return

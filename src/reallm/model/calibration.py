@@ -30,7 +30,7 @@ def windows_of_files(
     bos = leading_bos(tokenizer)
     body = context - (bos is not None)
     documents = [document for path in paths for document in load_text(path, "--calibration")]
-    ids = tokenize(tokenizer, documents)
+    ids = tokenize(tokenizer, documents, enough=windows * body)
     count = min(windows, len(ids) // body)
     if count == 0:
         names = ", ".join(str(path) for path in paths)

@@ -50,13 +50,16 @@ def text_sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def tokenize(tokenizer: Any, documents: Sequence[str]) -> Int[Tensor, " n"]:
+def tokenize(tokenizer: Any, documents: Sequence[str], enough: int | None = None) -> Int[Tensor, " n"]:
     """Token ids of the documents, each as one string, with the end-of-text token between two of them.
 
+    Documents behind the first `enough` tokens are not looked at.
     No other special token is added: `perplexity.windows` puts `leading_bos(tokenizer)` where it belongs.
     """
     ids: list[int] = []
     for number, document in enumerate(documents):
+        if enough is not None and len(ids) >= enough:
+            break
         if number and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
         # verbose=False: "longer than the model's maximum" is true and wanted, windows are cut later.

@@ -140,11 +140,10 @@ def _index_bits(settings: Settings) -> int:
 def analysis_of(source: Source, walked: Walk, settings: Settings) -> Analysis:
     """Numbers of every matrix: from the folder of analyses if they are there, else computed and put there."""
     path = None
-    few = dataclasses.replace(
-        settings,
-        calibration_windows=min(settings.calibration_windows, settings.analysis_windows),
-        calibration_context=min(settings.calibration_context, settings.analysis_context),
-    )
+    context = min(settings.calibration_context, settings.analysis_context)
+    most = settings.calibration_windows * (settings.calibration_context // context)  # in the text that calibrates
+    windows = min(settings.analysis_windows, most)
+    few = dataclasses.replace(settings, calibration_windows=windows, calibration_context=context)
     calibration = calibration_of(few)
     fingerprint = source.fingerprint()
     if settings.analysis is not None:

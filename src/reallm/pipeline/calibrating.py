@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -16,14 +17,32 @@ _IN_FLOAT32 = 2_000_000_000  # parameters
 
 def calibration_windows(source: Source, settings: Settings, model: Callable[[], torch.nn.Module]) -> Tensor:
     """Token ids (windows, context) of the settings' calibration. `model` is asked for only to write text itself."""
-    tokenizer = load_tokenizer(source.label)
-    limit = getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    context = min(settings.calibration_context, limit or settings.calibration_context)
+    tokenizer, context = load_tokenizer(source.label), _context(source, settings)
     if settings.calibration == (SELF,):
         return windows_written(
             model(), tokenizer, settings.calibration_windows, context, settings.seed, settings.device
         )
     return windows_of_files(settings.calibration, tokenizer, settings.calibration_windows, context)
+
+
+def with_windows_there_are(source: Source, settings: Settings) -> Settings:
+    """The settings with as many windows as the text has, if these are fewer, and a context that the model was made for.
+
+    What costs, files and the next text to be held out go by is counted here once, before any work.
+    Errors: TextError if the text does not fill one window.
+    """
+    if not settings.calibration:
+        return settings
+    windows = settings.calibration_windows
+    if settings.calibration != (SELF,):
+        tokenizer = load_tokenizer(source.label)
+        windows = len(windows_of_files(settings.calibration, tokenizer, windows, _context(source, settings)))
+    return dataclasses.replace(settings, calibration_windows=windows, calibration_context=_context(source, settings))
+
+
+def _context(source: Source, settings: Settings) -> int:
+    limit = getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return min(settings.calibration_context, limit or settings.calibration_context)
 
 
 def calculation_dtype(source: Source) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections import defaultdict
@@ -11,14 +12,17 @@ from dataclasses import dataclass
 
 import torch
 
+from reallm.artifact import foretold_nbytes
 from reallm.fit import Objective, demand_of, fit, train_shared
 from reallm.fit.objective import FISHER, GUIDED, OUTPUTS
-from reallm.formats import Tensors, WeightFormat, tables_at_hand
+from reallm.formats import Tensors, WeightFormat, tables_at_hand, to_spec
+from reallm.formats.waist import under
 from reallm.model.calibration import SELF
 from reallm.model.stream import TOKENS_PER_PASS
 from reallm.model.walk import block_of
 from reallm.pipeline.fitting import stream_dtype
 from reallm.pipeline.job import Job
+from reallm.pipeline.whole import WholeFile
 
 # Beside the largest matrix in float32 a fit holds its decoding, the error and a few chunks.
 COPIES_WHILE_FITTING = 6
@@ -30,6 +34,8 @@ _COPIES_WHILE_REFITTING = 20
 _COPIES_OF_HESSIAN = 9
 # Numbers of the widest input a token that a pass through a block holds, in the stream's dtype and in float32.
 _ACTIVATIONS = 4
+# Of a run with a size: all that were tried and what they took, a new file of them beside the old one.
+_PLANS_NOTED = 24
 _LIBRARY_BYTES = 600_000_000  # Python, torch and transformers once imported
 
 
@@ -61,10 +67,16 @@ def estimate(job: Job) -> Estimate:
 
 
 def work_bytes(job: Job) -> int:
-    """Bytes of the work folder at its fullest: finished matrices, and the artifact that is put together of them."""
-    shapes = job.source.shapes()
-    kept = sum(math.prod(shapes[name]) for name in job.kept) * job.source.dtype.itemsize
-    return 2 * job.plan.nbytes + kept
+    """Bytes of the work folder at its fullest: finished matrices, and the artifact that is put together of them.
+
+    No tensor counts as entropy-coded: what coding saves is what a size gives to other matrices on the way.
+    """
+    finished = [under(matrix.name, planned.fmt.layout(matrix.shape)) for matrix, planned in job.compressed]
+    finished += [dict(table.layout) for table in job.plan.tables.values()]
+    specs = json.dumps({matrix.name: to_spec(planned.fmt) for matrix, planned in job.compressed})
+    notes = _PLANS_NOTED * len(specs) if job.forecast is not None and job.forecast.size is not None else 0
+    files = sum(foretold_nbytes(tensors.items()) for tensors in finished)
+    return files + WholeFile(job).nbytes(job.plan) + 2 * len(specs) + notes
 
 
 def _predicted_seconds(job: Job) -> float:

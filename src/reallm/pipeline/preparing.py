@@ -13,6 +13,7 @@ from reallm.errors import RecipeError
 from reallm.fit import gaussian_error
 from reallm.model import Matrix, Source, Walk, open_source, walk
 from reallm.pipeline.budgeting import from_budget
+from reallm.pipeline.calibrating import with_windows_there_are
 from reallm.pipeline.job import Job, info_of
 from reallm.pipeline.settings import Settings, check_calibration, check_device, check_goal, decided
 
@@ -20,7 +21,8 @@ from reallm.pipeline.settings import Settings, check_calibration, check_device, 
 def prepare(model: str | Path | Source, settings: Settings) -> Job:
     """Open the model, unless it is open already, and decide every matrix's format.
 
-    Errors: SourceError, RecipeError or FormatError, before anything is written.
+    The job's settings have the windows of calibration text that there are.
+    Errors: SourceError, RecipeError, FormatError or TextError, before anything is written.
     """
     check_goal(settings)
     check_calibration(settings)
@@ -30,6 +32,7 @@ def prepare(model: str | Path | Source, settings: Settings) -> Job:
     recipe = None if settings.recipe is None else load_recipe(settings.recipe)
     settings = decided(settings, recipe)
     source = model if isinstance(model, Source) else open_source(model)
+    settings = with_windows_there_are(source, settings)
     walked = walk(source.skeleton)
     chosen = [info_of(matrix) for matrix in _selected(walked.matrices, settings)]
     infos = [info_of(matrix) for matrix in walked.matrices]
