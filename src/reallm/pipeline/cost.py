@@ -23,7 +23,7 @@ from reallm.model.walk import block_of
 from reallm.pipeline.fitting import stream_dtype
 from reallm.pipeline.job import Job
 from reallm.pipeline.original import kept_layouts
-from reallm.pipeline.whole import WholeFile
+from reallm.pipeline.whole import tensors_of
 
 # Beside the largest matrix in float32 a fit holds its decoding, the error and a few chunks.
 COPIES_WHILE_FITTING = 6
@@ -37,6 +37,8 @@ _COPIES_OF_HESSIAN = 9
 _ACTIVATIONS = 4
 # Of a run with a size: all that were tried and what they took, a new file of them beside the old one.
 _PLANS_NOTED = 24
+# Formats of all matrices stand in the state, twice while it is written, in the plan and, with shapes, in the config.
+_TEXTS, _CONFIG_BYTES = 6, 8_192
 _LIBRARY_BYTES = 600_000_000  # Python, torch and transformers once imported
 
 
@@ -78,7 +80,11 @@ def work_bytes(job: Job) -> int:
     specs = json.dumps({matrix.name: to_spec(planned.fmt) for matrix, planned in job.compressed})
     notes = _PLANS_NOTED * len(specs) if job.forecast is not None and job.forecast.size is not None else 0
     files = sum(foretold_nbytes(tensors.items()) for tensors in finished + kept_layouts(job))
-    return files + WholeFile(job).nbytes(job.plan) + 2 * len(specs) + notes
+    try:
+        tokenizer = sum(job.source.companion_bytes.values())
+    except OSError:  # it is written somewhere to be measured; where nothing can be, the run says so in a moment
+        tokenizer = 0
+    return files + foretold_nbytes(tensors_of(job)) + tokenizer + _TEXTS * len(specs) + _CONFIG_BYTES + notes
 
 
 def _predicted_seconds(job: Job) -> float:
