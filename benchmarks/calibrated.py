@@ -21,6 +21,7 @@ from data_free import finished, normal, uniform, vectors
 from lab import Arm, Lab, Workers, arguments, asked_for, earlier_runs, original_of, save
 
 from reallm.fit import Objective, fit, squared_error
+from reallm.fit.objective import FISHER
 from reallm.formats import from_spec
 from reallm.model import Matrix, load_tokenizer, walk
 from reallm.model.calibration import windows_of_files
@@ -70,6 +71,8 @@ def guided(task: Task, objective: str = "guided") -> Task:
     return Task(task.group, f"{task.name}, {objective}", task.spec, objective)
 
 
+FISHER_ALONE = "fisher without feedback"  # no objective of the product: what its weights are by themselves
+
 TRELLIS_3 = Task("3 bits", "rotated trellis", turned(trellis(3)))
 TRELLIS_2 = Task("2 bits", "rotated trellis", turned(trellis(2)))
 SCALED_3 = Task("3 bits", "scaled, rotated trellis", scaled(turned(trellis(3))))
@@ -105,7 +108,8 @@ TASKS: list[Task] = [
     Task("3 bits", "uniform 3 bits and 0.5 % of entries", scaled(decoupled(uniform(3), "entries", 0.005), "both")),
     Task("2 bits", "rotated e8 and 1 % of columns", scaled(decoupled(turned(lattice(2)), "columns", 0.01))),
     guided(VECTORS_2),
-    guided(VECTORS_2, "fisher"),
+    Task(VECTORS_2.group, f"{VECTORS_2.name}, fisher without feedback", VECTORS_2.spec, FISHER_ALONE),
+    Task(VECTORS_2.group, f"{VECTORS_2.name}, fisher and feedback", VECTORS_2.spec, FISHER),
     guided(ENTROPY_2),
     Task("3 bits", "codebook d=1", vectors(1, 3)),
     Task("3 bits", "normal_float", normal(3)),
@@ -149,12 +153,15 @@ class Bench:
 
     def objectives(self, stream: Stream, matrices: list[Matrix], objective: str) -> dict[str, Objective]:
         """By matrix of the stream's present block."""
-        if objective == "fisher":
+        if objective == FISHER_ALONE:
             return {matrix.name: Objective(self.fisher[matrix.name]) for matrix in matrices}
         guided = self.guidance if objective == "guided" else {}
         moments = stream.moments(matrices, {name: own.tokens for name, own in guided.items()} or None)
         rows = {name: own.rows for name, own in guided.items()}
-        return {m.name: Objective.of_outputs(moments.of(m.name), rows.get(m.name)) for m in matrices}
+        found = {m.name: Objective.of_outputs(moments.of(m.name), rows.get(m.name)) for m in matrices}
+        if objective == FISHER:
+            return {name: replace(of, importance=self.fisher[name]) for name, of in found.items()}
+        return found
 
     def run(self, task: Task) -> Arm:
         """Compress along the stream, as `reallm compress --calibration` does, and score."""

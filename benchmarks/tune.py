@@ -90,6 +90,7 @@ BASES: dict[str, dict[str, Any]] = {
     "bits 2, gains": {**budget(2.0), "gains": True},
     "60 MB, gains": {"size": 60_000_000, "objective": "guided", "gains": True},
     "gain, trellis 2": {"recipe": every(trellis(2)), "objective": "guided"},
+    "scaled trellis 2": {"recipe": every({"format": "scaled", "base": trellis(2)["base"]})},  # by outputs, no guidance
     "gain, trellis 3": {"recipe": every(trellis(3)), "objective": "guided"},
     "gain, codebook d=4": {"recipe": every(gain(vectors())), "objective": "guided"},
     "gain, additive": {"recipe": every(gain({"format": "additive", "scales": "two_level"}))},
@@ -109,11 +110,12 @@ class Task:
     name: str
     base: str
     settings: dict[str, Any] = field(default_factory=dict)
+    gone: bool = False  # measured with an option that lost and is gone: its row is kept, with the commit that has it
 
     @property
     def chooses(self) -> bool:
         """Whether a setting is chosen by it: scored on validation text."""
-        return self.group in ("rate", "block rate")
+        return self.group in ("rate", "block rate", "block error")
 
     @property
     def writes(self) -> bool:
@@ -121,13 +123,19 @@ class Task:
         return self.group == "target" or self.name == "mix"
 
 
-# `both` is measured with block errors of outputs, all alike, as it was before errors were weighed by the end loss.
+# Errors of outputs, all alike, against the original's own answers: what `both` was measured with first.
+BACK = {"method": "blockwise", "block_error": "outputs", "target": "original"}
 METHODS: dict[str, dict[str, Any]] = {
     "before": {},
     "blockwise": {"method": "blockwise"},
     "end-to-end": {"method": "end-to-end"},
-    "both": {"method": "both", "block_error": "outputs"},
+    "both": {**BACK, "method": "both"},
+    "blocks first": {"method": "both"},
 }
+
+
+def rated(rate: float, windows: int) -> dict[str, Any]:
+    return {"method": "blockwise", "block_learning_rate": rate, "block_windows": windows}
 
 
 def methods(group: str, base: str, *names: str) -> list[Task]:
@@ -138,6 +146,7 @@ def end_to_end(group: str, base: str, **arms: dict[str, Any]) -> list[Task]:
     return [Task(group, name.replace("_", " "), base, {"method": "end-to-end", **s}) for name, s in arms.items()]
 
 
+THREE = ("bits 2", "bits 2.5", "bits 3")
 VECTORS, TRELLIS, PUBLISHED = "gain, codebook d=4", "gain, trellis 2", "reallm-vq"
 # In this order, so that a run that is cut short has the arms of interest. KL, all parts and rank 0 at 3 bits stand in
 # `target`.
@@ -150,14 +159,26 @@ TASKS: list[Task] = [
     *end_to_end("rate", "bits 2", **{str(r): {"learning_rate": r} for r in (1e-3, 3e-3, 1e-2, 3e-4)}),
     Task("block rate", "before", "bits 2"),
     *[
-        Task(
-            "block rate",
-            f"{rate}, {error}" if error == "outputs" else str(rate),
-            "bits 2",
-            {"method": "blockwise", "block_learning_rate": rate, "block_error": error},
-        )
-        for error in ("loss", "outputs")
+        Task("block rate", f"{rate}, outputs", "bits 2", {**BACK, "block_learning_rate": rate})
         for rate in (5e-3, 2e-2, 1e-3, 2e-4)
+    ],
+    *[Task("block rate", f"{rate}, channels", "bits 2", gone=True) for rate in (5e-3, 2e-2)],
+    Task("block error", "scaled trellis 2, before", "scaled trellis 2"),
+    *[
+        Task(
+            "block error",
+            f"{base}, {error}, {target}",
+            base,
+            {"method": "blockwise", "block_error": error, "target": target},
+            gone=error not in ("loss", "outputs"),
+        )
+        for base in ("bits 2", "scaled trellis 2")
+        for target in ("original", "compressed")
+        for error in ("loss", "outputs", "channels", "directions")
+    ],
+    *[
+        Task("block error", f"bits 2, loss, {rate}, {windows} windows", "bits 2", rated(rate, windows))
+        for rate, windows in ((3e-4, 128), (3e-3, 128), (1e-3, 512), (3e-3, 512))
     ],
     *end_to_end("loss", "bits 2", ce={"loss": "ce"}, mix={"loss": "mix"}, top_64={"top_k": 64}),
     *end_to_end("embedding too", "bits 2", kl={"train": TIED}, mix={"train": TIED, "loss": "mix"}),
@@ -165,8 +186,8 @@ TASKS: list[Task] = [
     *[task for r in (8, 16, 32) for task in methods("rank at 3 bits", f"bits 3, rank {r}", "end-to-end")],
     *[task for r in (0, 8, 16, 32, 64) for task in methods("rank at 4 bits", f"bits 4, rank {r}", "end-to-end")],
     *end_to_end("what trains, bits 2", "bits 2", **{w: {"train": w} for w in ("norms", "scales")}),
-    *[task for base in ("bits 2", "bits 2.5", "bits 3") for task in methods("block-wise alone", base, "blockwise")[1:]],
-    *[Task("target of blocks", "compressed", "bits 2", {"method": "blockwise", "target": "compressed"})],
+    *[Task("block-wise alone", f"{base}, channels, original", base, gone=True) for base in THREE],
+    *[task for base in THREE for task in methods("block-wise alone", base, "blockwise", "blocks first")[1:]],
     *end_to_end("length", "bits 2", **{f"{m} M": {"tokens": m * 1_000_000} for m in (1, 4, 8)}),
     *end_to_end(
         "length",
@@ -464,13 +485,14 @@ def main() -> None:
         done = [(task, arms[key_of(task)]) for task in TASKS if key_of(task) in arms]
         rows = [{"group": t.group, "base": t.base, "settings": t.settings, **asdict(arm)} for t, arm in done]
         command = "python benchmarks/tune.py --model MODEL --data-dir DATA --work FOLDER --jobs N"
-        left_out = [key_of(task) for task in TASKS if key_of(task) not in arms]
+        left_out = [key_of(task) for task in TASKS if key_of(task) not in arms and not task.gone]
         bases = {name: _plain(how) for name, how in BASES.items()}
         save(args.output, lab, command, original, earlier, sizes=settings["sizes"], rates=settings["rates"],
              jobs=args.jobs, limit=args.limit, bases=bases, failed=failed, left_out=left_out, written=written,
              arms=rows)  # fmt: skip
 
-    todo = [task for task in TASKS if key_of(task) not in arms and asked_for(args, task.group, task.name)]
+    missing = [task for task in TASKS if key_of(task) not in arms and not task.gone]
+    todo = [task for task in missing if asked_for(args, task.group, task.name)]
     make = functools.partial(bench_of, settings)
     tune = functools.partial(_run, latest=args.deadline and begun + args.deadline)
     bench = make(args.device)

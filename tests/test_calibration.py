@@ -2,6 +2,7 @@
 
 import filecmp
 import sys
+import time
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 import reallm
 from reallm.artifact import work_folder
 from reallm.cli import main
-from reallm.errors import RecipeError, TextError
+from reallm.errors import ArtifactError, RecipeError, TextError
 from reallm.model import load, load_tokenizer, open_source
 from reallm.model.calibration import windows_of_files, windows_written
 from reallm.model.text import load_text, tokenize
@@ -94,6 +95,61 @@ def test_a_model_can_be_calibrated_on_what_it_writes(tiny_llama, recipe, tmp_pat
     assert filecmp.cmp(tmp_path / "one" / "model.safetensors", tmp_path / "two" / "model.safetensors", shallow=False)
 
 
+def test_a_resumed_run_asks_the_original_for_no_text_and_no_gradients_again(tiny_llama, tmp_path, monkeypatch):
+    (tmp_path / "own.yaml").write_text("rules: [{match: '*', format: {format: uniform, bits: 3}}]")
+    settings = {"recipe": str(tmp_path / "own.yaml"), "calibration": ("self",), "objective": "guided"}
+    job = prepare(tiny_llama, Settings(**settings, calibration_windows=3, calibration_context=24))
+    run(job, tmp_path / "whole")
+
+    def kill(name, *_):
+        if name == "model.layers.0.self_attn.v_proj":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path / "out", progress=kill)
+    monkeypatch.setattr("reallm.pipeline.calibrating.windows_written", None)
+    monkeypatch.setattr("reallm.pipeline.original.guidance", None)
+    (work_folder(tmp_path / "out") / "model.layers.0.self_attn.q_proj.safetensors").unlink()  # as a size would
+    run(job, tmp_path / "out", resume=True)
+    files = [tmp_path / name / "model.safetensors" for name in ("whole", "out")]
+    assert filecmp.cmp(*files, shallow=False)
+
+
+def test_damaged_text_of_its_own_is_named(tiny_llama, recipe, tmp_path):
+    settings = {"recipe": recipe, "calibration": ("self",), "calibration_windows": 2, "calibration_context": 16}
+    job = prepare(tiny_llama, Settings(**settings))
+    with pytest.raises(ZeroDivisionError):
+        run(job, tmp_path / "out", progress=lambda name, *_: name.startswith("model") and 1 / 0)
+    (work_folder(tmp_path / "out") / "written.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ArtifactError, match="written.safetensors: damaged .*remove .*out.work to start anew"):
+        run(job, tmp_path / "out", resume=True)
+
+
+def test_every_phase_of_a_calibrated_budget_is_told(tiny_llama, tmp_path, capsys):
+    options = ["--calibration", "self", "--calibration-windows", "2", "--calibration-context", "16", "--no-check"]
+    assert main(["compress", str(tiny_llama), "-o", str(tmp_path / "out"), "--bits", "4", *options]) == 0
+    lines = [line.split("%  ") for line in capsys.readouterr().err.splitlines() if "%  " in line]
+    begun = [name for percent, name in lines if percent.strip() == "0"]
+    text = "writing text to calibrate on"
+    assert begun == [text, "analysis: gradients", text, "gradients of the end loss"]
+    assert ["100 ", text] in lines and ["100 ", "gradients of the end loss"] in lines
+    assert any(name.startswith("analysis of model.layers.1") for _, name in lines)
+
+
+def test_the_dry_run_counts_the_writing_of_text(tiny_llama, recipe):
+    from reallm.pipeline import estimate
+    from reallm.pipeline.cost import _writing_seconds
+
+    sizes = {"calibration_windows": 20, "calibration_context": 128}
+    job = prepare(tiny_llama, Settings(recipe=recipe, calibration=("self",), **sizes))
+    model, tokenizer = job.source.load(torch.float32, "cpu").eval(), load_tokenizer(tiny_llama)
+    begun = time.perf_counter()
+    windows_written(model, tokenizer, 20, 128, seed=0, device="cpu")
+    seconds = time.perf_counter() - begun
+    assert seconds / 5 < _writing_seconds(job) < 5 * seconds
+    assert estimate(job).seconds > seconds / 5
+
+
 def test_written_windows_begin_a_text_and_differ(tiny_llama):
     model, tokenizer = open_source(tiny_llama).load(torch.float32, "cpu"), load_tokenizer(tiny_llama)
     written = windows_written(model, tokenizer, 20, 16, seed=0, device="cpu")
@@ -106,6 +162,20 @@ def test_windows_are_the_text_in_order(tiny_llama, text_file):
     ids = tokenize(tokenizer, load_text(text_file))
     assert torch.equal(windows_of_files([text_file], tokenizer, 3, 50), ids[:150].view(3, 50))
     assert len(windows_of_files([text_file], tokenizer, 10_000, 50)) == len(ids) // 50
+
+
+def test_documents_behind_the_windows_asked_for_are_not_tokenized(tiny_llama):
+    tokenizer, seen = load_tokenizer(tiny_llama), []
+
+    def counting(document, **options):
+        seen.append(document)
+        return tokenizer(document, **options)
+
+    counting.eos_token_id = tokenizer.eos_token_id
+    documents = ["the stone", "a river", "never", "house"]
+    enough = len(tokenize(tokenizer, documents[:2]))
+    assert torch.equal(tokenize(counting, documents, enough), tokenize(tokenizer, documents[:2]))
+    assert seen == documents[:2]
 
 
 def test_several_files_are_joined_by_the_end_of_text(tiny_llama, text_file, jsonl_file):
@@ -122,7 +192,7 @@ def test_a_text_that_fills_no_window_says_so(tiny_llama, jsonl_file):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--calibration", "missing.txt"], "missing.txt: no such file"),
+        (["--calibration", "missing.txt"], "missing.txt: no such file; --calibration takes a .txt"),
         (["--calibration", "self", "--calibration", "README.md"], "self cannot be mixed with files"),
         (["--objective", "guided"], "--objective guided needs text"),
         (["--objective", "hessian"], "--objective 'hessian' is not one of outputs, guided, fisher"),
@@ -143,7 +213,31 @@ def test_an_objective_of_the_end_loss_brings_the_model_nearer_too(tiny_llama, re
     reallm.compress(tiny_llama, tmp_path / objective, objective=objective, **settings)
     ids = tokenize(load_tokenizer(tiny_llama), load_text(text_file))[600:856].view(4, 64)
     plain = divergence(tiny_llama, tmp_path / "plain", ids)
-    assert divergence(tiny_llama, tmp_path / objective, ids) < (0.9 if objective == "guided" else 1.1) * plain
+    assert divergence(tiny_llama, tmp_path / objective, ids) < 0.9 * plain
+
+
+@pytest.mark.parametrize(
+    ("spec", "same"),
+    [
+        ("{format: rotated, base: {format: uniform, bits: 3}}", True),
+        ("{format: codebook, index_bits: 4, vector_dim: 2}", False),
+    ],
+)
+def test_fisher_makes_other_codebooks_and_is_outputs_else(tiny_llama, text_file, tmp_path, spec, same):
+    (tmp_path / "own.yaml").write_text(f"rules: [{{match: '*', format: {spec}}}]\nembedding: keep\n")
+    settings = {"recipe": str(tmp_path / "own.yaml"), "calibration": (str(text_file),), "include": ("*.0.*",)}
+    for objective in ("outputs", "fisher"):
+        reallm.compress(tiny_llama, tmp_path / objective, objective=objective, **settings, **CALIBRATION)
+    folders = (tmp_path / name / "model.safetensors" for name in ("outputs", "fisher"))
+    assert filecmp.cmp(*folders, shallow=False) == same
+
+
+def test_a_budget_foretells_what_fisher_loses(tiny_llama, text_file, tmp_path):
+    settings = Settings(bits=2.5, calibration=(str(text_file),), objective="fisher", embedding="keep", **CALIBRATION)
+    job = prepare(tiny_llama, settings)
+    run(job, tmp_path / "out")
+    ids = tokenize(load_tokenizer(tiny_llama), load_text(text_file))[600:856].view(4, 64)
+    assert divergence(tiny_llama, tmp_path / "out", ids) < 1.5 * job.forecast.loss
 
 
 @pytest.mark.parametrize(
@@ -185,4 +279,50 @@ def test_the_dry_run_counts_what_calibration_takes(tiny_llama, recipe, job):
 
     plain = prepare(tiny_llama, Settings(recipe=recipe))
     assert estimate(job).peak_memory_bytes > estimate(plain).peak_memory_bytes
-    assert estimate(job).disk_bytes == estimate(plain).disk_bytes
+    assert abs(estimate(job).disk_bytes - estimate(plain).disk_bytes) < 300  # config and plan name it
+
+
+def test_windows_that_the_text_has_not_are_neither_counted_nor_passed_over(tiny_llama, recipe, text_file, capsys):
+    ids = tokenize(load_tokenizer(tiny_llama), load_text(text_file))
+    settings = {"recipe": recipe, "calibration": (str(text_file),), "calibration_context": 64}
+    few, many = (prepare(tiny_llama, Settings(calibration_windows=n, **settings)) for n in (len(ids) // 64, 4000))
+    assert many.settings == few.settings and many.settings.calibration_windows == len(ids) // 64
+    options = ["--recipe", recipe, "--calibration", str(text_file), "--calibration-context", "64", "--dry-run"]
+    assert main(["compress", str(tiny_llama), "-o", "out", "--calibration-windows", "4000", *options]) == 0
+    printed = capsys.readouterr()
+    there = f"{len(ids) // 64} windows of 64 tokens"
+    assert f"calibration: {there}: the text has no more, 4,000 were asked for" in printed.err and there in printed.out
+
+
+def test_a_context_beyond_what_the_model_was_made_for_is_not_counted(tiny_llama, recipe, text_file):
+    job = prepare(tiny_llama, Settings(recipe=recipe, calibration=(str(text_file),), calibration_context=4096))
+    assert job.settings.calibration_context == 512
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 3},
+        {"size": 81_000},
+        {"size": 110_000},
+        {"recipe": "mixed", "calibration": ("self",), "objective": "guided", **CALIBRATION},
+    ],
+    ids=["bits", "small", "large", "self"],
+)
+def test_the_work_folder_stays_within_what_is_announced_and_twice_the_source(
+    tiny_llama, tmp_path, settings, monkeypatch
+):
+    from reallm.pipeline import running, work_bytes
+    from reallm.pipeline.whole import nbytes_by_file
+
+    job = prepare(tiny_llama, Settings(**settings))
+    found, staged = [], running._staged
+
+    def counted(*arguments):
+        folder = staged(*arguments)
+        found.append(sum(nbytes_by_file(work_folder(tmp_path / "out")).values()))
+        return folder
+
+    monkeypatch.setattr(running, "_staged", counted)
+    run(job, tmp_path / "out")
+    assert 0.7 * work_bytes(job) < max(found) <= work_bytes(job) < 2 * job.source.nbytes

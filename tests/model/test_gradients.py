@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from reallm.model import walk
-from reallm.model.gradients import block_guidance, fisher, guidance
+from reallm.model.gradients import block_gradients, fisher, guidance
 from reallm.model.pieces import decoder_blocks
 from reallm.model.stream import Stream
 
@@ -44,8 +44,8 @@ def draws(numbers):
     return [torch.Generator().manual_seed(number) for number in numbers]
 
 
-def squared_gradients_of_blocks(model, ids, generators):
-    """(blocks, windows, context, hidden): plain autograd of the likelihood of tokens drawn from the model."""
+def gradients_by_autograd(model, ids, counted, generators):
+    """(windows, blocks, context, hidden): of the likelihood of tokens drawn from the model where the text's count."""
     outputs = []
 
     def keep(_module, _inputs, output):
@@ -58,54 +58,49 @@ def squared_gradients_of_blocks(model, ids, generators):
     for hook in hooks:
         hook.remove()
     loss = 0
-    for own, generator in zip(log_probs, generators, strict=True):
+    for own, there, generator in zip(log_probs, counted, generators, strict=True):
+        own = own[:-1][there[1:]]
         below = torch.rand(len(own), 1, generator=generator) < own.detach().exp().cumsum(-1)
         loss = loss - own.gather(1, below.int().argmax(1, keepdim=True)).sum()
     loss.backward()
-    return torch.stack([states.grad.square() for states in outputs])
+    return torch.stack([states.grad for states in outputs], 1)
+
+
+def gradients_of_blocks(model, ids, counted, generators):
+    found = []
+    block_gradients(model, ids, counted, "cpu", generators, lambda _, gradients: found.append(gradients))
+    return torch.stack(found)
+
+
+EVERY = torch.ones(3, 12, dtype=torch.bool)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3_moe"])
-def test_weights_of_blocks_are_squared_gradients_of_their_outputs_at_drawn_tokens(family, build):
+def test_gradients_of_blocks_are_those_of_the_likelihood_of_drawn_tokens(family, build):
     model = build(family)
-    found = block_guidance(model, windows(), "cpu", draws(range(3)))
-    squares = squared_gradients_of_blocks(model, windows(), draws(range(3)))
-    assert len(found) == len(squares)
-    for own, expected in zip(found, squares, strict=True):
-        tokens, channels = expected.mean(-1), expected.mean((0, 1))
-        torch.testing.assert_close(own.tokens, tokens / tokens.mean(), rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(own.rows, channels / channels.mean(), rtol=1e-3, atol=1e-5)
+    found = gradients_of_blocks(model, windows(), EVERY, draws(range(3)))
+    expected = gradients_by_autograd(model, windows(), EVERY, draws(range(3)))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
 
 
-def test_blocks_that_answer_with_tuples_are_weighed_as_those_that_answer_with_tensors(build):
+def test_only_answers_are_foretold_where_only_answers_count(build):
+    model, answers = build("llama"), EVERY.clone()
+    answers[:, :8] = False
+    found = gradients_of_blocks(model, windows(), answers, draws(range(3)))
+    expected = gradients_by_autograd(model, windows(), answers, draws(range(3)))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+    assert (found[:, 0, 0] != 0).any() and (found[:, -1, :7] == 0).all()  # what answers attend to, at the first block
+    assert (gradients_of_blocks(model, windows(), EVERY & False, draws(range(3))) == 0).all()
+
+
+def test_blocks_that_answer_with_tuples_have_the_gradients_of_those_that_answer_with_tensors(build):
     model = build("llama")
-    plain = block_guidance(model, windows(), "cpu", draws(range(3)))
+    plain = gradients_of_blocks(model, windows(), EVERY, draws(range(3)))
     for block in decoder_blocks(model)[:-1]:
         block.register_forward_hook(lambda _m, _i, output: (output, None))
     for block in decoder_blocks(model)[1:]:
         block.register_forward_pre_hook(lambda _m, inputs: (inputs[0][0], *inputs[1:]))
-    for own, other in zip(plain, block_guidance(model, windows(), "cpu", draws(range(3))), strict=True):
-        assert torch.equal(own.tokens, other.tokens) and torch.equal(own.rows, other.rows)
-
-
-def test_weights_of_blocks_are_those_of_all_windows_where_processes_share_them(build):
-    model = build("llama")
-    whole = block_guidance(model, windows(4), "cpu", draws(range(4)))
-    sums = []
-    for share in ([0, 2], [1, 3]):
-        block_guidance(model, windows(4)[share], "cpu", draws(share), lambda own: sums.append([t.clone() for t in own]))
-    others = iter(sums[2:] + sums[:2])  # two blocks of the other process, as each hands over its own
-
-    def add_up(tensors):
-        for tensor, other in zip(tensors, next(others), strict=True):
-            tensor += other
-
-    for share in ([0, 2], [1, 3]):
-        for own, all_of_it in zip(
-            block_guidance(model, windows(4)[share], "cpu", draws(share), add_up), whole, strict=True
-        ):
-            torch.testing.assert_close(own.tokens, all_of_it.tokens[share])
-            torch.testing.assert_close(own.rows, all_of_it.rows)
+    assert torch.equal(plain, gradients_of_blocks(model, windows(), EVERY, draws(range(3))))
 
 
 def test_fisher_of_one_token_is_the_squared_gradient_of_every_weight(build):
@@ -122,7 +117,7 @@ def test_nothing_of_the_model_is_changed(build):
     model = build("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     guidance(model, windows(), blocks_of(model), "cpu")
-    block_guidance(model, windows(), "cpu", draws(range(3)))
+    gradients_of_blocks(model, windows(), EVERY, draws(range(3)))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 

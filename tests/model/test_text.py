@@ -70,10 +70,10 @@ def test_a_file_that_holds_no_text_is_named_in_one_line(tmp_path, name, content,
 
 
 def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
-    with pytest.raises(TextError, match="no such file"):
+    with pytest.raises(TextError, match="no such file; --text takes a .txt"):
         load_text(tmp_path / "nowhere.txt")
-    with pytest.raises(TextError, match="not a file"):
-        load_text(tmp_path)
+    with pytest.raises(TextError, match="not a file; --calibration takes one .txt"):
+        load_text(tmp_path, "--calibration")
 
 
 def test_the_hash_is_that_of_the_bytes_on_disk(tmp_path):

@@ -77,7 +77,8 @@ def command(
         typer.Option(
             metavar="NAME",
             help="What calibration minimises: outputs (squared error of every matrix's outputs), guided (tokens "
-            "weighted by the gradient of the end loss) or fisher (weights weighted by their Fisher information). "
+            "weighted by the gradient of the end loss) or fisher (as outputs, save that codebooks are made by the "
+            "Fisher information of every weight; behind a rotation the same as outputs). "
             "Default: what the recipe says, guided under a budget, outputs without.",
         ),
     ] = None,
@@ -126,7 +127,7 @@ def command(
     from reallm.allocate.sizing import parse_size
     from reallm.artifact import check_output, work_folder
     from reallm.pipeline import Settings, prepare, run, work_bytes
-    from reallm.report.cost import cost_table, plan_table
+    from reallm.report.cost import calibration_line, cost_table, plan_table
     from reallm.report.ledger import summary
     from reallm.report.predicted import realised_line
     from reallm.report.text import size as in_units
@@ -157,7 +158,10 @@ def command(
         analysis=str(analysis or output.absolute().parent / ".reallm"),
         fits=None if fits is None else str(fits),
     )
-    job = prepare(model, settings)
+    with progress_bar() as progress:
+        job = prepare(model, settings, progress)
+    if job.settings.calibration:
+        print(f"calibration: {calibration_line(job, calibration_windows)}", file=sys.stderr)
     if job.forecast is not None:
         note_left_out()
     if dry_run:

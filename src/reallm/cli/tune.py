@@ -79,16 +79,16 @@ def command(
         str,
         typer.Option(
             metavar="NAME",
-            help="What a block should put out: what the original's does on the original's stream (original) or on "
-            "the compressed model's (compressed).",
+            help="What a block should put out: what the original's does on the compressed model's stream (compressed) "
+            "or on the original's (original).",
         ),
-    ] = "original",
+    ] = "compressed",
     block_error: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="What an error of a block's output costs: loss weighs its tokens and channels by squared gradients of "
-            "the original's end loss, outputs counts all alike.",
+            help="What an error of a block's output costs: loss what the end loss would, by gradients of the original "
+            "that are kept on disk meanwhile; outputs counts all alike.",
         ),
     ] = "loss",
     block_windows: Annotated[int, typer.Option(metavar="N", help="Windows that blocks are tuned on.")] = 128,

@@ -18,7 +18,7 @@ OUTPUTS, GUIDED, FISHER = "outputs", "guided", "fisher"
 OBJECTIVES = {
     OUTPUTS: "squared error of every matrix's outputs",
     GUIDED: "the same, tokens weighted by the gradient of the end loss",
-    FISHER: "squared error of the weights, each weighted by its Fisher information",
+    FISHER: "as outputs, save that codebooks are made by the Fisher information of every weight",
 }
 
 # A column that is (nearly) zero counts at most 1,000 times as much as the mean column.
@@ -37,7 +37,8 @@ class Objective:
     Σ importance · D², `importance` by column: one row of it for all, or one for every output row. With
     `hessian` = XᵀX / n_tokens of the calibration inputs the cost is tr(D H Dᵀ), the squared error of the
     layer's output per token (the objective of GPTQ, Frantar et al., arXiv:2210.17323), and importance is its
-    diagonal, for methods that treat columns apart.
+    diagonal, for methods that treat columns apart: k-means of codebooks, and the choice of what is kept apart. Fisher
+    weights stand there in place of the diagonal, one for every weight (SqueezeLLM, Kim et al., arXiv:2306.07629).
 
     `rows`: what an error of each output row costs beside, mean 1; None where all cost alike. Codes of one row do not
     depend on it, so that only formats that can move errors between rows look at it (`scaled`).
@@ -144,7 +145,10 @@ class Objective:
         return dataclasses.replace(self, importance=self.importance * sizes.square(), hessian=hessian)
 
     def rotated(self, rotate: Callable[[Tensor], Tensor]) -> Objective:
-        """The objective of the matrix whose rows `rotate` (orthogonal, on the last axis) has turned."""
+        """The objective of the matrix whose rows `rotate` (orthogonal, on the last axis) has turned.
+
+        What importance says beside the hessian is lost: behind a rotation every input is a mixture of all.
+        """
         if self.hessian is None:
             # Errors spread over all inputs alike: what is left of importance is its mean.
             return Objective(self.importance.mean(1, keepdim=True).expand_as(self.importance))

@@ -1,6 +1,10 @@
 """`decoupled`: a few columns, rows or entries kept in 8 or 16 bits, beside any format of the rest.
 
-The outliers of SpQR (Dettmers et al., arXiv:2306.03078) are entries; whole columns cost next to nothing to name.
+Single weights that hurt most by their rounding, and are therefore stored apart, are SpQR's (Dettmers et al.,
+arXiv:2306.03078): here `entries`, though of a number fixed by the shape and not by a threshold. A small branch of high
+precision beside a branch of very few bits, with whole neurons in one or the other, is pQuant's (Zhang et al.,
+arXiv:2602.22592), which trains both: here `columns` and `rows`, chosen in a trained model, which cost next to nothing
+to name.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from reallm.model.silence import quiet
 from reallm.model.text import leading_bos, load_text, tokenize
 
 SELF = "self"
-_WRITTEN_AT_ONCE = 16  # sequences: their key-value caches are what a small machine has to hold
+WRITTEN_AT_ONCE = 16  # sequences: their key-value caches are what a small machine has to hold
 
 
 def windows_of_files(
@@ -29,8 +31,8 @@ def windows_of_files(
     """
     bos = leading_bos(tokenizer)
     body = context - (bos is not None)
-    documents = [document for path in paths for document in load_text(path)]
-    ids = tokenize(tokenizer, documents)
+    documents = [document for path in paths for document in load_text(path, "--calibration")]
+    ids = tokenize(tokenizer, documents, enough=windows * body)
     count = min(windows, len(ids) // body)
     if count == 0:
         names = ", ".join(str(path) for path in paths)
@@ -40,11 +42,18 @@ def windows_of_files(
 
 
 def windows_written(
-    model: nn.Module, tokenizer: Any, windows: int, context: int, seed: int, device: str | torch.device
+    model: nn.Module,
+    tokenizer: Any,
+    windows: int,
+    context: int,
+    seed: int,
+    device: str | torch.device,
+    told: Callable[[int, int], None] | None = None,
 ) -> Int[Tensor, "windows context"]:
     """Text that the model writes itself: sampled at temperature 1 from its begin-of-text token, or end-of-text.
 
-    The idea of LLM-QAT (Liu et al., arXiv:2305.17888): what a model writes is what it was trained on.
+    The idea of LLM-QAT (Liu et al., arXiv:2305.17888): what a model writes is what it was trained on. `told` after
+    every step (tokens written, in all).
     Errors: TextError for a tokenizer that has neither token.
     """
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -55,11 +64,31 @@ def windows_written(
     written = []
     with torch.no_grad(), torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)
-        for start in range(0, windows, _WRITTEN_AT_ONCE):
-            prompt = torch.full((min(_WRITTEN_AT_ONCE, windows - start), 1), first, device=device)
+        for start in range(0, windows, WRITTEN_AT_ONCE):
+
+            def step(ids: Tensor, scores: Tensor, start: int = start) -> Tensor:
+                if told:
+                    told(start * context + len(ids) * (ids.shape[1] + 1), windows * context)
+                return scores
+
+            prompt = torch.full((min(WRITTEN_AT_ONCE, windows - start), 1), first, device=device)
             options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
             lengths = {"min_new_tokens": context - 1, "max_new_tokens": context - 1}
             mask = torch.ones_like(prompt)
-            written.append(model.generate(prompt, attention_mask=mask, pad_token_id=first, **options, **lengths).cpu())
+            options |= {"attention_mask": mask, "pad_token_id": first, "logits_processor": [step]}
+            written.append(model.generate(prompt, **options, **lengths).cpu())
     model.to(home)
     return torch.cat(written)
+
+
+def seconds_a_step(blocks: int, device: str | torch.device, tokens: int = 24) -> float:
+    """Seconds that a net of so many blocks of 64 numbers takes to write a token of each of `WRITTEN_AT_ONCE` texts."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 256}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=blocks, **sizes)).eval()
+    tokenizer = SimpleNamespace(bos_token_id=0)
+    windows_written(model, tokenizer, 1, 2, 0, device)  # what is loaded at the first step only
+    begun = time.perf_counter()
+    windows_written(model, tokenizer, WRITTEN_AT_ONCE, tokens, 0, device)
+    return (time.perf_counter() - begun) / tokens

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from reallm.kernels import average
 from reallm.model.pieces import decoder_blocks
 from reallm.model.walk import Matrix, linear_shape
 
+Told = Callable[[int, int], None]  # (windows done, of how many)
 # (module path, its inputs (tokens, in), gradients of its outputs (tokens, out)) of one window
 Seen = Callable[[str, Float[Tensor, "tokens in"], Float[Tensor, "tokens out"]], None]
 
@@ -28,7 +29,11 @@ class Guidance:
 
 
 def guidance(
-    model: nn.Module, windows: Int[Tensor, "windows context"], matrices: Sequence[Matrix], device: str | torch.device
+    model: nn.Module,
+    windows: Int[Tensor, "windows context"],
+    matrices: Sequence[Matrix],
+    device: str | torch.device,
+    told: Told | None = None,
 ) -> dict[str, Guidance]:
     """How much each token and each channel of each module's output matters, by the squared gradient of the loss.
 
@@ -36,7 +41,7 @@ def guidance(
     channels in one group. Modules that no gradient reaches are left out.
     """
     squares = _Squares()
-    _backward_each(model, windows, _linears(model, matrices), device, squares.add)
+    _backward_each(model, windows, _linears(model, matrices), device, squares.add, told=told)
     weights = {name: torch.stack(parts) for name, parts in squares.tokens.items() if len(parts) == len(windows)}
     return {
         name: Guidance(weight / average(weight), squares.rows[name].cpu() / average(squares.rows[name].cpu()))
@@ -45,34 +50,36 @@ def guidance(
     }
 
 
-def block_guidance(
+def block_gradients(
     model: nn.Module,
     windows: Int[Tensor, "windows context"],
+    counted: Bool[Tensor, "windows context"],
     device: str | torch.device,
     draws: Iterable[torch.Generator],
-    add_up: Callable[[list[Tensor]], None] = lambda _: None,
-) -> list[Guidance]:
-    """How much each token and each channel of the hidden states that each decoder block puts out matters.
+    found: Callable[[int, Float[Tensor, "blocks context hidden"]], None],
+) -> None:
+    """Gradients of the end loss by the hidden states that every decoder block puts out, handed over window by window.
 
-    Tokens to predict are drawn from the model, for each window by a generator of its own in `draws`: so squared
-    gradients are the curvature of the KL divergence to the model (see `curvatures`). Where several processes have
-    windows, `add_up` makes tensors on the device their sums over all: means are of all windows, channels the same.
-    Takes the memory of the whole model on the device, of one window's activations there, and, for each block, a number
-    a token and a number a channel. Where no gradient arrives all weigh nothing.
+    `found` gets a window's number and its gradients, float32 on the device; zeros where none arrive. Tokens to predict
+    are drawn from the model, for each window by a generator of its own in `draws`, wherever the text's is `counted`;
+    so an error d of a token's states costs ½ (g · d)² nats of KL divergence to the model, to second order, in the mean
+    over draws, and as if tokens erred independently (see `curvatures`).
+    Takes the memory of the whole model on the device and of one window's activations there.
     Errors: SourceError for a model whose blocks cannot be told apart.
     """
     blocks = {str(number): block for number, block in enumerate(decoder_blocks(model))}
-    squares = _Squares()
-    _backward_each(model, windows, blocks, device, squares.add, draws)
-    tiny = torch.finfo(torch.float32).tiny
-    found = []
-    for name in blocks:
-        tokens, rows = torch.stack(squares.tokens[name]), squares.rows[name]
-        count = rows.new_tensor([tokens.numel()])
-        add_up([rows, count])
-        total = average(rows).clamp(min=tiny)
-        found.append(Guidance(tokens / (total / count).clamp(min=tiny).cpu(), (rows / total).cpu()))
-    return found
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, inputs: Tensor, gradients: Tensor) -> None:
+        seen[name] = gradients.float()
+
+    def told(done: int, _: int) -> None:
+        size = windows.shape[1], model.config.get_text_config(decoder=True).hidden_size
+        nothing = torch.zeros(size, device=device)
+        found(done - 1, torch.stack([seen.get(name, nothing) for name in blocks]))
+        seen.clear()
+
+    _backward_each(model, windows, blocks, device, keep, draws, told=told, counted=counted)
 
 
 class _Squares:
@@ -89,7 +96,11 @@ class _Squares:
 
 
 def fisher(
-    model: nn.Module, windows: Int[Tensor, "windows context"], matrices: Sequence[Matrix], device: str | torch.device
+    model: nn.Module,
+    windows: Int[Tensor, "windows context"],
+    matrices: Sequence[Matrix],
+    device: str | torch.device,
+    told: Told | None = None,
 ) -> dict[str, Float[Tensor, "out in"]]:
     """The diagonal of the Fisher information of every weight, tokens taken as independent: Σ_t g_ti² x_tj², mean 1."""
     found: dict[str, Tensor] = {}
@@ -98,7 +109,7 @@ def fisher(
         update = gradients.float().square().T @ inputs.float().square()
         found[name] = found[name] + update.cpu() if name in found else update.cpu()
 
-    _backward_each(model, windows, _linears(model, matrices), device, seen)
+    _backward_each(model, windows, _linears(model, matrices), device, seen, told=told)
     return {name: total / average(total) for name, total in found.items() if average(total) > 0}
 
 
@@ -124,6 +135,7 @@ def curvatures(
     found: Callable[[str, Curvature], None],
     seed: int = 0,
     guided: bool = False,
+    told: Told | None = None,
 ) -> EndCurvature:
     """Curvature of each module, handed to `found` one by one, in a pass of the original model over the windows.
 
@@ -132,10 +144,16 @@ def curvatures(
     Modules that no gradient reaches are left out. Several passes where the sums of one would take over _SUMS_BYTES.
     """
     ends = _Ends(model, windows)
-    for number, part in enumerate(_parts(matrices)):
+    parts, count = _parts(matrices), len(windows)
+    for number, part in enumerate(parts):
+
+        def passed(done: int, _: int, before: int = number * count) -> None:
+            if told:
+                told(before + done, count * len(parts))
+
         sums = _Sums(guided, len(windows) == 1)
         draws = itertools.repeat(torch.Generator().manual_seed(seed))
-        _backward_each(model, windows, _linears(model, part), device, sums.add, draws, None if number else ends)
+        _backward_each(model, windows, _linears(model, part), device, sums.add, draws, None if number else ends, passed)
         for name in list(sums.hessians):
             found(name, sums.pop(name))
     return ends.result()
@@ -266,11 +284,13 @@ def _backward_each(
     seen: Seen,
     draws: Iterable[torch.Generator] | None = None,
     ends: _Ends | None = None,
+    told: Told | None = None,
+    counted: Bool[Tensor, "windows context"] | None = None,
 ) -> None:
     """One window at a time through the whole model and back; no weight gets a gradient of its own.
 
     With `draws`, one for each window, every token is predicted to be one drawn from the model, without them to be the
-    text's.
+    text's; with `counted` only those that are.
     """
     home = next(model.parameters()).device
     model.to(device)
@@ -282,13 +302,18 @@ def _backward_each(
     hooks += [module.register_forward_hook(_watching(name, seen)) for name, module in modules.items()]
     try:
         with torch.enable_grad():
-            for window, draw in zip(windows, itertools.repeat(None) if draws is None else draws, strict=False):
+            pairs = zip(windows, itertools.repeat(None) if draws is None else draws, strict=False)
+            for number, (window, draw) in enumerate(pairs, start=1):
                 ids = window[None].to(device)
                 logits = model(input_ids=ids, use_cache=False).logits[0].float()
                 if ends:
                     ends.add_logits(logits.detach())
+                if counted is not None:
+                    logits = logits[:-1][counted[number - 1, 1:].to(device)]
                 logits, targets = (logits[:-1], ids[0, 1:]) if draw is None else (logits, _drawn(logits, draw))
                 torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+                if told:
+                    told(number, len(windows))
     finally:
         for hook in hooks:
             hook.remove()

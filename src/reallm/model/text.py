@@ -13,7 +13,7 @@ from torch import Tensor
 from reallm.errors import TextError
 
 
-def load_text(path: str | Path) -> list[str]:
+def load_text(path: str | Path, option: str = "--text") -> list[str]:
     """The documents of a UTF-8 file: one, save for `.jsonl`.
 
     * `.raw` (WikiText): lines become rows, a blank line the empty string, and rows are joined by a blank
@@ -21,10 +21,11 @@ def load_text(path: str | Path) -> list[str]:
     * `.jsonl`: the `text` field of each line is a document of its own.
     * anything else: the file as it is.
 
-    TextError if the file is missing, not text, or holds nothing but white space.
+    TextError if the file is missing, which names the `option` that asked for it, is not text, or holds nothing but
+    white space.
     """
     path = Path(path)
-    text = _read(path)
+    text = _read(path, option)
     if path.suffix == ".raw":
         documents = [wikitext_rows(text)]
     elif path.suffix == ".jsonl":
@@ -49,13 +50,16 @@ def text_sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def tokenize(tokenizer: Any, documents: Sequence[str]) -> Int[Tensor, " n"]:
+def tokenize(tokenizer: Any, documents: Sequence[str], enough: int | None = None) -> Int[Tensor, " n"]:
     """Token ids of the documents, each as one string, with the end-of-text token between two of them.
 
+    Documents behind the first `enough` tokens are not looked at.
     No other special token is added: `perplexity.windows` puts `leading_bos(tokenizer)` where it belongs.
     """
     ids: list[int] = []
     for number, document in enumerate(documents):
+        if enough is not None and len(ids) >= enough:
+            break
         if number and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
         # verbose=False: "longer than the model's maximum" is true and wanted, windows are cut later.
@@ -71,11 +75,11 @@ def leading_bos(tokenizer: Any) -> int | None:
     return bos if tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, option: str) -> str:
     if not path.exists():
-        raise TextError(f"{path}: no such file; --text takes a .txt, .raw (WikiText) or .jsonl file")
+        raise TextError(f"{path}: no such file; {option} takes a .txt, .raw (WikiText) or .jsonl file")
     if not path.is_file():
-        raise TextError(f"{path}: not a file; --text takes one .txt, .raw (WikiText) or .jsonl file")
+        raise TextError(f"{path}: not a file; {option} takes one .txt, .raw (WikiText) or .jsonl file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -11,19 +12,48 @@ from reallm.model import Source, load_tokenizer
 from reallm.model.calibration import SELF, windows_of_files, windows_written
 from reallm.pipeline.settings import Settings
 
+# (matrix just finished, weights done, weights in all), or the same of a phase, which begins with 0 done
+Progress = Callable[[str, int, int], None]
+WRITING = "writing text to calibrate on"  # a phase, counted in tokens
+
 _IN_FLOAT32 = 2_000_000_000  # parameters
 
 
-def calibration_windows(source: Source, settings: Settings, model: Callable[[], torch.nn.Module]) -> Tensor:
+def telling(progress: Progress | None, phase: str) -> Callable[[int, int], None]:
+    """Tells `progress` how much of a phase is done, of how much."""
+    return (lambda done, total: progress(phase, done, total)) if progress else (lambda done, total: None)
+
+
+def calibration_windows(
+    source: Source, settings: Settings, model: Callable[[], torch.nn.Module], progress: Progress | None = None
+) -> Tensor:
     """Token ids (windows, context) of the settings' calibration. `model` is asked for only to write text itself."""
-    tokenizer = load_tokenizer(source.label)
-    limit = getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    context = min(settings.calibration_context, limit or settings.calibration_context)
+    tokenizer, context = load_tokenizer(source.label), _context(source, settings)
     if settings.calibration == (SELF,):
-        return windows_written(
-            model(), tokenizer, settings.calibration_windows, context, settings.seed, settings.device
-        )
+        told, windows = telling(progress, WRITING), settings.calibration_windows
+        told(0, windows * context)
+        return windows_written(model(), tokenizer, windows, context, settings.seed, settings.device, told)
     return windows_of_files(settings.calibration, tokenizer, settings.calibration_windows, context)
+
+
+def with_windows_there_are(source: Source, settings: Settings) -> Settings:
+    """The settings with as many windows as the text has, if these are fewer, and a context that the model was made for.
+
+    What costs, files and the next text to be held out go by is counted here once, before any work.
+    Errors: TextError if the text does not fill one window.
+    """
+    if not settings.calibration:
+        return settings
+    windows = settings.calibration_windows
+    if settings.calibration != (SELF,):
+        tokenizer = load_tokenizer(source.label)
+        windows = len(windows_of_files(settings.calibration, tokenizer, windows, _context(source, settings)))
+    return dataclasses.replace(settings, calibration_windows=windows, calibration_context=_context(source, settings))
+
+
+def _context(source: Source, settings: Settings) -> int:
+    limit = getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return min(settings.calibration_context, limit or settings.calibration_context)
 
 
 def calculation_dtype(source: Source) -> torch.dtype:

@@ -5,6 +5,7 @@ Finished matrices are kept in the work folder as they come, so that an interrupt
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections import defaultdict
@@ -20,27 +21,27 @@ from reallm.allocate import Planned
 from reallm.artifact import check_finished, finished_file, save_tensors
 from reallm.errors import FormatError, SourceError
 from reallm.fit import Objective, fit
-from reallm.fit.objective import GUIDED, OUTPUTS
+from reallm.fit.objective import OUTPUTS
 from reallm.formats import WeightFormat, tables_at_hand
 from reallm.formats.waist import inner, under
 from reallm.model import Matrix
-from reallm.model.gradients import Guidance, fisher, guidance
+from reallm.model.gradients import Guidance, fisher
 from reallm.model.pieces import Pieces
 from reallm.model.stream import Moments, Stream
-from reallm.pipeline.calibrating import calculation_dtype, calibration_windows
+from reallm.pipeline.calibrating import Progress, calculation_dtype, telling
 from reallm.pipeline.fits import Fits, key_of
 from reallm.pipeline.job import Job
+from reallm.pipeline.original import GRADIENTS, guidance_of, windows_of
 from reallm.pipeline.reading import checked_weight, seed_of
 from reallm.pipeline.sharing import missing_tables, trained_tables
 
-Progress = Callable[[str, int, int], None]  # (matrix just finished, weights done, weights in all)
 ObjectiveOf = Callable[[Matrix], Objective | None]  # None: calibration tells nothing of this matrix
 
 
 def fit_all(job: Job, work: Path, progress: Progress | None) -> None:
     done = _counted(job, progress)
     if job.settings.calibration:
-        _fit_along_the_stream(job, work, done)
+        _fit_along_the_stream(job, work, done, progress)
     else:
         with torch.no_grad(), tables_at_hand(trained_tables(job, work, {})):
             for matrix, planned in job.compressed:
@@ -48,7 +49,7 @@ def fit_all(job: Job, work: Path, progress: Progress | None) -> None:
                 done(matrix)
 
 
-def _fit_along_the_stream(job: Job, work: Path, done: Callable[[Matrix], None]) -> None:
+def _fit_along_the_stream(job: Job, work: Path, done: Callable[[Matrix], None], progress: Progress | None) -> None:
     """Block by block: sum up its inputs, fit it, and let the compressed block carry the inputs on.
 
     Embedding and head come first, by their weights alone: the stream begins behind the compressed embedding. Of the
@@ -58,7 +59,7 @@ def _fit_along_the_stream(job: Job, work: Path, done: Callable[[Matrix], None]) 
     for matrix, planned in job.compressed:
         by_block[matrix.block].append((matrix, planned))
     with torch.no_grad():
-        windows, knowledge = _asked_of_the_original(job, work)
+        windows, knowledge = _asked_of_the_original(job, work, progress)
         tables = trained_tables(job, work, _before_the_stream(job, windows, work, knowledge))
     with torch.no_grad(), tables_at_hand(tables):
         ends = by_block.pop(None, [])
@@ -169,7 +170,12 @@ def stream_dtype(job: Job) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _EndLoss:
-    """What the end loss says of tokens and channels (guided) or of weights (fisher); nothing for plain outputs."""
+    """What the end loss says of tokens and channels (guided) or of weights (fisher); nothing for plain outputs.
+
+    Errors are fed back by the stream's second moments in every case. Fisher weights of a matrix with 3,000 inputs have
+    no hessian of their own (one of 9 million numbers for every row): by themselves they lost 0.62 nats of KL where
+    codebooks lose 0.25 with feedback, and behind a rotation they are nothing (docs/log.md, 2026-11-28).
+    """
 
     guidance: dict[str, Guidance] | None = None
     fisher: dict[str, Tensor] | None = None
@@ -179,32 +185,34 @@ class _EndLoss:
 
         Nothing for those that calibration tells nothing of: experts, and modules that no token reached.
         """
-        if self.fisher is not None:
-            known = self.fisher
-            return lambda matrix: Objective(known[matrix.name]) if matrix.name in known else None
-        guided = self.guidance or {}
+        guided, of_weights = self.guidance or {}, self.fisher or {}
         weights = {name: own.tokens for name, own in guided.items()} or None
         moments = stream.moments(matrices, weights) if matrices else Moments()
         rows = {name: own.rows for name, own in guided.items()}
-        return lambda matrix: _of_outputs(matrix, moments, rows.get(matrix.name))
+        return lambda matrix: _of_outputs(matrix, moments, rows.get(matrix.name), of_weights.get(matrix.name))
 
 
-def _of_outputs(matrix: Matrix, moments: Moments, rows: Tensor | None) -> Objective | None:
-    """Errors: SourceError naming the matrix if its inputs overflowed."""
-    hessian = moments.take(matrix.name)
+def _of_outputs(
+    matrix: Matrix, moments: Moments, rows: Tensor | None, importance: Tensor | None = None
+) -> Objective | None:
+    """`importance` in place of the hessian's diagonal. Errors: SourceError naming a matrix whose inputs overflowed."""
+    if (hessian := moments.take(matrix.name)) is None:
+        return None
     try:
-        return None if hessian is None else Objective.of_outputs(hessian, rows)
+        objective = Objective.of_outputs(hessian, rows)
     except FormatError as error:
         raise SourceError(f"{matrix.name}: {error}") from error
+    return objective if importance is None else dataclasses.replace(objective, importance=importance)
 
 
-def _asked_of_the_original(job: Job, work: Path) -> tuple[Tensor, _EndLoss]:
+def _asked_of_the_original(job: Job, work: Path, progress: Progress | None) -> tuple[Tensor, _EndLoss]:
     """The windows, and what the end loss says, unless everything is fitted already.
 
     Text that the model writes itself and gradients of the end loss take the whole original in memory, and only they.
+    Fisher weights, twice the bytes of a model of 16 bits, are not kept on disk: a resumed run asks for them again.
     """
     original = functools.cache(lambda: job.source.load(stream_dtype(job), "cpu").eval())
-    windows = calibration_windows(job.source, job.settings, original)
+    windows = windows_of(job, work, original, progress)
     open_ones = [
         matrix
         for matrix, _ in job.compressed
@@ -212,6 +220,8 @@ def _asked_of_the_original(job: Job, work: Path) -> tuple[Tensor, _EndLoss]:
     ]
     if job.settings.objective == OUTPUTS or not open_ones:
         return windows, _EndLoss()
-    if job.settings.objective == GUIDED:
-        return windows, _EndLoss(guidance=guidance(original(), windows, open_ones, job.settings.device))
-    return windows, _EndLoss(fisher=fisher(original(), windows, open_ones, job.settings.device))
+    if job.guided:
+        return windows, _EndLoss(guidance=guidance_of(job, work, windows, original, progress))
+    told = telling(progress, GRADIENTS)
+    told(0, len(windows))
+    return windows, _EndLoss(fisher=fisher(original(), windows, open_ones, job.settings.device, told))

@@ -92,7 +92,7 @@ def check_calibration(settings: Settings) -> None:
             raise RecipeError(f"--calibration-{option} {value} is below {least}")
     for path in settings.calibration:
         if path != SELF:
-            load_text(path)
+            load_text(path, "--calibration")
 
 
 def check_goal(settings: Settings) -> None:

@@ -35,6 +35,7 @@ def cost_table(job: Job) -> str:
     stored = cost.compressed_bytes + cost.kept_bytes
     rows = [
         *_budget_rows(job),
+        *([("calibration", calibration_line(job))] if job.settings.calibration else []),
         ("bits per block weight", f"{cost.bits_per_weight:.4f}"),
         ("compressed tensors", f"{cost.compressed_bytes:,} bytes"),
         ("kept tensors", f"{cost.kept_bytes:,} bytes"),
@@ -44,6 +45,13 @@ def cost_table(job: Job) -> str:
         ("disk while working", f"about {size(cost.disk_bytes)}"),
     ]
     return "\n".join(f"{name:<22} {value}" for name, value in rows)
+
+
+def calibration_line(job: Job, asked: int | None = None) -> str:
+    """How many windows of text there are, and whether fewer than were `asked` for."""
+    windows, context = job.settings.calibration_windows, job.settings.calibration_context
+    short = "" if asked is None or windows >= asked else f": the text has no more, {asked:,} were asked for"
+    return f"{windows:,} windows of {context:,} tokens{short}"
 
 
 def _why_whole(job: Job) -> str:

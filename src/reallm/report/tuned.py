@@ -39,14 +39,31 @@ def event_line(event: dict[str, Any]) -> str | None:
     """An event as a line; None for those that are not shown."""
     if "stopped" in event:
         return f"{event['phase']}: {event['stopped']}, stopped"
+    if event["phase"] == "gradients":
+        if event["window"] == 0:
+            return f"the original's gradients of {event['windows']} windows: {event['bytes'] / 1e9:.2f} GB on disk"
+        return f"window {event['window']} of {event['windows']}  {_pace(event)}"
     if event["phase"] == "block":
-        return f"block {event['block']:3d}  round {event['epoch']}  validation error {event['validation']:.5f}"
+        unit = " nats a token" if event["unit"] == "nats" else ""
+        error = f"validation error {event['validation']:.5f}{unit}"
+        return "  ".join(
+            [f"block {event['block']:3d}  round {event['epoch']}", error, *_pace(event).split("  ")]
+        ).strip()
     if event["phase"] == "validation":
-        return f"step {event['step']:6d}  validation KL {event['kl']:.4f}  perplexity {event['perplexity']:.3f}"
+        kl = f"KL {event['kl']:.4f}  " if math.isfinite(event["kl"]) else ""  # without the original there is none
+        return f"step {event['step']:6d}  validation {kl}perplexity {event['perplexity']:.3f}"
     if event["phase"] == "end-to-end":
-        pace = f"{event['tokens_per_second']:,.0f} tokens/s  {event['eta_seconds']:,.0f} s left"
-        return f"step {event['step']:6d} of {event['steps']}  loss {event['loss']:.4f}  {pace}"
+        return f"step {event['step']:6d} of {event['steps']}  loss {event['loss']:.4f}  {_pace(event)}"
     return None
+
+
+def _pace(event: dict[str, Any]) -> str:
+    """Tokens a second and seconds left, as far as the event knows them."""
+    words = ((f"{event.get(key, math.nan):,.0f}", unit) for key, unit in _PACE)
+    return "  ".join(f"{number} {unit}" for number, unit in words if number != "nan")
+
+
+_PACE = (("tokens_per_second", "tokens/s"), ("eta_seconds", "s left"))
 
 
 def _errors(tuned: Tuned) -> dict[int, list[float]]:
@@ -61,5 +78,7 @@ def _errors(tuned: Tuned) -> dict[int, list[float]]:
 def _blocks(tuned: Tuned) -> str:
     """The mean over blocks of the error before and of the least one after."""
     errors = _errors(tuned)
+    nats = any(event.get("unit") == "nats" for event in tuned.events)
     before, after = (sum(pick(e) for e in errors.values()) / len(errors) for pick in (lambda e: e[0], min))
-    return f"{len(errors)} tuned; relative error {before:.4f} before, {after:.4f} after, on average"
+    what = "error in nats a token" if nats else "relative error"
+    return f"{len(errors)} tuned; {what} {before:.5f} before, {after:.5f} after, on average"

@@ -1,37 +1,42 @@
 """Block-wise tuning: one decoder block after the other learns to answer as the original's does.
 
-original    x0 ─▶ block 0 ─▶ x1 ─▶ block 1 ─▶ …      targets: these states, or the original block's answer to
-compressed  x0'─▶ tuned 0 ─▶ x1'─▶ tuned 1 ─▶ …      the compressed stream's states
+compressed  x0'─▶ tuned 0 ─▶ x1'─▶ tuned 1 ─▶ …      target: the original block's answer to the states x' that the
+original    x0 ─▶ block 0 ─▶ x1 ─▶ block 1 ─▶ …      compressed blocks before it put out, or its answer to its own x
 
-Both models lie on the CPU and one block at a time is on the device. What an error of a block's output costs:
+Of the original one block at a time is in memory. What an error d of a token's states costs:
 
-loss     Σ_t w_t Σ_c r_c (answer - target)² / Σ_t w_t Σ_c r_c target², with w and r the squared gradients of the
-         original's end loss by token and by channel. Fits that the end loss guided have put their errors where w and r
-         are small; an error that counts all channels alike would have these taken back. Before the first block the
-         original goes to the device as a whole, for a pass over the windows and back.
-outputs  Σ_c (answer - target)² / Σ_c target², the mean over tokens: what follows a block is a norm, so that a token
-         with huge states would otherwise drown all others. With w it does not: its gradients are as small.
+loss     ½ (g · d)² nats, g the gradient of the original's end loss (see `model/gradients.py`): what the end loss does
+         not see costs nothing. Before the first block the original is in memory as a whole, for a pass over the
+         windows and back; what it finds lies on disk until the blocks are done.
+outputs  |d|² / |target|², the mean over tokens: what follows a block is a norm, so that a token with huge states
+         would otherwise drown all others.
+
+Asked for the original's answer to x, a block learns to undo the errors of those before it. At 2 bits that is worse than
+not to tune, with either cost (docs/log.md, 2026-11-28).
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from reallm.artifact import read_kept, save_tensors
 from reallm.errors import SourceError
-from reallm.model.gradients import Guidance, block_guidance
-from reallm.model.pieces import decoder_blocks
+from reallm.model import Source
+from reallm.model.gradients import block_gradients
+from reallm.model.pieces import Pieces, decoder_blocks
 from reallm.model.stream import Stream
-from reallm.tune.data import drawn
+from reallm.tune.data import Windows, drawn
 from reallm.tune.descent import Descent, Diverged, restore, snapshot
-from reallm.tune.log import Log
+from reallm.tune.gradients import Gradients, check_room
+from reallm.tune.log import Log, Pace
 from reallm.tune.losses import computing
 from reallm.tune.processes import Processes
 from reallm.tune.settings import COMPRESSED, END_LOSS, Settings
@@ -39,10 +44,10 @@ from reallm.tune.trainables import Trainables
 
 
 def tune_blocks(
-    original: nn.Module,
+    source: Source,
     trainables: Trainables,
-    training: Int[Tensor, "windows context"],
-    validation: Int[Tensor, "checked context"],
+    training: Windows,
+    validation: Windows,
     settings: Settings,
     work: Path,
     workers: Processes,
@@ -51,34 +56,43 @@ def tune_blocks(
     """Tune every block in turn; those whose file is in the work folder already are taken over.
 
     `training` windows fill whole batches, of which this process takes its share; validation it scores alone.
-    Errors: SourceError if the two models have other blocks.
+    Errors: SourceError if the two models have other blocks, RecipeError for a disk without room for the gradients.
     """
-    check_blocks(original, trainables.model)
-    numbers = torch.cat([workers.share(batch) for batch in torch.arange(len(training)).split(settings.batch)])
-    batch = settings.batch // workers.count
-    learning = _Pair(original, trainables.model, training[numbers], batch, settings)
-    checking = _Pair(original, trainables.model, validation, settings.batch, settings)
-    guided, judged = _guidance(original, training, numbers, validation, settings, workers)
-    for number, block in enumerate(learning.ours.blocks):
+    pieces = Pieces(source, torch.float32)
+    check_blocks(pieces.model, trainables.model)
+    blocks = decoder_blocks(trainables.model)
+    files = [work / f"block-{number:05d}.safetensors" for number in range(len(blocks))]
+    left = [n for n, block in enumerate(blocks) if trainables.within(block) and not files[n].is_file()]
+    learned, checked = _shares(training, validation, settings, work, workers)
+    if settings.block_error == END_LOSS and left:
+        _ask(source, (learned, checked), settings, workers, log)
+    learning, checking = (_Pair(pieces, trainables.model, share, settings) for share in (learned, checked))
+    pace = Pace(len(left), 0, 0)
+    for number, block in enumerate(blocks):
         parameters = trainables.within(block)
-        file = work / f"block-{number:05d}.safetensors"
-        # All processes have all windows to validate.
-        goals, checks = learning.goals(guided[number], workers), checking.goals(judged[number], Processes())
-        if file.is_file():
-            restore(parameters, read_kept(file, parameters))
-        elif parameters:
-            _tune_block(_Block(number, parameters, learning, goals, checking, checks), settings, workers, log)
+        # The original's own states have to pass each block, the compressed model's only those that are tuned.
+        if number in left or settings.target != COMPRESSED:
+            with _filled(pieces, number) as original:
+                goals, checks = learning.goals(number, original), checking.goals(number, original)
+        if number in left:
+            seconds = pace.after(left.index(number))["eta_seconds"]
+            present = _Block(number, parameters, learning, goals, checking, checks, seconds)
+            _tune_block(present, settings, workers, log)
             if workers.first:
-                save_tensors(snapshot(parameters), file)
+                save_tensors(snapshot(parameters), files[number])
             workers.wait()
-        learning.advance()
-        checking.advance()
+        elif parameters:
+            restore(parameters, read_kept(files[number], parameters))
+        learning.ours.advance()
+        checking.ours.advance()
+    for share in (learned, checked):
+        share.gradients.remove()
 
 
 def check_blocks(original: nn.Module, compressed: nn.Module) -> None:
     """Errors: SourceError unless both have as many blocks of the same width."""
     counts = [len(decoder_blocks(model)) for model in (original, compressed)]
-    widths = [model.config.get_text_config(decoder=True).hidden_size for model in (original, compressed)]
+    widths = [_width(model) for model in (original, compressed)]
     if counts[0] != counts[1] or widths[0] != widths[1]:
         raise SourceError(
             f"the original has {counts[0]} blocks of width {widths[0]}, the compressed model {counts[1]} of "
@@ -86,89 +100,108 @@ def check_blocks(original: nn.Module, compressed: nn.Module) -> None:
         )
 
 
-def _guidance(
-    original: nn.Module, training: Tensor, numbers: Tensor, validation: Tensor, settings: Settings, workers: Processes
-) -> tuple[Sequence[Guidance | None], Sequence[Guidance | None]]:
-    """What the end loss says of every block's output: on this process's windows, the `numbers` of `training`, and
-    on those to validate; None for each block where it is not asked.
+def _width(model: nn.Module) -> int:
+    return model.config.get_text_config(decoder=True).hidden_size
 
-    Tokens to validate weigh by gradients of their own, as else one with huge states would decide; channels as in
-    training, so that validation judges what training lowers.
-    """
-    if settings.block_error != END_LOSS:
-        nothing = [None] * len(decoder_blocks(original))
-        return nothing, nothing
 
-    def draws(windows: Sequence[int]) -> Iterator[torch.Generator]:
-        """By a window's number, so that its draws are the same in whichever process."""
-        return (torch.Generator().manual_seed(settings.seed * 1_000_003 + number) for number in windows)
+@dataclass(frozen=True)
+class _Share:
+    """Windows that this process learns from or validates on, so many at once."""
 
-    guided = block_guidance(original, training[numbers], settings.device, draws(numbers.tolist()), workers.add_up)
-    after = range(len(training), len(training) + len(validation))
-    judged = block_guidance(original, validation, settings.device, draws(after))
-    return guided, [Guidance(own.tokens, block.rows) for own, block in zip(judged, guided, strict=True)]
+    windows: Windows
+    numbers: Sequence[int]  # by which their draws go: the same in whichever process has a window
+    batch: int
+    gradients: Gradients
+
+
+def _shares(
+    training: Windows, validation: Windows, settings: Settings, work: Path, workers: Processes
+) -> tuple[_Share, _Share]:
+    """(training, validation): all processes have all windows to validate."""
+    batches = torch.arange(len(training.ids)).split(settings.batch)
+    learned = torch.cat([workers.share(batch) for batch in batches]).tolist()
+    checked = list(range(len(training.ids), len(training.ids) + len(validation.ids)))
+
+    def gradients(numbers: Sequence[int]) -> Gradients:
+        return Gradients([work / f"gradients-{workers.rank}-{number:05d}.safetensors" for number in numbers])
+
+    return (
+        _Share(training[torch.tensor(learned)], learned, settings.batch // workers.count, gradients(learned)),
+        _Share(validation, checked, settings.batch, gradients(checked)),
+    )
+
+
+def _ask(source: Source, shares: Sequence[_Share], settings: Settings, workers: Processes, log: Log) -> None:
+    """Have the gradients of all windows on disk; those that are there already stay."""
+    missing = [(share, number) for share in shares for number in share.gradients.missing()]
+    if not missing:
+        return
+    model = source.load(torch.float32, "cpu").eval().requires_grad_(False)
+    context = shares[0].windows.ids.shape[1]
+    nbytes = Gradients.nbytes(len(missing), len(decoder_blocks(model)), context, _width(model))
+    check_room(missing[0][0].gradients.files[0].parent, nbytes * workers.count)
+    log.add(phase="gradients", window=0, windows=len(missing), bytes=nbytes)
+    pace = Pace(len(missing), 0, context)
+
+    def found(place: int, gradients: Float[Tensor, "blocks context hidden"]) -> None:
+        share, number = missing[place]
+        share.gradients.put(number, gradients)
+        if (place + 1) * 20 // len(missing) != place * 20 // len(missing):
+            log.add(phase="gradients", window=place + 1, windows=len(missing), **pace.after(place + 1))
+
+    ids = torch.stack([share.windows.ids[number] for share, number in missing])
+    counted = torch.stack([share.windows.counted[number] for share, number in missing])
+    draws = (torch.Generator().manual_seed(settings.seed * 1_000_003 + s.numbers[number]) for s, number in missing)
+    block_gradients(model, ids, counted, settings.device, draws, found)
+
+
+@contextlib.contextmanager
+def _filled(pieces: Pieces, number: int) -> Iterator[nn.Module]:
+    """A block of the original, in memory in here."""
+    pieces.fill(number)
+    try:
+        yield decoder_blocks(pieces.model)[number]
+    finally:
+        pieces.empty(number)
 
 
 class _Pair:
-    """The same windows on their way through the original and the compressed model."""
+    """The same windows on their way through the compressed model and, if its states are asked for, the original."""
 
-    def __init__(self, original: nn.Module, ours: nn.Module, windows: Tensor, batch: int, settings: Settings) -> None:
-        self.theirs = Stream(original, windows, settings.device, batch)
-        self.ours = Stream(ours, windows, settings.device, batch)
-        self.on_compressed = settings.target == COMPRESSED
+    def __init__(self, pieces: Pieces, ours: nn.Module, share: _Share, settings: Settings) -> None:
+        ids, batch = share.windows.ids, share.batch
+        self.gradients = share.gradients if settings.block_error == END_LOSS else None
+        self.ours = Stream(ours, ids, settings.device, batch)
+        self.theirs = None
+        if settings.target != COMPRESSED:
+            self.theirs = Stream(pieces.model, ids, settings.device, batch, pieces)
 
-    def goals(self, guidance: Guidance | None, workers: Processes) -> _Goals:
-        """What the present block should put out, and what errors cost; the original's states are carried on."""
-        targets = self._targets()
-        if guidance is None:
-            return _Goals(targets)
-        tokens = guidance.tokens.split([len(target) for target in targets])
-        goals = _Goals(targets, tokens, guidance.rows.to(self.ours.device))
-        return replace(goals, size=goals.mean_size(self.ours.device, workers))
-
-    def _targets(self) -> list[Float[Tensor, "batch context hidden"]]:
-        """What the present block should put out, batch by batch; the original's states are carried on."""
-        found = None
-        if self.on_compressed:
-            block = self.theirs.blocks[self.theirs.position]
-            with torch.no_grad(), self.theirs.on_device(block):
-                found = [self.theirs.through(block, state).to(state.device) for state in self.ours.states]
-        else:
+    def goals(self, number: int, original: nn.Module) -> _Goals:
+        """What the present block should put out, batch by batch, and what errors cost."""
+        if self.theirs is not None:
             self.theirs.advance()
-            return list(self.theirs.states)
-        self.theirs.advance()
-        return found
-
-    def advance(self) -> None:
-        """Carry the compressed model's states on."""
-        self.ours.advance()
+            return _Goals(number, list(self.theirs.states), self.gradients)
+        with torch.no_grad(), self.ours.on_device(original):
+            answers = [self.ours.through(original, state).to(state.device) for state in self.ours.states]
+        return _Goals(number, answers, self.gradients)
 
 
 @dataclass(frozen=True)
 class _Goals:
-    """What a block should answer, batch by batch, and what an error costs: with no weights, the same everywhere."""
+    """What a block should answer, batch by batch, and what an error costs."""
 
+    block: int
     targets: Sequence[Float[Tensor, "batch context hidden"]]
-    tokens: Sequence[Float[Tensor, "batch context"]] = ()
-    channels: Float[Tensor, " hidden"] | None = None
-    size: float = 1.0  # the mean over tokens of all windows of w_t times the mean over channels of r_c target²
+    gradients: Gradients | None = None
 
     def error(self, number: int, answer: Float[Tensor, "batch context hidden"]) -> Float[Tensor, ""]:
-        """Mean relative squared error of the answer to a batch."""
+        """Of the answer to a batch: nats a token, or the mean relative squared error."""
         target = self.targets[number].to(answer.device).float()
-        if self.channels is None:
+        if self.gradients is None:
             return relative_error(answer, target)
-        return weighted_square(answer - target, self.tokens[number].to(answer.device), self.channels) / self.size
-
-    def mean_size(self, device: torch.device, workers: Processes) -> float:
-        """Targets as `error` weighs errors, over all windows of all processes: batches are measured by one size."""
-        assert self.channels is not None
-        total = torch.zeros(2, dtype=torch.float64, device=device)
-        for target, tokens in zip(self.targets, self.tokens, strict=True):
-            mean = weighted_square(target.to(device).float(), tokens.to(device), self.channels)
-            total += torch.stack([mean.double() * len(target), mean.new_tensor(len(target), dtype=torch.float64)])
-        workers.add_up([total])
-        return max((total[0] / total[1]).item(), 1e-12)
+        first = sum(len(earlier) for earlier in self.targets[:number])
+        gradients = self.gradients.of(self.block, slice(first, first + len(target)), answer.device)
+        return cost(answer - target, gradients)
 
 
 @dataclass(frozen=True)
@@ -181,9 +214,10 @@ class _Block:
     goals: _Goals
     checking: _Pair
     checks: _Goals
+    eta_seconds: float  # of this block and those after it
 
     def errors(self, pair: _Pair, goals: _Goals, order: Sequence[int], dtype: torch.dtype) -> Iterator:
-        """Mean relative squared error of each batch named, with its gradient."""
+        """The error of each batch named, with its gradient."""
         stream = pair.ours
         block = stream.blocks[stream.position]
         for number in order:
@@ -207,19 +241,19 @@ def relative_error(
     return ((answer - target).square().mean(-1) / size).mean()
 
 
-def weighted_square(
-    states: Float[Tensor, "batch context hidden"],
-    tokens: Float[Tensor, "batch context"],
-    channels: Float[Tensor, " hidden"],
+def cost(
+    errors: Float[Tensor, "batch context hidden"], gradients: Float[Tensor, "batch context hidden"]
 ) -> Float[Tensor, ""]:
-    """Squares of states weighted by token and by channel, the mean over both."""
-    return ((states.square() * channels).mean(-1) * tokens).mean()
+    """½ (g · d)² of errors d of tokens' states, the mean over tokens: nats a token, as if tokens erred alone."""
+    return (gradients * errors).sum(-1).square().mean() / 2
 
 
 def _tune_block(block: _Block, settings: Settings, workers: Processes, log: Log) -> None:
     """Train until the epochs are over or validation no longer falls; the best parameters stay."""
     dtype, batches = settings.compute_dtype, len(block.goals.targets)
     stream = block.learning.ours
+    tokens = sum(target.shape[0] * target.shape[1] for target in block.goals.targets) * workers.count
+    measure = {"unit": "relative" if block.goals.gradients is None else "nats"}
     with stream.on_device(stream.blocks[stream.position]):
         descent = Descent(
             block.parameters,
@@ -230,16 +264,20 @@ def _tune_block(block: _Block, settings: Settings, workers: Processes, log: Log)
             workers,
         )
         best, least = snapshot(block.parameters), block.validated(dtype)
-        log.add(phase="block", block=block.number, epoch=0, validation=least)
+        log.add(phase="block", block=block.number, epoch=0, validation=least, **measure, eta_seconds=block.eta_seconds)
         bad = 0
         for epoch in range(settings.block_epochs):
+            pace = Pace(1, 0, tokens)
             try:
                 trained = _epoch(block, descent, drawn(batches, batches, epoch, settings.seed).tolist(), dtype, workers)
             except Diverged:
                 log.add(phase="block", block=block.number, epoch=epoch + 1, stopped="not finite")
                 break
+            speed = {"tokens_per_second": pace.after(1)["tokens_per_second"]}
             error = block.validated(dtype)
-            log.add(phase="block", block=block.number, epoch=epoch + 1, loss=trained, validation=error)
+            log.add(
+                phase="block", block=block.number, epoch=epoch + 1, loss=trained, validation=error, **measure, **speed
+            )
             if error < least:
                 best, least, bad = snapshot(block.parameters), error, 0
             else:

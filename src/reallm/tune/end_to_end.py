@@ -42,7 +42,7 @@ class Course:
     """What end-to-end tuning works on: models, text, and where its state is kept."""
 
     trainables: Trainables
-    original: nn.Module | None
+    original: Callable[[], nn.Module] | None  # loads it onto the CPU
     training: Windows
     validation: Windows
     settings: Settings
@@ -218,15 +218,16 @@ class _Teaching:
         if course.original is None:
             return
         path = course.work / TEACHER_FILE
-        if not (self.settings.top_k and path.is_file()):
-            self.split = split_model(course.original.to(self.settings.device))
-        if self.settings.top_k:
-            course.workers.wait()  # all have looked for the file before one writes it
-            if self.split is not None and course.workers.first:
-                save_tensors(self._likeliest(course), path)
-            course.workers.wait()
-            course.original.cpu()
-            self.split, self.file = None, safe_open(path, framework="pt")
+        if not self.settings.top_k:
+            self.split = split_model(course.original().to(self.settings.device))
+            return
+        wanted = not path.is_file()
+        course.workers.wait()  # all have looked for the file before one writes it
+        if wanted and course.workers.first:
+            self.split = split_model(course.original().to(self.settings.device))
+            save_tensors(self._likeliest(course), path)
+        course.workers.wait()
+        self.split, self.file = None, safe_open(path, framework="pt")  # the original is forgotten
 
     def of(self, ids: Int[Tensor, "windows context"], place: Int[Tensor, " counted"], known_as: list[str]) -> Any:
         """The teacher of the counted tokens of windows, which the file knows by these names; None without original."""

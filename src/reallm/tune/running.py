@@ -18,7 +18,7 @@ from torch import nn
 from reallm.artifact import STAGING, check_output, opened, read_manifest, remove, work_folder
 from reallm.errors import ArtifactError, RecipeError, SourceError
 from reallm.kernels import give_back_freed_blocks
-from reallm.model import DECODE_PER_USE, load, load_tokenizer, meta_model, open_source, quiet, walk
+from reallm.model import DECODE_PER_USE, Source, load, load_tokenizer, meta_model, open_source, quiet, walk
 from reallm.model.headers import read_headers, weight_files
 from reallm.model.text import text_sha256
 from reallm.tune.adapters import Factors, save_adapter
@@ -107,7 +107,7 @@ class _Run:
     def tuned(self) -> Tuned:
         training, validation = self._windows()
         trainables = self._trainables()
-        original = self._original(trainables.model)
+        self._check_original(trainables.model)
         work, finished = work_folder(self.out), self.out.exists()
         figures: dict[str, Any] = {}
         with opened(work, self._state()) if self.workers.first else contextlib.nullcontext():
@@ -115,7 +115,7 @@ class _Run:
             if not finished:
                 self.log.add(phase="begin", trained=trainables.counts, windows=len(training), checked=len(validation))
                 with repeatable(self.settings.device):
-                    figures = self._learn(trainables, original, training, validation, work)
+                    figures = self._learn(trainables, training, validation, work)
             if self.workers.first:
                 if not finished:
                     self._write(trainables, figures, work)
@@ -123,22 +123,17 @@ class _Run:
         self.workers.wait()
         return Tuned(trainables.counts, len(training), len(validation), figures, self.log.events, self.workers.first)
 
-    def _learn(
-        self, trainables: Trainables, original: nn.Module | None, training: Windows, validation: Windows, work: Path
-    ) -> dict[str, Any]:
+    def _learn(self, trainables: Trainables, training: Windows, validation: Windows, work: Path) -> dict[str, Any]:
         """Block by block, then end to end, as chosen; figures of the latter."""
         # What was saved end to end includes what the blocks had learned.
         if self.settings.block_wise and not (work / STEP_FILE).is_file():
-            assert original is not None
+            assert self._source is not None
             blocks = training[: self._whole_batches(len(training))]
             with trainables.tables_at_rest():
-                tune_blocks(
-                    original, trainables, blocks.ids, validation.ids, self.settings, work, self.workers, self.log
-                )
+                tune_blocks(self._source, trainables, blocks, validation, self.settings, work, self.workers, self.log)
         if not self.settings.end_to_end:
             return {}
-        if original is not None:
-            _in_dtype(original, self.settings.compute_dtype)
+        original = None if self._source is None else self._original
         return tune_whole(
             Course(trainables, original, training, validation, self.settings, work, self.workers, self.log)
         )
@@ -182,19 +177,27 @@ class _Run:
             )
         return chosen
 
-    def _original(self, compressed: nn.Module) -> nn.Module | None:
-        """The original on the CPU, frozen."""
-        if self.settings.reference is None:
-            return None
-        original = open_source(self.settings.reference).load(torch.float32, "cpu").eval().requires_grad_(False)
-        sizes = [m.config.get_text_config(decoder=True).vocab_size for m in (original, compressed)]
+    @functools.cached_property
+    def _source(self) -> Source | None:
+        return None if self.settings.reference is None else open_source(self.settings.reference)
+
+    def _check_original(self, compressed: nn.Module) -> None:
+        if self._source is None:
+            return
+        sizes = [c.get_text_config(decoder=True).vocab_size for c in (self._source.config, compressed.config)]
         if sizes[0] != sizes[1]:
             raise SourceError(f"--reference {self.settings.reference}: {sizes[0]} tokens, the artifact has {sizes[1]}")
+
+    def _original(self) -> nn.Module:
+        """The original on the CPU, frozen, in the dtype of computing."""
+        assert self._source is not None
+        original = self._source.load(torch.float32, "cpu").eval().requires_grad_(False)
+        _in_dtype(original, self.settings.compute_dtype)
         return original
 
     @functools.cached_property
     def _original_sha256(self) -> str | None:
-        return None if self.settings.reference is None else open_source(self.settings.reference).fingerprint()
+        return None if self._source is None else self._source.fingerprint()
 
     def _state(self) -> dict[str, Any]:
         """What must not change between an interrupted run and its resumption."""

@@ -52,7 +52,7 @@ class Settings:
     validation: tuple[str, ...] = ()  # files; without, windows of the text
     validation_windows: int = 16
     validate_every: int | None = None  # steps; None: twenty times in all
-    target: str = ORIGINAL  # whose stream the block-wise target comes from
+    target: str = COMPRESSED  # whose stream the block-wise target comes from
     block_error: str = END_LOSS  # what an error of a block's output costs: by the end loss, or the same everywhere
     block_windows: int = 128
     block_epochs: int = 4

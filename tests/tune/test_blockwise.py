@@ -1,0 +1,166 @@
+"""What errors of blocks cost, and what block-wise tuning keeps in memory and on disk."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import reallm
+from reallm.artifact import work_folder
+from reallm.errors import ArtifactError, RecipeError
+from reallm.model import load, load_tokenizer
+from reallm.model.pieces import Pieces, decoder_blocks
+from reallm.model.source import Source
+from reallm.tune import blockwise
+from reallm.tune.blockwise import cost
+from reallm.tune.data import windows_of
+from reallm.tune.gradients import Gradients, check_room
+
+QUICK = {"context": 32, "batch": 4, "validation_windows": 8, "block_learning_rate": 5e-3, "method": "blockwise"}
+SHORT = {**QUICK, "block_windows": 16, "block_epochs": 2}
+RECIPE = 'rules:\n- {match: "*", format: {format: uniform, bits: 4, group_size: 16}}\n'
+
+
+@pytest.fixture(scope="module")
+def nearby(tiny_llama, tmp_path_factory):
+    """The original in 4 bits, so near to it that its errors are to second order what they cost."""
+    folder = tmp_path_factory.mktemp("nearby")
+    (folder / "mine.yaml").write_text(RECIPE)
+    reallm.compress(tiny_llama, folder / "out", recipe=str(folder / "mine.yaml"))
+    return folder / "out"
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_gradients_come_back_from_disk_to_three_per_cent_whatever_their_size(tmp_path):
+    files = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    gradients = drawn(3, 2, 5, 64) * torch.logspace(-12, 12, 5)[:, None]
+    gradients[1, 0, 2] = 0  # the last token has none
+    kept = Gradients(files)
+    for number in (2, 0, 1):
+        kept.put(number, gradients[number])
+    assert kept.missing() == [] and Gradients([*files, tmp_path / "other"]).missing() == [3]
+    for block in range(2):
+        found = kept.of(block, slice(1, 3), "cpu")
+        assert (found - gradients[1:, block]).norm(dim=-1).le(0.04 * gradients[1:, block].norm(dim=-1)).all()
+    assert sum(file.stat().st_size for file in files) < 1.2 * Gradients.nbytes(3, 2, 5, 64) + 3 * 400
+    kept.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_that_the_end_loss_does_not_see_costs_nothing():
+    gradients, errors = drawn(2, 3, 8), drawn(2, 3, 8, seed=1)
+    unseen = errors - gradients * (errors * gradients).sum(-1, keepdim=True) / gradients.square().sum(-1, keepdim=True)
+    assert cost(unseen, gradients) < 1e-10
+    expected = sum((g @ d) ** 2 for g, d in zip(gradients.reshape(-1, 8), errors.reshape(-1, 8), strict=True)) / 6 / 2
+    torch.testing.assert_close(cost(errors, gradients), expected)
+
+
+def test_the_cost_of_small_errors_is_the_kl_divergence_in_nats(tiny_llama):
+    """Errors drawn for each token alone in the last block's output, where the second order is exact."""
+    model, ids = load(tiny_llama), torch.randint(2, 250, (64, 32), generator=torch.Generator().manual_seed(0))
+    found = []
+    reach = torch.ones_like(ids, dtype=torch.bool)
+    draws = (torch.Generator().manual_seed(number) for number in range(64))
+    blockwise.block_gradients(model, ids, reach, "cpu", draws, lambda _, g: found.append(g[-1]))
+    errors = 0.02 * drawn(64, 32, 64)
+    with torch.no_grad():
+        plain = model(ids).logits[:, :-1].log_softmax(-1)
+        decoder_blocks(model)[-1].register_forward_hook(lambda _m, _i, output: output + errors)
+        moved = model(ids).logits[:, :-1].log_softmax(-1)
+    divergence = (plain.exp() * (plain - moved)).sum(-1).mean()
+    torch.testing.assert_close(cost(errors[:, :-1], torch.stack(found)[:, :-1]), divergence, rtol=0.15, atol=0)
+
+
+@pytest.mark.parametrize("target", ["original", "compressed"])
+def test_blocks_that_learn_by_the_end_loss_bring_the_model_nearer(nearby, tiny_llama, tuning_text, tmp_path, target):
+    options = {**QUICK, "text": (tuning_text,), "reference": str(tiny_llama), "target": target}
+    events = reallm.tune(nearby, tmp_path / "out", **options).events
+    windows = windows_of([tuning_text], load_tokenizer(tiny_llama), 32).ids
+    with torch.no_grad():
+        logits = [load(folder)(windows).logits.log_softmax(-1) for folder in (tiny_llama, nearby, tmp_path / "out")]
+    before, after = ((logits[0].exp() * (logits[0] - other)).sum(-1).mean() for other in logits[1:])
+    assert after < 0.95 * before
+    errors = [event for event in events if event["phase"] == "block"]
+    assert {event["unit"] for event in errors} == {"nats"} and all(
+        "tokens_per_second" in e for e in errors if e["epoch"]
+    )
+
+
+def test_what_an_error_costs_is_named_in_the_provenance(nearby, tiny_llama, tuning_text, tmp_path):
+    options = {**SHORT, "text": (tuning_text,), "reference": str(tiny_llama)}
+    tuned = {}
+    for kind in ("loss", "outputs"):
+        reallm.tune(nearby, tmp_path / kind, block_error=kind, **options)
+        provenance = json.loads((tmp_path / kind / "config.json").read_text())["quantization_config"]["provenance"]
+        assert provenance["tuned"][0]["block_error"] == kind and provenance["tuned"][0]["target"] == "compressed"
+        tuned[kind] = load_file(tmp_path / kind / "model.safetensors")
+    assert any(not torch.equal(tuned["loss"][name], tuned["outputs"][name]) for name in tuned["loss"])
+
+
+@pytest.mark.parametrize("target", ["original", "compressed"])
+def test_one_block_of_the_original_is_in_memory(nearby, tiny_llama, tuning_text, tmp_path, monkeypatch, target):
+    made, counts, whole = [], [], []
+
+    class Watched(Pieces):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self.model)
+
+    monkeypatch.setattr(blockwise, "Pieces", Watched)
+    through = blockwise.Stream.through
+
+    def counting(stream, block, state):
+        full = [any(not p.is_meta for p in own.parameters()) for model in made for own in decoder_blocks(model)]
+        counts.append(sum(full))
+        return through(stream, block, state)
+
+    monkeypatch.setattr(blockwise.Stream, "through", counting)
+    monkeypatch.setattr(Source, "load", lambda *a, **k: whole.append(a))
+    options = {**SHORT, "text": (tuning_text,), "reference": str(tiny_llama), "target": target}
+    reallm.tune(nearby, tmp_path / "out", block_error="outputs", **options)
+    assert max(counts) == 1 and len(made) == 1 and whole == []
+
+
+class Killed(Exception):
+    pass
+
+
+def test_gradients_are_kept_for_a_killed_run_and_gone_in_the_end(nearby, tiny_llama, tuning_text, tmp_path):
+    options = {**SHORT, "text": (tuning_text,), "reference": str(tiny_llama)}
+    work = work_folder(tmp_path / "out")
+    reallm.tune(nearby, tmp_path / "whole", **options)
+
+    def kill(event):
+        if event["phase"] == "block" and event["block"] == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        reallm.tune(nearby, tmp_path / "out", listener=kill, **options)
+    files = sorted(work.glob("gradients-*"))
+    assert len(files) == 16 + 8
+    files[3].unlink()
+    shutil.copytree(work, tmp_path / "damaged.work")
+    again = reallm.tune(nearby, tmp_path / "out", resume=True, **options).events
+    assert [event["windows"] for event in again if event["phase"] == "gradients"][0] == 1
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+    assert not work.exists()
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "damaged.work").rename(work)
+    (work / files[5].name).write_bytes(b"short")
+    with pytest.raises(ArtifactError, match=files[5].name):
+        reallm.tune(nearby, tmp_path / "out", resume=True, **options)
+
+
+def test_a_disk_without_room_is_named_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_500_000_000))
+    check_room(tmp_path, 1_400_000_000)
+    with pytest.raises(RecipeError, match=r"2.5 GB of gradients in .*, where 1.5 GB are free; take fewer --block-win"):
+        check_room(tmp_path, 2_500_000_000)
