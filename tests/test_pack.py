@@ -218,6 +218,8 @@ def test_mistakes_are_one_line(state, tmp_path):
     save_file({"w": torch.full((64, 64), float("nan"))}, tmp_path / "nan.safetensors")
     with pytest.raises(SourceError, match="w has weights that are NaN"):
         reallm.pack(tmp_path / "nan.safetensors", tmp_path / "out", 10_000)
+    with pytest.raises(ValueError, match="is a folder; give the file that reallm pack wrote"):
+        reallm.unpack(tmp_path)
     with pytest.raises(SourceError, match="pickle"):
         reallm.pack(tmp_path / "model.pt", tmp_path / "out", 10_000)
     (tmp_path / "there").touch()

@@ -1,5 +1,6 @@
 """One budget for the whole file: met, never exceeded, or refused before any work."""
 
+import importlib.util
 import json
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 import yaml
 
 import reallm
+from reallm.allocate.analysis import load_corrections
+from reallm.allocate.candidates import calibrated_candidates
 from reallm.allocate.sizing import parse_size
 from reallm.artifact import read_ledger
 from reallm.errors import RecipeError
@@ -167,10 +170,60 @@ def test_the_frontier_is_drawn_where_matplotlib_is(tiny_llama, tmp_path):
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("name", "goal", "says"),
+    [
+        ("text.txt", "--sizes", "what is written is JSON; name it .json"),
+        ("text.txt", "--size", "what is written is YAML; name it .yaml"),
+        ("z.yaml", "--sizes", "name it .json"),
+        ("z.json", "--size", "name it .yaml"),
+        ("plan.yaml", "--size", "plan.yaml exists; give another name or remove it"),
+        ("frontier.json", "--sizes", "frontier.json exists; give another name or remove it"),
+        ("drawn.json", "--sizes", "drawn.png exists; give another name or remove it"),
+        ("no/plan.yaml", "--size", "does not exist; make it first"),
+    ],
+)
+def test_a_plan_is_not_written_over_a_file_nor_under_a_suffix_of_another_kind(
+    tiny_llama, tmp_path, capsys, name, goal, says
+):
+    from reallm.cli import main
+
+    for there in ("text.txt", "plan.yaml", "frontier.json", "drawn.png"):
+        (tmp_path / there).write_text("mine")
+    assert main(["plan", str(tiny_llama), "-o", str(tmp_path / name), goal, "80KB"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --output") and says in err and err.count("\n") == 1
+    assert {file.name for file in tmp_path.iterdir()} == {"text.txt", "plan.yaml", "frontier.json", "drawn.png"}
+    assert all(file.read_text() == "mine" for file in tmp_path.iterdir())
+
+
 def test_bits_with_calibration_are_met_and_chosen_by_the_end_loss(tiny_llama, text_file):
     for bits in (2.5, 4.0):
         job = prepare(tiny_llama, Settings(bits=bits, calibration=(str(text_file),), **CALIBRATION))
         assert job.forecast.calibrated and 0.99 * bits <= job.plan.block_bits <= bits
+
+
+def test_corrections_that_are_no_mapping_are_one_line_without_a_stray_colon(tmp_path):
+    (tmp_path / "text.txt").write_text("once upon a time")
+    with pytest.raises(RecipeError, match=r"text\.txt: the file: input should be"):
+        load_corrections(tmp_path / "text.txt")
+
+
+@pytest.mark.parametrize("command", ["plan", "compress"])
+def test_a_budget_says_which_candidates_lack_their_package(tiny_llama, tmp_path, capsys, monkeypatch, command):
+    from reallm.cli import main
+
+    find = importlib.util.find_spec
+    gone = {"constriction"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in gone else find(name, *a))
+    calibrated_candidates.cache_clear()
+    goal = ["--size", "80KB", *(["--dry-run"] if command == "compress" else [])]
+    for name, said in (("a.yaml", 1), ("b.yaml", 0)):
+        assert main([command, str(tiny_llama), "-o", str(tmp_path / name), *goal]) == 0
+        lines = [line for line in capsys.readouterr().err.splitlines() if "constriction" in line]
+        assert len(lines) == said and all('pip install ".[entropy]"' in line for line in lines)
+        gone.clear()
+        calibrated_candidates.cache_clear()
 
 
 def test_corrections_change_what_is_chosen(tiny_llama, text_file, tmp_path):

@@ -1,6 +1,11 @@
 """What can go wrong through no fault of ours: each kind is one line for the user and exit code 2."""
 
 
+def install(extra: str) -> str:
+    """How to install what an extra of pyproject.toml names: the package is on no index, so from the clone."""
+    return f'pip install ".[{extra}]" in the clone of reallm'
+
+
 class ReallmError(ValueError):
     """A mistake or a condition the user can mend; the message names the thing and the remedy.
 
@@ -13,6 +18,10 @@ class ReallmError(ValueError):
 
 class FormatError(ReallmError):
     """A format does not exist, or its fields do not fit a matrix."""
+
+
+class MissingPackageError(FormatError):
+    """A format needs a package that is not installed."""
 
 
 class RecipeError(ReallmError):

@@ -11,6 +11,7 @@ from reallm.analyze.running import sampled, sampled_shape
 from reallm.cli import main
 from reallm.errors import FormatError
 from reallm.formats import from_spec
+from reallm.report.structure import bits_over_all
 
 UNIFORM = "{format: uniform, bits: 3}"
 
@@ -176,6 +177,14 @@ def test_pictures_are_drawn_of_what_was_found(tiny_llama, tmp_path, capsys, code
     assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in written if name.endswith("png"))
 
 
+def test_the_bits_over_all_matrices_count_large_ones_for_more():
+    rows = [
+        {"shape": [8, 8], "codecs": [{"bits_per_weight": 6.0}]},
+        {"shape": [24, 8], "codecs": [{"bits_per_weight": 2.0}]},
+    ]
+    assert bits_over_all(rows, 0) == 3.0
+
+
 @pytest.mark.parametrize("json_first", [True, False])
 def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder_are_refused(
     tiny_llama, tmp_path, capsys, json_first
@@ -185,3 +194,21 @@ def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder_are_refused
     options = ["--json", str(tmp_path)] if json_first else ["-o", str(file)]
     assert main(["analyze", str(tiny_llama), *options]) == 2
     assert "give a" in capsys.readouterr().err and file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("there", ["structure.json", "codecs.png"])
+def test_what_an_earlier_run_left_is_neither_written_over_nor_left_beside_new_figures(
+    tiny_llama, tmp_path, capsys, there
+):
+    (tmp_path / there).write_text("mine")
+    assert main(["analyze", str(tiny_llama), "--role", "q", "--codec", "none", "-o", str(tmp_path)]) == 2
+    assert f"{there} exists; give another name or remove it" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == [there] and (tmp_path / there).read_text() == "mine"
+
+
+@pytest.mark.parametrize(("name", "says"), [("text.txt", "name it .json"), ("old.json", "exists; give another name")])
+def test_json_is_not_written_over_a_file_of_the_user(tiny_llama, tmp_path, capsys, name, says):
+    (tmp_path / name).write_text("mine")
+    options = ["--role", "q", "--codec", "none", "--json", str(tmp_path / name)]
+    assert main(["analyze", str(tiny_llama), *options]) == 2
+    assert says in capsys.readouterr().err and (tmp_path / name).read_text() == "mine"

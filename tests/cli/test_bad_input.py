@@ -263,3 +263,10 @@ def test_an_artifact_of_a_later_version_names_the_remedy_in_every_command(tiny_l
         assert main([arguments[0], str(folder), *arguments[1:]]) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1 and "version 99" in err and "pip install -U" in err
+
+
+@pytest.mark.parametrize("option", ["--fits", "--analysis"])
+def test_a_file_in_place_of_a_folder_that_keeps_is_refused_before_any_work(tiny_llama, refused, tmp_path, option):
+    (tmp_path / "text.txt").write_text("mine")
+    err = refused(tiny_llama, "--bits", "3", option, tmp_path / "text.txt")
+    assert f"{option} {tmp_path / 'text.txt'}: is a file; give a folder" in err

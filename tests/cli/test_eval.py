@@ -85,6 +85,8 @@ def test_the_dtype_is_the_one_asked_for(tiny_llama, text_file, capsys):
         (["--text", "TEXT", "--mode", "fast"], "decode_per_use"),
         (["--text", "TEXT", "--device", "toaster"], "toaster"),
         (["--text", "TEXT", "--no-such-option"], "--no-such-option"),
+        (["--text", "TEXT", "--limit", "3"], "--limit 3 is of --tasks, which is not given"),
+        (["--text", "TEXT", "--tasks-data", "x"], "--tasks-data x is of --tasks, which is not given"),
         ([], "--text"),
     ],
 )
@@ -93,6 +95,15 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_2(tiny_llama, text_file, ca
     code, out, err = run(capsys, tiny_llama, *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ") and says in err
+
+
+def test_an_adapter_in_place_of_a_model_is_named_with_the_model_that_it_is_of(text_file, tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "SmolLM2-3bit"}')
+    for command in (["eval", str(tmp_path), "--text", str(text_file)], ["generate", str(tmp_path), "Hello"]):
+        assert main(command) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert f"{tmp_path}: is an adapter of SmolLM2-3bit; give that as MODEL, and --adapter {tmp_path}" in err
 
 
 def test_a_reference_that_reads_other_tokens_is_refused(tiny_llama, foreign_llama, text_file, capsys):

@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 
 import pytest
 
@@ -135,3 +136,16 @@ def test_a_lossless_format_has_no_gap_and_no_word_for_it_in_json():
     assert found["formats"]["dense"]["settings"][0]["measured"]["gap_bits"] is None
     assert "–" in formats_text(found)
     assert Quality(32.0, 0.0, 0.1, 0.1).gap_bits == -math.inf
+
+
+def test_a_format_whose_package_is_missing_is_left_out_and_the_others_are_measured(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    specs = ["--spec", "{format: entropy_coded, bits: 2}", "--spec", "{format: uniform, bits: 2}"]
+    assert main(["formats", "--measure", *specs]) == 0
+    out, err = capsys.readouterr()
+    coded, grid = (next(line for line in out.splitlines() if line.startswith(f"{name} 2")).split() for name in NAMES)
+    assert coded[-5:] == 5 * ["–"] and all(float(figure) for figure in grid[-5:])
+    assert "not measured: entropy_coded needs the package 'constriction': pip install" in err
+
+
+NAMES = ("entropy_coded", "uniform")

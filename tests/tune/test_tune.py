@@ -212,13 +212,21 @@ def test_a_damaged_state_is_one_error_that_names_its_file(compressed, tiny_llama
         reallm.tune(compressed, tmp_path / "out", resume=True, **arguments)
 
 
+def test_a_log_that_cannot_be_written_is_refused_before_any_work(compressed, tiny_llama, tuning_text, tmp_path):
+    arguments = {"text": (tuning_text,), "reference": str(tiny_llama), **SHORT}
+    for log in (tmp_path / "no" / "log", tmp_path):
+        with pytest.raises(RecipeError, match="--log .*: not a file in an existing folder"):
+            reallm.tune(compressed, tmp_path / "out", log=log, **arguments)
+        assert not list(tmp_path.iterdir())
+
+
 def test_other_settings_are_refused_on_resume(compressed, tiny_llama, tuning_text, tmp_path):
     arguments = {"text": (tuning_text,), "reference": str(tiny_llama), **SHORT}
     with pytest.raises(ZeroDivisionError):
         reallm.tune(compressed, tmp_path / "out", listener=lambda _: 1 / 0, **arguments)
-    with pytest.raises(RecipeError, match="--resume: calibration was"):
+    with pytest.raises(RecipeError, match="--resume: learning rate was 0.005 and is now 0.0001; go back"):
         reallm.tune(compressed, tmp_path / "out", resume=True, **{**arguments, "learning_rate": 1e-4})
-    with pytest.raises(RecipeError, match="--resume: calibration was"):
+    with pytest.raises(RecipeError, match="--resume: block error was loss and is now outputs; go back"):
         reallm.tune(compressed, tmp_path / "out", resume=True, **{**arguments, "block_error": "outputs"})
 
 

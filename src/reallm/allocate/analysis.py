@@ -166,4 +166,5 @@ def load_corrections(path: str | Path | None) -> Corrections:
         raise RecipeError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
     except ValidationError as error:
         first = error.errors()[0]
-        raise RecipeError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from error
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise RecipeError(f"{path}: {where}: {first['msg'].lower()}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 
+from reallm.errors import install
 from reallm.formats import WeightFormat
 from reallm.formats.codebook import Codebook
 from reallm.formats.codeword import Codeword
@@ -56,10 +57,21 @@ def calibrated_candidates(kind: str, state_bits: int, entropy: bool | None = Non
     scalar codes for matrices so small that tables are dear. Ends are fitted without calibration and read row by row:
     scalar codes, which the file holds entropy-coded, and lattice points.
     """
-    entropy = importlib.util.find_spec("constriction") is not None if entropy is None else entropy
+    entropy = _has_entropy_coder() if entropy is None else entropy
     if kind == BLOCK:
         return (*_block(state_bits), *(_entropy_coded() if entropy else ()), Dense())
     return (*_end(), *(_plain_entropy_coded(_QUARTERS[4::2]) if entropy else ()), Dense())
+
+
+def left_out() -> str | None:
+    """What budgets do not choose from because its package is missing, in a line; None if nothing is left out."""
+    if _has_entropy_coder():
+        return None
+    return f"no entropy_coded among the candidates: it needs the package 'constriction': {install('entropy')}"
+
+
+def _has_entropy_coder() -> bool:
+    return importlib.util.find_spec("constriction") is not None
 
 
 def _block(state_bits: int) -> list[WeightFormat]:

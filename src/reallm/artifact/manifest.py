@@ -127,7 +127,7 @@ def check_version(version: Any) -> int:
     if version > VERSION:
         raise ArtifactError(
             f"artifact version {version} was written by a newer reallm (this one reads up to {VERSION}); "
-            "pip install -U reallm-compress"
+            "update its clone, and pip install -U . there"
         )
     return version
 

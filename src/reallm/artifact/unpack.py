@@ -40,6 +40,8 @@ def files(path):
 
 
 def _read(path, parts):
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: is a folder; give the file that reallm pack wrote")
     data = Path(path).read_bytes()
     if data[:4] != MAGIC or zlib.crc32(data[12:]) != int.from_bytes(data[8:12], "little"):
         raise ValueError(f"{path}: not a file of reallm pack, or damaged")

@@ -52,6 +52,19 @@ def check_output(out: Path, resume: bool = False) -> None:
         raise ArtifactError(f"{work} is not the work folder of an interrupted run; give another --output or remove it")
 
 
+def check_new_file(file: Path, option: str, suffixes: tuple[str, ...] = ()) -> None:
+    """Refuse a file that cannot be written or is there already, before any work. `suffixes`: of what it will hold.
+
+    Errors: ArtifactError that names the option, with the remedy.
+    """
+    if suffixes and file.suffix.lower() not in suffixes:
+        raise ArtifactError(f"{option} {file}: what is written is {suffixes[0][1:].upper()}; name it {suffixes[0]}")
+    if not file.absolute().parent.is_dir():
+        raise ArtifactError(f"{option} {file}: the folder {file.absolute().parent} does not exist; make it first")
+    if os.path.lexists(file):
+        raise ArtifactError(f"{option}: {file} exists; give another name or remove it")
+
+
 def _may_be_finished(out: Path) -> bool:
     """Whether a run may have been killed after it had put its artifact at `out`, by the last of its renames."""
     try:
@@ -161,10 +174,31 @@ def _check_state(path: Path, now: dict[str, Any]) -> None:
     remedy = f"go back to that, or remove {path.parent} to start anew"
     if before.get("source") != now["source"]:
         raise RecipeError(f"--resume: the weights of the source are not those the run began with; {remedy}")
-    for key in ("seed", "device", "calibration"):
-        if before.get(key) != now[key]:
-            raise RecipeError(f"--resume: {key} was {before.get(key)!r} and is now {now[key]!r}; {remedy}")
+    changes = [line for key in ("seed", "device", "calibration") for line in _changes(key, before.get(key), now[key])]
+    if changes:
+        raise RecipeError(f"--resume: {', '.join(changes)}; {remedy}")
     for name in old_plan | new_plan:
         old, new = (plan.get(name, "not in the plan") for plan in (old_plan, new_plan))
         if old != new:
             raise RecipeError(f"--resume: the format of {name} was {old} and is now {new}; {remedy}")
+
+
+def _changes(name: str, old: Any, new: Any) -> Iterator[str]:
+    """What differs between two JSON values, a line each, by the innermost names."""
+    old, new = (list(value) if isinstance(value, tuple) else value for value in (old, new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old | new:
+            yield from _changes(key.replace("_", " "), old.get(key), new.get(key))
+    elif old != new:
+        yield f"{name} was {_in_words(old)} and is now {_in_words(new)}"
+
+
+def _in_words(value: Any) -> str:
+    """A setting as a user would say it; of a sha256, which stands for a text or a model, the beginning."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_in_words(inner)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return " + ".join(map(_in_words, value)) or "none"
+    if isinstance(value, str) and len(value) == 64:
+        return f"the one of sha256 {value[:12]}…"
+    return str(value)

@@ -40,7 +40,7 @@ def command(
     ] = 2048,
     by_matrix: Annotated[bool, typer.Option("--by-matrix", help="Print every matrix, not every role.")] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write everything as JSON.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write everything as JSON. Must not exist.")
     ] = None,
     output: Annotated[
         Path | None,
@@ -48,7 +48,8 @@ def command(
             "--output",
             "-o",
             metavar="FOLDER",
-            help="Write structure.json, and with matplotlib spectra.png, orders.png and codecs.png.",
+            help="Write structure.json, and with matplotlib spectra.png, orders.png and codecs.png; none of them may "
+            "be there yet.",
         ),
     ] = None,
     seed: Seed = 0,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reallm.cli.options import Candidates, Corrections, Exclude, Include, Model, Seed
+from reallm.cli.options import Candidates, Corrections, Exclude, Include, Model, Seed, note_left_out
 from reallm.cli.progress import progress_bar
 
 DEFAULT_RECIPE = "mixed"
@@ -162,6 +162,8 @@ def command(
         job = prepare(model, settings, progress)
     if job.settings.calibration:
         print(f"calibration: {calibration_line(job, calibration_windows)}", file=sys.stderr)
+    if job.forecast is not None:
+        note_left_out()
     if dry_run:
         print(plan_table(job), cost_table(job), sep="\n\n")
         return

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reallm.errors import ReallmError
+from reallm.errors import ReallmError, install
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Compressed model, Hugging Face folder, hub id or GGUF file.")
@@ -30,7 +30,7 @@ def command(
         typer.Option(
             metavar="NAMES",
             help="Zero-shot tasks of lm-eval, such as arc_easy,piqa,lambada (lambada_openai). "
-            'Needs: pip install "reallm-compress[tasks]".',
+            f"Needs lm-eval: {install('tasks')}.",
         ),
     ] = None,
     tasks_data: Annotated[
@@ -75,6 +75,9 @@ def command(
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if text is None and not names:
         raise ReallmError("nothing to measure: give --text FILE, --tasks NAMES or both")
+    for option, value in (("--limit", limit), ("--tasks-data", tasks_data)):
+        if value is not None and not names:
+            raise ReallmError(f"{option} {value} is of --tasks, which is not given; --windows N limits a text")
     if output is not None and not output.absolute().parent.is_dir():
         raise ReallmError(f"--output {output}: there is no folder {output.parent}")
     options: dict[str, Any] = {"reference": reference, "device": device, "dtype": dtype, "mode": mode, "verify": verify}

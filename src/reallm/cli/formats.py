@@ -45,5 +45,5 @@ def command(
     print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) if as_json else formats_text(found))
 
 
-def _progress(setting: str) -> None:
-    print(f"measuring {setting}", file=sys.stderr)
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -30,6 +31,14 @@ Candidates: TypeAlias = Annotated[
         "matrices that take them; up to 12 index bits on a CPU, 16 elsewhere).",
     ),
 ]
+
+
+def note_left_out() -> None:
+    """Tell on stderr what a budget cannot choose from, and what to install."""
+    from reallm.allocate.candidates import left_out
+
+    if line := left_out():
+        print(line, file=sys.stderr)
 
 
 def formats_of(specs: Sequence[str], option: str) -> tuple[Any, ...]:

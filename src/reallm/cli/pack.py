@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from reallm.cli.options import Seed
+from reallm.cli.options import Seed, note_left_out
 
 
 def command(
@@ -29,5 +29,6 @@ def command(
     from reallm.pipeline.packing import pack
     from reallm.report.packed import packed_text
 
+    note_left_out()
     report = pack(state, output, parse_size(max_bytes), with_files or (), seed, device)
     print(packed_text(report, output, matrices))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from reallm.cli.compress import end_format
-from reallm.cli.options import Candidates, Corrections, Exclude, Include, Model, Seed
+from reallm.cli.options import Candidates, Corrections, Exclude, Include, Model, Seed, note_left_out
 from reallm.cli.progress import progress_bar
 
 
@@ -15,7 +15,10 @@ def command(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Recipe to write (.yaml); with --sizes the frontier (.json)."
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Recipe to write (.yaml); with --sizes the frontier (.json). Must not exist.",
         ),
     ],
     size: Annotated[
@@ -75,6 +78,7 @@ def command(
     import json
 
     from reallm.allocate.sizing import parse_size
+    from reallm.artifact import check_new_file
     from reallm.errors import RecipeError
     from reallm.model import open_source
     from reallm.pipeline import Settings, prepare
@@ -83,6 +87,10 @@ def command(
 
     if sizes is not None and (size is not None or bits is not None or bits_per_parameter is not None):
         raise RecipeError("--sizes is given beside another goal; give one")
+    picture = output.with_suffix(".png")
+    check_new_file(output, "--output", (".yaml", ".yml") if sizes is None else (".json",))
+    if sizes is not None:
+        check_new_file(picture, "--output")
 
     def settings(nbytes: int | None) -> Settings:
         return Settings(
@@ -108,15 +116,17 @@ def command(
     if sizes is None:
         with progress_bar() as progress:
             job = prepare(model, settings(None if size is None else parse_size(size)), progress)
+        if job.forecast is not None:
+            note_left_out()
         output.write_text(plan_file(job), encoding="utf-8")
         print(plan_table(job), budget_table(job), f"written: {output}", sep="\n\n")
         return
     source = open_source(model)
     with progress_bar() as progress:
         jobs = [prepare(source, settings(parse_size(word)), progress) for word in sizes.split(",")]
+    note_left_out()
     points = frontier(jobs)
     output.write_text(json.dumps(points, indent=1) + "\n", encoding="utf-8")
     for job in jobs:
         print(budget_table(job), end="\n\n")
-    picture = output.with_suffix(".png")
     print(f"written: {output}" + (f", {picture}" if plot_frontier(points, picture) else " (no matplotlib, no picture)"))

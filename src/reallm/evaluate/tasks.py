@@ -1,7 +1,7 @@
 """Multiple-choice and last-word tasks through lm-eval, on local files where there are any.
 
 Prompts, scoring and figures are those of lm-eval (EleutherAI's lm-evaluation-harness); a local file only takes the
-place of the hub's data set. Needs `pip install "reallm-compress[tasks]"`.
+place of the hub's data set. Needs `pip install ".[tasks]"`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from reallm import model as models
-from reallm.errors import SourceError, TextError
+from reallm.errors import SourceError, TextError, install
 from reallm.evaluate.loading import load_options
 from reallm.evaluate.measure import versions
 
@@ -310,4 +310,4 @@ def _version(package: str) -> str:
 
 def _require_lm_eval() -> None:
     if importlib.util.find_spec("lm_eval") is None:
-        raise SourceError('tasks need lm-eval: pip install "reallm-compress[tasks]"')
+        raise SourceError(f"tasks need lm-eval: {install('tasks')}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from reallm.errors import FormatError
+from reallm.errors import FormatError, MissingPackageError, install
 
 # Frequencies of a model sum to this.
 TOTAL = 1 << 24
@@ -97,7 +97,5 @@ def _stream() -> ModuleType:
     try:
         import constriction
     except ImportError as error:
-        raise FormatError(
-            "entropy_coded needs the package 'constriction': pip install 'reallm-compress[entropy]'"
-        ) from error
+        raise MissingPackageError(f"entropy_coded needs the package 'constriction': {install('entropy')}") from error
     return constriction.stream

@@ -14,7 +14,7 @@ from reallm.errors import ArtifactError, SourceError
 from reallm.model.headers import read_headers, weight_files
 from reallm.model.modules import DECODE_AT_LOAD, check_mode
 from reallm.model.silence import quiet
-from reallm.model.source import device_options, open_source, read_config
+from reallm.model.source import device_options, open_source, read_config, refuse_adapter
 from reallm.model.untrusted import bounded, said
 
 
@@ -51,6 +51,7 @@ def load_tokenizer(path: str | Path) -> Any:
             require_gguf()
             return gguf_tokenizer(place)
         folder = place if place.is_dir() else open_source(path).folder
+        refuse_adapter(folder)
         if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
             raise SourceError(f"{path}: has no tokenizer files; copy the tokenizer of the original model there")
         with quiet():

@@ -55,10 +55,22 @@ def open_source(model: str | Path, revision: str | None = None) -> Source:
     if path.is_file():
         return _open_file(path)
     if path.is_dir():
+        refuse_adapter(path)
         return FolderSource(path)
     if _looks_like_a_path(str(model), path):
         raise SourceError(f"{model}: no such file or folder; MODEL is a model folder, a .gguf file or a hub id")
     return FolderSource(_download(str(model), revision), label=str(model))
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Errors: SourceError for a folder with an adapter alone, naming the model that it is of."""
+    file = folder / "adapter_config.json"  # PEFT's
+    if not file.is_file() or (folder / "config.json").is_file():
+        return
+    config = read_json(file, SourceError)
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    name = " ".join(str(base or "another model").split())[:200]  # a stranger's words, in one line
+    raise SourceError(f"{folder}: is an adapter of {name}; give that as MODEL, and --adapter {folder}")
 
 
 def _open_file(path: Path) -> Source:

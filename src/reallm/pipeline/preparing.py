@@ -30,6 +30,7 @@ def prepare(model: str | Path | Source, settings: Settings, progress: Progress |
     if settings.rank is not None and settings.rank < 0:
         raise RecipeError(f"--rank {settings.rank} is negative; 0 means no residual")
     check_device(settings.device)
+    _check_folders(settings)
     recipe = None if settings.recipe is None else load_recipe(settings.recipe)
     settings = decided(settings, recipe)
     source = model if isinstance(model, Source) else open_source(model)
@@ -47,6 +48,13 @@ def prepare(model: str | Path | Source, settings: Settings, progress: Progress |
         job = from_budget(source, walked, chosen, settings, progress=progress)
     _check_plan(job.plan, walked)
     return job
+
+
+def _check_folders(settings: Settings) -> None:
+    """Errors: RecipeError if what is kept for other budgets could not be: better before the work than after it."""
+    for option, folder in (("--fits", settings.fits), ("--analysis", settings.analysis)):
+        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+            raise RecipeError(f"{option} {folder}: is a file; give a folder")
 
 
 def _from_recipe(

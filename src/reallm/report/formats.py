@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from reallm.errors import MissingPackageError
 from reallm.fit import Quality, gaussian_quality
 from reallm.formats import Shape, WeightFormat, example_formats, known_format, known_formats, to_spec
 from reallm.report.names import short_name
@@ -30,7 +31,7 @@ def formats_dict(
 ) -> dict[str, Any]:
     """The formats named in their examples, and those in `more`; without either all in their examples. JSON values.
 
-    `measure` says what is measured of each.
+    `measure` says what is measured of each; one whose package is missing is left unmeasured, and `progress` is told.
     Errors: FormatError for an unknown name, which lists the known ones, and for a format that cannot store `shape`.
     """
     named = [known_format(name) for name in names] or ([] if more else known_formats().values())
@@ -69,8 +70,13 @@ def _entry(
     settings = []
     for fmt in fmts:
         if progress and measure:
-            progress(short_name(fmt))
-        settings.append(_setting(fmt, shape, measure))
+            progress(f"measuring {short_name(fmt)}")
+        try:
+            settings.append(_setting(fmt, shape, measure))
+        except MissingPackageError as error:
+            settings.append(_setting(fmt, shape))
+            if progress:
+                progress(f"not measured: {error}")
     return {
         "description": _first_line(cls.__doc__),
         "fields": [_field(field) for field in dataclasses.fields(cls)],  # type: ignore[arg-type]
@@ -157,7 +163,9 @@ def _settings_table(settings: Sequence[Entry], shape: Sequence[int]) -> str:
     )
 
 
-def _figures(measured: dict[str, float | None]) -> list[str]:
+def _figures(measured: dict[str, float | None] | None) -> list[str]:
+    if measured is None:
+        return 5 * ["–"]
     gap = measured["gap_bits"]
     return [
         f"{measured['relative_error']:.3g}",

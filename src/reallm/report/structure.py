@@ -13,6 +13,7 @@ from typing import Any
 
 from reallm.analyze import Work
 from reallm.analyze.orders import RAW
+from reallm.artifact import check_new_file
 from reallm.errors import ReallmError
 from reallm.evaluate.measure import versions
 from reallm.formats import from_spec
@@ -21,6 +22,7 @@ from reallm.report.text import duration, table
 
 Row = dict[str, Any]
 _SIDES = ("along_rows", "along_columns")
+_FILE = "structure.json"
 PICTURES = ("spectra.png", "orders.png", "codecs.png")
 
 
@@ -34,11 +36,19 @@ def work_line(work: Work, seconds: float) -> str:
 
 
 def check_writable(json_file: Path | None, folder: Path | None) -> None:
-    """Errors: ReallmError if `write_structure` could not write there: better before the work than after it."""
+    """Errors: ReallmError if `write_structure` could not write there, or would write over something.
+
+    Better before the work than after it. All its files count, also those that this run will not write: a picture of an
+    earlier run beside new figures would be taken for theirs.
+    """
     if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
         raise ReallmError(f"--json {json_file}: not a file in an existing folder; give another name")
     if folder is not None and folder.exists() and not folder.is_dir():
         raise ReallmError(f"--output {folder}: is a file; give a folder")
+    if json_file is not None:
+        check_new_file(json_file, "--json", (".json",))
+    for name in (_FILE, *PICTURES) if folder is not None and folder.exists() else ():
+        check_new_file(folder / name, "--output")
 
 
 def write_structure(found: dict[str, Any], json_file: Path | None, folder: Path | None) -> list[Path]:
@@ -47,7 +57,7 @@ def write_structure(found: dict[str, Any], json_file: Path | None, folder: Path 
     pictures: list[Path] = []
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
-        files.append(folder / "structure.json")
+        files.append(folder / _FILE)
         pictures = plot_structure(found, folder)
     for file in files:
         file.write_text(structure_json(found), encoding="utf-8")
@@ -262,6 +272,12 @@ def _plot_orders(figure: Any, groups: dict[str, list[Row]]) -> bool:
     return True
 
 
+def bits_over_all(rows: Sequence[Row], number: int) -> float:
+    """Bits a weight of a codec over all matrices: those of large ones count for more."""
+    weights = [math.prod(row["shape"]) for row in rows]
+    return statistics.fmean([row["codecs"][number]["bits_per_weight"] for row in rows], weights)
+
+
 def _plot_codecs(figure: Any, groups: dict[str, list[Row]]) -> bool:
     codecs = next(iter(groups.values()))[0]["codecs"]
     if not codecs:
@@ -274,7 +290,7 @@ def _plot_codecs(figure: Any, groups: dict[str, list[Row]]) -> bool:
                 errors = [row["codecs"][number][kind] for row in members]
                 label = kind if place == 0 else None
                 panel.scatter([place + shift] * len(errors), errors, color=colour, marker=marker, s=28, label=label)
-        bits = statistics.fmean(_mean(members, "codecs", number, "bits_per_weight") for members in groups.values())
+        bits = bits_over_all([row for members in groups.values() for row in members], number)
         title = f"{short_name(from_spec(codecs[number]['codec']))}: {bits:z.2f} bits a weight"
         panel.set(title=title, xticks=range(len(groups)), xticklabels=list(groups), ylabel="relative error")
         panel.title.set_fontsize(9)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reallm.errors import RecipeError
+
 Listener = Callable[[dict[str, Any]], None]
 
 
@@ -20,6 +22,11 @@ class Log:
     file: Path | None = None
     listener: Listener | None = None
     events: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Errors: RecipeError if the file cannot be appended to: better before the work than at its first event."""
+        if self.file is not None and (self.file.is_dir() or not self.file.absolute().parent.is_dir()):
+            raise RecipeError(f"--log {self.file}: not a file in an existing folder; give another name")
 
     def add(self, **event: Any) -> None:
         """Note an event; numbers that are not finite become null in the file."""

@@ -1,4 +1,4 @@
-"""PEFT beside us: LoRA of PEFT on compressed modules. Needs `pip install "reallm-compress[peft]"`."""
+"""PEFT beside us: LoRA of PEFT on compressed modules. Needs `pip install ".[peft]"`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from reallm.errors import ArtifactError
+from reallm.errors import ArtifactError, install
 from reallm.model import CompressedLinear
 
 
@@ -48,4 +48,4 @@ def _layer_class() -> Any:
 
 def _require_peft() -> None:
     if importlib.util.find_spec("peft") is None:
-        raise ArtifactError('PEFT is not installed: pip install "reallm-compress[peft]"')
+        raise ArtifactError(f"PEFT is not installed: {install('peft')}")
