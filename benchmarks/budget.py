@@ -39,7 +39,8 @@ from reallm.formats.permuted import Permuted
 from reallm.formats.uniform import Uniform
 from reallm.model import load
 from reallm.model.gradients import Guidance, guidance
-from reallm.pipeline import Job, Settings, fitting, prepare, run
+from reallm.pipeline import Job, Settings, prepare, run
+from reallm.pipeline import original as of_original
 
 C4 = ("c4", "c4-train-sample.jsonl")
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -143,10 +144,12 @@ class _Remembered:
     def __init__(self) -> None:
         self.found: dict[str, Guidance] = {}
 
-    def __call__(self, model: Any, windows: Any, matrices: Sequence[Any], device: Any) -> dict[str, Guidance]:
+    def __call__(
+        self, model: Any, windows: Any, matrices: Sequence[Any], device: Any, told: Any = None
+    ) -> dict[str, Guidance]:
         new = [matrix for matrix in matrices if matrix.name not in self.found]
         if new:
-            self.found |= guidance(model, windows, new, device)
+            self.found |= guidance(model, windows, new, device, told)
         return {matrix.name: self.found[matrix.name] for matrix in matrices if matrix.name in self.found}
 
 
@@ -309,7 +312,7 @@ def bench_of(
     keep: bool,
     device: str,
 ) -> Bench:
-    fitting.guidance = _Remembered()
+    of_original.guidance = _Remembered()
     return Bench(model, Lab(model, text, device, windows), work, device, shared, corrections, keep)
 
 

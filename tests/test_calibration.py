@@ -2,6 +2,7 @@
 
 import filecmp
 import sys
+import time
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 import reallm
 from reallm.artifact import work_folder
 from reallm.cli import main
-from reallm.errors import RecipeError, TextError
+from reallm.errors import ArtifactError, RecipeError, TextError
 from reallm.model import load, load_tokenizer, open_source
 from reallm.model.calibration import windows_of_files, windows_written
 from reallm.model.text import load_text, tokenize
@@ -92,6 +93,61 @@ def test_a_model_can_be_calibrated_on_what_it_writes(tiny_llama, recipe, tmp_pat
         settings = {"calibration_windows": 3, "calibration_context": 24}
         reallm.compress(tiny_llama, tmp_path / name, recipe=recipe, calibration=("self",), **settings)
     assert filecmp.cmp(tmp_path / "one" / "model.safetensors", tmp_path / "two" / "model.safetensors", shallow=False)
+
+
+def test_a_resumed_run_asks_the_original_for_no_text_and_no_gradients_again(tiny_llama, tmp_path, monkeypatch):
+    (tmp_path / "own.yaml").write_text("rules: [{match: '*', format: {format: uniform, bits: 3}}]")
+    settings = {"recipe": str(tmp_path / "own.yaml"), "calibration": ("self",), "objective": "guided"}
+    job = prepare(tiny_llama, Settings(**settings, calibration_windows=3, calibration_context=24))
+    run(job, tmp_path / "whole")
+
+    def kill(name, *_):
+        if name == "model.layers.0.self_attn.v_proj":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path / "out", progress=kill)
+    monkeypatch.setattr("reallm.pipeline.calibrating.windows_written", None)
+    monkeypatch.setattr("reallm.pipeline.original.guidance", None)
+    (work_folder(tmp_path / "out") / "model.layers.0.self_attn.q_proj.safetensors").unlink()  # as a size would
+    run(job, tmp_path / "out", resume=True)
+    files = [tmp_path / name / "model.safetensors" for name in ("whole", "out")]
+    assert filecmp.cmp(*files, shallow=False)
+
+
+def test_damaged_text_of_its_own_is_named(tiny_llama, recipe, tmp_path):
+    settings = {"recipe": recipe, "calibration": ("self",), "calibration_windows": 2, "calibration_context": 16}
+    job = prepare(tiny_llama, Settings(**settings))
+    with pytest.raises(ZeroDivisionError):
+        run(job, tmp_path / "out", progress=lambda name, *_: name.startswith("model") and 1 / 0)
+    (work_folder(tmp_path / "out") / "written.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ArtifactError, match="written.safetensors: damaged .*remove .*out.work to start anew"):
+        run(job, tmp_path / "out", resume=True)
+
+
+def test_every_phase_of_a_calibrated_budget_is_told(tiny_llama, tmp_path, capsys):
+    options = ["--calibration", "self", "--calibration-windows", "2", "--calibration-context", "16", "--no-check"]
+    assert main(["compress", str(tiny_llama), "-o", str(tmp_path / "out"), "--bits", "4", *options]) == 0
+    lines = [line.split("%  ") for line in capsys.readouterr().err.splitlines() if "%  " in line]
+    begun = [name for percent, name in lines if percent.strip() == "0"]
+    text = "writing text to calibrate on"
+    assert begun == [text, "analysis: gradients", text, "gradients of the end loss"]
+    assert ["100 ", text] in lines and ["100 ", "gradients of the end loss"] in lines
+    assert any(name.startswith("analysis of model.layers.1") for _, name in lines)
+
+
+def test_the_dry_run_counts_the_writing_of_text(tiny_llama, recipe):
+    from reallm.pipeline import estimate
+    from reallm.pipeline.cost import _writing_seconds
+
+    sizes = {"calibration_windows": 20, "calibration_context": 128}
+    job = prepare(tiny_llama, Settings(recipe=recipe, calibration=("self",), **sizes))
+    model, tokenizer = job.source.load(torch.float32, "cpu").eval(), load_tokenizer(tiny_llama)
+    begun = time.perf_counter()
+    windows_written(model, tokenizer, 20, 128, seed=0, device="cpu")
+    seconds = time.perf_counter() - begun
+    assert seconds / 5 < _writing_seconds(job) < 5 * seconds
+    assert estimate(job).seconds > seconds / 5
 
 
 def test_written_windows_begin_a_text_and_differ(tiny_llama):
@@ -243,12 +299,23 @@ def test_a_context_beyond_what_the_model_was_made_for_is_not_counted(tiny_llama,
     assert job.settings.calibration_context == 512
 
 
-@pytest.mark.parametrize("size", [None, 81_000, 110_000])
-def test_the_work_folder_stays_within_what_is_announced_and_twice_the_source(tiny_llama, tmp_path, size, monkeypatch):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 3},
+        {"size": 81_000},
+        {"size": 110_000},
+        {"recipe": "mixed", "calibration": ("self",), "objective": "guided", **CALIBRATION},
+    ],
+    ids=["bits", "small", "large", "self"],
+)
+def test_the_work_folder_stays_within_what_is_announced_and_twice_the_source(
+    tiny_llama, tmp_path, settings, monkeypatch
+):
     from reallm.pipeline import running, work_bytes
     from reallm.pipeline.whole import nbytes_by_file
 
-    job = prepare(tiny_llama, Settings(size=size, bits=None if size else 3))
+    job = prepare(tiny_llama, Settings(**settings))
     found, staged = [], running._staged
 
     def counted(*arguments):

@@ -158,7 +158,8 @@ def command(
         analysis=str(analysis or output.absolute().parent / ".reallm"),
         fits=None if fits is None else str(fits),
     )
-    job = prepare(model, settings)
+    with progress_bar() as progress:
+        job = prepare(model, settings, progress)
     if job.settings.calibration:
         print(f"calibration: {calibration_line(job, calibration_windows)}", file=sys.stderr)
     if dry_run:

@@ -7,6 +7,7 @@ import typer
 
 from reallm.cli.compress import end_format
 from reallm.cli.options import Candidates, Corrections, Exclude, Include, Model, Seed
+from reallm.cli.progress import progress_bar
 
 
 def command(
@@ -105,12 +106,14 @@ def command(
         )
 
     if sizes is None:
-        job = prepare(model, settings(None if size is None else parse_size(size)))
+        with progress_bar() as progress:
+            job = prepare(model, settings(None if size is None else parse_size(size)), progress)
         output.write_text(plan_file(job), encoding="utf-8")
         print(plan_table(job), budget_table(job), f"written: {output}", sep="\n\n")
         return
     source = open_source(model)
-    jobs = [prepare(source, settings(parse_size(word))) for word in sizes.split(",")]
+    with progress_bar() as progress:
+        jobs = [prepare(source, settings(parse_size(word)), progress) for word in sizes.split(",")]
     points = frontier(jobs)
     output.write_text(json.dumps(points, indent=1) + "\n", encoding="utf-8")
     for job in jobs:

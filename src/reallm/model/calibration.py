@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from reallm.model.silence import quiet
 from reallm.model.text import leading_bos, load_text, tokenize
 
 SELF = "self"
-_WRITTEN_AT_ONCE = 16  # sequences: their key-value caches are what a small machine has to hold
+WRITTEN_AT_ONCE = 16  # sequences: their key-value caches are what a small machine has to hold
 
 
 def windows_of_files(
@@ -40,11 +40,18 @@ def windows_of_files(
 
 
 def windows_written(
-    model: nn.Module, tokenizer: Any, windows: int, context: int, seed: int, device: str | torch.device
+    model: nn.Module,
+    tokenizer: Any,
+    windows: int,
+    context: int,
+    seed: int,
+    device: str | torch.device,
+    told: Callable[[int, int], None] | None = None,
 ) -> Int[Tensor, "windows context"]:
     """Text that the model writes itself: sampled at temperature 1 from its begin-of-text token, or end-of-text.
 
-    The idea of LLM-QAT (Liu et al., arXiv:2305.17888): what a model writes is what it was trained on.
+    The idea of LLM-QAT (Liu et al., arXiv:2305.17888): what a model writes is what it was trained on. `told` after
+    every step (tokens written, in all).
     Errors: TextError for a tokenizer that has neither token.
     """
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -55,11 +62,18 @@ def windows_written(
     written = []
     with torch.no_grad(), torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)
-        for start in range(0, windows, _WRITTEN_AT_ONCE):
-            prompt = torch.full((min(_WRITTEN_AT_ONCE, windows - start), 1), first, device=device)
+        for start in range(0, windows, WRITTEN_AT_ONCE):
+
+            def step(ids: Tensor, scores: Tensor, start: int = start) -> Tensor:
+                if told:
+                    told(start * context + len(ids) * (ids.shape[1] + 1), windows * context)
+                return scores
+
+            prompt = torch.full((min(WRITTEN_AT_ONCE, windows - start), 1), first, device=device)
             options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
             lengths = {"min_new_tokens": context - 1, "max_new_tokens": context - 1}
             mask = torch.ones_like(prompt)
-            written.append(model.generate(prompt, attention_mask=mask, pad_token_id=first, **options, **lengths).cpu())
+            options |= {"attention_mask": mask, "pad_token_id": first, "logits_processor": [step]}
+            written.append(model.generate(prompt, **options, **lengths).cpu())
     model.to(home)
     return torch.cat(written)

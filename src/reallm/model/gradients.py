@@ -15,6 +15,7 @@ from reallm.kernels import average
 from reallm.model.pieces import decoder_blocks
 from reallm.model.walk import Matrix, linear_shape
 
+Told = Callable[[int, int], None]  # (windows done, of how many)
 # (module path, its inputs (tokens, in), gradients of its outputs (tokens, out)) of one window
 Seen = Callable[[str, Float[Tensor, "tokens in"], Float[Tensor, "tokens out"]], None]
 
@@ -28,7 +29,11 @@ class Guidance:
 
 
 def guidance(
-    model: nn.Module, windows: Int[Tensor, "windows context"], matrices: Sequence[Matrix], device: str | torch.device
+    model: nn.Module,
+    windows: Int[Tensor, "windows context"],
+    matrices: Sequence[Matrix],
+    device: str | torch.device,
+    told: Told | None = None,
 ) -> dict[str, Guidance]:
     """How much each token and each channel of each module's output matters, by the squared gradient of the loss.
 
@@ -36,7 +41,7 @@ def guidance(
     channels in one group. Modules that no gradient reaches are left out.
     """
     squares = _Squares()
-    _backward_each(model, windows, _linears(model, matrices), device, squares.add)
+    _backward_each(model, windows, _linears(model, matrices), device, squares.add, told=told)
     weights = {name: torch.stack(parts) for name, parts in squares.tokens.items() if len(parts) == len(windows)}
     return {
         name: Guidance(weight / average(weight), squares.rows[name].cpu() / average(squares.rows[name].cpu()))
@@ -89,7 +94,11 @@ class _Squares:
 
 
 def fisher(
-    model: nn.Module, windows: Int[Tensor, "windows context"], matrices: Sequence[Matrix], device: str | torch.device
+    model: nn.Module,
+    windows: Int[Tensor, "windows context"],
+    matrices: Sequence[Matrix],
+    device: str | torch.device,
+    told: Told | None = None,
 ) -> dict[str, Float[Tensor, "out in"]]:
     """The diagonal of the Fisher information of every weight, tokens taken as independent: Σ_t g_ti² x_tj², mean 1."""
     found: dict[str, Tensor] = {}
@@ -98,7 +107,7 @@ def fisher(
         update = gradients.float().square().T @ inputs.float().square()
         found[name] = found[name] + update.cpu() if name in found else update.cpu()
 
-    _backward_each(model, windows, _linears(model, matrices), device, seen)
+    _backward_each(model, windows, _linears(model, matrices), device, seen, told=told)
     return {name: total / average(total) for name, total in found.items() if average(total) > 0}
 
 
@@ -124,6 +133,7 @@ def curvatures(
     found: Callable[[str, Curvature], None],
     seed: int = 0,
     guided: bool = False,
+    told: Told | None = None,
 ) -> EndCurvature:
     """Curvature of each module, handed to `found` one by one, in a pass of the original model over the windows.
 
@@ -132,10 +142,16 @@ def curvatures(
     Modules that no gradient reaches are left out. Several passes where the sums of one would take over _SUMS_BYTES.
     """
     ends = _Ends(model, windows)
-    for number, part in enumerate(_parts(matrices)):
+    parts, count = _parts(matrices), len(windows)
+    for number, part in enumerate(parts):
+
+        def passed(done: int, _: int, before: int = number * count) -> None:
+            if told:
+                told(before + done, count * len(parts))
+
         sums = _Sums(guided, len(windows) == 1)
         draws = itertools.repeat(torch.Generator().manual_seed(seed))
-        _backward_each(model, windows, _linears(model, part), device, sums.add, draws, None if number else ends)
+        _backward_each(model, windows, _linears(model, part), device, sums.add, draws, None if number else ends, passed)
         for name in list(sums.hessians):
             found(name, sums.pop(name))
     return ends.result()
@@ -266,6 +282,7 @@ def _backward_each(
     seen: Seen,
     draws: Iterable[torch.Generator] | None = None,
     ends: _Ends | None = None,
+    told: Told | None = None,
 ) -> None:
     """One window at a time through the whole model and back; no weight gets a gradient of its own.
 
@@ -282,13 +299,16 @@ def _backward_each(
     hooks += [module.register_forward_hook(_watching(name, seen)) for name, module in modules.items()]
     try:
         with torch.enable_grad():
-            for window, draw in zip(windows, itertools.repeat(None) if draws is None else draws, strict=False):
+            pairs = zip(windows, itertools.repeat(None) if draws is None else draws, strict=False)
+            for number, (window, draw) in enumerate(pairs, start=1):
                 ids = window[None].to(device)
                 logits = model(input_ids=ids, use_cache=False).logits[0].float()
                 if ends:
                     ends.add_logits(logits.detach())
                 logits, targets = (logits[:-1], ids[0, 1:]) if draw is None else (logits, _drawn(logits, draw))
                 torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+                if told:
+                    told(number, len(windows))
     finally:
         for hook in hooks:
             hook.remove()

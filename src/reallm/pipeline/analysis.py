@@ -23,7 +23,9 @@ from reallm.formats.rotated import Rotated
 from reallm.formats.scaled import BOTH, INPUTS, OUTPUTS
 from reallm.model import Source, Walk, read_matrix
 from reallm.model.gradients import Curvature, EndCurvature, curvatures
+from reallm.pipeline.calibrating import Progress, telling
 
+ANALYSIS = "analysis: gradients"  # a phase, counted in windows; that of matrices follows
 # Weights share a scale with so many neighbours of their row.
 _GROUP = 64
 # Rows of an embedding on which scalar codes are tried; BPE numbers its tokens by frequency, so that they are spread.
@@ -42,6 +44,7 @@ def analysed(
     end_candidates: Sequence[WeightFormat] = (),
     origin: dict[str, Any] | None = None,
     guided: bool = False,
+    progress: Progress | None = None,
 ) -> Analysis:
     """Numbers of every matrix that calibration reaches, and the ends' scalar codes tried on a sample of rows.
 
@@ -56,8 +59,12 @@ def analysed(
         with torch.no_grad():
             weight = read_matrix(source, matrices[name]).to(device, torch.float32)
             numbers[name] = numbers_of_block(weight, curvature, guided)
+        if progress:
+            progress(f"analysis of {name}", len(numbers), len(blocks))
 
-    ends = curvatures(model, windows, blocks, device, found, seed, guided)
+    passes = telling(progress, ANALYSIS)
+    passes(0, len(windows))
+    ends = curvatures(model, windows, blocks, device, found, seed, guided, passes)
     tied = bool(walk.tied_heads)
     measured: dict[str, dict[str, Measured]] = {}
     with torch.no_grad():

@@ -34,7 +34,7 @@ from reallm.formats import Table, WeightFormat, tables_of
 from reallm.formats.scaled import Scaled
 from reallm.model import Source, Walk
 from reallm.pipeline.analysis import analysed, analysis_file
-from reallm.pipeline.calibrating import calculation_dtype, calibration_windows
+from reallm.pipeline.calibrating import Progress, calculation_dtype, calibration_windows
 from reallm.pipeline.job import Forecast, Job
 from reallm.pipeline.settings import Settings, calibration_of
 from reallm.pipeline.whole import WholeFile
@@ -48,7 +48,12 @@ _ENDS = {"tied": 9.75, "embedding": 0.9, "head": 8.85}
 
 
 def from_budget(
-    source: Source, walked: Walk, matrices: Sequence[MatrixInfo], settings: Settings, given: Plan | None = None
+    source: Source,
+    walked: Walk,
+    matrices: Sequence[MatrixInfo],
+    settings: Settings,
+    given: Plan | None = None,
+    progress: Progress | None = None,
 ) -> Job:
     """A job whose plan has the least predicted loss within `size`, `bits_per_parameter` or `bits`.
 
@@ -60,7 +65,7 @@ def from_budget(
     if settings.bits_per_parameter is not None:
         size = math.floor(settings.bits_per_parameter * source.total_parameters / 8)
     coding = size is not None if settings.coding is None else settings.coding
-    analysis = analysis_of(source, walked, settings) if settings.calibration else None
+    analysis = analysis_of(source, walked, settings, progress) if settings.calibration else None
     if given is not None:
         matrices = [entry.matrix for entry in given.entries]
     options = options_of(matrices, walked, settings, analysis, coding and size is not None, given)
@@ -137,7 +142,7 @@ def _index_bits(settings: Settings) -> int:
     return 12 if torch.device(settings.device).type == "cpu" else 16
 
 
-def analysis_of(source: Source, walked: Walk, settings: Settings) -> Analysis:
+def analysis_of(source: Source, walked: Walk, settings: Settings, progress: Progress | None = None) -> Analysis:
     """Numbers of every matrix: from the folder of analyses if they are there, else computed and put there."""
     path = None
     context = min(settings.calibration_context, settings.analysis_context)
@@ -151,11 +156,11 @@ def analysis_of(source: Source, walked: Walk, settings: Settings) -> Analysis:
         if path.is_file():
             return Analysis.load(path)
     model = source.load(calculation_dtype(source), "cpu").eval()
-    windows = calibration_windows(source, few, lambda: model)
+    windows = calibration_windows(source, few, lambda: model, progress)
     tried = [fmt for fmt in calibrated_candidates("embedding", 0) if fmt.name in ("uniform", "normal_float")]
     origin = {"source": Path(source.label).name, "source_sha256": fingerprint, "calibration": calibration}
     guided = settings.objective == GUIDED
-    found = analysed(source, walked, model, windows, settings.device, settings.seed, tried, origin, guided)
+    found = analysed(source, walked, model, windows, settings.device, settings.seed, tried, origin, guided, progress)
     if path is not None:
         found.save(path)
     return found

@@ -12,16 +12,27 @@ from reallm.model import Source, load_tokenizer
 from reallm.model.calibration import SELF, windows_of_files, windows_written
 from reallm.pipeline.settings import Settings
 
+# (matrix just finished, weights done, weights in all), or the same of a phase, which begins with 0 done
+Progress = Callable[[str, int, int], None]
+WRITING = "writing text to calibrate on"  # a phase, counted in tokens
+
 _IN_FLOAT32 = 2_000_000_000  # parameters
 
 
-def calibration_windows(source: Source, settings: Settings, model: Callable[[], torch.nn.Module]) -> Tensor:
+def telling(progress: Progress | None, phase: str) -> Callable[[int, int], None]:
+    """Tells `progress` how much of a phase is done, of how much."""
+    return (lambda done, total: progress(phase, done, total)) if progress else (lambda done, total: None)
+
+
+def calibration_windows(
+    source: Source, settings: Settings, model: Callable[[], torch.nn.Module], progress: Progress | None = None
+) -> Tensor:
     """Token ids (windows, context) of the settings' calibration. `model` is asked for only to write text itself."""
     tokenizer, context = load_tokenizer(source.label), _context(source, settings)
     if settings.calibration == (SELF,):
-        return windows_written(
-            model(), tokenizer, settings.calibration_windows, context, settings.seed, settings.device
-        )
+        told, windows = telling(progress, WRITING), settings.calibration_windows
+        told(0, windows * context)
+        return windows_written(model(), tokenizer, windows, context, settings.seed, settings.device, told)
     return windows_of_files(settings.calibration, tokenizer, settings.calibration_windows, context)
 
 

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
@@ -17,11 +18,12 @@ from reallm.fit import Objective, demand_of, fit, train_shared
 from reallm.fit.objective import FISHER, GUIDED, OUTPUTS
 from reallm.formats import Tensors, WeightFormat, tables_at_hand, to_spec
 from reallm.formats.waist import under
-from reallm.model.calibration import SELF
+from reallm.model.calibration import SELF, WRITTEN_AT_ONCE, windows_written
 from reallm.model.stream import TOKENS_PER_PASS
 from reallm.model.walk import block_of
 from reallm.pipeline.fitting import stream_dtype
 from reallm.pipeline.job import Job
+from reallm.pipeline.original import kept_layouts
 from reallm.pipeline.whole import WholeFile
 
 # Beside the largest matrix in float32 a fit holds its decoding, the error and a few chunks.
@@ -60,22 +62,23 @@ def estimate(job: Job) -> Estimate:
         compressed_bytes=compressed,
         kept_bytes=kept,
         bits_per_weight=job.plan.block_bits,
-        seconds=_predicted_seconds(job) + _stream_seconds(job),
+        seconds=_predicted_seconds(job) + _stream_seconds(job) + _writing_seconds(job),
         peak_memory_bytes=_LIBRARY_BYTES + job.source.loaded_nbytes + _working_bytes(job),
         disk_bytes=work_bytes(job),
     )
 
 
 def work_bytes(job: Job) -> int:
-    """Bytes of the work folder at its fullest: finished matrices, and the artifact that is put together of them.
+    """Bytes of the work folder at its fullest: finished matrices, the artifact that is put together of them, and more.
 
-    No tensor counts as entropy-coded: what coding saves is what a size gives to other matrices on the way.
+    More is what the original was asked: text that it wrote, and gradients, 4 bytes a token and matrix. No tensor counts
+    as entropy-coded: what coding saves is what a size gives to other matrices on the way.
     """
     finished = [under(matrix.name, planned.fmt.layout(matrix.shape)) for matrix, planned in job.compressed]
     finished += [dict(table.layout) for table in job.plan.tables.values()]
     specs = json.dumps({matrix.name: to_spec(planned.fmt) for matrix, planned in job.compressed})
     notes = _PLANS_NOTED * len(specs) if job.forecast is not None and job.forecast.size is not None else 0
-    files = sum(foretold_nbytes(tensors.items()) for tensors in finished)
+    files = sum(foretold_nbytes(tensors.items()) for tensors in finished + kept_layouts(job))
     return files + WholeFile(job).nbytes(job.plan) + 2 * len(specs) + notes
 
 
@@ -182,6 +185,40 @@ def _stream_seconds(job: Job) -> float:
     of_end_loss = 0 if job.settings.objective == OUTPUTS else 3 * job.source.total_parameters
     operations = 2 * (2 * in_blocks + sums + of_end_loss)
     return _stream_tokens(job) * operations * per_operation
+
+
+def _writing_seconds(job: Job) -> float:
+    """Text that the model writes itself: a step for every token of a window, all windows of a batch at once.
+
+    A step takes what the blocks of a sample net of 64 numbers take, all of it overhead, and a product with every
+    weight and, on average, with half the numbers that a window's cache holds in the end (there and back).
+    """
+    if job.settings.calibration != (SELF,):
+        return 0.0
+    one, three = (_seconds_a_step(blocks, job.settings.device) for blocks in (1, 3))
+    config = job.source.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    cache = config.num_hidden_layers * width * job.settings.calibration_context * WRITTEN_AT_ONCE
+    states, weights = (torch.randn(n, 1024, dtype=stream_dtype(job)).to(job.settings.device) for n in (16, 8192))
+    begun = time.perf_counter()
+    (states @ weights.T).sum().item()
+    a_weight = (time.perf_counter() - begun) / weights.numel()
+    overhead = one + (three - one) / 2 * (config.num_hidden_layers - 1)
+    steps = math.ceil(job.settings.calibration_windows / WRITTEN_AT_ONCE) * job.settings.calibration_context
+    return steps * (max(one, overhead) + a_weight * (job.source.total_parameters + 2 * cache))
+
+
+def _seconds_a_step(blocks: int, device: str, tokens: int = 24) -> float:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 256}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=blocks, **sizes)).eval()
+    tokenizer = SimpleNamespace(bos_token_id=0)
+    windows_written(model, tokenizer, 1, 2, 0, device)  # what is loaded at the first step only
+    begun = time.perf_counter()
+    windows_written(model, tokenizer, WRITTEN_AT_ONCE, tokens, 0, device)
+    return (time.perf_counter() - begun) / tokens
 
 
 def fitting_cost(fmt: WeightFormat, device: str) -> tuple[float, float]:

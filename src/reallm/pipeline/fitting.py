@@ -21,27 +21,27 @@ from reallm.allocate import Planned
 from reallm.artifact import check_finished, finished_file, save_tensors
 from reallm.errors import FormatError, SourceError
 from reallm.fit import Objective, fit
-from reallm.fit.objective import GUIDED, OUTPUTS
+from reallm.fit.objective import OUTPUTS
 from reallm.formats import WeightFormat, tables_at_hand
 from reallm.formats.waist import inner, under
 from reallm.model import Matrix
-from reallm.model.gradients import Guidance, fisher, guidance
+from reallm.model.gradients import Guidance, fisher
 from reallm.model.pieces import Pieces
 from reallm.model.stream import Moments, Stream
-from reallm.pipeline.calibrating import calculation_dtype, calibration_windows
+from reallm.pipeline.calibrating import Progress, calculation_dtype, telling
 from reallm.pipeline.fits import Fits, key_of
 from reallm.pipeline.job import Job
+from reallm.pipeline.original import GRADIENTS, guidance_of, windows_of
 from reallm.pipeline.reading import checked_weight, seed_of
 from reallm.pipeline.sharing import missing_tables, trained_tables
 
-Progress = Callable[[str, int, int], None]  # (matrix just finished, weights done, weights in all)
 ObjectiveOf = Callable[[Matrix], Objective | None]  # None: calibration tells nothing of this matrix
 
 
 def fit_all(job: Job, work: Path, progress: Progress | None) -> None:
     done = _counted(job, progress)
     if job.settings.calibration:
-        _fit_along_the_stream(job, work, done)
+        _fit_along_the_stream(job, work, done, progress)
     else:
         with torch.no_grad(), tables_at_hand(trained_tables(job, work, {})):
             for matrix, planned in job.compressed:
@@ -49,7 +49,7 @@ def fit_all(job: Job, work: Path, progress: Progress | None) -> None:
                 done(matrix)
 
 
-def _fit_along_the_stream(job: Job, work: Path, done: Callable[[Matrix], None]) -> None:
+def _fit_along_the_stream(job: Job, work: Path, done: Callable[[Matrix], None], progress: Progress | None) -> None:
     """Block by block: sum up its inputs, fit it, and let the compressed block carry the inputs on.
 
     Embedding and head come first, by their weights alone: the stream begins behind the compressed embedding. Of the
@@ -59,7 +59,7 @@ def _fit_along_the_stream(job: Job, work: Path, done: Callable[[Matrix], None]) 
     for matrix, planned in job.compressed:
         by_block[matrix.block].append((matrix, planned))
     with torch.no_grad():
-        windows, knowledge = _asked_of_the_original(job, work)
+        windows, knowledge = _asked_of_the_original(job, work, progress)
         tables = trained_tables(job, work, _before_the_stream(job, windows, work, knowledge))
     with torch.no_grad(), tables_at_hand(tables):
         ends = by_block.pop(None, [])
@@ -205,13 +205,14 @@ def _of_outputs(
     return objective if importance is None else dataclasses.replace(objective, importance=importance)
 
 
-def _asked_of_the_original(job: Job, work: Path) -> tuple[Tensor, _EndLoss]:
+def _asked_of_the_original(job: Job, work: Path, progress: Progress | None) -> tuple[Tensor, _EndLoss]:
     """The windows, and what the end loss says, unless everything is fitted already.
 
     Text that the model writes itself and gradients of the end loss take the whole original in memory, and only they.
+    Fisher weights, twice the bytes of a model of 16 bits, are not kept on disk: a resumed run asks for them again.
     """
     original = functools.cache(lambda: job.source.load(stream_dtype(job), "cpu").eval())
-    windows = calibration_windows(job.source, job.settings, original)
+    windows = windows_of(job, work, original, progress)
     open_ones = [
         matrix
         for matrix, _ in job.compressed
@@ -219,6 +220,8 @@ def _asked_of_the_original(job: Job, work: Path) -> tuple[Tensor, _EndLoss]:
     ]
     if job.settings.objective == OUTPUTS or not open_ones:
         return windows, _EndLoss()
-    if job.settings.objective == GUIDED:
-        return windows, _EndLoss(guidance=guidance(original(), windows, open_ones, job.settings.device))
-    return windows, _EndLoss(fisher=fisher(original(), windows, open_ones, job.settings.device))
+    if job.guided:
+        return windows, _EndLoss(guidance=guidance_of(job, work, windows, original, progress))
+    told = telling(progress, GRADIENTS)
+    told(0, len(windows))
+    return windows, _EndLoss(fisher=fisher(original(), windows, open_ones, job.settings.device, told))

@@ -12,6 +12,7 @@ import torch
 from reallm.allocate import MatrixInfo, Plan, Planned
 from reallm.allocate.sizing import Options
 from reallm.artifact import Manifest, StoredMatrix
+from reallm.fit.objective import GUIDED
 from reallm.model import Matrix, Source, Walk
 from reallm.model.walk import LEFT_OUT
 from reallm.pipeline.settings import Settings, calibration_of
@@ -61,6 +62,11 @@ class Job:
     def objective(self) -> str | None:
         """What fits minimise on the calibration text; None without one."""
         return self.settings.objective if self.settings.calibration else None
+
+    @property
+    def guided(self) -> bool:
+        """Whether fits weigh tokens by the gradient of the end loss."""
+        return self.objective == GUIDED
 
     def manifest(self, fingerprint: str, coded: Mapping[str, tuple[str, ...]] | None = None) -> Manifest:
         """What the loader must know. `coded`: local names of entropy-coded tensors by matrix."""

@@ -13,15 +13,16 @@ from reallm.errors import RecipeError
 from reallm.fit import gaussian_error
 from reallm.model import Matrix, Source, Walk, open_source, walk
 from reallm.pipeline.budgeting import from_budget
-from reallm.pipeline.calibrating import with_windows_there_are
+from reallm.pipeline.calibrating import Progress, with_windows_there_are
 from reallm.pipeline.job import Job, info_of
 from reallm.pipeline.settings import Settings, check_calibration, check_device, check_goal, decided
 
 
-def prepare(model: str | Path | Source, settings: Settings) -> Job:
+def prepare(model: str | Path | Source, settings: Settings, progress: Progress | None = None) -> Job:
     """Open the model, unless it is open already, and decide every matrix's format.
 
-    The job's settings have the windows of calibration text that there are.
+    The job's settings have the windows of calibration text that there are. `progress` of the analysis that a budget
+    with calibration takes.
     Errors: SourceError, RecipeError, FormatError or TextError, before anything is written.
     """
     check_goal(settings)
@@ -39,11 +40,11 @@ def prepare(model: str | Path | Source, settings: Settings) -> Job:
     if recipe is not None:
         job = _from_recipe(source, walked, chosen, infos, settings, recipe)
         if settings.size is not None or settings.bits_per_parameter is not None:
-            job = from_budget(source, walked, chosen, settings, job.plan)
+            job = from_budget(source, walked, chosen, settings, job.plan, progress)
     elif settings.bits is not None and not (settings.calibration or settings.corrections or settings.candidates):
         job = _from_bits(source, walked, chosen, settings)
     else:
-        job = from_budget(source, walked, chosen, settings)
+        job = from_budget(source, walked, chosen, settings, progress=progress)
     _check_plan(job.plan, walked)
     return job
 

@@ -38,7 +38,8 @@ from reallm.formats.shared import PREFIX as SHARED
 from reallm.formats.waist import inner, under
 from reallm.kernels import give_back_freed_blocks
 from reallm.pipeline.budgeting import plan_for_size
-from reallm.pipeline.fitting import Progress, fit_all
+from reallm.pipeline.calibrating import Progress
+from reallm.pipeline.fitting import fit_all
 from reallm.pipeline.job import Job
 from reallm.pipeline.preparing import prepare
 from reallm.pipeline.reading import check_finite
