@@ -40,7 +40,8 @@ def command(
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help=f"Shipped recipe (see: reallm recipes) or YAML file, in place of a budget; default: {DEFAULT_RECIPE}.",
+            help=f"Shipped recipe (see: reallm recipes) or YAML file, in place of a budget; default: {DEFAULT_RECIPE}. "
+            "Beside a size it is kept if it fits; if it does not, at most half of its matrices get smaller formats.",
         ),
     ] = None,
     rank: Annotated[
@@ -127,6 +128,7 @@ def command(
     from reallm.allocate.sizing import parse_size
     from reallm.artifact import check_output, work_folder
     from reallm.pipeline import Settings, prepare, run, work_bytes
+    from reallm.report.changed import changes_table
     from reallm.report.cost import calibration_line, cost_table, plan_table
     from reallm.report.ledger import summary
     from reallm.report.predicted import realised_line
@@ -175,6 +177,8 @@ def command(
         print(f"stopped; finished matrices are in {work_folder(output)}: add --resume to go on", file=sys.stderr)
         raise
     print(summary(output))
+    if recipe is not None and (changes := changes_table(job, output)):
+        print(changes)
     if check and job.forecast is not None and job.forecast.calibrated:
         print(realised_line(job, output))
 

@@ -20,7 +20,8 @@ from reallm.model.text import load_text, text_sha256
 class Settings:
     """What the user chose: one of `bits`, `size`, `bits_per_parameter` and `recipe`.
 
-    A recipe beside one of the two in the middle is changed in as few matrices as bring it into the budget.
+    A recipe beside one of the two in the middle is kept if it fits. If it is too large, at most half of its matrices
+    get smaller formats; if that is not enough, it is refused.
     """
 
     bits: float | int | None = None

@@ -71,9 +71,18 @@ def _budget_rows(job: Job) -> list[tuple[str, str]]:
     source = "" if job.forecast.calibrated else " (by role)"
     rows = [("predicted loss", f"{job.forecast.loss:.4f} nats a token{source}")]
     if job.forecast.nbytes is not None:
-        share = 100 * job.forecast.nbytes / (job.forecast.size or 1)
-        rows.append(("whole artifact", f"about {job.forecast.nbytes:,} bytes, {share:.2f} % of {job.forecast.size:,}"))
+        nbytes, most = job.forecast.nbytes, job.forecast.size or 1
+        said = f"about {nbytes:,} bytes, {100 * nbytes / most:.2f} % of {most:,}"
+        rows.append(("whole artifact", said + _too_large(job, nbytes - most)))
     return rows
+
+
+def _too_large(job: Job, excess: int) -> str:
+    if excess <= 0:
+        return ""
+    return (
+        f": {excess:,} too many; if they are once measured, a few of {len(job.compressed)} matrices get smaller formats"
+    )
 
 
 def _bits(sizes: list[int], shape: tuple[int, int]) -> float:
