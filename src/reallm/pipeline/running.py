@@ -43,7 +43,7 @@ from reallm.pipeline.fitting import fit_all
 from reallm.pipeline.job import Job
 from reallm.pipeline.preparing import prepare
 from reallm.pipeline.reading import check_finite
-from reallm.pipeline.settings import Settings, calibration_of
+from reallm.pipeline.settings import calibration_of, settings_from
 from reallm.pipeline.whole import WholeFile, nbytes_by_file, write_texts
 
 _CHANGED_PLAN = "changed.json"  # in the work folder: formats that differ from those the run began with
@@ -96,8 +96,12 @@ def _fit_and_write(job: Job, fingerprint: str, work: Path, out: Path, progress: 
 
 
 def compress(model: str | Path, out: str | Path, *, resume: bool = False, **settings: Any) -> None:
-    """Compress `model` into the folder `out`: `prepare` and `run` in one call; settings as in `Settings`."""
-    run(prepare(model, Settings(**settings)), Path(out), resume)
+    """Compress `model` into the folder `out`: `prepare` and `run` in one call.
+
+    `settings` are those of `Settings`, more freely written: `size="60MB"`, `calibration="text.txt"`.
+    Errors: those of `prepare` and `run`.
+    """
+    run(prepare(model, settings_from(**settings)), Path(out), resume)
 
 
 def _state(job: Job, fingerprint: str) -> dict[str, Any]:
