@@ -131,6 +131,7 @@ def command(
     from reallm.report.changed import changes_table
     from reallm.report.cost import calibration_line, cost_table, plan_table
     from reallm.report.ledger import summary
+    from reallm.report.names import model_name
     from reallm.report.predicted import realised_line
     from reallm.report.text import size as in_units
 
@@ -169,7 +170,7 @@ def command(
         return
     print(f"work folder: {work_folder(output)}, up to {in_units(work_bytes(job))}, removed at the end", file=sys.stderr)
     if job.source.why_whole:
-        print(f"MODEL is read into memory as a whole: {job.source.why_whole}", file=sys.stderr)
+        print(f"{model_name(job.source)} is read into memory as a whole: {job.source.why_whole}", file=sys.stderr)
     try:
         with progress_bar() as progress:
             run(job, output, resume, progress)
