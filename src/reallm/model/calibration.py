@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -77,3 +79,16 @@ def windows_written(
             written.append(model.generate(prompt, **options, **lengths).cpu())
     model.to(home)
     return torch.cat(written)
+
+
+def seconds_a_step(blocks: int, device: str | torch.device, tokens: int = 24) -> float:
+    """Seconds that a net of so many blocks of 64 numbers takes to write a token of each of `WRITTEN_AT_ONCE` texts."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 256}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=blocks, **sizes)).eval()
+    tokenizer = SimpleNamespace(bos_token_id=0)
+    windows_written(model, tokenizer, 1, 2, 0, device)  # what is loaded at the first step only
+    begun = time.perf_counter()
+    windows_written(model, tokenizer, WRITTEN_AT_ONCE, tokens, 0, device)
+    return (time.perf_counter() - begun) / tokens

@@ -9,7 +9,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,22 +19,22 @@ from reallm.fit import Objective, demand_of, fit, train_shared
 from reallm.fit.objective import FISHER, GUIDED, OUTPUTS
 from reallm.formats import Tensors, WeightFormat, tables_at_hand, to_spec
 from reallm.formats.waist import under
-from reallm.model.calibration import SELF, WRITTEN_AT_ONCE, windows_written
+from reallm.model.calibration import SELF, WRITTEN_AT_ONCE, seconds_a_step
 from reallm.model.stream import TOKENS_PER_PASS
 from reallm.model.walk import block_of
 from reallm.pipeline.fitting import stream_dtype
 from reallm.pipeline.job import Job
 from reallm.pipeline.original import kept_layouts
-from reallm.pipeline.whole import WholeFile
+from reallm.pipeline.whole import tensors_of
 
 # Beside the largest matrix in float32 a fit holds its decoding, the error and a few chunks.
 COPIES_WHILE_FITTING = 6
 # From 32,768 vectors on k-means works on a sample: both sizes lie there, so that the slope is the right one.
 _SMALL, _LARGE = (64, 1024), (96, 1024)
-# Of all samples together, about; then formats that fit in the same way count as one. Of a plan from calibration 24 are
-# entropy-coded at other rates only, and one of them with a residual takes 5 s.
+# Of all samples together, about; then formats that fit in the same way count as one. A plan may hold 24 rates of
+# entropy-coded ones, and each takes 6 to 12 s with a residual.
 _SAMPLE_SECONDS = 10.0
-# What tells formats that fit in the same way apart.
+# Fields in which formats that fit in the same way may differ.
 _SAME_WAY = ("bits", "largest", "group_size", "scales", "sides", "seed")
 # With calibration scales and codebooks are refitted in float64 (18 copies of 3,072 x 8,192 weights were seen), or a
 # hessian is factored in it.
@@ -45,6 +44,8 @@ _COPIES_OF_HESSIAN = 9
 _ACTIVATIONS = 4
 # Of a run with a size: all that were tried and what they took, a new file of them beside the old one.
 _PLANS_NOTED = 24
+# Formats of all matrices stand in the state, twice while it is written, in the plan and, with shapes, in the config.
+_TEXTS, _CONFIG_BYTES = 6, 8_192
 _LIBRARY_BYTES = 600_000_000  # Python, torch and transformers once imported
 
 
@@ -86,7 +87,11 @@ def work_bytes(job: Job) -> int:
     specs = json.dumps({matrix.name: to_spec(planned.fmt) for matrix, planned in job.compressed})
     notes = _PLANS_NOTED * len(specs) if job.forecast is not None and job.forecast.size is not None else 0
     files = sum(foretold_nbytes(tensors.items()) for tensors in finished + kept_layouts(job))
-    return files + WholeFile(job).nbytes(job.plan) + 2 * len(specs) + notes
+    try:
+        tokenizer = sum(job.source.companion_bytes.values())
+    except OSError:  # it is written somewhere to be measured; where nothing can be, the run says so in a moment
+        tokenizer = 0
+    return files + foretold_nbytes(tensors_of(job)) + tokenizer + _TEXTS * len(specs) + _CONFIG_BYTES + notes
 
 
 def _predicted_seconds(job: Job) -> float:
@@ -231,7 +236,7 @@ def _writing_seconds(job: Job) -> float:
     """
     if job.settings.calibration != (SELF,):
         return 0.0
-    one, three = (_seconds_a_step(blocks, job.settings.device) for blocks in (1, 3))
+    one, three = (seconds_a_step(blocks, job.settings.device) for blocks in (1, 3))
     config = job.source.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
@@ -243,18 +248,6 @@ def _writing_seconds(job: Job) -> float:
     overhead = one + (three - one) / 2 * (config.num_hidden_layers - 1)
     steps = math.ceil(job.settings.calibration_windows / WRITTEN_AT_ONCE) * job.settings.calibration_context
     return steps * (max(one, overhead) + a_weight * (job.source.total_parameters + 2 * cache))
-
-
-def _seconds_a_step(blocks: int, device: str, tokens: int = 24) -> float:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 256}
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=blocks, **sizes)).eval()
-    tokenizer = SimpleNamespace(bos_token_id=0)
-    windows_written(model, tokenizer, 1, 2, 0, device)  # what is loaded at the first step only
-    begun = time.perf_counter()
-    windows_written(model, tokenizer, WRITTEN_AT_ONCE, tokens, 0, device)
-    return (time.perf_counter() - begun) / tokens
 
 
 def fitting_cost(fmt: WeightFormat, device: str) -> tuple[float, float]:

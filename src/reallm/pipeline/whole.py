@@ -41,9 +41,9 @@ class WholeFile:
         """Bytes of all that is no compressed matrix: shared decoders, kept tensors, headers, texts, tokenizer."""
         job = dataclasses.replace(self._job, plan=plan)
         with tempfile.TemporaryDirectory() as place:
-            write_texts(job, _FINGERPRINT, {}, Path(place), foretold_checksums(foretold_files(_tensors_of(job))))
+            write_texts(job, _FINGERPRINT, {}, Path(place), foretold_checksums(foretold_files(tensors_of(job))))
             texts = nbytes_by_file(Path(place)) | self.companions
-        return sum(texts.values()) + foretold_nbytes(_tensors_of(job)) - _of_matrices(plan)
+        return sum(texts.values()) + foretold_nbytes(tensors_of(job)) - _of_matrices(plan)
 
 
 def write_texts(
@@ -69,7 +69,7 @@ def nbytes_by_file(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
-def _tensors_of(job: Job) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(job: Job) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the artifact, on the meta device, in the order they are written."""
     from reallm.model import marker_tensors
 
