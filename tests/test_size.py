@@ -11,7 +11,7 @@ import reallm
 from reallm.allocate.analysis import load_corrections
 from reallm.allocate.candidates import calibrated_candidates
 from reallm.allocate.sizing import parse_size
-from reallm.artifact import read_ledger
+from reallm.artifact import read_ledger, read_manifest
 from reallm.errors import RecipeError
 from reallm.formats import from_spec
 from reallm.pipeline import Settings, prepare, run
@@ -119,10 +119,14 @@ def test_an_interrupted_run_with_a_size_goes_on_to_the_same_bytes(tiny_llama, tm
             assert (out / file.name).read_bytes() == file.read_bytes()
 
 
-def plan(*arguments):
+def cli(*arguments):
     from reallm.cli import main
 
-    assert main(["plan", *map(str, arguments)]) == 0
+    return main([*map(str, arguments)])
+
+
+def plan(*arguments):
+    assert cli("plan", *arguments) == 0
 
 
 CALIBRATED = ("--analysis-windows", 4, "--analysis-context", 64)
@@ -146,14 +150,72 @@ def test_a_plan_is_written_edited_and_carried_out_as_it_says(tiny_llama, text_fi
     assert yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text())["coding"] is True
 
 
-def test_a_recipe_beside_a_size_is_changed_as_little_as_brings_it_there(tiny_llama, tmp_path):
-    job = prepare(tiny_llama, Settings(size=80_000))
-    run(job, tmp_path / "first")
-    recipe = str(tmp_path / "first" / "plan.yaml")
-    reallm.compress(tiny_llama, tmp_path / "second", recipe=recipe, size=84_000)
-    assert 0.995 * 84_000 <= total(tmp_path / "second") <= 84_000
-    formats = [{m.name: m.fmt for m in read_ledger(tmp_path / name).compressed} for name in ("first", "second")]
-    assert 0 < sum(formats[0][name] != formats[1][name] for name in formats[0]) <= 8
+def formats_of(folder):
+    return {matrix.name: matrix.fmt for matrix in read_ledger(folder).compressed}
+
+
+def name_of(folder):
+    (name,) = {yaml.safe_load((folder / "plan.yaml").read_text())["name"], read_manifest(folder).provenance["recipe"]}
+    return name
+
+
+def test_a_recipe_that_fits_the_size_is_kept_however_little_of_it_it_takes(tiny_llama, tmp_path):
+    reallm.compress(tiny_llama, tmp_path / "out", recipe="rtn4", size=120_000)
+    assert total(tmp_path / "out") < 0.9 * 120_000 and name_of(tmp_path / "out") == "rtn4"
+    assert {fmt.name for fmt in formats_of(tmp_path / "out").values()} == {"uniform"}
+
+
+def test_a_calibrated_plan_is_kept_by_its_size_without_the_text(tiny_llama, text_file, tmp_path, capsys):
+    file, out = tmp_path / "plan.yaml", tmp_path / "out"
+    plan(tiny_llama, "-o", file, "--size", "75KB", "--calibration", text_file, *CALIBRATED)
+    assert cli("compress", tiny_llama, "-o", out, "--recipe", file, "--size", "75KB") == 0
+    rules = {rule["match"]: from_spec(rule["format"]) for rule in yaml.safe_load(file.read_text())["rules"]}
+    assert formats_of(out).items() >= rules.items() and total(out) <= 75_000
+    assert "changed to fit" not in capsys.readouterr().out
+
+
+def test_a_recipe_a_little_too_large_for_the_size_is_changed_in_few_matrices_and_says_so(tiny_llama, tmp_path, capsys):
+    reallm.compress(tiny_llama, tmp_path / "whole", recipe="rtn4", coding=True)
+    size = total(tmp_path / "whole") - 1_500
+    arguments = ("compress", tiny_llama, "-o", tmp_path / "out", "--recipe", "rtn4", "--size", size)
+    assert cli(*arguments, "--dry-run") == 0 and " too many; " in capsys.readouterr().out
+    assert cli(*arguments) == 0
+    assert total(tmp_path / "out") <= size and name_of(tmp_path / "out") == f"rtn4, changed to fit {size} bytes"
+    whole, out = formats_of(tmp_path / "whole"), formats_of(tmp_path / "out")
+    changed = [name for name in whole if whole[name] != out[name]]
+    lines = capsys.readouterr().out.splitlines()
+    assert 1 <= len(changed) <= 3 and f"{len(changed)} of 15 matrices changed to fit the size" in lines
+    assert all(any(line.startswith(name) for line in lines) for name in changed)
+
+
+@pytest.mark.parametrize("size", [60_000, 9_000])
+def test_a_recipe_much_too_large_for_the_size_is_refused_before_any_work(tiny_llama, size):
+    with pytest.raises(
+        RecipeError, match=r"recipe rtn4 takes about 10\d,\d{3} bytes, [\d,]+ more than .*give --size 10"
+    ):
+        prepare(tiny_llama, Settings(recipe="rtn4", size=size))
+
+
+def test_an_interrupted_run_that_changes_a_recipe_goes_on_to_the_same_bytes(tiny_llama, tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill(*_):
+        if next(left, None) is None:
+            raise Killed
+
+    reallm.compress(tiny_llama, tmp_path / "fits", recipe="rtn4", coding=True)
+    size = total(tmp_path / "fits") - 1_500
+    job, left = prepare(tiny_llama, Settings(recipe="rtn4", size=size)), iter(range(15))
+    run(job, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(job, tmp_path / "out", progress=kill)
+    assert (tmp_path / "out.work" / "changed.json").is_file(), "killed before anything was changed"
+    with pytest.raises(RecipeError, match=f"size was {size} bytes and is now 99000"):
+        run(prepare(tiny_llama, Settings(recipe="rtn4", size=99_000)), tmp_path / "out", resume=True)
+    run(job, tmp_path / "out", resume=True)
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_the_frontier_holds_a_point_for_every_size(tiny_llama, tmp_path):

@@ -40,7 +40,8 @@ def command(
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help=f"Shipped recipe (see: reallm recipes) or YAML file, in place of a budget; default: {DEFAULT_RECIPE}.",
+            help=f"Shipped recipe (see: reallm recipes) or YAML file, in place of a budget; default: {DEFAULT_RECIPE}. "
+            "Beside a size it is kept if it fits; if it does not, at most half of its matrices get smaller formats.",
         ),
     ] = None,
     rank: Annotated[
@@ -127,8 +128,10 @@ def command(
     from reallm.allocate.sizing import parse_size
     from reallm.artifact import check_output, work_folder
     from reallm.pipeline import Settings, prepare, run, work_bytes
+    from reallm.report.changed import changes_table
     from reallm.report.cost import calibration_line, cost_table, plan_table
     from reallm.report.ledger import summary
+    from reallm.report.names import model_name
     from reallm.report.predicted import realised_line
     from reallm.report.text import size as in_units
 
@@ -169,7 +172,7 @@ def command(
         return
     print(f"work folder: {work_folder(output)}, up to {in_units(work_bytes(job))}, removed at the end", file=sys.stderr)
     if job.source.why_whole:
-        print(f"MODEL is read into memory as a whole: {job.source.why_whole}", file=sys.stderr)
+        print(f"{model_name(job.source)} is read into memory as a whole: {job.source.why_whole}", file=sys.stderr)
     try:
         with progress_bar() as progress:
             run(job, output, resume, progress)
@@ -177,6 +180,8 @@ def command(
         print(f"stopped; finished matrices are in {work_folder(output)}: add --resume to go on", file=sys.stderr)
         raise
     print(summary(output))
+    if recipe is not None and (changes := changes_table(job, output)):
+        print(changes)
     if check and job.forecast is not None and job.forecast.calibrated:
         print(realised_line(job, output))
 

@@ -42,6 +42,11 @@ from reallm.pipeline.whole import WholeFile
 _BITS_TOLERANCE = 0.01
 _NEAR_SMALLEST = 0.02
 _ROUNDS = 12  # of choosing anew with the bytes of headers and texts that the last choice has
+_MOST_CHANGED = 0.5  # of a recipe's matrices: with more of them in other formats it is another recipe
+# What changing one of them costs beside its loss, in the mean loss of one: else whatever is predicted to lose a trace
+# less in a byte less is taken before the one exchange that suffices.
+_UNWILLING = 0.1
+_TEXT_ROUNDS = 4  # config and plan name every format once, so that other formats may take other bytes of text
 # Without calibration: KL per unit of relative error of an embedding that is the head too, and of each by itself;
 # second-order, on SmolLM2-135M (docs/log.md, 2026-11-24).
 _ENDS = {"tied": 9.75, "embedding": 0.9, "head": 8.85}
@@ -57,7 +62,8 @@ def from_budget(
 ) -> Job:
     """A job whose plan has the least predicted loss within `size`, `bits_per_parameter` or `bits`.
 
-    A `given` plan is taken as it is; its options are for the changes that bring it into the size.
+    A `given` plan is taken as it is; its options are for the changes that bring it into the size, should it be too
+    large once it is measured.
 
     Errors: RecipeError naming what is possible.
     """
@@ -72,6 +78,9 @@ def from_budget(
     draft = Job(source, walked, Plan((), _name(settings, size)), settings, coding)
     if given is not None:
         plan, nbytes = given, WholeFile(draft).beside(given) + predicted_bytes(given, options)
+        if size is not None and nbytes > size:  # what no few changes bring there is refused before any work
+            expected = {entry.matrix.name: option_of(entry, options).nbytes for entry in given.entries}
+            within(WholeFile(draft), given, given, options, size, expected, nbytes, lambda _, option: option.nbytes)
     elif size is None:
         plan = _for_bits(matrices, options, float(settings.bits or 0), draft.plan.recipe)
         nbytes = None
@@ -194,6 +203,73 @@ def plan_for_size(
         return best  # there is nothing finer between the smallest possible file and the next
     near = least if best is None else max(best[1], least)
     raise RecipeError(f"--size {size:,} bytes cannot be met within 0.5 %; {near:,} can")
+
+
+def within(
+    whole: WholeFile,
+    recipe: Plan,
+    plan: Plan,
+    options: Options,
+    size: int,
+    stored: Mapping[str, int],
+    total: int,
+    nbytes_of: Callable[[MatrixInfo, Option], int],
+) -> Plan:
+    """`plan`, which began as `recipe` and takes `total` bytes, with few exchanges that bring it to at most `size`.
+
+    `stored` are bytes by matrix in `total`; a matrix that is exchanged counts with `nbytes_of` its new option.
+    Errors: RecipeError if more than half of the matrices would have other formats than the recipe's.
+    """
+    beside, text = whole.beside(plan), 0
+    options = _unwilling(recipe, options)
+    for _ in range(_TEXT_ROUNDS):
+        room = size - total - text
+        changed = renamed(recipe, nudged(plan, options, stored, room, -total, nbytes_of), size)
+        exchanged = [now for now, before in zip(changed.entries, plan.entries, strict=True) if now != before]
+        moved = sum(nbytes_of(e.matrix, option_of(e, options)) - stored[e.matrix.name] for e in exchanged)
+        now = whole.beside(changed) - beside
+        if total + moved + now <= size:
+            if _other_formats(recipe, changed) > _MOST_CHANGED * len(recipe.entries):
+                break
+            return changed
+        text = max(text, now)
+    raise too_large(recipe, total, size)
+
+
+def renamed(recipe: Plan, plan: Plan, size: int) -> Plan:
+    """The plan under the recipe's name if all its formats are the recipe's, else under one that says they are not."""
+    same = not _other_formats(recipe, plan)
+    name = recipe.recipe if same else f"{recipe.recipe}, changed to fit {size} bytes"
+    return dataclasses.replace(plan, recipe=name)
+
+
+def too_large(recipe: Plan, total: int, size: int) -> RecipeError:
+    """What to say of a recipe that `total` bytes are too many of."""
+    half, many = math.floor(_MOST_CHANGED * len(recipe.entries)), len(recipe.entries)
+    return RecipeError(
+        f"recipe {recipe.recipe} takes about {total:,} bytes, {total - size:,} more than the {size:,} of --size, and "
+        f"smaller formats for {half} of its {many} matrices do not make up for it; give --size {total}, a recipe with "
+        "fewer bits, or --size without --recipe to have every format chosen"
+    )
+
+
+def _unwilling(recipe: Plan, options: Options) -> Options:
+    """The options; a format other than the recipe's is never better than that, and a little worse for being another."""
+    begun = {entry.matrix.name: option_of(entry, options) for entry in recipe.entries}
+    more = _UNWILLING * sum(option.loss for option in begun.values()) / len(begun)
+
+    def charged(option: Option, wanted: Option) -> Option:
+        return (
+            option
+            if option.fmt == wanted.fmt
+            else dataclasses.replace(option, loss=max(option.loss, wanted.loss) + more)
+        )
+
+    return {name: [charged(option, wanted) for option in options[name]] for name, wanted in begun.items()}
+
+
+def _other_formats(recipe: Plan, plan: Plan) -> int:
+    return sum(now.fmt != before.fmt for now, before in zip(plan.entries, recipe.entries, strict=True))
 
 
 def _filled(whole: WholeFile, plan: Plan, options: Options, size: int) -> Plan:

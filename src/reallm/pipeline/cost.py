@@ -7,11 +7,13 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from reallm.allocate import Planned
 from reallm.artifact import foretold_nbytes
 from reallm.fit import Objective, demand_of, fit, train_shared
 from reallm.fit.objective import FISHER, GUIDED, OUTPUTS
@@ -29,6 +31,11 @@ from reallm.pipeline.whole import tensors_of
 COPIES_WHILE_FITTING = 6
 # From 32,768 vectors on k-means works on a sample: both sizes lie there, so that the slope is the right one.
 _SMALL, _LARGE = (64, 1024), (96, 1024)
+# Of all samples together, about; then formats that fit in the same way count as one. A plan may hold 24 rates of
+# entropy-coded ones, and each takes 6 to 12 s with a residual.
+_SAMPLE_SECONDS = 10.0
+# Fields in which formats that fit in the same way may differ.
+_SAME_WAY = ("bits", "largest", "group_size", "scales", "sides", "seed")
 # With calibration scales and codebooks are refitted in float64 (18 copies of 3,072 x 8,192 weights were seen), or a
 # hessian is factored in it.
 _COPIES_WHILE_REFITTING = 20
@@ -55,7 +62,7 @@ class Estimate:
 
 
 def estimate(job: Job) -> Estimate:
-    """Cost of a job: timed on small samples of every format in the plan, some seconds in all."""
+    """Cost of a job: timed on small samples of the formats in the plan, some seconds in all."""
     compressed = job.plan.nbytes
     shapes = job.source.shapes()
     kept = sum(math.prod(shapes[name]) for name in job.kept) * job.source.dtype.itemsize
@@ -88,13 +95,42 @@ def work_bytes(job: Job) -> int:
 
 
 def _predicted_seconds(job: Job) -> float:
-    """Time each format on two sample sizes, take a fixed and a per-weight cost from them, sum over the plan."""
-    formats = {_timed_as(planned.fmt) for _, planned in job.compressed}
-    tables, training = _sample_tables(formats, job.settings.device)
+    """Time the formats on samples, take a fixed and a per-weight cost from them, sum over the plan."""
+    largest: dict[WeightFormat, Planned] = {}
+    for _, planned in sorted(job.compressed, key=lambda row: row[1].matrix.weights):
+        largest[_timed_as(planned.fmt)] = planned
+    tables, training = _sample_tables(largest, job.settings.device)
     with tables_at_hand(tables):
-        costs = {fmt: fitting_cost(fmt, job.settings.device) for fmt in formats}
+        costs = _costs(largest, job.settings.device)
     of_each = [(costs[_timed_as(p.fmt)], p.matrix.weights) for _, p in job.compressed]
     return training + sum(fixed + slope * weights for (fixed, slope), weights in of_each)
+
+
+def _costs(largest: Mapping[WeightFormat, Planned], device: str) -> dict[WeightFormat, tuple[float, float]]:
+    """(seconds a matrix, seconds a weight) by format, each with the largest matrix that gets it.
+
+    The largest first, while `_SAMPLE_SECONDS` last; one of those that fit in the same way is timed whatever it takes.
+    """
+    costs: dict[WeightFormat, tuple[float, float]] = {}
+    alike: dict[str, tuple[float, float]] = {}
+    begun = time.perf_counter()
+    for fmt, planned in sorted(largest.items(), key=lambda row: -row[1].matrix.weights):
+        way = json.dumps(_way(to_spec(fmt)))
+        if way not in alike or time.perf_counter() - begun < _SAMPLE_SECONDS:
+            alike[way] = _cost_with(fmt, planned, device)
+        costs[fmt] = alike[way]
+    return costs
+
+
+def _way(spec: Any) -> Any:
+    return {key: _way(value) for key, value in spec.items() if key not in _SAME_WAY} if isinstance(spec, dict) else spec
+
+
+def _cost_with(fmt: WeightFormat, largest: Planned, device: str) -> tuple[float, float]:
+    """Of a sample no larger than the largest matrix, so that no estimate takes longer than the job."""
+    if largest.matrix.weights > math.prod(_LARGE):
+        return fitting_cost(fmt, device)
+    return 0.0, _timed_fit(largest.fmt, largest.matrix.shape, device) / largest.matrix.weights
 
 
 def _sample_tables(formats: Iterable[WeightFormat], device: str) -> tuple[dict[str, Tensors], float]:

@@ -37,13 +37,13 @@ from reallm.formats import WeightFormat, from_spec, to_spec
 from reallm.formats.shared import PREFIX as SHARED
 from reallm.formats.waist import inner, under
 from reallm.kernels import give_back_freed_blocks
-from reallm.pipeline.budgeting import plan_for_size
+from reallm.pipeline.budgeting import plan_for_size, renamed, too_large, within
 from reallm.pipeline.calibrating import Progress
 from reallm.pipeline.fitting import fit_all
 from reallm.pipeline.job import Job
 from reallm.pipeline.preparing import prepare
 from reallm.pipeline.reading import check_finite
-from reallm.pipeline.settings import Settings, calibration_of
+from reallm.pipeline.settings import calibration_of, settings_from
 from reallm.pipeline.whole import WholeFile, nbytes_by_file, write_texts
 
 _CHANGED_PLAN = "changed.json"  # in the work folder: formats that differ from those the run began with
@@ -59,10 +59,12 @@ def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = N
 
     With `resume`, matrices finished by an interrupted run are taken over, whenever it was killed. The work folder
     `<out>.work` is removed at the end. A job with a size is measured once everything is fitted: what entropy coding
-    saved beyond expectation is spent on a few matrices, which are fitted anew.
+    saved beyond expectation is spent on a few matrices, which are fitted anew. A recipe beside a size is left as it is
+    unless it is too large, and then a few of its matrices are fitted anew in smaller formats.
 
     Errors: ArtifactError if `out` exists, or a work folder does and `resume` is not set; RecipeError if the
-    interrupted run had another plan; SourceError for weights that are not finite.
+    interrupted run had another plan, or if a recipe is too large for its size; SourceError for weights that are not
+    finite.
     """
     out = Path(out)
     check_output(out, resume)
@@ -71,7 +73,7 @@ def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = N
     work, state = work_folder(out), _state(job, fingerprint)
     if finished := out.exists():
         # A job with a size may have changed formats on the way.
-        check_finished_output(out, state, formats_may_differ=job.forecast is not None and job.forecast.size is not None)
+        check_finished_output(out, state, formats_may_differ=_size(job) is not None)
     with opened(work, state):
         if not finished:
             _fit_and_write(job, fingerprint, work, out, progress)
@@ -94,8 +96,12 @@ def _fit_and_write(job: Job, fingerprint: str, work: Path, out: Path, progress: 
 
 
 def compress(model: str | Path, out: str | Path, *, resume: bool = False, **settings: Any) -> None:
-    """Compress `model` into the folder `out`: `prepare` and `run` in one call; settings as in `Settings`."""
-    run(prepare(model, Settings(**settings)), Path(out), resume)
+    """Compress `model` into the folder `out`: `prepare` and `run` in one call.
+
+    `settings` are those of `Settings`, more freely written: `size="60MB"`, `calibration="text.txt"`.
+    Errors: those of `prepare` and `run`.
+    """
+    run(prepare(model, settings_from(**settings)), Path(out), resume)
 
 
 def _state(job: Job, fingerprint: str) -> dict[str, Any]:
@@ -177,7 +183,7 @@ class _Past:
     @staticmethod
     def of(values: dict[str, Any], job: Job) -> _Past:
         """The inverse, for the matrices of a job."""
-        plans = [(_with_formats(job.plan, formats), int(total)) for formats, total in values["plans"]]
+        plans = [(_with_formats(job, formats), int(total)) for formats, total in values["plans"]]
         return _Past(plans, {(name, from_spec(spec)): int(nbytes) for name, spec, nbytes in values["known"]})
 
 
@@ -185,16 +191,25 @@ def _formats(plan: Plan) -> dict[str, Any]:
     return {entry.matrix.name: to_spec(entry.fmt) for entry in plan.entries}
 
 
-def _with_formats(plan: Plan, formats: dict[str, Any]) -> Plan:
-    entries = tuple(Planned(entry.matrix, from_spec(formats[entry.matrix.name])) for entry in plan.entries)
-    return dataclasses.replace(plan, entries=entries)
+def _with_formats(job: Job, formats: dict[str, Any]) -> Plan:
+    """The plan that a job as it was prepared has become."""
+    entries = tuple(Planned(entry.matrix, from_spec(formats[entry.matrix.name])) for entry in job.plan.entries)
+    plan = dataclasses.replace(job.plan, entries=entries)
+    size = _size(job)
+    return plan if job.settings.recipe is None or size is None else renamed(job.plan, plan, size)
+
+
+def _size(job: Job) -> int | None:
+    """Bytes that the whole artifact may take; None where nobody said."""
+    return None if job.forecast is None else job.forecast.size
 
 
 def _nearer_to_size(job: Job, staging: Path, past: _Past) -> Job | None:
     """The job with a few other formats, which brings the staged artifact into its budget; None if nothing is to do.
 
     What has not been measured counts as expected at first, and then with all the bytes it can take, so that the last
-    changes do not exceed the budget. When nothing new is left to try, the best of what was tried is taken.
+    changes do not exceed the budget. When nothing new is left to try, the best of what was tried is taken. A recipe may
+    be smaller than its budget.
     """
     if job.forecast is None or job.forecast.size is None:
         return None
@@ -206,16 +221,25 @@ def _nearer_to_size(job: Job, staging: Path, past: _Past) -> Job | None:
     past.plans.append((job.plan, total))
     past.known.update({(entry.matrix.name, entry.fmt): stored[entry.matrix.name] for entry in job.plan.entries})
     known = past.known
-    if again or len(past.plans) > _CHANGES:
-        best = past.best(size)
-        return None if best is None or best == job.plan else dataclasses.replace(job, plan=best)
-    if least <= total <= size:
-        return None
 
     def nbytes_of(matrix: MatrixInfo, option: Option) -> int:
         unknown = option.nbytes if guess else option.fmt.nbytes(matrix.shape)
         return known.get((matrix.name, option.fmt), unknown)
 
+    if job.settings.recipe is not None:
+        if total <= size:
+            return None
+        recipe = past.plans[0][0]
+        if len(past.plans) > _CHANGES:
+            raise too_large(recipe, total, size)
+        options = job.forecast.options
+        plan = within(WholeFile(job), recipe, job.plan, options, size, stored, total, nbytes_of)
+        return dataclasses.replace(job, plan=plan)
+    if again or len(past.plans) > _CHANGES:
+        best = past.best(size)
+        return None if best is None or best == job.plan else dataclasses.replace(job, plan=best)
+    if least <= total <= size:
+        return None
     plan = _nudged_plan(job, stored, total, nbytes_of)
     if plan is None:
         options = {
@@ -280,7 +304,7 @@ def _note_changes(before: Job, after: Job, past: _Past, work: Path) -> None:
     old, formats = _formats(before.plan), _formats(after.plan)
     changed = [name for name in formats if formats[name] != old[name]]
     partial = work / f"{_CHANGED_PLAN}.partial"
-    text = json.dumps({"formats": formats, "changed": changed, "past": past.to_dict()})
+    text = json.dumps({"size": _size(after), "formats": formats, "changed": changed, "past": past.to_dict()})
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, work / _CHANGED_PLAN)
     for name in changed:
@@ -288,16 +312,24 @@ def _note_changes(before: Job, after: Job, past: _Past, work: Path) -> None:
 
 
 def _as_left(job: Job, work: Path) -> tuple[Job, _Past]:
-    """The job with the formats that an interrupted run had changed to, and what that run had tried."""
+    """The job with the formats that an interrupted run had changed to, and what that run had tried.
+
+    Errors: RecipeError if that run had another size.
+    """
     path = work / _CHANGED_PLAN
     if not path.is_file():
         return job, _Past()
     try:
         noted = read_json(path)
-        plan, past = _with_formats(job.plan, noted["formats"]), _Past.of(noted["past"], job)
+        size = noted.get("size", _size(job))
+        plan, past = _with_formats(job, noted["formats"]), _Past.of(noted["past"], job)
         changed = set(noted["changed"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path}: damaged; remove {work} to start anew") from error
+    if size != _size(job):
+        raise RecipeError(
+            f"--resume: the size was {size} bytes and is now {_size(job)}; go back to that, or remove {work}"
+        )
     job = dataclasses.replace(job, plan=plan)
     for matrix, planned in job.compressed:
         file = finished_file(work, matrix.name)

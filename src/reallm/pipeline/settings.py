@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 
 from reallm.allocate.candidates import MORE
 from reallm.allocate.recipe import FormatSpec, Recipe
+from reallm.allocate.sizing import parse_size
 from reallm.errors import RecipeError
 from reallm.fit.objective import GUIDED, OBJECTIVES, OUTPUTS
 from reallm.model.calibration import SELF
@@ -20,7 +24,8 @@ from reallm.model.text import load_text, text_sha256
 class Settings:
     """What the user chose: one of `bits`, `size`, `bits_per_parameter` and `recipe`.
 
-    A recipe beside one of the two in the middle is changed in as few matrices as bring it into the budget.
+    A recipe beside one of the two in the middle is kept if it fits. If it is too large, at most half of its matrices
+    get smaller formats; if that is not enough, it is refused.
     """
 
     bits: float | int | None = None
@@ -46,6 +51,57 @@ class Settings:
     fits: str | None = None  # folder that keeps fitted matrices, for the next budget
     corrections: str | None = None  # file of what is known better than predicted
     candidates: tuple[str, ...] = ()  # what a budget may choose beside its own list: words of allocate.candidates.MORE
+
+
+_LISTS = ("calibration", "include", "exclude", "candidates")
+_PATHS = ("recipe", "analysis", "fits", "corrections")
+_NUMBERS = ("bits", "bits_per_parameter")
+
+
+def settings_from(**values: Any) -> Settings:
+    """Settings of what one may give in Python: a size as text too, paths, and one file or pattern in place of several.
+
+    Errors: RecipeError naming the type of what is none of these.
+    """
+    known = dict(values)
+    for name in values.keys() & set(_LISTS):
+        known[name] = _several(name, values[name])
+    for name in values.keys() & set(_PATHS):
+        known[name] = None if values[name] is None else _text(name, values[name])
+    for name in values.keys() & set(_NUMBERS):
+        if values[name] is not None and not isinstance(values[name], numbers.Real):
+            raise _wrong(name, values[name], "give a number")
+    if values.get("size") is not None:
+        known["size"] = _bytes(values["size"])
+    return Settings(**known)
+
+
+def _bytes(size: Any) -> int:
+    if isinstance(size, str):
+        return parse_size(size)
+    if not isinstance(size, numbers.Integral) or isinstance(size, bool):
+        raise _wrong("size", size, "give bytes as an int, or text such as '60MB'")
+    return int(size)
+
+
+def _several(name: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str | os.PathLike):
+        return (_text(name, value),)
+    if not isinstance(value, Iterable) or isinstance(value, bytes):
+        raise _wrong(name, value, "give text, or a list of texts")
+    return tuple(_text(name, one) for one in value)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise _wrong(name, value, "give text or a path")
+    return os.fspath(value)
+
+
+def _wrong(name: str, value: Any, remedy: str) -> RecipeError:
+    return RecipeError(f"{name}={value!r} is of type {type(value).__name__}; {remedy}")
 
 
 def calibration_of(settings: Settings) -> dict[str, Any] | None:

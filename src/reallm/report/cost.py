@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from reallm.pipeline import Job, estimate
-from reallm.report.names import short_name
+from reallm.report.names import model_name, short_name
 from reallm.report.text import duration, size, table
 
 
@@ -31,7 +31,6 @@ def plan_table(job: Job) -> str:
 def cost_table(job: Job) -> str:
     """Bytes of tensors, exact; time, memory and disk, estimated."""
     cost = estimate(job)
-    original = job.source.nbytes
     stored = cost.compressed_bytes + cost.kept_bytes
     rows = [
         *_budget_rows(job),
@@ -39,7 +38,7 @@ def cost_table(job: Job) -> str:
         ("bits per block weight", f"{cost.bits_per_weight:.4f}"),
         ("compressed tensors", f"{cost.compressed_bytes:,} bytes"),
         ("kept tensors", f"{cost.kept_bytes:,} bytes"),
-        ("all tensors", f"{size(stored)} ({original / stored:.1f} times smaller than the {size(original)} of MODEL)"),
+        ("all tensors", f"{size(stored)} ({_beside(stored, job.source.nbytes)} of {model_name(job.source)})"),
         ("time", f"about {duration(max(cost.seconds, 1.0))} on {job.settings.device} (samples; longer when busy)"),
         ("peak memory", f"about {size(cost.peak_memory_bytes)}{_why_whole(job)}"),
         ("disk while working", f"about {size(cost.disk_bytes)}"),
@@ -56,7 +55,15 @@ def calibration_line(job: Job, asked: int | None = None) -> str:
 
 def _why_whole(job: Job) -> str:
     reason = job.source.why_whole
-    return "" if reason is None else f"; MODEL is read as a whole: {reason}"
+    return "" if reason is None else f"; {model_name(job.source)} is read as a whole: {reason}"
+
+
+def _beside(stored: int, original: int) -> str:
+    """What all tensors take beside those of the original."""
+    times, word = (original / stored, "smaller") if stored <= original else (stored / original, "larger")
+    # Below 1.05 times one decimal says nothing.
+    said = f"{times:.1f} times {word} than" if times >= 1.05 else f"{100 * (times - 1):.1f} % {word} than"
+    return f"{said if stored != original else 'as large as'} the {size(original)}"
 
 
 def budget_table(job: Job) -> str:
@@ -71,9 +78,18 @@ def _budget_rows(job: Job) -> list[tuple[str, str]]:
     source = "" if job.forecast.calibrated else " (by role)"
     rows = [("predicted loss", f"{job.forecast.loss:.4f} nats a token{source}")]
     if job.forecast.nbytes is not None:
-        share = 100 * job.forecast.nbytes / (job.forecast.size or 1)
-        rows.append(("whole artifact", f"about {job.forecast.nbytes:,} bytes, {share:.2f} % of {job.forecast.size:,}"))
+        nbytes, most = job.forecast.nbytes, job.forecast.size or 1
+        said = f"about {nbytes:,} bytes, {100 * nbytes / most:.2f} % of {most:,}"
+        rows.append(("whole artifact", said + _too_large(job, nbytes - most)))
     return rows
+
+
+def _too_large(job: Job, excess: int) -> str:
+    if excess <= 0:
+        return ""
+    return (
+        f": {excess:,} too many; if they are once measured, a few of {len(job.compressed)} matrices get smaller formats"
+    )
 
 
 def _bits(sizes: list[int], shape: tuple[int, int]) -> float:

@@ -1,8 +1,16 @@
-"""Short names of formats."""
+"""Short names of formats and models."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from reallm.formats import WeightFormat, to_spec
+from reallm.model import Source
+
+
+def model_name(source: Source) -> str:
+    """Of the original, without the folders that it lies in."""
+    return Path(source.label).name or source.label
 
 
 def short_name(fmt: WeightFormat) -> str:
