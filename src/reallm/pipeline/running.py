@@ -23,6 +23,7 @@ from reallm.artifact import (
     check_finished_output,
     check_output,
     code,
+    code_within_size,
     finished_file,
     opened,
     read_ledger,
@@ -134,11 +135,11 @@ def _tensors(job: Job, work: Path, coded: dict[str, tuple[str, ...]]) -> Iterato
     """
     from reallm.model import marker_tensors
 
-    for matrix, _ in job.compressed:
+    for matrix, planned in job.compressed:
         with safe_open(finished_file(work, matrix.name), framework="pt") as file:
             tensors = inner(matrix.name, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no dict
         if job.coding:
-            tensors, names = code(tensors)
+            tensors, names = code(tensors) if job.size is None else code_within_size(planned.fmt, tensors)
             coded |= {matrix.name: names} if names else {}
         yield from under(matrix.name, tensors).items()
     for name in job.plan.tables:
@@ -197,7 +198,7 @@ def _nearer_to_size(job: Job, staging: Path, past: _Past) -> Job | None:
     """
     if job.forecast is None or job.forecast.size is None:
         return None
-    size, total = job.forecast.size, sum(nbytes_by_file(staging).values())
+    size, total = job.forecast.size, _taken(job, staging)
     least = math.ceil(LEAST_SHARE * size)
     stored = _stored_bytes(job, staging)
     again = any(plan == job.plan for plan, _ in past.plans)
@@ -308,9 +309,15 @@ def _as_left(job: Job, work: Path) -> tuple[Job, _Past]:
     return job, past
 
 
+def _taken(job: Job, staging: Path) -> int:
+    """Bytes of a size that the staged artifact takes, those left for tuning counted."""
+    return sum(nbytes_by_file(staging).values()) + job.kept_for_tuning
+
+
 def _check_size(job: Job, staging: Path) -> None:
-    if job.forecast is None or job.forecast.size is None:
+    if job.size is None:
         return
-    total = sum(nbytes_by_file(staging).values())
-    if total > job.forecast.size:
-        raise RecipeError(f"the artifact takes {total:,} bytes of {job.forecast.size:,}; give a smaller size")
+    total = _taken(job, staging)
+    if total > job.size:
+        kept = f", {job.kept_for_tuning} that are left for tuning counted"
+        raise RecipeError(f"the artifact takes {total:,} bytes of {job.size:,}{kept}; give a smaller size")
