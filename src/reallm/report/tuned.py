@@ -25,10 +25,10 @@ def tuned_text(tuned: Tuned, before: Path, after: Path) -> str:
         rows += [("stopped", figures["stopped"])] if "stopped" in figures else []
     if not (after / "config.json").is_file():  # an adapter
         nbytes = sum(file.stat().st_size for file in after.iterdir())
-        return _table([*rows, ("adapter", f"{nbytes:,} bytes beside {read_ledger(before).total_bytes:,}")])
+        return lines([*rows, ("adapter", f"{nbytes:,} bytes beside {read_ledger(before).total_bytes:,}")])
     bits = [read_ledger(folder).bits_per_weight for folder in (before, after)]
     rows += [("bits", f"{bits[0]:.4f} a weight before, {bits[1]:.4f} after"), ("files", files_text(before, after))]
-    return _table(rows)
+    return lines(rows)
 
 
 def files_text(before: Path, after: Path) -> str:
@@ -41,7 +41,8 @@ def files_text(before: Path, after: Path) -> str:
     return f"{nbytes[0]:,} bytes before, {nbytes[1]:,} after{made}"
 
 
-def _table(rows: list[tuple[str, str]]) -> str:
+def lines(rows: list[tuple[str, str]]) -> str:
+    """Names and what is said of them, a line each."""
     return "\n".join(f"{name:<11} {value}" for name, value in rows)
 
 

@@ -226,7 +226,8 @@ class _Run:
             write_tuned(self.artifact, staging, parts, self._note(figures))
         else:
             pairs = {path: Factors(parts[f"{path}.left"], parts[f"{path}.right"]) for path in trainables.matrices}
-            save_adapter(pairs, staging, self.artifact.name)
+            original = read_manifest(self.artifact).provenance.get("source_sha256")
+            save_adapter(pairs, staging, self.artifact.name, original)
         os.rename(staging, self.out)
 
     def _note(self, figures: dict[str, Any]) -> dict[str, Any]:
