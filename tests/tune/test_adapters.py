@@ -1,6 +1,7 @@
 """Adapters: trained for a task, loaded, switched, merged, split off, and the same to PEFT."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -145,6 +146,109 @@ def test_the_command_trains_an_adapter(compressed, task, tmp_path, capsys):
     assert "bytes beside" in capsys.readouterr().out
     assert main(["tune", str(compressed), "-o", str(tmp_path / "x"), *words, "--method", "blockwise"]) == 2
     assert "--adapter 1 trains end to end" in capsys.readouterr().err
+
+
+def test_load_takes_an_adapter_and_the_merged_artifact_says_the_same(adapters, compressed, tmp_path):
+    merge(compressed, adapters / "two", tmp_path / "merged")
+    with_it = logits(load(compressed, adapter=adapters / "two"))
+    torch.testing.assert_close(with_it, logits(load(tmp_path / "merged")), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(with_it, logits(load(compressed)), rtol=1e-2, atol=1e-2)
+    packed = logits(load(compressed, "decode_per_use", adapter=adapters / "two"))
+    torch.testing.assert_close(packed, with_it, rtol=1e-4, atol=1e-4)
+
+
+def run(capsys, *words):
+    code = main([str(word) for word in words])
+    return code, *capsys.readouterr()
+
+
+def test_generate_and_eval_take_an_adapter_and_merging_says_its_bytes(
+    adapters, compressed, text_file, tmp_path, capsys
+):
+    one = adapters / "one"
+    code, out, _ = run(capsys, "merge", compressed, one, "-o", tmp_path / "merged")
+    rows = {line.split()[0]: line.split(None, 1)[1] for line in out.splitlines()}
+    more = sum(2 * (p.left.numel() + p.right.numel()) for p in read_adapter(one).values())
+    nbytes = [read_ledger(folder).total_bytes for folder in (compressed, tmp_path / "merged")]
+    assert code == 0 and rows["residuals"] == f"{more:,} bytes more" and nbytes[1] > nbytes[0] + more
+    assert rows["files"] == f"{nbytes[0]:,} bytes before, {nbytes[1]:,} after"
+    words = "Count to 3:", "--raw", "--max-new-tokens", 8
+    bare, with_it, merged = (
+        run(capsys, "generate", folder, *words, *more)
+        for folder, more in ((compressed, ()), (compressed, ("--adapter", one)), (tmp_path / "merged", ()))
+    )
+    assert with_it == merged and with_it[0] == 0 and with_it[1] != bare[1]
+    words = "--text", text_file, "--context", 64, "--windows", 4, "--json"
+    bare, with_it, merged = (
+        json.loads(run(capsys, "eval", folder, *words, *more)[1])
+        for folder, more in ((compressed, ()), (compressed, ("--adapter", one)), (tmp_path / "merged", ()))
+    )
+    assert with_it["nll"] == pytest.approx(merged["nll"], rel=1e-4) and with_it["nll"] != bare["nll"]
+    assert with_it["adapter"] == str(one) and bare["adapter"] is None
+    assert f"adapter     {one}" in run(capsys, "eval", compressed, *words[:-1], "--adapter", one)[1]
+
+
+def test_a_merged_folder_beyond_its_size_says_so_and_no_longer_claims_it(tiny_llama, adapters, tmp_path, capsys):
+    reallm.compress(tiny_llama, tmp_path / "in", size=75_000)
+    assert main(["merge", str(tmp_path / "in"), str(adapters / "one"), "-o", str(tmp_path / "out")]) == 0
+    over = read_ledger(tmp_path / "out").total_bytes - 75_000
+    assert f", {over:,} beyond the 75,000 that it was made for" in capsys.readouterr().out
+    assert read_manifest(tmp_path / "in").size == 75_000 and read_manifest(tmp_path / "out").size is None
+
+
+def test_what_cannot_be_merged_or_used_is_one_line_and_exit_2(adapters, compressed, other_llama, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text('rules: [{match: "*", format: {format: uniform, bits: 5}}]')
+    reallm.compress(other_llama, tmp_path / "other", recipe=str(tmp_path / "mine.yaml"))
+    (tmp_path / "bad").mkdir()
+    save_adapter({PATH: Factors(torch.ones(64, 2), torch.ones(64, 2))}, tmp_path / "bad", "x")
+    config = json.loads((tmp_path / "bad" / "adapter_config.json").read_text())
+    (tmp_path / "bad" / "adapter_config.json").write_text(json.dumps(config | {"r": 8}))
+    (tmp_path / "small").mkdir()
+    save_adapter({PATH: Factors(torch.ones(7, 2), torch.ones(5, 2))}, tmp_path / "small", "x")
+    cases = [
+        (tmp_path / "other", adapters / "one", "it is of another base"),
+        (compressed, compressed, "is no adapter: it lacks adapter_config.json"),
+        (compressed, tmp_path / "nowhere", "nowhere: is no adapter"),
+        (compressed, tmp_path / "bad", f"{PATH} has factors of rank 2, adapter_config.json says 8"),
+        (compressed, tmp_path / "small", "(7, 5)"),
+    ]
+    for base, adapter, says in cases:
+        for words in (("merge", base, adapter, "-o", tmp_path / "out"), ("generate", base, "a", "--adapter", adapter)):
+            code, out, err = run(capsys, *words)
+            assert (code, out, err.count("\n")) == (2, "", 1) and says in err, words
+    assert not (tmp_path / "out").exists() and not work_folder(tmp_path / "out").exists()
+    assert "nowhere" in run(capsys, "merge", tmp_path / "nowhere", adapters / "one", "-o", tmp_path / "out")[2]
+    (tmp_path / "out").mkdir()
+    assert "out exists" in run(capsys, "merge", compressed, adapters / "one", "-o", tmp_path / "out")[2]
+
+
+def test_a_damaged_artifact_gets_no_right_checksums_by_merging(adapters, compressed, tmp_path):
+    shutil.copytree(compressed, tmp_path / "in")
+    data = bytearray((tmp_path / "in" / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "in" / "model.safetensors").write_bytes(data)
+    with pytest.raises(ArtifactError, match="is not as it was written"):
+        merge(tmp_path / "in", adapters / "one", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@needs_peft
+@pytest.mark.parametrize("how", ["both active", "added up"])
+def test_two_adapters_at_once_in_peft_give_the_logits_of_both_residuals(adapters, compressed, how):
+    from reallm.tune.with_peft import load_into
+
+    several = Adapters(model := load(compressed))
+    for name in ("one", "two"):
+        several.load(name, adapters / name)
+    several.switch("one", "two")
+    theirs = load_into(load_into(load(compressed), adapters / "one", "one"), adapters / "two", "two")
+    torch.testing.assert_close(logits(theirs), logits(load(compressed, adapter=adapters / "one")), rtol=1e-4, atol=1e-4)
+    if how == "both active":
+        theirs.base_model.set_adapter(["one", "two"])
+    else:
+        theirs.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", combination_type="cat")
+        theirs.set_adapter("sum")
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-4)
 
 
 @needs_peft

@@ -99,7 +99,7 @@ def test_of_an_entropy_coded_artifact_the_codes_keep_their_bytes(tiny_llama, tun
 
 def test_the_provenance_says_how_it_was_tuned(tuned):
     note = json.loads((tuned[0] / "config.json").read_text())["quantization_config"]["provenance"]["tuned"][0]
-    assert note["method"] == "both" and note["trained"] == tuned[1].counts and note["steps"] == 10
+    assert note["method"] == "both" and note["steps"] == 10 and note["context"] == 32 and "loss" in note
 
 
 def test_a_tuned_artifact_can_be_tuned_again(tuned, tiny_llama, tuning_text, tmp_path):

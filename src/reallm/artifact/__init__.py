@@ -1,6 +1,6 @@
 """The compressed model on disk: manifest, writer, reader, ledger. Specified in docs/artifact.md."""
 
-from reallm.artifact.coding import code, coded_tensor, decoded_tensor
+from reallm.artifact.coding import code, code_within_size, coded_tensor, decoded_tensor
 from reallm.artifact.decoding import DecoderCost, decoder_costs
 from reallm.artifact.ledger import Ledger, Row, decoding_seconds, read_ledger
 from reallm.artifact.manifest import VERSION, Manifest, StoredMatrix, read_manifest
@@ -31,6 +31,7 @@ __all__ = [
     "check_new_file",
     "check_output",
     "code",
+    "code_within_size",
     "coded_tensor",
     "decoded_tensor",
     "decoder_costs",

@@ -61,6 +61,12 @@ class Manifest:
         """Decoders that matrices share, by name: they follow from the formats."""
         return tables_of(matrix.fmt for matrix in self.matrices)
 
+    @property
+    def size(self) -> int | None:
+        """Bytes that the whole folder was made for, and keeps within when tuned; None if none were asked for."""
+        size = self.provenance.get("size")
+        return size if type(size) is int and size > 0 else None
+
     def check_tables(self) -> None:
         """Errors: ArtifactError if one name stands for two shared decoders, or the name of a matrix for one."""
         try:

@@ -17,6 +17,7 @@ COMMANDS = (
     "compress",
     "plan",
     "tune",
+    "merge",
     "info",
     "recipes",
     "formats",

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from reallm.cli.options import Adapter
 from reallm.errors import ReallmError, install
 
 Model = Annotated[
@@ -48,6 +49,7 @@ def command(
         str | None,
         typer.Option(metavar="MODEL", help="Also measure KL and top-1 agreement with this model, and its tasks."),
     ] = None,
+    adapter: Adapter = None,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[
         str, typer.Option(metavar="NAME", help="What the models compute in: auto, float32, bfloat16 or float16.")
@@ -81,6 +83,7 @@ def command(
     if output is not None and not output.absolute().parent.is_dir():
         raise ReallmError(f"--output {output}: there is no folder {output.parent}")
     options: dict[str, Any] = {"reference": reference, "device": device, "dtype": dtype, "mode": mode, "verify": verify}
+    options["adapter"] = adapter
     result: dict[str, Any] = {}
     if names:  # first: a name that nobody knows is found before a text of minutes
         from reallm.evaluate.tasks import score_tasks
@@ -135,6 +138,8 @@ def _print_table(result: dict[str, Any]) -> None:
 
 def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("model", result["model"])]
+    if result.get("adapter") is not None:
+        rows.append(("adapter", result["adapter"]))
     if "perplexity" in result:
         rows += [
             ("text", f"{result['text']}  sha256 {result['text_sha256'][:12]}…"),

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from reallm.cli.options import Adapter
+
 
 def command(
     model: Annotated[
@@ -24,6 +26,7 @@ def command(
         float, typer.Option(metavar="X", min=0, help="Above 1: tokens used before become less likely.")
     ] = 1.1,
     seed: Annotated[int, typer.Option(metavar="N", help="The same seed draws the same text.")] = 0,
+    adapter: Adapter = None,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -49,7 +52,7 @@ def command(
     from reallm.model import load, load_tokenizer
 
     pieces = generate_stream(
-        load(model, mode=mode, verify=verify, **load_options(device, dtype)),
+        load(model, mode=mode, verify=verify, adapter=adapter, **load_options(device, dtype)),
         load_tokenizer(model),
         sys.stdin.read() if prompt == "-" else prompt,
         max_new_tokens=max_new_tokens,

@@ -13,6 +13,12 @@ Model: TypeAlias = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hugging Face folder with safetensors, hub id, or GGUF file.")
 ]
 Seed: TypeAlias = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything that is drawn.")]
+Adapter: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER", help="Adapter to use over the model: written by reallm tune --adapter, or by PEFT's LoRA."
+    ),
+]
 Include: TypeAlias = Annotated[
     list[str] | None, typer.Option(metavar="PATTERN", help="Compress only matrices that fit; may be repeated.")
 ]

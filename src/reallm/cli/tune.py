@@ -121,9 +121,13 @@ def command(
     log: Annotated[Path | None, typer.Option(metavar="FILE", help="Append every step to this file, as JSON.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the work folder of an interrupted run.")] = False,
 ) -> None:
-    """Train scales, codebooks, gains and residuals of a compressed model; its codes and its bytes stay.
+    """Train scales, codebooks, gains and residuals of a compressed model; codes, formats and bits a weight stay.
 
-    The result is as large as OUT to the byte. Several processes share the work when started by torchrun:
+    The weights take the bytes they took in OUT, unless what trained is entropy-coded (coding: true without --size):
+    that is coded anew, and may take some more or fewer. config.json grows by a note of some 200 to 400 bytes. A folder
+    that was made by --size or --bits-per-parameter stays within that however often it is tuned: compressing leaves 600
+    bytes for notes, of which old ones give way, and codes nothing that trains by default. What else is coded and could
+    outgrow the size is refused. Several processes share the work when started by torchrun:
     torchrun --no-python --nproc-per-node 2 reallm tune …
     """
     from reallm.artifact import work_folder

@@ -30,12 +30,14 @@ def measure(
     dtype: str = "auto",
     mode: str = models.DECODE_AT_LOAD,
     verify: bool = True,
+    adapter: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate the model at a path or hub id on a text file, both models on `device` in `dtype`.
 
-    The result is ready for JSON: the fields of `Evaluation`, what was measured on what, with which
-    versions, and `seconds`, the time of scoring without that of loading. ReallmError as `evaluate`.
+    `adapter` is a folder with an adapter of the model; the reference has none. The result is ready for JSON: the fields
+    of `Evaluation`, what was measured on what, with which versions, and `seconds`, the time of scoring without that of
+    loading. ReallmError as `evaluate`.
     """
     loading = load_options(device, dtype) | {"mode": mode, "verify": verify}
     documents = texts.load_text(text)  # first: it is cheap, and most often what is wrong
@@ -43,7 +45,7 @@ def measure(
     token_ids = texts.tokenize(tokenizer, documents)
     if reference is not None:
         _check_tokenizers(tokenizer, reference)
-    loaded = models.load(model, **loading)
+    loaded = models.load(model, adapter=adapter, **loading)
     other = None if reference is None else models.load(reference, **loading)
     start = time.perf_counter()
     figures = evaluate(
@@ -59,6 +61,7 @@ def measure(
     seconds = time.perf_counter() - start
     return dataclasses.asdict(figures) | {
         "model": str(model),
+        "adapter": None if adapter is None else str(adapter),
         "reference": reference,
         "text": str(text),
         "text_sha256": texts.text_sha256(text),

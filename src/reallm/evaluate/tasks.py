@@ -56,11 +56,13 @@ def score_tasks(
     dtype: str = "auto",
     mode: str = models.DECODE_AT_LOAD,
     verify: bool = True,
+    adapter: str | Path | None = None,
 ) -> dict[str, Any]:
     """Zero-shot figures of a model, and of `reference` beside it, on tasks of lm-eval; ready for JSON.
 
     `names` are lm-eval's, or `lambada`, which is its lambada_openai. Tasks whose files (see LOCAL) lie in the folder
     `data` read those, all others what lm-eval loads from the hub. `limit` takes only the first so many examples.
+    `adapter` is a folder with an adapter of the model; the reference has none.
     Under `tasks` a list of {task, data, examples, metrics: {name: {model, stderr, reference, reference_stderr}}};
     `data` is sha256 of the files by name, or the hub's data set.
     Errors: SourceError if lm-eval is missing, TextError for a task or a file that cannot be read, and as `load`.
@@ -72,10 +74,11 @@ def score_tasks(
         local = _written(names, None if data is None else Path(data), Path(folder))
         specs = list(dict.fromkeys(local[name].task if name in local else _called(name) for name in names))
         tasks = _manager(specs, Path(folder), [found.task for found in local.values()])
-        results, computed = _evaluated(model, specs, tasks, limit, batch_size, options)
+        results, computed = _evaluated(model, specs, tasks, limit, batch_size, options | {"adapter": adapter})
         others = None if reference is None else _evaluated(reference, specs, tasks, limit, batch_size, options)[0]
     return {
         "model": str(model),
+        "adapter": None if adapter is None else str(adapter),
         "reference": reference,
         "limit": limit,
         "batch_size": batch_size,

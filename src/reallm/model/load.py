@@ -11,6 +11,7 @@ from torch import nn
 from reallm.artifact.checks import read_json
 from reallm.artifact.manifest import QUANT_METHOD, read_manifest
 from reallm.errors import ArtifactError, SourceError
+from reallm.model.adapters import Adapters, read_adapter
 from reallm.model.headers import read_headers, weight_files
 from reallm.model.modules import DECODE_AT_LOAD, check_mode
 from reallm.model.silence import quiet
@@ -24,16 +25,26 @@ def load(
     device: str | torch.device | int | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = True,
+    adapter: str | Path | None = None,
 ) -> nn.Module:
     """A model in eval mode: a compressed one in `mode`, or an original folder, hub id or GGUF file.
 
     `dtype` is what it computes in, its own by default. `verify` compares a compressed one with its checksums first.
+    `adapter` is a folder with a LoRA adapter, ours or PEFT's, which is added to what the model's linears put out.
     Errors: ArtifactError, FormatError or SourceError, one line with the remedy.
     """
     check_mode(mode)
+    if adapter is not None:
+        read_adapter(adapter)  # before a model of minutes
     if not is_artifact(path):
-        return open_source(path).load(dtype, device).eval()
-    return _load_artifact(Path(path).expanduser(), mode, device, dtype, verify).eval()
+        model = open_source(path).load(dtype, device).eval()
+    else:
+        model = _load_artifact(Path(path).expanduser(), mode, device, dtype, verify).eval()
+    if adapter is not None:
+        adapters = Adapters(model)
+        adapters.load("", adapter)
+        adapters.switch("")
+    return model
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reallm.allocate.analysis import ROTATED_WIDTHS, VERSION, Analysis, Measured, spec_key
-from reallm.artifact import code
+from reallm.artifact import code_within_size
 from reallm.fit import Objective, fit, relative_error
 from reallm.fit.feedback import costs_in_feedback
 from reallm.fit.scaled import balancing_scales, moving_gain
@@ -131,7 +131,7 @@ def tried(fmt: WeightFormat, weight: Float[Tensor, "out in"], seed: int, most: i
     sample = weight[rows].contiguous()
     shape = (sample.shape[0], sample.shape[1])
     parts = fit(fmt, sample, Objective.relative_columns(sample), seed)
-    stored, _ = code(fmt.pack(parts, shape))
+    stored, _ = code_within_size(fmt, fmt.pack(parts, shape))
     share = sum(tensor.nbytes for tensor in stored.values()) / fmt.nbytes(shape)
     return Measured(relative_error(sample, fmt.decode(parts, shape)), min(share, 1.0))
 

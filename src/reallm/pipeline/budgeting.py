@@ -75,7 +75,8 @@ def from_budget(
     if given is not None:
         matrices = [entry.matrix for entry in given.entries]
     options = options_of(matrices, walked, settings, analysis, coding and size is not None, given)
-    draft = Job(source, walked, Plan((), _name(settings, size)), settings, coding)
+    forecast = Forecast(options, size, None, math.nan, analysis is not None)
+    draft = Job(source, walked, Plan((), _name(settings, size)), settings, coding, forecast)
     if given is not None:
         plan, nbytes = given, WholeFile(draft).beside(given) + predicted_bytes(given, options)
         if size is not None and nbytes > size:  # what no few changes bring there is refused before any work
@@ -87,7 +88,7 @@ def from_budget(
     else:
         plan, nbytes = plan_for_size(WholeFile(draft), matrices, options, size, draft.plan.recipe)
     plan.check()
-    forecast = Forecast(options, size, nbytes, predicted_loss(plan, options), analysis is not None)
+    forecast = dataclasses.replace(forecast, nbytes=nbytes, loss=predicted_loss(plan, options))
     return dataclasses.replace(draft, plan=plan, forecast=forecast)
 
 

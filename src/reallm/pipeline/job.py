@@ -17,6 +17,9 @@ from reallm.model import Matrix, Source, Walk
 from reallm.model.walk import LEFT_OUT
 from reallm.pipeline.settings import Settings, calibration_of
 
+# Bytes of a size that are left for notes of tuning: one takes 190 to 390, and later ones make room for themselves.
+KEPT_FOR_TUNING = 600
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -43,6 +46,16 @@ class Job:
     settings: Settings
     coding: bool = False  # stored tensors are entropy-coded where that makes them smaller
     forecast: Forecast | None = None  # where a budget chose: what it chose from
+
+    @property
+    def size(self) -> int | None:
+        """Bytes that the whole artifact may take, now and tuned; None without a budget of bytes."""
+        return None if self.forecast is None else self.forecast.size
+
+    @property
+    def kept_for_tuning(self) -> int:
+        """Bytes of the size that are not filled."""
+        return 0 if self.size is None else KEPT_FOR_TUNING
 
     @property
     def compressed(self) -> list[tuple[Matrix, Planned]]:
@@ -82,6 +95,7 @@ def provenance(job: Job, fingerprint: str) -> dict[str, Any]:
     import reallm
 
     return {
+        **({} if job.size is None else {"size": job.size}),
         "reallm": reallm.__version__,
         "source": Path(job.source.label).name,
         "source_sha256": fingerprint,

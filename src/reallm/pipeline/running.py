@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -23,6 +24,7 @@ from reallm.artifact import (
     check_finished_output,
     check_output,
     code,
+    code_within_size,
     finished_file,
     opened,
     read_ledger,
@@ -48,6 +50,8 @@ from reallm.pipeline.whole import WholeFile, nbytes_by_file, write_texts
 
 _CHANGED_PLAN = "changed.json"  # in the work folder: formats that differ from those the run began with
 _CHANGES, _GUESSES = 10, 5
+# Texts of a tiny file may leave no plan between 99.5 and 100 % of a size; the smallest plan of all was 40 % below.
+_AIMS = (1.0, 0.998, 0.996, 0.994, 0.99)
 _TEXT_ROUNDS = 4  # config and plan name every format once, so that other formats may take other bytes of text
 
 # Matrices of a model with billions of parameters; smaller blocks, of which a fit makes thousands, stay where they are.
@@ -141,11 +145,11 @@ def _tensors(job: Job, work: Path, coded: dict[str, tuple[str, ...]]) -> Iterato
     """
     from reallm.model import marker_tensors
 
-    for matrix, _ in job.compressed:
+    for matrix, planned in job.compressed:
         with safe_open(finished_file(work, matrix.name), framework="pt") as file:
             tensors = inner(matrix.name, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no dict
         if job.coding:
-            tensors, names = code(tensors)
+            tensors, names = code(tensors) if job.size is None else code_within_size(planned.fmt, tensors)
             coded |= {matrix.name: names} if names else {}
         yield from under(matrix.name, tensors).items()
     for name in job.plan.tables:
@@ -213,7 +217,7 @@ def _nearer_to_size(job: Job, staging: Path, past: _Past) -> Job | None:
     """
     if job.forecast is None or job.forecast.size is None:
         return None
-    size, total = job.forecast.size, sum(nbytes_by_file(staging).values())
+    size, total = job.forecast.size, _taken(job, staging)
     least = math.ceil(LEAST_SHARE * size)
     stored = _stored_bytes(job, staging)
     again = any(plan == job.plan for plan, _ in past.plans)
@@ -251,12 +255,17 @@ def _nearer_to_size(job: Job, staging: Path, past: _Past) -> Job | None:
         }
         # What names the coded tensors in the config is not foretold.
         coded = total - sum(stored.values()) - WholeFile(job).beside(job.plan)
-        matrices = [entry.matrix for entry in job.plan.entries]
-        try:
-            plan, _ = plan_for_size(WholeFile(job), matrices, options, size - coded, job.plan.recipe)
-        except RecipeError:
-            plan = past.best(size) or _smallest(job.plan, job.forecast.options)
+        plan = _plan_near(job, options, size - coded) or past.best(size) or _smallest(job.plan, job.forecast.options)
     return None if plan == job.plan else dataclasses.replace(job, plan=plan)
+
+
+def _plan_near(job: Job, options: Options, size: int) -> Plan | None:
+    """A plan for the size, or one for a little less, which a few exchanges may fill; None if there is none."""
+    for share in _AIMS:
+        with contextlib.suppress(RecipeError):
+            matrices = [entry.matrix for entry in job.plan.entries]
+            return plan_for_size(WholeFile(job), matrices, options, math.floor(share * size), job.plan.recipe)[0]
+    return None
 
 
 def _smallest(plan: Plan, options: Options) -> Plan:
@@ -341,9 +350,15 @@ def _as_left(job: Job, work: Path) -> tuple[Job, _Past]:
     return job, past
 
 
+def _taken(job: Job, staging: Path) -> int:
+    """Bytes of a size that the staged artifact takes, those left for tuning counted."""
+    return sum(nbytes_by_file(staging).values()) + job.kept_for_tuning
+
+
 def _check_size(job: Job, staging: Path) -> None:
-    if job.forecast is None or job.forecast.size is None:
+    if job.size is None:
         return
-    total = sum(nbytes_by_file(staging).values())
-    if total > job.forecast.size:
-        raise RecipeError(f"the artifact takes {total:,} bytes of {job.forecast.size:,}; give a smaller size")
+    total = _taken(job, staging)
+    if total > job.size:
+        kept = f", {job.kept_for_tuning} that are left for tuning counted"
+        raise RecipeError(f"the artifact takes {total:,} bytes of {job.size:,}{kept}; give a smaller size")

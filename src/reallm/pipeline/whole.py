@@ -23,7 +23,10 @@ _FINGERPRINT = "0" * 64  # as long as any
 
 
 class WholeFile:
-    """Bytes of the artifacts that a job with other plans would write; no tensor counts as entropy-coded."""
+    """Bytes of the artifacts that a job with other plans would write; no tensor counts as entropy-coded.
+
+    Under a size, what is left for notes of tuning counts too.
+    """
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -38,12 +41,12 @@ class WholeFile:
         return self.beside(plan) + _of_matrices(plan)
 
     def beside(self, plan: Plan) -> int:
-        """Bytes of all that is no compressed matrix: shared decoders, kept tensors, headers, texts, tokenizer."""
+        """Bytes of all that is no compressed matrix: shared decoders, kept tensors, headers, texts, tokenizer, room."""
         job = dataclasses.replace(self._job, plan=plan)
         with tempfile.TemporaryDirectory() as place:
             write_texts(job, _FINGERPRINT, {}, Path(place), foretold_checksums(foretold_files(tensors_of(job))))
             texts = nbytes_by_file(Path(place)) | self.companions
-        return sum(texts.values()) + foretold_nbytes(tensors_of(job)) - _of_matrices(plan)
+        return job.kept_for_tuning + sum(texts.values()) + foretold_nbytes(tensors_of(job)) - _of_matrices(plan)
 
 
 def write_texts(

@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from reallm.artifact import read_ledger
+from reallm.artifact import read_ledger, read_manifest
 from reallm.tune import Tuned
 
 
 def tuned_text(tuned: Tuned, before: Path, after: Path) -> str:
-    """What trained, what it did to the validation windows, and the bytes of both artifacts' tensors."""
+    """What trained, what it did to the validation windows, and bits and bytes of both artifacts."""
     trained = ", ".join(f"{count:,} of {word}" for word, count in tuned.counts.items())
     rows = [("trained", trained), ("windows", f"{tuned.training_windows:,}, validated on {tuned.validation_windows}")]
     rows += [("blocks", _blocks(tuned))] if _errors(tuned) else []
@@ -25,13 +25,24 @@ def tuned_text(tuned: Tuned, before: Path, after: Path) -> str:
         rows += [("stopped", figures["stopped"])] if "stopped" in figures else []
     if not (after / "config.json").is_file():  # an adapter
         nbytes = sum(file.stat().st_size for file in after.iterdir())
-        return _table([*rows, ("adapter", f"{nbytes:,} bytes beside {read_ledger(before).total_bytes:,}")])
+        return lines([*rows, ("adapter", f"{nbytes:,} bytes beside {read_ledger(before).total_bytes:,}")])
     bits = [read_ledger(folder).bits_per_weight for folder in (before, after)]
-    rows += [("bits", f"{bits[0]:.4f} a weight before, {bits[1]:.4f} after")]
-    return _table(rows)
+    rows += [("bits", f"{bits[0]:.4f} a weight before, {bits[1]:.4f} after"), ("files", files_text(before, after))]
+    return lines(rows)
 
 
-def _table(rows: list[tuple[str, str]]) -> str:
+def files_text(before: Path, after: Path) -> str:
+    """Bytes of two folders with all their files, and the size that they were made for."""
+    nbytes = [read_ledger(folder).total_bytes for folder in (before, after)]
+    size = read_manifest(before).size
+    made = "" if size is None else f"; made for {size:,}"
+    if size is not None and nbytes[1] > size:
+        made = f", {nbytes[1] - size:,} beyond the {size:,} that it was made for"
+    return f"{nbytes[0]:,} bytes before, {nbytes[1]:,} after{made}"
+
+
+def lines(rows: list[tuple[str, str]]) -> str:
+    """Names and what is said of them, a line each."""
     return "\n".join(f"{name:<11} {value}" for name, value in rows)
 
 

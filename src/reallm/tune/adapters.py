@@ -10,48 +10,37 @@ of the format `low_rank_plus`, and the one becomes the other: `merge` and `split
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
 
-from reallm.artifact import StoredMatrix, check_output, read_manifest, save_tensors, work_folder
-from reallm.artifact.checks import read_json
+from reallm.artifact import Manifest, StoredMatrix, check_output, read_manifest, save_tensors, work_folder
+from reallm.artifact.integrity import verify
 from reallm.errors import ArtifactError, FormatError
 from reallm.formats import Tensors
 from reallm.formats.low_rank_plus import BFLOAT16, LowRankPlus
 from reallm.formats.waist import inner, under
-from reallm.model.headers import Header, read_headers, read_tensor
+from reallm.model.adapters import BASE, CONFIG, PREFIX, WEIGHTS, Adapters, Factors, check_base, read_adapter
+from reallm.model.headers import weight_files
 from reallm.tune.writing import write_changed
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+__all__ = ["Adapters", "Factors", "merge", "read_adapter", "save_adapter", "split"]
 
 
-@dataclass(frozen=True)
-class Factors:
-    """left · rightᵀ is added to a weight."""
-
-    left: Float[Tensor, "out rank"]
-    right: Float[Tensor, "in rank"]
-
-
-def save_adapter(factors: dict[str, Factors], folder: Path, base: str) -> None:
+def save_adapter(factors: dict[str, Factors], folder: Path, base: str, source_sha256: str | None = None) -> None:
     """Write an adapter, by module path, into the existing folder; factors are stored as bfloat16.
 
-    `base` is the name of the model that it belongs to.
+    `base` is the name of the model that it belongs to, `source_sha256` what the provenance of that says of its
+    original: over artifacts that say another the adapter is refused.
     """
     tensors: Tensors = {}
     for path, pair in factors.items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = pair.right.T.to(torch.bfloat16)
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = pair.left.to(torch.bfloat16)
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = pair.right.T.to(torch.bfloat16)
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = pair.left.to(torch.bfloat16)
     ranks = {path: pair.left.shape[1] for path, pair in factors.items()}
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     others = {path: rank for path, rank in ranks.items() if rank != usual}
@@ -68,107 +57,27 @@ def save_adapter(factors: dict[str, Factors], folder: Path, base: str) -> None:
         "bias": "none",
         "inference_mode": True,
     }
-    save_tensors(tensors, folder / WEIGHTS)
+    save_tensors(tensors, folder / WEIGHTS, {} if source_sha256 is None else {BASE: source_sha256})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def read_adapter(folder: str | Path) -> dict[str, Factors]:
-    """An adapter's factors by module path, float32, the scale put into the left ones.
-
-    Errors: ArtifactError if it is not a LoRA adapter, damaged, or of a kind that is more than two factors.
-    """
-    folder = Path(folder)
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise ArtifactError(f"{folder}: is no adapter: it lacks {CONFIG} or {WEIGHTS}")
-    config = read_json(folder / CONFIG, ArtifactError)
-    headers = read_headers([folder / WEIGHTS], ArtifactError)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA" or config.get("use_dora"):
-        raise ArtifactError(f"{folder}: only plain LoRA adapters can be read")
-    paths = [name.removesuffix(".lora_A.weight") for name in headers if name.endswith(".lora_A.weight")]
-    if len(headers) != 2 * len(paths) or not all(f"{path}.lora_B.weight" in headers for path in paths):
-        raise ArtifactError(f"{folder}: holds other tensors than pairs of lora_A and lora_B; only these can be read")
-    for path in paths:
-        down, up = (headers[f"{path}.lora_{side}.weight"] for side in "AB")
-        ranks = {down.shape[0], up.shape[-1]} if len(down.shape) == len(up.shape) == 2 else set()
-        if len(ranks) != 1 or 0 in (*down.shape, *up.shape) or not _are_floats(down, up):
-            raise ArtifactError(
-                f"{folder}: {path} has factors of shapes {down.shape} and {up.shape}; they do not match"
-            )
-    try:
-        pairs = {path: _pair(folder, headers, path, config) for path in paths}
-    except (ValueError, TypeError, AttributeError, OverflowError) as problem:
-        raise ArtifactError(f"{folder}: {CONFIG} holds what is no scale of an adapter ({problem})") from problem
-    for path, pair in pairs.items():
-        if not (torch.isfinite(pair.left).all() and torch.isfinite(pair.right).all()):
-            raise ArtifactError(f"{folder}: {path} has factors that are not finite; damaged")
-    return {path.removeprefix(_PREFIX): pair for path, pair in pairs.items()}
-
-
-class Adapters:
-    """Adapters in a loaded model, compressed or not, of which one, several or none are at work.
-
-    >>> adapters = Adapters(reallm.load("OUT"))
-    >>> adapters.load("french", "FRENCH"); adapters.switch("french"); adapters.switch()
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._loaded: dict[str, dict[str, Factors]] = {}
-        self._hooks: list[Any] = []
-        self.active: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> list[str]:
-        """Those that are loaded."""
-        return list(self._loaded)
-
-    def load(self, name: str, folder: str | Path) -> None:
-        """Read an adapter; it is at work once switched to.
-
-        Errors: ArtifactError if it does not fit this model.
-        """
-        factors = read_adapter(folder)
-        modules = dict(self.model.named_modules())
-        for path, pair in factors.items():
-            module, shape = modules.get(path), (pair.left.shape[0], pair.right.shape[0])
-            if (getattr(module, "out_features", None), getattr(module, "in_features", None)) != shape:
-                raise ArtifactError(f"{folder}: {path} of shape {shape} is no linear of this model; it is of another")
-        self._loaded[name] = factors
-
-    def switch(self, *names: str) -> None:
-        """Only the adapters named are at work from now on, added up; none without a name.
-
-        Errors: ArtifactError for a name that is not loaded.
-        """
-        for name in names:
-            if name not in self._loaded:
-                raise ArtifactError(f"adapter {name!r} is not loaded; loaded: {', '.join(self.names) or 'none'}")
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = [
-            self.model.get_submodule(path).register_forward_hook(_adding(pair))
-            for name in names
-            for path, pair in self._loaded[name].items()
-        ]
-        self.active = names
-
-
 def merge(artifact: str | Path, adapter: str | Path, out: str | Path) -> None:
-    """Write the artifact with the adapter in it, as a bfloat16 residual around each format; bits count it.
+    """Write the artifact with the adapter in it, as a bfloat16 residual around each format.
 
-    Errors: ArtifactError if the adapter is of another model or `out` is in the way.
+    That takes 2 · rank · (out + in) bytes a matrix, which its bits count.
+    Errors: ArtifactError if the adapter is of another model, the artifact is damaged or `out` is in the way.
     """
     source, factors = Path(artifact), read_adapter(adapter)
-    names = {matrix.name for matrix in read_manifest(source).matrices}
-    if unknown := sorted(set(factors) - names):
-        raise ArtifactError(f"{adapter}: {unknown[0]} is no compressed matrix of {artifact}; it is of another model")
+    manifest = read_manifest(source)
+    _check_fit(adapter, factors, source, manifest)
+    check_output(Path(out))
+    # The checksums are made anew: what is damaged must not get right ones.
+    verify(weight_files(source, ArtifactError), manifest.checksums)
 
     def change(matrix: StoredMatrix, stored: Tensors) -> tuple[StoredMatrix, Tensors]:
         pair = factors.get(matrix.name)
         if pair is None:
             return matrix, stored
-        if (pair.left.shape[0], pair.right.shape[0]) != matrix.shape:
-            raise ArtifactError(f"{adapter}: {matrix.name} has another shape than in {artifact}")
         fmt = LowRankPlus(matrix.fmt, pair.left.shape[1])
         try:
             fmt.check(matrix.shape)
@@ -206,7 +115,20 @@ def split(artifact: str | Path, base: str | Path, adapter: str | Path) -> None:
             raise ArtifactError(f"{artifact}: no format of it is low_rank_plus with bfloat16 factors; nothing to split")
 
     _written(base, write)
-    _written(adapter, lambda folder: save_adapter(factors, folder, base.name))
+    original = read_manifest(source).provenance.get("source_sha256")
+    _written(adapter, lambda folder: save_adapter(factors, folder, base.name, original))
+
+
+def _check_fit(adapter: str | Path, factors: dict[str, Factors], source: Path, manifest: Manifest) -> None:
+    """Errors: ArtifactError unless each pair of factors is of a compressed matrix, and of the same original."""
+    check_base(adapter, manifest.provenance)
+    shapes = {matrix.name: matrix.shape for matrix in manifest.matrices}
+    for path, pair in factors.items():
+        shape = pair.left.shape[0], pair.right.shape[0]
+        if path not in shapes:
+            raise ArtifactError(f"{adapter}: {path} is no compressed matrix of {source}; it is of another model")
+        if shape != shapes[path]:
+            raise ArtifactError(f"{adapter}: {path} has another shape, {shape}, than in {source}, {shapes[path]}")
 
 
 def _written(out: Path, write: Callable[[Path], None]) -> None:
@@ -219,31 +141,3 @@ def _written(out: Path, write: Callable[[Path], None]) -> None:
         os.rename(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _pair(folder: Path, headers: dict[str, Header], path: str, config: dict[str, Any]) -> Factors:
-    """The factors of one module; both keys of a pattern are looked up as PEFT does, by the end of the path."""
-    down, up = (read_tensor(headers[f"{path}.lora_{side}.weight"]).to(torch.float32) for side in "AB")
-    alpha = _of_pattern(config.get("alpha_pattern"), path, float(config.get("lora_alpha", down.shape[0])))
-    rank = math.sqrt(down.shape[0]) if config.get("use_rslora") else down.shape[0]
-    return Factors(up * (alpha / rank), down.T.contiguous())
-
-
-def _are_floats(*headers: Header) -> bool:
-    return all(header.dtype.is_floating_point for header in headers)
-
-
-def _of_pattern(pattern: Any, path: str, usual: float) -> float:
-    found = [value for key, value in (pattern or {}).items() if path == key or path.endswith(f".{key}")]
-    return float(found[0] if found else usual)
-
-
-def _adding(pair: Factors) -> Callable[..., Tensor]:
-    """A forward hook that adds what the residual makes of the inputs."""
-
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0]
-        right, left = (factor.to(x.device, x.dtype) for factor in (pair.right, pair.left))
-        return output + (x @ right) @ left.T
-
-    return hook

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import reallm
 from reallm.artifact import STAGING, check_output, opened, read_manifest, remove, work_folder
 from reallm.errors import ArtifactError, RecipeError, SourceError
 from reallm.kernels import give_back_freed_blocks
@@ -30,7 +31,12 @@ from reallm.tune.losses import repeatable
 from reallm.tune.processes import Processes, processes
 from reallm.tune.settings import Settings, check_settings
 from reallm.tune.trainables import Trainables, choose, choose_new_residuals
-from reallm.tune.writing import write_tuned
+from reallm.tune.writing import check_room, write_tuned
+
+# What a note does not say again, or what changes no result.
+_NOT_NOTED = ("text", "method", "validation", "validate_every", "reference", "adapter", "tokens", "device")
+_NOT_NOTED += ("micro_batch", "save_memory", "checkpointing")
+_DIGITS = 16  # of sha256 in a note: it is part of the file, and texts and models are only to be told apart
 
 # What may differ between an interrupted run and its resumption: it changes no result.
 _NO_RESULT = ("text", "validation", "reference", "device", "seed")
@@ -85,7 +91,8 @@ def run(
     with processes(settings.device) as (workers, device):
         settings = dataclasses.replace(settings, device=device)
         workers.check_batch("--batch", settings.batch)
-        read_manifest(artifact)
+        if settings.adapter is None:
+            check_room(artifact, settings.train)
         if workers.first:
             check_output(out, resume)
             # Killed between its last two deeds a run leaves both: then only the work folder is to be removed.
@@ -219,34 +226,37 @@ class _Run:
         staging.mkdir()
         parts = {name: tensor.cpu() for name, tensor in trainables.to_store().items()}
         if self.settings.adapter is None:
-            write_tuned(self.artifact, staging, parts, self._note(trainables, figures))
+            write_tuned(self.artifact, staging, parts, self._note(figures))
         else:
             pairs = {path: Factors(parts[f"{path}.left"], parts[f"{path}.right"]) for path in trainables.matrices}
-            save_adapter(pairs, staging, self.artifact.name)
+            original = read_manifest(self.artifact).provenance.get("source_sha256")
+            save_adapter(pairs, staging, self.artifact.name, original)
         os.rename(staging, self.out)
 
-    def _note(self, trainables: Trainables, figures: dict[str, Any]) -> dict[str, Any]:
-        """What the provenance says of this tuning; no time and no path."""
-        settings = self.settings
-        note = {
-            "method": settings.method,
-            "trained": trainables.counts,
-            "texts": [text_sha256(file) for file in settings.text],
-            "original_sha256": self._original_sha256,
-            "context": settings.context,
-            "batch": settings.batch,
-            "seed": settings.seed,
-            "device": torch.device(settings.device).type,
-            "torch": torch.__version__,
+    def _note(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """What the provenance says of this tuning, the most important first; no time and no path.
+
+        Short: what is as by default, or as the provenance has it of compression, is left out.
+        """
+        settings, provenance = self.settings, read_manifest(self.artifact).provenance
+        told = [*(["loss"] if settings.end_to_end else []), *(["block_error"] if settings.block_wise else [])]
+        usual = {field.name: field.default for field in dataclasses.fields(settings)}
+        chosen = {
+            name: ",".join(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(settings).items()
+            if name not in _NOT_NOTED and (value != usual[name] or name in told)
         }
-        if settings.block_wise:
-            note |= {"block_windows": settings.block_windows, "block_epochs": settings.block_epochs}
-            note |= {"block_learning_rate": settings.block_learning_rate, "target": settings.target}
-            note |= {"block_error": settings.block_error}
-        if settings.end_to_end:
-            note |= {"loss": settings.loss, "learning_rate": settings.learning_rate}
-            note |= {key: figures[key] for key in ("steps", "best_step", "stopped") if key in figures}
-        return note
+        here = {"device": torch.device(settings.device).type, "torch": torch.__version__, "reallm": reallm.__version__}
+        original = self._original_sha256
+        if original not in (None, provenance.get("source_sha256")):
+            here["original_sha256"] = original[:_DIGITS]
+        return {
+            "text": ",".join(text_sha256(file)[:_DIGITS] for file in settings.text),
+            "method": settings.method,
+            **{key: figures[key] for key in ("steps", "best_step", "stopped") if key in figures},
+            **chosen,
+            **{key: value for key, value in here.items() if value != provenance.get(key)},
+        }
 
 
 def sha256_of(files: list[Path]) -> str:

@@ -25,12 +25,17 @@ def knowing_us(config: Any) -> Any:
 def load_into(model: nn.Module, adapter: str | Path, name: str = "default") -> Any:
     """A PeftModel of a loaded compressed model with the adapter in a folder, ours or PEFT's.
 
+    Given that PeftModel it takes another adapter beside the first; `set_adapter` and `add_weighted_adapter` of PEFT
+    choose among them.
     Errors: ArtifactError if peft is not installed.
     """
     _require_peft()
     from peft import LoraConfig, PeftModel
 
     config = knowing_us(LoraConfig.from_pretrained(str(adapter)))
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(adapter), adapter_name=name, peft_config=config)
+        return model
     return PeftModel.from_pretrained(model, str(adapter), adapter_name=name, config=config)
 
 

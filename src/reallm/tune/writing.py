@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from reallm.artifact import StoredMatrix, read_manifest, write_shards
+from reallm.artifact import Manifest, StoredMatrix, read_ledger, read_manifest, write_shards
 from reallm.artifact.coding import coded_tensor, decoded_tensor
 from reallm.artifact.integrity import checksums_of
 from reallm.artifact.writer import INDEX
-from reallm.errors import ArtifactError
+from reallm.errors import ArtifactError, RecipeError
 from reallm.formats import Tensors, named_tensors, tables_at_hand, with_tensors
 from reallm.formats.shared import PREFIX as SHARED
 from reallm.formats.waist import inner, under
@@ -29,12 +30,29 @@ CONFIG, PLAN = "config.json", "plan.yaml"
 Change = Callable[[StoredMatrix, Tensors], tuple[StoredMatrix, Tensors]]
 
 
+def check_room(artifact: Path, words: Collection[str]) -> None:
+    """Whether an artifact stays within the size it was made for, whatever its parts of these words become.
+
+    Errors: RecipeError for words whose tensors are entropy-coded, and fit the size for that alone.
+    """
+    ledger, size = read_ledger(artifact), read_manifest(artifact).size
+    more: Counter[str] = Counter()
+    for row in ledger.coded:
+        if row.role in words and (row.kind == "block" or row.kind in words):
+            more[row.role] += (row.raw_nbytes or row.nbytes) - row.nbytes
+    if size is not None and more and (most := ledger.total_bytes + more.total()) > size:
+        raise RecipeError(
+            f"--train {', '.join(more)}: these are entropy-coded, and could make {most:,} bytes of the "
+            f"{ledger.total_bytes:,}, where {artifact} was made for {size:,}; leave them out"
+        )
+
+
 def write_tuned(source: Path, staging: Path, trained: Tensors, note: dict[str, Any]) -> None:
     """Write the artifact of `source` with `trained` put in to the folder `staging`, which exists.
 
     `trained` are parts in natural units, kept tensors and packed shared decoders, by the name of what is stored of
-    them. `note` is added to the provenance's list `tuned`. All other files are copied. Of an artifact with
-    entropy-coded tensors those that trained are coded anew, and may take some bytes more or fewer.
+    them. `note`, with what matters most first, is added to the provenance's list `tuned`. All other files are copied.
+    Of an artifact with entropy-coded tensors those that trained are coded anew, and may take some bytes more or fewer.
     """
 
     def change(matrix: StoredMatrix, stored: Tensors) -> tuple[StoredMatrix, Tensors]:
@@ -49,7 +67,8 @@ def write_changed(
 ) -> None:
     """Write the artifact of `source` with every matrix changed, and `kept` in place of tensors of these names.
 
-    The plan is copied only if every format stays.
+    The plan is copied only if every format stays. A folder that was made for a size keeps within it: notes of earlier
+    tunings give way, and if that is not enough it no longer counts as made for one.
     """
     manifest = read_manifest(source)
     matrices: list[StoredMatrix] = []
@@ -62,11 +81,50 @@ def write_changed(
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
-    provenance = {**manifest.provenance, "tuned": [*manifest.provenance.get("tuned", []), note]}
     checksums = checksums_of(staging.glob("*.safetensors"))
-    manifest = replace(manifest, matrices=tuple(matrices), provenance=provenance, checksums=checksums)
-    config["quantization_config"] |= manifest.to_dict()
-    (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    manifest = replace(manifest, matrices=tuple(matrices), checksums=checksums)
+    room = None if manifest.size is None else manifest.size - nbytes_of(staging)
+    (staging / CONFIG).write_text(_config_text(config, manifest, note, room), encoding="utf-8")
+
+
+def nbytes_of(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _config_text(config: dict[str, Any], manifest: Manifest, note: dict[str, Any], room: int | None) -> str:
+    """config.json, with `note` after those of earlier tunings, of which the oldest give way where `room` is short.
+
+    Where the weights alone leave no room, all notes stay, and the size that the folder was made for goes.
+    """
+
+    def text(provenance: dict[str, Any]) -> str:
+        section = config["quantization_config"] | replace(manifest, provenance=provenance).to_dict()
+        return json.dumps(config | {"quantization_config": section}, indent=2, sort_keys=True) + "\n"
+
+    earlier = manifest.provenance.get("tuned")
+    notes = [one for one in earlier if isinstance(one, dict)] if isinstance(earlier, list) else []
+    notes.append(note)
+    others = {key: value for key, value in manifest.provenance.items() if key != "tuned"}
+    for kept in _fewer(notes):
+        found = text({**others, **({"tuned": kept} if kept else {})})
+        if room is None or len(found.encode()) <= room:
+            return found
+    del others["size"]
+    return text({**others, "tuned": notes})
+
+
+def _fewer(notes: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The notes, then without the oldest, which the next one counts as `earlier`, then ever less of the last one."""
+    yield notes
+    left, gone = list(notes), 0
+    while len(left) > 1:
+        before = left.pop(0).get("earlier")
+        gone += 1 + (before if type(before) is int else 0)
+        yield [{"earlier": gone, **left[0]}, *left[1:]]
+    items = [*({"earlier": gone} if gone else {}).items(), *left[0].items()]
+    yield from ([dict(items[:count])] for count in range(len(items) - 1, 0, -1))
+    yield []
 
 
 def _tensors(source: Path, change: Change, kept: Tensors, matrices: list[StoredMatrix]) -> Iterator[tuple[str, Tensor]]:
