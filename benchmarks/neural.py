@@ -174,14 +174,15 @@ C_ARMS = [
     ),
 ]  # fmt: skip
 # A convolution lives by neighbours, which an order makes: steps that a processor can do, and the same vectors in the
-# same order without a net, to tell what the order alone gives. Vectors of 4 are the four latents of one patch.
+# same order without a net, to tell what the order alone gives: `sort` puts alike scales into one group and knows no
+# neighbours. Vectors of 4 are the four latents of one patch.
 _FOUR = vectors(4, 8)
 _TO_TRAIN = {1: None, 4: 40, 30: 10}
 ORDERS = ("greedy", "spectral")
 ORDER_ARMS = [
     *(
         Arm("order", f"{order} codebook d={base['vector_dim']}, {base['index_bits']} bits", ordered(order, base))
-        for order in ORDERS for base in (_TWO, _FOUR)
+        for order in ("sort", *ORDERS) for base in (_TWO, _FOUR)
     ),
     *(
         Arm(
@@ -192,6 +193,7 @@ ORDER_ARMS = [
         for base in (_TWO, _FOUR) for n in (1, 4, 30) for order in ("raw", *ORDERS)
         for spec in [conv(4, 8, 1, base, steps=100, **({"shared": "x"} if n > 1 else {}))]
     ),
+    Arm("order", "sort conv 2×2, width 8, codebook d=2, 1 matrices", ordered("sort", conv(4, 8, 1, _TWO, steps=100))),
     *(Arm("order", f"{order} codeword d=8, 12 bits", ordered(order, codeword(12))) for order in ORDERS),
     *(
         Arm("order", f"rank {rank}, codebook d=4, 8 bits", low_rank(rank, _FOUR)) for rank in (1, 8)

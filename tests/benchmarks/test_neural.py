@@ -106,6 +106,11 @@ def test_controls_come_after_all_matrices_as_they_are_and_at_the_first_depth_alo
     assert {task.arm.name for task in chosen(neural, only=["rotated trellis"])} == set(neural.FIRST[:2])
 
 
+def test_a_word_that_ends_with_a_bar_asks_for_the_arm_whose_name_ends_there(neural):
+    for word, count in (("a | codeword d=8, 12 bits", 7), ("a | codeword d=8, 12 bits |", 1)):
+        assert len({task.arm.name for task in chosen(neural, first=False, only=[word])}) == count
+
+
 def test_a_decoder_of_all_matrices_is_trained_once(neural, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     matrices = {("q", block): torch.randn(16, 32, generator=generator) for block in range(3)}
