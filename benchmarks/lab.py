@@ -177,8 +177,11 @@ def arguments(
 
 
 def asked_for(args: argparse.Namespace, group: str, name: str) -> bool:
-    """Whether --groups and --only ask for an arm; they ask for all where they are not given, or empty."""
-    named = not args.only or any(word in f"{group} | {name}" for word in args.only)
+    """Whether --groups and --only ask for an arm; they ask for all where they are not given, or empty.
+
+    Words are looked for in `group | name |`: "d=8, 12 bits |" leaves out the arms whose names go on.
+    """
+    named = not args.only or any(word in f"{group} | {name} |" for word in args.only)
     return named and (not args.groups or group in args.groups)
 
 

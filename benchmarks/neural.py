@@ -30,7 +30,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,15 @@ def turned(base: Spec) -> Spec:
     return {"format": "rotated", "base": base}
 
 
+def low_rank(rank: int, base: Spec) -> Spec:
+    return {"format": "low_rank_plus", "rank": rank, "factors": "int8", "base": base}
+
+
+def ordered(method: str, base: Spec) -> Spec:
+    """Rows and columns both in an order that puts alike ones beside each other; the orders are stored."""
+    return {"format": "permuted", "method": method, "rows": True, "base": base}
+
+
 @dataclass(frozen=True)
 class Arm:
     """A format, and how many matrices share its decoder."""
@@ -88,6 +97,7 @@ class Arm:
     spec: Spec
     share: int = 1
     gpu: bool = False  # too slow for a processor
+    training_steps: int | None = None  # of a shared decoder, where those of `spec` are for the fit of each matrix to it
 
 
 VQ_ARMS = [
@@ -163,6 +173,35 @@ C_ARMS = [
         for n in (1, 30, 4) for (c, w, s), steps in NETS.items() if n in steps
     ),
 ]  # fmt: skip
+# A convolution lives by neighbours, which an order makes: steps that a processor can do, and the same vectors in the
+# same order without a net, to tell what the order alone gives: `sort` puts alike scales into one group and knows no
+# neighbours. Vectors of 4 are the four latents of one patch.
+_FOUR = vectors(4, 8)
+_TO_TRAIN = {1: None, 4: 40, 30: 10}
+ORDERS = ("greedy", "spectral")
+ORDER_ARMS = [
+    *(
+        Arm("order", f"{order} codebook d={base['vector_dim']}, {base['index_bits']} bits", ordered(order, base))
+        for order in ("sort", *ORDERS) for base in (_TWO, _FOUR)
+    ),
+    *(
+        Arm(
+            "order",
+            f"{order} conv 2×2, width 8, codebook d={base['vector_dim']}, {n} matrices",
+            spec if order == "raw" else ordered(order, spec), n, training_steps=_TO_TRAIN[n],
+        )
+        for base in (_TWO, _FOUR) for n in (1, 4, 30) for order in ("raw", *ORDERS)
+        for spec in [conv(4, 8, 1, base, steps=100, **({"shared": "x"} if n > 1 else {}))]
+    ),
+    Arm("order", "sort conv 2×2, width 8, codebook d=2, 1 matrices", ordered("sort", conv(4, 8, 1, _TWO, steps=100))),
+    *(Arm("order", f"{order} codeword d=8, 12 bits", ordered(order, codeword(12))) for order in ORDERS),
+    *(
+        Arm("order", f"rank {rank}, codebook d=4, 8 bits", low_rank(rank, _FOUR)) for rank in (1, 8)
+    ),
+    *(
+        Arm("order", f"rank 8, {order} codebook d=4, 8 bits", low_rank(8, ordered(order, _FOUR))) for order in ORDERS
+    ),
+]  # fmt: skip
 BEST_ARMS = [
     Arm("best", "rotated e8, 2 bits", turned({"format": "e8", "bits": 2})),
     Arm("best", "additive, 2 books of 8 bits", {"format": "additive", "scales": "two_level"}),
@@ -171,7 +210,7 @@ BEST_ARMS = [
     Arm("best", "rotated trellis, 1 bit", turned({"format": "trellis", "bits": 1, "state_bits": 16}), gpu=True),
 ]
 ARMS = [*VQ_ARMS, BEST_ARMS[0], *A_ARMS[:6], *B_ARMS, *C_ARMS[:2], LOW_ARMS[0]]
-ARMS += [*A_ARMS[6:9], *BEST_ARMS[1:], LOW_ARMS[1], *A_ARMS[9:], *C_ARMS[2:]]
+ARMS += [*A_ARMS[6:9], *BEST_ARMS[1:], LOW_ARMS[1], *A_ARMS[9:], *C_ARMS[2:], *ORDER_ARMS]
 # For a GPU, in this order. Of plain vector quantisation those on the lower hull of some size of matrix.
 FIRST = (
     "rotated trellis, 2 bits",
@@ -249,6 +288,8 @@ class Bench:
                 other = self.weight(task.role, block, task.source)
                 demands.append(demand_of(fmt, other, Objective.plain(other), 0))
             inside = demands[0].fmt
+            if task.arm.training_steps is not None:
+                inside = replace(inside, steps=task.arm.training_steps)
             tensors = inside.pack_table(train_shared(inside, demands, str(self.device)))
             self._trained[key] = tensors, self.now() - begun
         return self._trained[key]
@@ -281,6 +322,8 @@ class Bench:
             "decoder_parameters": parameters_of(fmt), "fit_seconds": training + fitted - begun,
             "decode_seconds": self.now() - fitted,
         }  # fmt: skip
+        if arm.training_steps is not None:
+            row["training_steps"] = arm.training_steps
         place = f"{task.role}.{task.block:<3} {task.source:9s}"
         print(f"{place} {arm.name:52s} {row['bits']:7.4f} b  {error:.4f}  {row['fit_seconds']:6.1f} s", flush=True)
         return row

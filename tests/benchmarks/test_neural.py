@@ -49,6 +49,43 @@ def test_a_shared_decoder_is_charged_to_all_its_matrices(neural):
     assert 0 < three["relative_error"] < 1
 
 
+def test_an_order_is_paid_for_and_finds_in_a_shuffled_copy_what_it_found_in_the_matrix(neural):
+    generator = torch.Generator().manual_seed(0)
+    curve = torch.linspace(0, 6, 64)
+    weight = torch.sin(curve[:, None] + 2 * curve) + 0.05 * torch.randn(64, 64, generator=generator)
+    rows, columns = (torch.randperm(64, generator=generator) for _ in range(2))
+    bench = neural.Bench({("q", 0): weight[rows][:, columns]}, torch.device("cpu"))
+    base = neural.vectors(4, 2)
+
+    def ran(spec, source):
+        return bench.run(neural.Task("q", 0, source, neural.Arm("order", "tiny", spec)))
+
+    plain = ran(base, neural.ORIGINAL)
+    real, shuffled = (ran(neural.ordered("greedy", base), source) for source in (neural.ORIGINAL, neural.SHUFFLED))
+    assert real["bits"] - plain["bits"] == pytest.approx(2 * 64 * 6 / 64**2)  # 64 rows, 64 columns, 6 bits each
+    assert real["relative_error"] < plain["relative_error"] / 2
+    assert real["relative_error"] == pytest.approx(shuffled["relative_error"], rel=0.2)
+
+
+def test_arms_with_orders_name_the_same_vectors_with_and_without_a_net(neural):
+    groups = {arm.name: arm for arm in neural.ORDER_ARMS}
+    for order in neural.ORDERS:
+        alone = groups[f"{order} codebook d=4, 8 bits"].spec
+        net = groups[f"{order} conv 2×2, width 8, codebook d=4, 1 matrices"].spec
+        assert (alone["method"], alone["rows"], alone["base"]) == (net["method"], net["rows"], net["base"]["base"])
+
+
+def test_a_shared_decoder_can_train_for_fewer_steps_than_each_matrix_takes(neural, monkeypatch):
+    matrices = {("q", block): torch.randn(16, 32) for block in range(2)}
+    bench = neural.Bench(matrices, torch.device("cpu"))
+    spec = neural.ordered("sort", neural.conv(4, 2, 1, neural.vectors(2, 2, 16), steps=5, shared="x"))
+    arm = neural.Arm("order", "tiny", spec, 2, training_steps=3)
+    steps, train = [], neural.train_shared
+    monkeypatch.setattr(neural, "train_shared", lambda fmt, *rest: steps.append(fmt.steps) or train(fmt, *rest))
+    row = bench.run(neural.Task("q", 0, neural.ORIGINAL, arm))
+    assert steps == [3] and row["training_steps"] == 3 and row["format"]["base"]["steps"] == 5
+
+
 def chosen(neural, **options):
     defaults = {"device": "cuda", "first": True, "groups": None, "only": None, "control_depths": None}
     places = {"roles": ["q"], "depths": [0, 2], "sources": [neural.ORIGINAL, neural.SHUFFLED, neural.SMOOTH]}
@@ -67,6 +104,11 @@ def test_controls_come_after_all_matrices_as_they_are_and_at_the_first_depth_alo
     assert [task.arm.name for task in plain[::2]] == list(neural.FIRST)
     assert {task.block for task in chosen(neural, control_depths=[2]) if task.source == neural.SHUFFLED} == {2}
     assert {task.arm.name for task in chosen(neural, only=["rotated trellis"])} == set(neural.FIRST[:2])
+
+
+def test_a_word_that_ends_with_a_bar_asks_for_the_arm_whose_name_ends_there(neural):
+    for word, count in (("a | codeword d=8, 12 bits", 7), ("a | codeword d=8, 12 bits |", 1)):
+        assert len({task.arm.name for task in chosen(neural, first=False, only=[word])}) == count
 
 
 def test_a_decoder_of_all_matrices_is_trained_once(neural, monkeypatch):
