@@ -80,7 +80,8 @@ class Manifest:
         """Plain JSON values. Matrices stored alike share one entry of `layouts`: hundreds of matrices, few lines."""
         layouts: list[dict[str, Any]] = []
         indices: dict[str, int] = {}
-        for matrix in self.matrices:
+        # By name, as they are read back from sorted JSON: written again they have the same numbers, of as many digits.
+        for matrix in sorted(self.matrices, key=lambda matrix: matrix.name):
             layout = {"kind": matrix.kind, "shape": list(matrix.shape), "format": to_spec(matrix.fmt)}
             if matrix.coded:
                 layout["coded"] = list(matrix.coded)
@@ -92,7 +93,7 @@ class Manifest:
             # Older readers can read what has nothing in it that they do not know.
             "version": VERSION if coded else _VERSION_WITHOUT_CODING,
             "layouts": layouts,
-            "matrices": indices,
+            "matrices": {matrix.name: indices[matrix.name] for matrix in self.matrices},
             "provenance": self.provenance,
             **({"checksums": self.checksums} if self.checksums else {}),
         }
