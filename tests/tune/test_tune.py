@@ -392,7 +392,8 @@ def test_of_prompts_and_responses_the_responses_count(tiny_llama, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--text", "missing.txt"], "missing.txt: no such file"),
+        (["--text", "missing.txt"], "missing.txt: no such file; --text takes"),
+        (["--validation", "missing.txt"], "missing.txt: no such file; --validation takes"),
         (["--train", "scales,codes"], "--train 'codes' is not one of residual, scales"),
         (["--train", "embedding"], "--train embedding: names no part"),
         (["--train", "outliers"], "--train outliers: this model has none of them"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reallm.artifact import read_ledger, read_manifest
+from reallm.report.text import size
 from reallm.tune import Tuned
 
 
@@ -34,10 +35,10 @@ def tuned_text(tuned: Tuned, before: Path, after: Path) -> str:
 def files_text(before: Path, after: Path) -> str:
     """Bytes of two folders with all their files, and the size that they were made for."""
     nbytes = [read_ledger(folder).total_bytes for folder in (before, after)]
-    size = read_manifest(before).size
-    made = "" if size is None else f"; made for {size:,}"
-    if size is not None and nbytes[1] > size:
-        made = f", {nbytes[1] - size:,} beyond the {size:,} that it was made for"
+    most = read_manifest(before).size
+    made = "" if most is None else f"; made for {most:,}"
+    if most is not None and nbytes[1] > most:
+        made = f", {nbytes[1] - most:,} beyond the {most:,} that it was made for"
     return f"{nbytes[0]:,} bytes before, {nbytes[1]:,} after{made}"
 
 
@@ -52,7 +53,7 @@ def event_line(event: dict[str, Any]) -> str | None:
         return f"{event['phase']}: {event['stopped']}, stopped"
     if event["phase"] == "gradients":
         if event["window"] == 0:
-            return f"the original's gradients of {event['windows']} windows: {event['bytes'] / 1e9:.2f} GB on disk"
+            return f"the original's gradients of {event['windows']} windows: {size(event['bytes'])} on disk"
         return f"window {event['window']} of {event['windows']}  {_pace(event)}"
     if event["phase"] == "block":
         unit = " nats a token" if event["unit"] == "nats" else ""

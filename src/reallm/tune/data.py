@@ -30,18 +30,18 @@ class Windows:
         return Windows(self.ids[rows], self.counted[rows])
 
 
-def windows_of(paths: Sequence[str | Path], tokenizer: Any, context: int) -> Windows:
+def windows_of(paths: Sequence[str | Path], tokenizer: Any, context: int, option: str = "--text") -> Windows:
     """All windows of files, which are joined by the end-of-text token; what is left at the end is dropped.
 
     Lines of a `.jsonl` with `prompt` and `response` in place of `text` are one string each, of which the response and
     the end-of-text token count. A tokenizer that begins texts with a token of its own begins every window with it.
-    Errors: TextError if a file cannot be read, or the text does not fill two windows.
+    Errors: TextError if a file cannot be read, naming the `option` that asked for it, or does not fill two windows.
     """
     bos = leading_bos(tokenizer)
     body = context - (bos is not None)
     ids, counted = [], []
     for path in paths:
-        for new_ids, new_counted in _documents(Path(path), tokenizer):
+        for new_ids, new_counted in _documents(Path(path), tokenizer, option):
             ids.append(new_ids)
             counted.append(new_counted)
     all_ids, all_counted = torch.cat(ids), torch.cat(counted)
@@ -78,11 +78,11 @@ def _order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch + 1))
 
 
-def _documents(path: Path, tokenizer: Any) -> list[tuple[Tensor, Tensor]]:
+def _documents(path: Path, tokenizer: Any, option: str) -> list[tuple[Tensor, Tensor]]:
     """(ids, counted) of each document, the end-of-text token at its end."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if (pairs := _pairs(path)) is None:
-        ids = torch.cat([tokenize(tokenizer, load_text(path)), torch.tensor(end, dtype=torch.int64)])
+        ids = torch.cat([tokenize(tokenizer, load_text(path, option)), torch.tensor(end, dtype=torch.int64)])
         return [(ids, torch.ones(len(ids), dtype=torch.bool))]
     documents = []
     for prompt, response in pairs:

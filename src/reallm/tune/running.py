@@ -150,7 +150,8 @@ class _Run:
         settings, tokenizer = self.settings, load_tokenizer(self.artifact)
         windows = windows_of(settings.text, tokenizer, settings.context)
         if settings.validation:
-            return windows, windows_of(settings.validation, tokenizer, settings.context)[: settings.validation_windows]
+            checked = windows_of(settings.validation, tokenizer, settings.context, "--validation")
+            return windows, checked[: settings.validation_windows]
         return split(windows, settings.validation_windows, settings.seed)
 
     def _whole_batches(self, windows: int) -> int:
