@@ -274,6 +274,8 @@ def test_our_residual_goes_to_peft_and_back_with_equal_logits(adapters, compress
     expected = logits(load(tmp_path / "with"))
     torch.testing.assert_close(logits(wrapped), expected, rtol=1e-4, atol=1e-4)
     wrapped.save_pretrained(tmp_path / "saved")
+    configs = [json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in ("exported", "saved")]
+    assert configs[0]["revision"] == configs[1]["revision"] and configs[0]["revision"].startswith("sha256:")
     merge(tmp_path / "base", tmp_path / "saved", tmp_path / "back")
     torch.testing.assert_close(logits(load(tmp_path / "back")), expected, rtol=1e-4, atol=1e-4)
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from reallm.artifact.checks import read_json
@@ -23,8 +22,9 @@ from reallm.model.headers import Header, read_headers, read_tensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# In the metadata of WEIGHTS: `source_sha256` in the provenance of the artifact that it was trained over.
-BASE = "reallm_source_sha256"
+# Before `source_sha256` of the artifact that it was trained over, as the base's `revision` in CONFIG: a field of PEFT,
+# which keeps it. Metadata of WEIGHTS come in any order, so that equal adapters had other bytes.
+REVISION = "sha256:"
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,11 @@ def check_base(folder: str | Path, provenance: Mapping[str, Any]) -> None:
 
     Errors: ArtifactError naming both.
     """
-    with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
-        trained = (file.metadata() or {}).get(BASE)
-    here = provenance.get("source_sha256")
-    if trained is not None and here is not None and trained != here:
+    revision = read_json(Path(folder) / CONFIG, ArtifactError).get("revision")
+    if not isinstance(revision, str) or not revision.startswith(REVISION):
+        return
+    trained, here = revision.removeprefix(REVISION), provenance.get("source_sha256")
+    if isinstance(here, str) and trained != here:
         raise ArtifactError(
             f"{folder}: was trained over a model made of {trained:.12}…, and this one is made of {here:.12}… (sha256 "
             "of the originals' weights); it is of another base"

@@ -24,7 +24,7 @@ from reallm.errors import ArtifactError, FormatError
 from reallm.formats import Tensors
 from reallm.formats.low_rank_plus import BFLOAT16, LowRankPlus
 from reallm.formats.waist import inner, under
-from reallm.model.adapters import BASE, CONFIG, PREFIX, WEIGHTS, Adapters, Factors, check_base, read_adapter
+from reallm.model.adapters import CONFIG, PREFIX, REVISION, WEIGHTS, Adapters, Factors, check_base, read_adapter
 from reallm.model.headers import weight_files
 from reallm.tune.writing import write_changed
 
@@ -48,6 +48,7 @@ def save_adapter(factors: dict[str, Factors], folder: Path, base: str, source_sh
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": None if source_sha256 is None else f"{REVISION}{source_sha256}",
         "r": usual,
         "lora_alpha": usual,
         "rank_pattern": others,
@@ -57,7 +58,7 @@ def save_adapter(factors: dict[str, Factors], folder: Path, base: str, source_sh
         "bias": "none",
         "inference_mode": True,
     }
-    save_tensors(tensors, folder / WEIGHTS, {} if source_sha256 is None else {BASE: source_sha256})
+    save_tensors(tensors, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
