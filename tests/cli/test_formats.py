@@ -80,7 +80,7 @@ def test_formats_are_measured_on_the_device_asked_for(monkeypatch):
         return Quality(3.0, 0.02, 0.1, 0.1)
 
     monkeypatch.setattr("reallm.report.formats.gaussian_quality", measure)
-    monkeypatch.setattr("reallm.pipeline.settings.check_device", lambda device: None)
+    monkeypatch.setattr("reallm.model.devices.check_device", lambda device: None)
     assert main(["formats", "--measure", "--device", "cuda:1", "--spec", ROTATED]) == 0
     assert devices == ["cuda:1"]
 

@@ -24,9 +24,9 @@ from reallm.errors import FormatError, RecipeError
 from reallm.fit.quality import gaussian
 from reallm.formats import Shape, WeightFormat, to_spec
 from reallm.model import Matrix, Source, open_source, read_matrix, walk
+from reallm.model.devices import check_device
 from reallm.pipeline.cost import fitting_cost
 from reallm.pipeline.reading import check_finite
-from reallm.pipeline.settings import check_device
 
 Progress = Callable[[str, int, int], None]  # name of the matrix that is done, weights so far, in all
 

@@ -32,7 +32,7 @@ def command(
     With --measure also the error on independent normal weights beside the least that any code can reach
     with as many bits, and the seconds to fit and to decode.
     """
-    from reallm.pipeline.settings import check_device
+    from reallm.model.devices import check_device
     from reallm.report.formats import formats_dict, formats_text, measured_formats
 
     more = formats_of(spec or [], "--spec")

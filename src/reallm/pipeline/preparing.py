@@ -12,10 +12,11 @@ from reallm.allocate.recipe import DEFAULT_EMBEDDING
 from reallm.errors import RecipeError
 from reallm.fit import gaussian_error
 from reallm.model import Matrix, Source, Walk, open_source, walk
+from reallm.model.devices import check_device
 from reallm.pipeline.budgeting import from_budget
 from reallm.pipeline.calibrating import Progress, with_windows_there_are
 from reallm.pipeline.job import Job, info_of
-from reallm.pipeline.settings import Settings, check_calibration, check_device, check_goal, decided
+from reallm.pipeline.settings import Settings, check_calibration, check_goal, decided
 
 
 def prepare(model: str | Path | Source, settings: Settings, progress: Progress | None = None) -> Job:

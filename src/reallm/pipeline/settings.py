@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from reallm.allocate.candidates import MORE
 from reallm.allocate.recipe import FormatSpec, Recipe
 from reallm.allocate.sizing import parse_size
@@ -169,11 +167,3 @@ def check_goal(settings: Settings) -> None:
         raise RecipeError("--candidates is for budgets, and --recipe names every format; give --bits or --size")
     if settings.state_bits is not None and settings.state_bits != 0 and not 6 <= settings.state_bits <= 16:
         raise RecipeError(f"--state-bits {settings.state_bits} is neither 0 nor in 6 … 16")
-
-
-def check_device(device: str) -> None:
-    try:
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise RecipeError(f"--device {device!r} is not available ({reason}); use cpu") from error

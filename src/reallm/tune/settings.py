@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from reallm.errors import RecipeError
+from reallm.model.devices import check_device
 
 BLOCKWISE, END_TO_END, BOTH = "blockwise", "end-to-end", "both"
 METHODS = (BLOCKWISE, END_TO_END, BOTH)
@@ -124,7 +125,7 @@ def check_settings(settings: Settings) -> None:
             raise RecipeError(f"--{option.replace('_', '-')} {value} is not a number above 0")
     if not 0 <= settings.warm_up < 1:
         raise RecipeError(f"--warm-up {settings.warm_up} is not a share from 0 to below 1")
-    _check_device(settings.device)
+    check_device(settings.device)
 
 
 def _one_of(option: str, value: str, allowed: Sequence[str]) -> None:
@@ -135,10 +136,3 @@ def _one_of(option: str, value: str, allowed: Sequence[str]) -> None:
 def _at_least(option: str, value: int, least: int) -> None:
     if value < least:
         raise RecipeError(f"--{option.replace('_', '-')} {value} is below {least}")
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"--device {device!r} is not available ({str(error).splitlines()[0]}); use cpu") from error
