@@ -80,7 +80,7 @@ def command(
         typer.Option(
             metavar="NAME",
             help="What a block should put out: what the original's does on the compressed model's stream (compressed) "
-            "or on the original's (original).",
+            "or on the original's (original), which was never clearly better.",
         ),
     ] = "compressed",
     block_error: Annotated[
