@@ -8,7 +8,7 @@ import torch
 
 import reallm
 from reallm.artifact import read_ledger
-from reallm.errors import ArtifactError
+from reallm.errors import RecipeError
 from reallm.fit import Objective
 from reallm.formats import from_spec
 from reallm.pipeline import fitting
@@ -117,5 +117,5 @@ def test_whatever_a_fit_depends_on_is_in_its_key():
 
 def test_a_file_in_place_of_the_folder_is_one_line(tiny_llama, tmp_path):
     (tmp_path / "fits").write_text("")
-    with pytest.raises(ArtifactError, match="fits: "):
+    with pytest.raises(RecipeError, match="--fits .*fits: is a file; give a folder"):
         reallm.compress(tiny_llama, tmp_path / "out", bits=4.0, fits=str(tmp_path / "fits"))
