@@ -230,7 +230,8 @@ def test_a_decoder_with_numbers_that_are_none_is_refused(artifact, tmp_path):
 def test_a_config_with_two_decoders_of_one_name_is_refused(artifact, tmp_path):
     shutil.copytree(artifact, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    config["quantization_config"]["layouts"][1]["format"]["hidden"] = 5
+    formats = [layout["format"] for layout in config["quantization_config"]["layouts"]]
+    next(fmt for fmt in formats if fmt["format"] == "codeword")["hidden"] = 5
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match="give one another name"):
         load(tmp_path / "out")
