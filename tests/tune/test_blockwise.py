@@ -93,7 +93,9 @@ def test_blocks_that_learn_by_the_end_loss_bring_the_model_nearer(nearby, tiny_l
     )
 
 
-def test_what_an_error_costs_is_named_in_the_provenance_unless_it_is_the_default(nearby, tiny_llama, tuning_text, tmp_path):
+def test_what_errors_cost_is_named_in_the_provenance_unless_it_is_the_default(
+    nearby, tiny_llama, tuning_text, tmp_path
+):
     options = {**SHORT, "text": (tuning_text,), "reference": str(tiny_llama)}
     tuned = {}
     for kind in ("loss", "outputs"):
