@@ -85,7 +85,7 @@ def work_bytes(job: Job) -> int:
     finished = [under(matrix.name, planned.fmt.layout(matrix.shape)) for matrix, planned in job.compressed]
     finished += [dict(table.layout) for table in job.plan.tables.values()]
     specs = json.dumps({matrix.name: to_spec(planned.fmt) for matrix, planned in job.compressed})
-    notes = _PLANS_NOTED * len(specs) if job.forecast is not None and job.forecast.size is not None else 0
+    notes = _PLANS_NOTED * len(specs) if job.size is not None else 0
     files = sum(foretold_nbytes(tensors.items()) for tensors in finished + kept_layouts(job))
     try:
         tokenizer = sum(job.source.companion_bytes.values())

@@ -77,7 +77,7 @@ def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = N
     work, state = work_folder(out), _state(job, fingerprint)
     if finished := out.exists():
         # A job with a size may have changed formats on the way.
-        check_finished_output(out, state, formats_may_differ=_size(job) is not None)
+        check_finished_output(out, state, formats_may_differ=job.size is not None)
     with opened(work, state):
         if not finished:
             _fit_and_write(job, fingerprint, work, out, progress)
@@ -199,13 +199,8 @@ def _with_formats(job: Job, formats: dict[str, Any]) -> Plan:
     """The plan that a job as it was prepared has become."""
     entries = tuple(Planned(entry.matrix, from_spec(formats[entry.matrix.name])) for entry in job.plan.entries)
     plan = dataclasses.replace(job.plan, entries=entries)
-    size = _size(job)
+    size = job.size
     return plan if job.settings.recipe is None or size is None else renamed(job.plan, plan, size)
-
-
-def _size(job: Job) -> int | None:
-    """Bytes that the whole artifact may take; None where nobody said."""
-    return None if job.forecast is None else job.forecast.size
 
 
 def _nearer_to_size(job: Job, staging: Path, past: _Past) -> Job | None:
@@ -215,9 +210,9 @@ def _nearer_to_size(job: Job, staging: Path, past: _Past) -> Job | None:
     changes do not exceed the budget. When nothing new is left to try, the best of what was tried is taken. A recipe may
     be smaller than its budget.
     """
-    if job.forecast is None or job.forecast.size is None:
+    if job.forecast is None or job.size is None:
         return None
-    size, total = job.forecast.size, _taken(job, staging)
+    size, total = job.size, _taken(job, staging)
     least = math.ceil(LEAST_SHARE * size)
     stored = _stored_bytes(job, staging)
     again = any(plan == job.plan for plan, _ in past.plans)
@@ -281,8 +276,8 @@ def _nudged_plan(
     job: Job, stored: dict[str, int], total: int, nbytes_of: Callable[[MatrixInfo, Option], int]
 ) -> Plan | None:
     """The plan with few changes that brings `total` bytes into the budget; None if no few changes do."""
-    assert job.forecast is not None and job.forecast.size is not None
-    size, least = job.forecast.size, math.ceil(LEAST_SHARE * job.forecast.size)
+    assert job.forecast is not None and job.size is not None
+    size, least = job.size, math.ceil(LEAST_SHARE * job.size)
     whole = WholeFile(job)
     beside, text = whole.beside(job.plan), 0
     for _ in range(_TEXT_ROUNDS):
@@ -313,7 +308,7 @@ def _note_changes(before: Job, after: Job, past: _Past, work: Path) -> None:
     old, formats = _formats(before.plan), _formats(after.plan)
     changed = [name for name in formats if formats[name] != old[name]]
     partial = work / f"{_CHANGED_PLAN}.partial"
-    text = json.dumps({"size": _size(after), "formats": formats, "changed": changed, "past": past.to_dict()})
+    text = json.dumps({"size": after.size, "formats": formats, "changed": changed, "past": past.to_dict()})
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, work / _CHANGED_PLAN)
     for name in changed:
@@ -330,14 +325,14 @@ def _as_left(job: Job, work: Path) -> tuple[Job, _Past]:
         return job, _Past()
     try:
         noted = read_json(path)
-        size = noted.get("size", _size(job))
+        size = noted.get("size", job.size)
         plan, past = _with_formats(job, noted["formats"]), _Past.of(noted["past"], job)
         changed = set(noted["changed"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path}: damaged; remove {work} to start anew") from error
-    if size != _size(job):
+    if size != job.size:
         raise RecipeError(
-            f"--resume: the size was {size} bytes and is now {_size(job)}; go back to that, or remove {work}"
+            f"--resume: the size was {size} bytes and is now {job.size}; go back to that, or remove {work}"
         )
     job = dataclasses.replace(job, plan=plan)
     for matrix, planned in job.compressed:
