@@ -143,7 +143,7 @@ def _provenance(model: nn.Module) -> Mapping[str, Any]:
 def _pair(folder: Path, headers: dict[str, Header], path: str, config: dict[str, Any]) -> Factors:
     """The factors of one module; both keys of a pattern are looked up as PEFT does, by the end of the path."""
     down, up = (read_tensor(headers[f"{path}.lora_{side}.weight"]).to(torch.float32) for side in "AB")
-    alpha = _of_pattern(config.get("alpha_pattern"), path, float(config.get("lora_alpha", down.shape[0])))
+    alpha = float(_of_pattern(config.get("alpha_pattern"), path, float(config.get("lora_alpha", down.shape[0]))))
     rank = math.sqrt(down.shape[0]) if config.get("use_rslora") else down.shape[0]
     return Factors(up * (alpha / rank), down.T.contiguous())
 
@@ -153,8 +153,7 @@ def _check_rank(folder: Path, path: str, rank: int, config: dict[str, Any]) -> N
     said, pattern = config.get("r"), config.get("rank_pattern")
     if isinstance(pattern, dict) and pattern:
         # PEFT also takes expressions for keys: what none of the plain ones names is left to the factors.
-        found = [value for key, value in pattern.items() if path == key or path.endswith(f".{key}")]
-        said = found[0] if found else None
+        said = _of_pattern(pattern, path, None)
     if type(said) is int and said != rank:
         raise ArtifactError(f"{folder}: {path} has factors of rank {rank}, {CONFIG} says {said}; they do not match")
 
@@ -163,9 +162,10 @@ def _are_floats(*headers: Header) -> bool:
     return all(header.dtype.is_floating_point for header in headers)
 
 
-def _of_pattern(pattern: Any, path: str, usual: float) -> float:
+def _of_pattern(pattern: Any, path: str, usual: Any) -> Any:
+    """The value of the first key that ends the path, as PEFT looks it up."""
     found = [value for key, value in (pattern or {}).items() if path == key or path.endswith(f".{key}")]
-    return float(found[0] if found else usual)
+    return found[0] if found else usual
 
 
 def _adding(pair: Factors) -> Callable[..., Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from reallm.artifact.checks import read_json
 from reallm.artifact.manifest import QUANT_METHOD
 from reallm.errors import SourceError
+from reallm.model.adapters import CONFIG as ADAPTER
 from reallm.model.gguf import GGUFTensors, fast_reader, gguf_arguments, gguf_tokenizer, require_gguf
 from reallm.model.headers import INDEX, SINGLE, Header, read_headers, read_tensor, weight_files
 from reallm.model.merged import Merged, stored_in
@@ -64,7 +65,7 @@ def open_source(model: str | Path, revision: str | None = None) -> Source:
 
 def refuse_adapter(folder: Path) -> None:
     """Errors: SourceError for a folder with an adapter alone, naming the model that it is of."""
-    file = folder / "adapter_config.json"  # PEFT's
+    file = folder / ADAPTER
     if not file.is_file() or (folder / "config.json").is_file():
         return
     config = read_json(file, SourceError)

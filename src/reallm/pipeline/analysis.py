@@ -62,8 +62,7 @@ def analysed(
         if progress:
             progress(f"analysis of {name}", len(numbers), len(blocks))
 
-    passes = telling(progress, ANALYSIS)
-    passes(0, len(windows))
+    passes = telling(progress, ANALYSIS, len(windows))
     ends = curvatures(model, windows, blocks, device, found, seed, guided, passes)
     tied = bool(walk.tied_heads)
     measured: dict[str, dict[str, Measured]] = {}

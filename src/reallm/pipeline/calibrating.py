@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -19,9 +20,12 @@ WRITING = "writing text to calibrate on"  # a phase, counted in tokens
 _IN_FLOAT32 = 2_000_000_000  # parameters
 
 
-def telling(progress: Progress | None, phase: str) -> Callable[[int, int], None]:
-    """Tells `progress` how much of a phase is done, of how much."""
-    return (lambda done, total: progress(phase, done, total)) if progress else (lambda done, total: None)
+def telling(progress: Progress | None, phase: str, total: int) -> Callable[[int, int], None]:
+    """Tells `progress` that a phase begins, and gives what tells how much of it is done, of how much."""
+    if progress is None:
+        return lambda done, total: None
+    progress(phase, 0, total)
+    return functools.partial(progress, phase)
 
 
 def calibration_windows(
@@ -30,8 +34,8 @@ def calibration_windows(
     """Token ids (windows, context) of the settings' calibration. `model` is asked for only to write text itself."""
     tokenizer, context = load_tokenizer(source.label), _context(source, settings)
     if settings.calibration == (SELF,):
-        told, windows = telling(progress, WRITING), settings.calibration_windows
-        told(0, windows * context)
+        windows = settings.calibration_windows
+        told = telling(progress, WRITING, windows * context)
         return windows_written(model(), tokenizer, windows, context, settings.seed, settings.device, told)
     return windows_of_files(settings.calibration, tokenizer, settings.calibration_windows, context)
 

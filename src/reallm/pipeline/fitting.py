@@ -222,6 +222,5 @@ def _asked_of_the_original(job: Job, work: Path, progress: Progress | None) -> t
         return windows, _EndLoss()
     if job.guided:
         return windows, _EndLoss(guidance=guidance_of(job, work, windows, original, progress))
-    told = telling(progress, GRADIENTS)
-    told(0, len(windows))
+    told = telling(progress, GRADIENTS, len(windows))
     return windows, _EndLoss(fisher=fisher(original(), windows, open_ones, job.settings.device, told))

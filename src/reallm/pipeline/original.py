@@ -52,8 +52,7 @@ def guidance_of(
     if path.is_file():
         kept = read_kept(path, _guidance_layout(job))
     else:
-        told = telling(progress, GRADIENTS)
-        told(0, len(windows))
+        told = telling(progress, GRADIENTS, len(windows))
         found = guidance(original(), windows, _guided(job), job.settings.device, told)
         kept = {
             name: tensor

@@ -58,9 +58,7 @@ def event_line(event: dict[str, Any]) -> str | None:
     if event["phase"] == "block":
         unit = " nats a token" if event["unit"] == "nats" else ""
         error = f"validation error {event['validation']:.5f}{unit}"
-        return "  ".join(
-            [f"block {event['block']:3d}  round {event['epoch']}", error, *_pace(event).split("  ")]
-        ).strip()
+        return f"block {event['block']:3d}  round {event['epoch']}  {error}  {_pace(event)}".rstrip()
     if event["phase"] == "validation":
         kl = f"KL {event['kl']:.4f}  " if math.isfinite(event["kl"]) else ""  # without the original there is none
         return f"step {event['step']:6d}  validation {kl}perplexity {event['perplexity']:.3f}"
