@@ -195,7 +195,7 @@ TASKS: list[Task] = [
         **{f"8 M, {loss}": {"loss": loss, "tokens": 8_000_000, "learning_rate": 5e-3} for loss in ("mix", "ce")},
     ),
     *end_to_end("rounding", "bits 2", at_the_end={"round_at_end": True}),
-    *[task for base in (TRELLIS, VECTORS, PUBLISHED) for task in methods("one format", base, "both")],
+    *[task for base in (TRELLIS, VECTORS, PUBLISHED) for task in methods("one format", base, "blocks first")],
     *end_to_end(
         "what trains, codebook", VECTORS, **{w: {"train": w} for w in ("norms", "gains", "scales", "codebooks")}
     ),
@@ -203,7 +203,7 @@ TASKS: list[Task] = [
     *[
         task
         for base in ("gain, trellis 3", "gain, additive", "gain, entropy 2")
-        for task in methods("one format", base, "both")
+        for task in methods("one format", base, "blocks first")
     ],
 ]
 
