@@ -282,7 +282,7 @@ def test_our_residual_goes_to_peft_and_back_with_equal_logits(adapters, compress
 
 @needs_peft
 @pytest.mark.parametrize("mode", ["decode_at_load", "decode_per_use"])
-def test_peft_trains_lora_on_compressed_modules(compressed, tmp_path, mode):
+def test_peft_trains_lora_on_compressed_modules_without_a_warning_of_them(compressed, tmp_path, recwarn, mode):
     from peft import LoraConfig, get_peft_model
 
     from reallm.tune.with_peft import knowing_us
@@ -298,6 +298,7 @@ def test_peft_trains_lora_on_compressed_modules(compressed, tmp_path, mode):
         adam.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+    assert not [str(warning.message) for warning in recwarn if "CompressedLinear" in str(warning.message)]
     model.save_pretrained(tmp_path / "lora")
     several = Adapters(fresh := load(compressed))
     several.load("lora", tmp_path / "lora")
