@@ -1,5 +1,6 @@
 """Adapters: trained for a task, loaded, switched, merged, split off, and the same to PEFT."""
 
+import importlib
 import json
 import shutil
 
@@ -155,6 +156,20 @@ def test_load_takes_an_adapter_and_the_merged_artifact_says_the_same(adapters, c
     assert not torch.allclose(with_it, logits(load(compressed)), rtol=1e-2, atol=1e-2)
     packed = logits(load(compressed, "decode_per_use", adapter=adapters / "two"))
     torch.testing.assert_close(packed, with_it, rtol=1e-4, atol=1e-4)
+
+
+def test_load_reads_an_adapter_once_and_before_the_model(adapters, compressed, monkeypatch):
+    began = []
+
+    def noted(what, function):
+        return lambda *words, **more: (began.append(what), function(*words, **more))[1]
+
+    monkeypatch.setattr("reallm.model.adapters.read_adapter", noted("adapter", read_adapter))
+    loading = importlib.import_module("reallm.model.load")  # the package has a function of this name
+    monkeypatch.setattr(loading, "read_adapter", noted("adapter", read_adapter))
+    monkeypatch.setattr(loading, "read_manifest", noted("model", read_manifest))
+    load(compressed, adapter=adapters / "two")
+    assert began == ["adapter", "model"]
 
 
 def run(capsys, *words):
