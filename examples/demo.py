@@ -89,6 +89,8 @@ def fresh(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for old in ("compressed", "compressed.work"):
         shutil.rmtree(folder / old, ignore_errors=True)
+    for old in ("original.json", "compressed.json"):
+        (folder / old).unlink(missing_ok=True)
     from pydoc_data.topics import topics
 
     text = folder / "python-help.txt"

@@ -98,6 +98,8 @@ def test_the_demo_says_how_to_get_its_model(demo, monkeypatch):
 
 def test_the_demo_goes_all_the_way_on_a_tiny_model(demo, tiny_llama, tmp_path, monkeypatch, capsys):
     (tmp_path / "compressed").mkdir()  # what a former demo left
+    for name in ("original.json", "compressed.json"):
+        (tmp_path / name).write_text("{}")
     options = ["--windows", "1", "--context", "64", "--bits", "3", "--tokens", "4"]
     monkeypatch.setattr(sys, "argv", ["demo.py", "--model", str(tiny_llama), "--output", str(tmp_path), *options])
     demo.main()

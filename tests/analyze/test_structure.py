@@ -14,6 +14,7 @@ from reallm.analyze import (
     noise_like,
     predictable_bits,
     scale_bits,
+    shifts,
     shuffled,
     spectrum,
     structure_of,
@@ -105,6 +106,32 @@ def test_scales_of_noise_are_worth_nothing_and_planted_ones_what_they_are():
     assert found.columns == pytest.approx(0.5 * math.log2(32.5 / 8), abs=0.01)
     assert found.rows < 0.01 and found.both == found.rows + found.columns
     assert scale_bits((drawn(200, 300) * factor).T.contiguous()).rows == pytest.approx(found.columns, abs=1e-4)
+
+
+def test_shifts_of_noise_take_their_chance_and_cost_more_than_that():
+    found = shifts(drawn(300, 400))
+    assert found.matrix.share < 10 / (300 * 400)
+    assert found.rows.share == pytest.approx(1 / 400, rel=0.3) and found.columns.share == pytest.approx(
+        1 / 300, rel=0.3
+    )
+    assert found.rows.bits == pytest.approx(-16 / 400, abs=0.003)
+    assert found.matrix.bits == pytest.approx(0, abs=2e-4)
+
+
+def test_a_planted_shift_is_found_where_it_was_planted_and_worth_its_energy():
+    rows = drawn(300, 1, seed=3)
+    found = shifts((drawn(300, 400) + rows) * 1e-22)
+    share = (rows.square().mean() / (1 + rows.square().mean())).item()
+    assert found.rows.share == pytest.approx(share, rel=0.02)
+    assert found.rows.bits == pytest.approx(-0.5 * math.log2(1 - share) - 16 / 400, abs=0.02)
+    assert found.columns.share < 0.03
+    turned = shifts((drawn(300, 400) + rows).T.contiguous())
+    assert turned.columns.share == pytest.approx(found.rows.share, rel=1e-4)
+    assert shifts(drawn(300, 400) + 1).matrix.share == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_matrix_that_is_all_shift_saves_no_more_than_float16_keeps():
+    assert shifts(torch.full((200, 200), 0.3)).matrix.bits == pytest.approx(11, abs=0.01)
 
 
 def test_a_single_scaled_column_is_seen_in_scales_kurtosis_and_spectrum_and_not_once_it_is_divided_out():

@@ -25,6 +25,8 @@ def test_everything_is_printed_by_role_and_written(tiny_llama, tmp_path, capsys)
     assert [line.split()[0] for line in lines[1:9]] == roles
     assert lines[0].split()[:4] == ["matrices", "n", "top", "1/16"]
     assert sum(" greedy " in line for line in lines) == len(roles)
+    shifts = lines.index(next(line for line in lines if line.split()[:2] == ["matrices", "matrix"]))
+    assert [line.split()[0] for line in lines[shifts + 1 : shifts + 9]] == roles
     assert "uniform 3 64 float16: the order is worth" in out
     found = json.loads((tmp_path / "out" / "structure.json").read_text())
     assert list(found) == ["versions", "model", "scope", "matrices_in_model", "weights", "matrices"]
@@ -33,6 +35,7 @@ def test_everything_is_printed_by_role_and_written(tiny_llama, tmp_path, capsys)
     row = found["matrices"][1]
     assert (row["name"], row["role"], row["block"]) == ("model.layers.0.self_attn.q_proj", "q", 0)
     assert [view["name"] for view in row["orders"]] == [view["name"] for view in row["noise_orders"]]
+    assert list(row["shifts"]) == ["matrix", "rows", "columns"]
     assert len(row["spectrum"]["curve"]) == 65 and row["codecs"][0]["real"] > 0
 
 
@@ -89,7 +92,7 @@ def test_without_a_choice_four_blocks_stand_for_all(tmp_path):
 
 def test_every_matrix_has_a_line_if_asked_for(tiny_llama, capsys):
     assert main(["analyze", str(tiny_llama), "--codec", "none", "--by-matrix", "--role", "q"]) == 0
-    first, _, _, _ = capsys.readouterr().out.split("\n\n")
+    first, *_ = capsys.readouterr().out.split("\n\n")
     assert [line.split()[0] for line in first.splitlines()[1:]] == [
         "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj",
     ]  # fmt: skip

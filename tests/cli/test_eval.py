@@ -61,6 +61,15 @@ def test_output_gets_the_same_json(tiny_llama, text_file, tmp_path, capsys):
     assert json.loads(path.read_text()) == result
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_an_output_that_is_there_is_refused_before_anything_is_measured(tiny_llama, text_file, tmp_path, capsys, link):
+    path = tmp_path / "result.json"
+    path.symlink_to(tmp_path / "nowhere") if link else path.write_text("precious")
+    code, out, err = run(capsys, tiny_llama, "--text", text_file, "--windows", 1, "--output", path)
+    assert (code, out) == (2, "") and f"--output: {path} exists; give another name or remove it" in err
+    assert not (tmp_path / "nowhere").exists() if link else path.read_text() == "precious"
+
+
 def test_batches_and_documents_are_accepted(tiny_llama, jsonl_file, capsys):
     one = measured(capsys, tiny_llama, "--text", jsonl_file, "--context", 16)
     three = measured(capsys, tiny_llama, "--text", jsonl_file, "--context", 16, "--batch-size", 3)

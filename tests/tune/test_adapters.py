@@ -1,5 +1,6 @@
 """Adapters: trained for a task, loaded, switched, merged, split off, and the same to PEFT."""
 
+import importlib
 import json
 import shutil
 
@@ -157,6 +158,20 @@ def test_load_takes_an_adapter_and_the_merged_artifact_says_the_same(adapters, c
     torch.testing.assert_close(packed, with_it, rtol=1e-4, atol=1e-4)
 
 
+def test_load_reads_an_adapter_once_and_before_the_model(adapters, compressed, monkeypatch):
+    began = []
+
+    def noted(what, function):
+        return lambda *words, **more: (began.append(what), function(*words, **more))[1]
+
+    monkeypatch.setattr("reallm.model.adapters.read_adapter", noted("adapter", read_adapter))
+    loading = importlib.import_module("reallm.model.load")  # the package has a function of this name
+    monkeypatch.setattr(loading, "read_adapter", noted("adapter", read_adapter))
+    monkeypatch.setattr(loading, "read_manifest", noted("model", read_manifest))
+    load(compressed, adapter=adapters / "two")
+    assert began == ["adapter", "model"]
+
+
 def run(capsys, *words):
     code = main([str(word) for word in words])
     return code, *capsys.readouterr()
@@ -282,7 +297,7 @@ def test_our_residual_goes_to_peft_and_back_with_equal_logits(adapters, compress
 
 @needs_peft
 @pytest.mark.parametrize("mode", ["decode_at_load", "decode_per_use"])
-def test_peft_trains_lora_on_compressed_modules(compressed, tmp_path, mode):
+def test_peft_trains_lora_on_compressed_modules_without_a_warning_of_them(compressed, tmp_path, recwarn, mode):
     from peft import LoraConfig, get_peft_model
 
     from reallm.tune.with_peft import knowing_us
@@ -298,6 +313,7 @@ def test_peft_trains_lora_on_compressed_modules(compressed, tmp_path, mode):
         adam.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+    assert not [str(warning.message) for warning in recwarn if "CompressedLinear" in str(warning.message)]
     model.save_pretrained(tmp_path / "lora")
     several = Adapters(fresh := load(compressed))
     several.load("lora", tmp_path / "lora")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from reallm.artifact import work_folder
 from reallm.errors import ArtifactError, RecipeError
 from reallm.model import load, load_tokenizer
 from reallm.model.pieces import Pieces, decoder_blocks
-from reallm.model.source import Source
+from reallm.model.source import FolderSource
 from reallm.tune import blockwise
 from reallm.tune.blockwise import cost
 from reallm.tune.data import windows_of
@@ -125,10 +126,31 @@ def test_one_block_of_the_original_is_in_memory(nearby, tiny_llama, tuning_text,
         return through(stream, block, state)
 
     monkeypatch.setattr(blockwise.Stream, "through", counting)
-    monkeypatch.setattr(Source, "load", lambda *a, **k: whole.append(a))
+    monkeypatch.setattr(FolderSource, "load", lambda *a, **k: whole.append(a))
     options = {**SHORT, "text": (tuning_text,), "reference": str(tiny_llama), "target": target}
     reallm.tune(nearby, tmp_path / "out", block_error="outputs", **options)
     assert max(counts) == 1 and len(made) == 1 and whole == []
+
+
+def test_the_whole_original_is_gone_once_it_has_given_its_gradients(
+    nearby, tiny_llama, tuning_text, tmp_path, monkeypatch
+):
+    originals, alive = [], []
+    load_whole, through = FolderSource.load, blockwise.Stream.through
+
+    def loading(*arguments):
+        model = load_whole(*arguments)
+        originals.extend(map(weakref.ref, (model, *model.parameters())))
+        return model
+
+    def watching(stream, block, state):
+        alive.append(sum(original() is not None for original in originals))
+        return through(stream, block, state)
+
+    monkeypatch.setattr(FolderSource, "load", loading)
+    monkeypatch.setattr(blockwise.Stream, "through", watching)
+    reallm.tune(nearby, tmp_path / "out", text=(tuning_text,), reference=str(tiny_llama), block_error="loss", **SHORT)
+    assert originals and alive and max(alive) == 0
 
 
 class Killed(Exception):

@@ -1,7 +1,7 @@
 """What structure the matrices of a model have that a code could use, by the weights alone; nothing is compressed.
 
-`spectrum`, `scales`, `locality` and `orders` look at a matrix beside Gaussian noise of the same scales; `control` fits
-codecs to it, to a shuffled copy and to that noise.
+`spectrum`, `scales`, `locality` and `orders` look at a matrix beside Gaussian noise of the same scales, `shifts` at the
+matrix alone; `control` fits codecs to it, to a shuffled copy and to that noise.
 """
 
 from reallm.analyze.control import DEFAULT_CODECS, CodecErrors, codec_errors, shuffled
@@ -10,6 +10,7 @@ from reallm.analyze.matrix import Structure, structure_of
 from reallm.analyze.orders import View, look, views
 from reallm.analyze.running import Scope, Work, analyze, prepare, seconds
 from reallm.analyze.scales import kurtosis, noise_like, scale_bits, unscaled
+from reallm.analyze.shifts import Shift, Shifts, shifts
 from reallm.analyze.spectrum import Spectrum, marchenko_pastur, spectrum, top_share
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "Autocorrelation",
     "CodecErrors",
     "Scope",
+    "Shift",
+    "Shifts",
     "Spectrum",
     "Structure",
     "View",
@@ -32,6 +35,7 @@ __all__ = [
     "prepare",
     "scale_bits",
     "seconds",
+    "shifts",
     "shuffled",
     "spectrum",
     "structure_of",

@@ -11,6 +11,7 @@ from torch import Tensor
 from reallm.analyze.control import CodecErrors, codec_errors
 from reallm.analyze.orders import View, views
 from reallm.analyze.scales import ScaleBits, kurtosis, noise_like, scale_bits, unscaled
+from reallm.analyze.shifts import Shifts, shifts
 from reallm.analyze.spectrum import Spectrum, spectrum
 from reallm.formats import Shape, WeightFormat
 
@@ -20,12 +21,13 @@ _NOISE = 1 << 32
 
 @dataclass(frozen=True)
 class Structure:
-    """A matrix beside noise of the same scales: singular values, scales, tails, orders, codecs with their control."""
+    """A matrix beside noise of the same scales: singular values, scales, shifts, tails, orders, codecs and control."""
 
     shape: Shape
     spectrum: Spectrum
     scales: ScaleBits
     noise_scales: ScaleBits
+    shifts: Shifts
     kurtosis: float
     unscaled_kurtosis: float  # rows and columns brought to one size first
     orders: list[View]
@@ -41,6 +43,7 @@ def structure_of(weight: Float[Tensor, "out in"], codecs: Sequence[WeightFormat]
         spectrum=spectrum(weight, noise),
         scales=scale_bits(weight),
         noise_scales=scale_bits(noise),
+        shifts=shifts(weight),
         kurtosis=kurtosis(weight),
         unscaled_kurtosis=kurtosis(unscaled(weight)),
         orders=list(views(weight)),

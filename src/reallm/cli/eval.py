@@ -66,12 +66,15 @@ def command(
         typer.Option(metavar="N", min=1, help="Windows (1) or answers of tasks (16) that go through a model at once."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON to this file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the JSON to this file. Must not exist.")
+    ] = None,
 ) -> None:
     """Perplexity of a text; with --reference also KL divergence and top-1 agreement. Tasks through lm-eval.
 
     The text is cut into windows that do not overlap, each is scored on its own.
     """
+    from reallm.artifact import check_new_file
     from reallm.evaluate.measure import to_json
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
@@ -80,8 +83,8 @@ def command(
     for option, value in (("--limit", limit), ("--tasks-data", tasks_data)):
         if value is not None and not names:
             raise ReallmError(f"{option} {value} is of --tasks, which is not given; --windows N limits a text")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise ReallmError(f"--output {output}: there is no folder {output.parent}")
+    if output is not None:
+        check_new_file(output, "--output")
     options: dict[str, Any] = {"reference": reference, "device": device, "dtype": dtype, "mode": mode, "verify": verify}
     options["adapter"] = adapter
     result: dict[str, Any] = {}

@@ -107,7 +107,10 @@ class Adapters:
 
         Errors: ArtifactError if it does not fit this model.
         """
-        factors = read_adapter(folder)
+        self.take(name, folder, read_adapter(folder))
+
+    def take(self, name: str, folder: str | Path, factors: dict[str, Factors]) -> None:
+        """`load` of a folder whose factors have been read."""
         check_base(folder, _provenance(self.model))
         modules = dict(self.model.named_modules())
         for path, pair in factors.items():

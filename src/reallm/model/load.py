@@ -34,15 +34,14 @@ def load(
     Errors: ArtifactError, FormatError or SourceError, one line with the remedy.
     """
     check_mode(mode)
-    if adapter is not None:
-        read_adapter(adapter)  # before a model of minutes
+    factors = None if adapter is None else read_adapter(adapter)  # before a model of minutes
     if not is_artifact(path):
         model = open_source(path).load(dtype, device).eval()
     else:
         model = _load_artifact(Path(path).expanduser(), mode, device, dtype, verify).eval()
-    if adapter is not None:
+    if adapter is not None and factors is not None:
         adapters = Adapters(model)
-        adapters.load("", adapter)
+        adapters.take("", adapter, factors)
         adapters.switch("")
     return model
 

@@ -23,6 +23,7 @@ from reallm.report.text import duration, table
 Row = dict[str, Any]
 _SIDES = ("along_rows", "along_columns")
 _FILE = "structure.json"
+SHIFTS = ("matrix", "rows", "columns")
 PICTURES = ("spectra.png", "orders.png", "codecs.png")
 
 
@@ -82,11 +83,11 @@ def _rounded(value: Any) -> Any:
 
 
 def structure_text(found: dict[str, Any], by_matrix: bool = False) -> str:
-    """Three tables: singular values, scales and tails; orders and bases; codecs with their control."""
+    """Four tables: singular values, scales and tails; shifts; orders and bases; codecs with their control."""
     if not found["matrices"]:
         return "all weights are 0; there is nothing to see"
     groups = _groups(found["matrices"], (lambda row: row["name"]) if by_matrix else (lambda row: row["role"]))
-    parts = [_spectra(groups), _SPECTRA_NOTE, _orders(groups), _ORDERS_NOTE]
+    parts = [_spectra(groups), _SPECTRA_NOTE, _shifts(groups), _SHIFTS_NOTE, _orders(groups), _ORDERS_NOTE]
     if found["matrices"][0]["codecs"]:
         parts += [_codecs(groups), _verdicts(found["matrices"]), _CODECS_NOTE]
     return "\n\n".join(parts)
@@ -98,6 +99,9 @@ scales of the same rows and columns; MP: of noise with equal scales, by Marchenk
 larger than all of the noise. rank saves: bits a weight that the best int8 residual saves, its bytes taken off.
 rows, columns: bits a weight that knowing their scales is worth at most. kurtosis: 3 is normal; even: with
 rows and columns brought to one size."""
+_SHIFTS_NOTE = """\
+Shares of the energy that a shift of the whole matrix, of its rows or of its columns takes away; chance: what it would
+of independent numbers. saves: bits a weight, a float16 for each shift taken off."""
 _ORDERS_NOTE = """\
 stores: bits a weight of the order or basis. rows, columns: correlation of neighbours along the rows and along the
 columns; raw: ± one standard error, others: in brackets that of noise in the order found for it. sizes: the same of
@@ -135,6 +139,29 @@ def _spectra(groups: dict[str, list[Row]]) -> str:
             + (f"{_mean(members, 'kurtosis'):z.2f}", f"{_mean(members, 'unscaled_kurtosis'):z.2f}")
         )
     return table(head, rows)
+
+
+def _shifts(groups: dict[str, list[Row]]) -> str:
+    head: tuple[str, ...] = ("matrices",)
+    for kind in SHIFTS:
+        head += (kind, "chance", "saves")
+    rows = []
+    for name, members in groups.items():
+        row: tuple[str, ...] = (name,)
+        for kind in SHIFTS:
+            share, saved = (_mean(members, "shifts", kind, figure) for figure in ("share", "bits"))
+            row += (
+                f"{share:.4%}",
+                f"{statistics.fmean(chance_share(member['shape'], kind) for member in members):.4%}",
+            )
+            row += (f"{saved:z.5f}",)
+        rows.append(row)
+    return table(head, rows)
+
+
+def chance_share(shape: Sequence[int], kind: str) -> float:
+    """Share of the energy that a shift takes of independent numbers with mean 0."""
+    return {"matrix": 1 / math.prod(shape), "rows": 1 / shape[1], "columns": 1 / shape[0]}[kind]
 
 
 def _orders(groups: dict[str, list[Row]]) -> str:

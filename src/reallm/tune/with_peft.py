@@ -45,6 +45,10 @@ def _layer_class() -> Any:
     class LoraOnCompressed(Linear):
         """PEFT's LoRA of a linear. Merging needs a dense weight: `adapters.merge` does it in the file instead."""
 
+        def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+            # PEFT's own function knows no registered module and warns of an "unsupported layer type".
+            return module.in_features, module.out_features
+
         def merge(self, *arguments: Any, **named: Any) -> None:
             raise ArtifactError("a compressed weight cannot be merged into: save the adapter, then use adapters.merge")
 
