@@ -455,6 +455,13 @@ def test_a_bad_option_is_one_line_and_exit_2(compressed, tiny_llama, tuning_text
     assert says in capsys.readouterr().err
 
 
+def test_no_output_lies_in_a_compressed_model(compressed, tuning_text, tmp_path, capsys):
+    shutil.copytree(compressed, tmp_path / "made")
+    out = tmp_path / "made" / "tuned"
+    assert main(["tune", str(compressed), "-o", str(out), "--text", tuning_text, "--loss", "ce"]) == 2
+    assert f"{out} would lie in {tmp_path / 'made'} and count as its bytes" in capsys.readouterr().err
+
+
 def test_the_default_tunes_the_whole_model_and_no_block(compressed, tiny_llama, tuning_text, tmp_path):
     settings = {**QUICK, "tokens": 128, "validate_every": 1}
     events = reallm.tune(
