@@ -445,6 +445,7 @@ def test_prompts_and_responses_may_begin_with_a_byte_order_mark(tiny_llama, tmp_
         (["--device", "cuda:77"], "--device 'cuda:77' is not available"),
         (["--reference", "nowhere/at/all"], "nowhere/at/all: no such file"),
         (["--batch", "4096", "--method", "both"], "take a smaller --batch"),
+        (["--adapter", "4", "--train", "norms"], "--adapter 4 trains new residuals alone; leave --train norms out"),
     ],
 )
 def test_a_bad_option_is_one_line_and_exit_2(compressed, tiny_llama, tuning_text, tmp_path, capsys, options, says):
