@@ -129,7 +129,7 @@ def opened(work: Path, state: dict[str, Any]) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         place = getattr(error, "filename", None) or work
-        remedy = f"finished matrices are in {work}: mend it and add --resume" if work.exists() else "mend it"
+        remedy = f"what is finished is in {work}: mend it and add --resume" if work.exists() else "mend it"
         raise ArtifactError(f"{place}: {reason}; {remedy}") from error
 
 
