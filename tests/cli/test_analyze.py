@@ -1,4 +1,5 @@
 import importlib.util
+import io
 import json
 import sys
 
@@ -37,6 +38,16 @@ def test_everything_is_printed_by_role_and_written(tiny_llama, tmp_path, capsys)
     assert [view["name"] for view in row["orders"]] == [view["name"] for view in row["noise_orders"]]
     assert list(row["shifts"]) == ["matrix", "rows", "columns"]
     assert len(row["spectrum"]["curve"]) == 65 and row["codecs"][0]["real"] > 0
+
+
+def test_files_are_written_when_the_reader_of_the_tables_goes_away(tiny_llama, tmp_path, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert main(["analyze", str(tiny_llama), "-o", str(tmp_path / "out"), "--role", "q", "--codec", "none"]) == 0
+    assert (tmp_path / "out" / "structure.json").is_file()
 
 
 def test_random_weights_look_like_noise(tiny_llama, tmp_path):

@@ -25,3 +25,11 @@ def test_every_option_in_help_is_in_the_reference(name, capsys):
 def test_every_option_has_a_help_text(name):
     section = reference().split(f"## reallm {name}\n")[1].split("\n## ")[0]
     assert "None |" not in section
+
+
+def test_torchrun_leaves_all_options_of_tune_to_it_as_the_help_starts_it():
+    from torch.distributed.run import parse_args
+
+    words = re.search(r"torchrun (.*?reallm tune) …", reference()).group(1).split()
+    ours = ["OUT", "--log", "log.jsonl", "--text", "text.txt", "--tokens", "9"]
+    assert parse_args([*words, *ours]).training_script_args == ["tune", *ours]

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import reallm
 from reallm.artifact import work_folder
-from reallm.errors import ArtifactError, RecipeError
+from reallm.errors import ArtifactError, RecipeError, SourceError
 from reallm.model import load, load_tokenizer
 from reallm.model.pieces import Pieces, decoder_blocks
 from reallm.model.source import FolderSource
@@ -190,3 +190,17 @@ def test_a_disk_without_room_is_named_with_what_to_do(tmp_path, monkeypatch):
     check_room(tmp_path, 1_400_000_000)
     with pytest.raises(RecipeError, match=r"2.5 GB of gradients in .*, where 1.5 GB are free; take fewer --block-win"):
         check_room(tmp_path, 2_500_000_000)
+
+
+@pytest.mark.parametrize("kind", ["loss", "outputs"])
+def test_an_original_that_is_not_finite_is_refused_block_by_block_too(
+    compressed, tiny_llama, tuning_text, tmp_path, kind
+):
+    shutil.copytree(tiny_llama, tmp_path / "damaged")
+    weights = load_file(tiny_llama / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
+    save_file(weights, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
+    options = {**SHORT, "method": "blockwise", "block_error": kind}
+    with pytest.raises(SourceError, match="its error is not finite before the first step"):
+        reallm.tune(compressed, tmp_path / "out", text=tuning_text, reference=str(tmp_path / "damaged"), **options)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()

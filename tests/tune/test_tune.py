@@ -389,6 +389,45 @@ def test_of_prompts_and_responses_the_responses_count(tiny_llama, tmp_path):
     assert not windows.counted[:, 0].any()
 
 
+def test_windows_inside_a_long_prompt_are_left_out(compressed, tiny_llama, tmp_path):
+    path, words = tmp_path / "long.jsonl", "the river holds stone " * 30
+    path.write_text("\n".join(json.dumps({"prompt": words, "response": " Light."}) for _ in range(8)))
+    windows = windows_of([path], load_tokenizer(tiny_llama), 32)
+    assert 2 <= len(windows) <= 16 and windows.counted.any(1).all()
+    done = reallm.tune(compressed, tmp_path / "out", text=(str(path),), loss="ce", context=32, batch=1, tokens=640)
+    assert done.end_to_end["steps"] == 20  # one without a gradient would have raised
+
+
+def test_responses_too_rare_for_two_windows_say_so(tiny_llama, tmp_path):
+    path = tmp_path / "rare.jsonl"
+    path.write_text(json.dumps({"prompt": "the river holds stone " * 99, "response": ""}))
+    with pytest.raises(TextError, match=r"rare.jsonl: [01] of \d+ windows of 32 hold a token of a response"):
+        windows_of([path], load_tokenizer(tiny_llama), 32)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"prompt": "What?"}', 'line 3: no "response" field with a string in it'),
+        ('{"prompt": "What?", "response": null}', 'line 3: no "response" field'),
+        ('{"text": "A river."}', 'line 3: no "prompt" field'),
+        ("[1]", 'line 3: no "prompt" field'),
+        ('{"prompt": ', "line 3: not JSON"),
+    ],
+)
+def test_of_prompts_and_responses_the_line_that_is_not_one_is_named(tiny_llama, tmp_path, line, says):
+    good, path = json.dumps({"prompt": "What?", "response": " Stone."}), tmp_path / "task.jsonl"
+    path.write_text("\n".join([good, good, line, good]))
+    with pytest.raises(TextError, match=f"task.jsonl, {says}"):
+        windows_of([path], load_tokenizer(tiny_llama), 4)
+
+
+def test_prompts_and_responses_may_begin_with_a_byte_order_mark(tiny_llama, tmp_path):
+    path = tmp_path / "task.jsonl"
+    path.write_text(json.dumps({"prompt": "What?", "response": " Stone and light." * 9}), encoding="utf-8-sig")
+    assert len(windows_of([path], load_tokenizer(tiny_llama), 4)) > 2
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -406,6 +445,7 @@ def test_of_prompts_and_responses_the_responses_count(tiny_llama, tmp_path):
         (["--device", "cuda:77"], "--device 'cuda:77' is not available"),
         (["--reference", "nowhere/at/all"], "nowhere/at/all: no such file"),
         (["--batch", "4096", "--method", "both"], "take a smaller --batch"),
+        (["--adapter", "4", "--train", "norms"], "--adapter 4 trains new residuals alone; leave --train norms out"),
     ],
 )
 def test_a_bad_option_is_one_line_and_exit_2(compressed, tiny_llama, tuning_text, tmp_path, capsys, options, says):
@@ -414,6 +454,13 @@ def test_a_bad_option_is_one_line_and_exit_2(compressed, tiny_llama, tuning_text
     words = [word for pair in (usual | given).items() for word in pair]
     assert main(["tune", str(compressed), "-o", str(tmp_path / "out"), *words]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_no_output_lies_in_a_compressed_model(compressed, tuning_text, tmp_path, capsys):
+    shutil.copytree(compressed, tmp_path / "made")
+    out = tmp_path / "made" / "tuned"
+    assert main(["tune", str(compressed), "-o", str(out), "--text", tuning_text, "--loss", "ce"]) == 2
+    assert f"{out} would lie in {tmp_path / 'made'} and count as its bytes" in capsys.readouterr().err
 
 
 def test_the_default_tunes_the_whole_model_and_no_block(compressed, tiny_llama, tuning_text, tmp_path):

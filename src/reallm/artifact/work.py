@@ -42,6 +42,8 @@ def check_output(out: Path, resume: bool = False) -> None:
         raise ArtifactError(f"{out} exists; give another --output or remove it")
     if not out.absolute().parent.is_dir():
         raise ArtifactError(f"{out}: the folder {out.absolute().parent} does not exist; make it first")
+    if (around := _artifact_around(out)) is not None:
+        raise ArtifactError(f"{out} would lie in {around} and count as its bytes; give an --output beside it")
     work = work_folder(out)
     if not os.path.lexists(work):
         return
@@ -72,6 +74,15 @@ def _may_be_finished(out: Path) -> bool:
     except (ArtifactError, FormatError):
         return False
     return not (work_folder(out) / STAGING).exists()
+
+
+def _artifact_around(out: Path) -> Path | None:
+    """The compressed model that a new folder would lie in, if there is one."""
+    for folder in out.absolute().parents:
+        with contextlib.suppress(ArtifactError, FormatError, OSError):  # a config.json of anything else
+            read_manifest(folder)
+            return folder
+    return None
 
 
 def check_finished_output(out: Path, state: dict[str, Any], formats_may_differ: bool = False) -> None:
@@ -118,7 +129,7 @@ def opened(work: Path, state: dict[str, Any]) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         place = getattr(error, "filename", None) or work
-        remedy = f"finished matrices are in {work}: mend it and add --resume" if work.exists() else "mend it"
+        remedy = f"what is finished is in {work}: mend it and add --resume" if work.exists() else "mend it"
         raise ArtifactError(f"{place}: {reason}; {remedy}") from error
 
 

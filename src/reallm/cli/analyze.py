@@ -77,8 +77,9 @@ def command(
     print(work_line(work, seconds(work)), file=sys.stderr)
     with progress_bar() as progress:
         found = analyze(work, progress)
+    written = write_structure(found, json_file, output)  # before the tables: `| head` ends the command at the first
     print(structure_text(found, by_matrix))
-    if written := write_structure(found, json_file, output):
+    if written:
         pictures = output is None or any(file.suffix == ".png" for file in written)
         note = "" if pictures else " (no matplotlib, no pictures)"
         print(f"\nwritten: {', '.join(map(str, written))}{note}")

@@ -128,7 +128,7 @@ def command(
     that was made by --size or --bits-per-parameter stays within that however often it is tuned: compressing leaves 600
     bytes for notes, of which old ones give way, and codes nothing that trains by default. What else is coded and could
     outgrow the size is refused. Several processes share the work when started by torchrun:
-    torchrun --no-python --nproc-per-node 2 reallm tune …
+    torchrun --no-python --nproc-per-node 2 -- reallm tune …
     """
     from reallm.artifact import work_folder
     from reallm.report.tuned import tuned_text

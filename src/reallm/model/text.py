@@ -29,12 +29,26 @@ def load_text(path: str | Path, option: str = "--text") -> list[str]:
     if path.suffix == ".raw":
         documents = [wikitext_rows(text)]
     elif path.suffix == ".jsonl":
-        documents = _json_documents(path, text)
+        documents = [_json_text(path, number, row, "text") for number, row in _json_rows(path, text)]
     else:
         documents = [text]
     if not any(document.strip() for document in documents):
         raise TextError(f"{path}: there is no text in this file")
     return documents
+
+
+def load_pairs(path: str | Path, option: str = "--text") -> list[tuple[str, str]] | None:
+    """(prompt, response) of each line of a `.jsonl` whose first line has one of them; None for any other file.
+
+    Errors: as `load_text`; TextError names the first line without either.
+    """
+    path = Path(path)
+    if path.suffix != ".jsonl" or not path.is_file():
+        return None
+    rows = _json_rows(path, _read(path, option))
+    if not rows or not isinstance(rows[0][1], dict) or not rows[0][1].keys() & {"prompt", "response"}:
+        return None
+    return [(_json_text(path, n, row, "prompt"), _json_text(path, n, row, "response")) for n, row in rows]
 
 
 def wikitext_rows(text: str) -> str:
@@ -91,16 +105,19 @@ def _read(path: Path, option: str) -> str:
     return text
 
 
-def _json_documents(path: Path, text: str) -> list[str]:
+def _json_rows(path: Path, text: str) -> list[tuple[int, Any]]:
     lines = enumerate(text.split("\n"), start=1)
-    return [_json_text(path, number, line) for number, line in lines if line.strip()]
+    return [(number, _json_row(path, number, line)) for number, line in lines if line.strip()]
 
 
-def _json_text(path: Path, number: int, line: str) -> str:
+def _json_row(path: Path, number: int, line: str) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise TextError(f"{path}, line {number}: not JSON ({error.msg})") from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise TextError(f'{path}, line {number}: no "text" field with a string in it')
-    return row["text"]
+
+
+def _json_text(path: Path, number: int, row: Any, field: str) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        raise TextError(f'{path}, line {number}: no "{field}" field with a string in it')
+    return row[field]

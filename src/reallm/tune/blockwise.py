@@ -265,6 +265,11 @@ def _tune_block(block: _Block, settings: Settings, workers: Processes, log: Log)
         )
         best, least = snapshot(block.parameters), block.validated(dtype)
         log.add(phase="block", block=block.number, epoch=0, validation=least, **measure, eta_seconds=block.eta_seconds)
+        if not math.isfinite(least):
+            raise SourceError(
+                f"block {block.number}: its error is not finite before the first step; look for NaN or "
+                "infinite weights in the original and in the compressed model"
+            )
         bad = 0
         for epoch in range(settings.block_epochs):
             pace = Pace(1, 0, tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from reallm.errors import TextError
-from reallm.model.text import leading_bos, load_text, tokenize
+from reallm.model.text import leading_bos, load_pairs, load_text, tokenize
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,8 @@ def windows_of(paths: Sequence[str | Path], tokenizer: Any, context: int, option
     """All windows of files, which are joined by the end-of-text token; what is left at the end is dropped.
 
     Lines of a `.jsonl` with `prompt` and `response` in place of `text` are one string each, of which the response and
-    the end-of-text token count. A tokenizer that begins texts with a token of its own begins every window with it.
+    the end-of-text token count; windows in which nothing does, inside long prompts, are left out. A tokenizer that
+    begins texts with a token of its own begins every window with it.
     Errors: TextError if a file cannot be read, naming the `option` that asked for it, or does not fill two windows.
     """
     bos = leading_bos(tokenizer)
@@ -55,9 +55,15 @@ def windows_of(paths: Sequence[str | Path], tokenizer: Any, context: int, option
         cut_counted = torch.cat([torch.zeros(count, 1, dtype=torch.bool), cut_counted], 1)
     cut_counted = cut_counted.clone()
     cut_counted[:, 0] = False
-    if not cut_counted.any():
-        raise TextError(f"{paths[0]}: no token in it counts: responses are empty")
-    return Windows(cut_ids, cut_counted)
+    # A step without a token that counts has neither a loss nor a gradient.
+    some = cut_counted.any(1)
+    if some.sum() < 2:
+        names = ", ".join(str(path) for path in paths)
+        raise TextError(
+            f"{names}: {int(some.sum())} of {count} windows of {context} hold a token of a response; give longer "
+            "responses or raise --context"
+        )
+    return Windows(cut_ids[some], cut_counted[some])
 
 
 def split(windows: Windows, validation: int, seed: int) -> tuple[Windows, Windows]:
@@ -81,7 +87,7 @@ def _order(count: int, seed: int, epoch: int) -> Tensor:
 def _documents(path: Path, tokenizer: Any, option: str) -> list[tuple[Tensor, Tensor]]:
     """(ids, counted) of each document, the end-of-text token at its end."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if (pairs := _pairs(path)) is None:
+    if (pairs := load_pairs(path, option)) is None:
         ids = torch.cat([tokenize(tokenizer, load_text(path, option)), torch.tensor(end, dtype=torch.int64)])
         return [(ids, torch.ones(len(ids), dtype=torch.bool))]
     documents = []
@@ -90,14 +96,3 @@ def _documents(path: Path, tokenizer: Any, option: str) -> list[tuple[Tensor, Te
         ids = torch.cat([asked, answered, torch.tensor(end, dtype=torch.int64)])
         documents.append((ids, torch.arange(len(ids)) >= len(asked)))
     return documents
-
-
-def _pairs(path: Path) -> list[tuple[str, str]] | None:
-    """(prompt, response) of each line; None for a file of another kind, which `load_text` judges."""
-    if path.suffix != ".jsonl" or not path.is_file():
-        return None
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        return [(row["prompt"] + "", row["response"] + "") for row in rows] or None
-    except (ValueError, KeyError, TypeError, OSError):
-        return None

@@ -102,6 +102,9 @@ def check_settings(settings: Settings) -> None:
         _one_of("--train", word, PARTS + KEPT + PLACES)
     if settings.adapter is not None and settings.method == BLOCKWISE:
         raise RecipeError(f"--adapter {settings.adapter} trains end to end; leave --method blockwise out")
+    if settings.adapter is not None and tuple(settings.train) != DEFAULT_TRAIN:
+        words = ",".join(settings.train)
+        raise RecipeError(f"--adapter {settings.adapter} trains new residuals alone; leave --train {words} out")
     if not set(settings.train) & set(PARTS + KEPT):
         raise RecipeError(f"--train {','.join(settings.train)}: names no part; add one of {', '.join(PARTS + KEPT)}")
     if not settings.text:
