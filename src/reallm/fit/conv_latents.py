@@ -154,7 +154,7 @@ class _Trained:
         assert self.costs is not None
         none, flat = torch.zeros_like(self.offset), None if flat is None else flat.detach()
         costs = self.fmt.as_grid(self.costs.importance)
-        costs = costs + _LEAST_COST * costs.mean()
+        costs = (costs + _LEAST_COST * costs.mean()).clamp(min=_TINY)
         for _ in range(_SHARPENING):
             (gradient,) = gradients_of([latents], lambda moving: self.loss(moving, flat, none))
             way = -gradient / costs
