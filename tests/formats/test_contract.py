@@ -8,7 +8,6 @@ from reallm.errors import FormatError
 from reallm.fit import fit, relative_error
 from reallm.formats import WeightFormat, decode_rows, from_spec, known_formats, map_tensors, to_spec
 
-ENTROPY = {"format": "entropy_coded", "bits": 4.5, "largest": 15, "classes": 3}
 CODEBOOK = {"format": "codebook", "index_bits": 4, "vector_dim": 2, "group_size": 16}
 NORMAL = {"format": "normal_float", "bits": 3, "group_size": 32}
 EXAMPLES = [
@@ -40,10 +39,9 @@ EXAMPLES = [
     {"format": "conv_latents", "channels": 3, "width": 3, "steps": 11, "base": CODEBOOK},
     {"format": "conv_latents", "stages": 2, "channels": 17, "width": 2, "decoder_bits": 16, "steps": 2, "base": NORMAL},
     {"format": "conv_latents", "width": 2, "method": "encoder", "decoder_bits": 6, "steps": 4, "base": NORMAL},
-    {"format": "conv_latents", "width": 2, "rate": 1, "steps": 11, "base": ENTROPY},
     {"format": "entropy_coded", "bits": 3},
     {"format": "entropy_coded", "bits": 12.5, "largest": 5},
-    ENTROPY,
+    {"format": "entropy_coded", "bits": 4.5, "largest": 15, "classes": 3},
     *({"format": "e8", "bits": bits} for bits in (2, 3, 4)),
     {"format": "gain", "base": {"format": "e8", "bits": 2}},
     {"format": "low_rank_plus", "rank": 3, "base": CODEBOOK},
