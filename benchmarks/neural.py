@@ -157,6 +157,7 @@ LOW_ARMS = [
     Arm("b", "dct 8×8, 6 of 64", linear("dct", 6, _EIGHT, 8, 8)),
     Arm("c", "conv 4×4, 1 channel, width 8", conv(1, 8, 2, {**_EIGHT, "bits": 6}, decoder_bits=6)),
 ]
+_ENTROPY = {"format": "entropy_coded"}
 C_ARMS = [
     Arm("c", "conv 2×2, 4 channels, width 8", conv(4, 8, 1, _TWO)),
     Arm("c", "conv 2×2, 4 channels, width 16, b_φ = 3", conv(4, 16, 1, _TWO, decoder_bits=3)),
@@ -164,7 +165,11 @@ C_ARMS = [
     Arm("c", "conv 4×4, 8 channels, width 8", conv(8, 8, 2, _TWO)),
     Arm("c", "conv 2×2, 4 channels, width 16, encoder", conv(4, 16, 1, _TWO, method="encoder")),
     Arm("c", "conv 2×2, 4 channels, width 8, 4 matrices", conv(4, 8, 1, _TWO, shared="x"), 4),
-    Arm("c", "conv, latents entropy-coded", conv(4, 8, 1, {"format": "entropy_coded", "bits": 2.0})),
+    *(
+        Arm("c", f"conv, latents entropy-coded{classes}{rated}", conv(4, 8, 1, {**own, "bits": 2.0}, **more))
+        for classes, own in (("", _ENTROPY), (" in 4 classes", {**_ENTROPY, "classes": 4}))
+        for rated, more in (("", {}), (", rate in the loss", {"rate": 1.0}))
+    ),
     *(
         Arm(
             "c", f"conv {2**s}×{2**s}, {c} channels, width {w}, {n} matrices",

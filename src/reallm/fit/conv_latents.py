@@ -15,19 +15,25 @@ from reallm.decoders.parameters import split
 from reallm.fit.codeword import root_mean_squares
 from reallm.fit.dispatch import fit, shape_of
 from reallm.fit.encoder import encoded, first_parameters
+from reallm.fit.entropy_coded import BIT
+from reallm.fit.latent_rate import LatentRate
 from reallm.fit.objective import Objective
 from reallm.fit.rounding import divisors
 from reallm.fit.shared import Demand, note_demand, train_shared
-from reallm.fit.training import Adam, descend, falling, quantised, stored_parameters
+from reallm.fit.training import Adam, descend, falling, gradients_of, quantised, stored_parameters
 from reallm.formats import Parts, Shape, parameters
 from reallm.formats import scales as scale_store
 from reallm.formats.conv_latents import ENCODER, ConvLatents, ConvLatentsParts, plain_convolutions
-from reallm.kernels import one_thread, straight_through
+from reallm.formats.entropy_coded import EntropyCoded
+from reallm.kernels import average, one_thread, straight_through
 
 _NET_RATE, _LATENT_RATE = 2e-3, 1e-2
 # The base is fitted to the latents anew after so many steps; in between its errors stay as they were found.
 _REQUANTISED = 10
 _TINY = 1e-30
+# Of training by rate: descents that make latents sharp, and the least that a latent costs there, of the mean.
+_SHARPENING, _LEAST_COST = 5, 1e-3
+_LAST = 4  # the last of so many parts of its steps sees errors as they are, and not as noise
 
 
 @dataclass
@@ -42,11 +48,19 @@ class _Trained:
     fixed: parameters.Stored | None = None  # a net that does not train
     base: Parts = None
     offset: Tensor = field(default_factory=lambda: torch.zeros(()))
+    costs: Objective | None = None  # what errors of latents cost
+    rate: LatentRate | None = None
+    bit: float = 0.0  # what a bit of latents costs, as errors do in `loss`
 
     @functools.cached_property
     def unit(self) -> Tensor:
         """The largest scale at first."""
         return self.scales.abs().max().clamp(min=_TINY)
+
+    @functools.cached_property
+    def energy(self) -> Tensor:
+        """The error of zeros by the objective."""
+        return self._products(self.weight, self.weight).sum().clamp(min=_TINY)
 
     @property
     def shape(self) -> Shape:
@@ -60,7 +74,11 @@ class _Trained:
         return F.pad(normalised, (0, -self.shape[1] % side, 0, -self.shape[0] % side))
 
     @functools.cached_property
-    def of_latents(self) -> Objective:
+    def generator(self) -> torch.Generator:
+        """Of the signs of noise."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def costs_of_latents(self) -> Objective:
         """What errors of latents cost, about: the mean of their patch."""
         costs = (self.scales / self.unit).square() * self.objective.importance
         side = self.fmt.net.factor
@@ -68,32 +86,87 @@ class _Trained:
         means = F.avg_pool2d(costs[None, None], side)[0]
         return Objective(self.fmt.as_matrix(means.expand(self.fmt.channels, -1, -1)).contiguous())
 
-    def requantise(self, latents: Float[Tensor, "channels down across"]) -> None:
-        """Fit the base to the latents: k-means begins where it ended, and revives dead entries."""
+    def requantise(self, latents: Float[Tensor, "channels down across"], flat: Tensor | None = None) -> None:
+        """Fit the base to the latents: k-means begins where it ended, and revives dead entries.
+
+        Latents trained by rate are small for its sake, and codes by rate and distortion would be so once more: the base
+        is fitted to those that are best by error alone.
+        """
         with torch.no_grad():
-            matrix = self.fmt.as_matrix(latents.detach()).contiguous()
-            self.base = fit(self.fmt.base, matrix, self.of_latents, self.seed, self.base)
-            self.offset = self.decoded_latents() - latents.detach()
+            if self.costs is None or self.fmt.rate:
+                self.costs = self.costs_of_latents()
+            latents = latents.detach()
+            wanted = latents if self.rate is None else self.sharpened(latents, flat)
+            self.base = fit(self.fmt.base, self.fmt.as_matrix(wanted).contiguous(), self.costs, self.seed, self.base)
+            self.offset = self.decoded_latents() - latents
+            if self.fmt.rate and self.base.step > 0:
+                assert isinstance(self.fmt.base, EntropyCoded)
+                self.rate = LatentRate.learned(self.fmt.base, self.base, self.rate)
+                self.bit = self.fmt.rate * BIT * self.rate.step**2 * self.cost_of_an_error(latents, flat)
+
+    def cost_of_an_error(self, latents: Float[Tensor, "channels down across"], flat: Tensor | None) -> float:
+        """What a squared error of one latent adds to `loss`: the mean, by noise as large as the base's errors."""
+        size = self.offset.square().mean().sqrt().clamp(min=_TINY)
+        with one_thread():
+            moved = (self.decoded(latents + size * self.signs(), flat) - self.decoded(latents, flat)) * self.scales
+            added = self._products(moved, moved).sum() / self.energy
+        return (added / (size.square() * latents.numel()).clamp(min=_TINY)).item()
 
     def decoded_latents(self) -> Float[Tensor, "channels down across"]:
         """As they come back from the file."""
         return self.fmt.as_grid(self.fmt.base.decode(self.base, self.fmt.inner_shape(self.shape)))
 
     def decoded(
-        self, latents: Float[Tensor, "channels down across"], flat: Tensor | None = None
+        self, latents: Float[Tensor, "channels down across"], flat: Tensor | None = None, offset: Tensor | None = None
     ) -> Float[Tensor, "out in"]:
         """The matrix before its scales; latents and net quantised, gradients straight through."""
-        seen = straight_through(latents, (latents + self.offset).detach())
+        seen = straight_through(latents, (latents + (self.offset if offset is None else offset)).detach())
         bits, count = self.fmt.decoder_bits, self.fmt.net.parameters
         net = parameters.values(bits, self.fixed, count) if flat is None else quantised(bits, flat)
         with plain_convolutions():
             decoded = self.fmt.net.whole(net, seen)
         return decoded[: self.shape[0], : self.shape[1]]
 
-    def loss(self, latents: Float[Tensor, "channels down across"], flat: Tensor | None = None) -> Tensor:
-        """The error by the objective, over that of zeros."""
-        errors = self.weight - self.decoded(latents, flat) * self.scales
-        return self._products(errors, errors).sum() / self._products(self.weight, self.weight).sum().clamp(min=_TINY)
+    def loss(
+        self, latents: Float[Tensor, "channels down across"], flat: Tensor | None = None, offset: Tensor | None = None
+    ) -> Tensor:
+        """The error by the objective, over that of zeros. `offset` are the errors of latents, by default the base's."""
+        errors = self.weight - self.decoded(latents, flat, offset) * self.scales
+        return self._products(errors, errors).sum() / self.energy
+
+    def loss_and_rate(self, latents: Float[Tensor, "channels down across"], flat: Tensor | None = None) -> Tensor:
+        """What training descends along: `loss`, and with a rate the cost of bits.
+
+        Errors of the base are noise there, as in learned image compression: its errors with signs drawn anew. Latents
+        that saw the same errors for some steps would answer them, and be rounded back, worse than before. Noise comes
+        with its negative, so that it moves no latents where a decoder is linear (docs/log.md, 2026-11-28).
+        """
+        if self.rate is None:
+            return self.loss(latents, flat)
+        noise = self.offset * self.signs()
+        error = (self.loss(latents, flat, noise) + self.loss(latents, flat, -noise)) / 2
+        return error + self.bit * self.rate.bits(self.fmt.as_matrix(latents))
+
+    def sharpened(
+        self, latents: Float[Tensor, "channels down across"], flat: Tensor | None
+    ) -> Float[Tensor, "channels down across"]:
+        """About the best latents by error alone: steepest descent, by steps that are the best if the net is linear."""
+        assert self.costs is not None
+        none, flat = torch.zeros_like(self.offset), None if flat is None else flat.detach()
+        costs = self.fmt.as_grid(self.costs.importance)
+        costs = (costs + _LEAST_COST * costs.mean()).clamp(min=_TINY)
+        for _ in range(_SHARPENING):
+            (gradient,) = gradients_of([latents], lambda moving: self.loss(moving, flat, none))
+            way = -gradient / costs
+            with one_thread():
+                moved = (self.decoded(latents + way, flat, none) - self.decoded(latents, flat, none)) * self.scales
+                bend = 2 * self._products(moved, moved).sum() / self.energy
+                latents = latents - way * (gradient * way).sum() / bend.clamp(min=_TINY)
+        return latents
+
+    def signs(self) -> Float[Tensor, "channels down across"]:
+        """One of ±1 for every latent, drawn on the CPU."""
+        return (2 * torch.randint(2, self.offset.shape, generator=self.generator) - 1).to(self.offset)
 
     def rescale(self, *tensors: Tensor) -> None:
         """Give every row the scale that serves it best now."""
@@ -117,13 +190,17 @@ def fit_conv_latents(
     """Begins as a linear decoder of the leading directions of patches; then gradients by the true error, scales too.
 
     The straight-through estimator passes gradients by the rounding of latents and parameters. A shared net is taken as
-    it is, and only latents move. The best of all states is kept.
+    it is, and only latents move. The best of all states is kept, by error: bytes are the same for all.
+
+    With `rate` the loss is that of learned image compression (Ballé et al., arXiv:1802.01436), error + λ · bits of the
+    latents under a learned density. Bytes are given, so that a bit saved makes the step finer: λ is what the base pays
+    for a bit when it chooses codes (BIT squared steps, times what a squared error of a latent costs), times `rate`.
     """
     objective = objective or Objective.plain(weight)
     if fmt.shared:
         note_demand(fmt, weight, objective)
     before = start if isinstance(start, ConvLatentsParts) else None
-    scales = root_mean_squares(weight, 0, scale_store.FLOAT16)
+    scales = first_scales(fmt, weight)
     fixed = fmt.decoder({}, weight.device) if fmt.shared else None
     state = _Trained(fmt, weight, objective, scales, seed, fixed, before.base if before else None)
     known = fixed or (before.decoder if before else None)
@@ -146,7 +223,7 @@ def train_conv_latents(fmt: ConvLatents, demands: Sequence[Demand], device: str,
     states = []
     for number, demand in enumerate(demands):
         weight, objective = demand.weight.to(device), demand.objective.to(torch.device(device))
-        scales = root_mean_squares(weight, 0, scale_store.FLOAT16)
+        scales = first_scales(fmt, weight)
         # All latents of a large model do not fit beside it: hessians least of all.
         states.append(_Trained(demand.fmt, weight, Objective(objective.importance), scales, seed + number))
     flat = first_net(fmt, [state.filled for state in states], seed)
@@ -155,9 +232,22 @@ def train_conv_latents(fmt: ConvLatents, demands: Sequence[Demand], device: str,
     for step in range(fmt.steps):
         for state, latents in zip(states, grids, strict=True):
             if step % _REQUANTISED == 0:
-                state.requantise(latents.tensor)
-            _descend([latents, net], state.loss, falling(step, fmt.steps))
+                state.requantise(latents.tensor, net.tensor)
+            _train(state, latents, net, step, fmt.steps)
     return stored_parameters(fmt.decoder_bits, net.tensor)
+
+
+def first_scales(fmt: ConvLatents, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out 1"]:
+    """The root mean squares of rows. With a rate all are alike: at the least rate equal errors cost equal bits.
+
+    So small rows take few bits (reverse water-filling; Cover and Thomas, Elements of Information Theory, 10.3.3).
+    """
+    scales = root_mean_squares(weight, 0, scale_store.FLOAT16)
+    if not fmt.rate:
+        return scales
+    largest = scales.max().clamp(min=_TINY)
+    mean = average((scales / largest).square()).sqrt() * largest
+    return scale_store.stored(scale_store.FLOAT16, mean.expand_as(scales).contiguous())
 
 
 def first_net(
@@ -211,8 +301,8 @@ def _with_encoder(state: _Trained, flat: Tensor) -> tuple[Tensor, Tensor]:
 
     for step in range(steps):
         if step % _REQUANTISED == 0:
-            state.requantise(latents_of(adams[0].tensor.detach()))
-        _descend(adams, lambda encoder, *flat: state.loss(latents_of(encoder), *flat), falling(step, steps))
+            state.requantise(latents_of(adams[0].tensor.detach()), *(adam.tensor for adam in adams[1:]))
+        _descend(adams, lambda encoder, *flat: state.loss_and_rate(latents_of(encoder), *flat), falling(step, steps))
     return latents_of(adams[0].tensor.detach()), flat if state.fixed else adams[1].tensor.detach()
 
 
@@ -224,8 +314,9 @@ def _descended(state: _Trained, latents: Tensor, flat: Tensor) -> ConvLatentsPar
         adams.append(Adam(flat, _NET_RATE))
     best, least = None, float("inf")
     for step in range(steps + 1):
+        state.share = falling(step, steps) if steps else 0
         if step % _REQUANTISED == 0 or step == steps:
-            state.requantise(adams[0].tensor)
+            state.requantise(*(adam.tensor for adam in adams))
             with torch.no_grad(), one_thread():
                 state.rescale(*(adam.tensor for adam in adams))
                 error = state.loss(*(adam.tensor for adam in adams)).item()
@@ -233,9 +324,19 @@ def _descended(state: _Trained, latents: Tensor, flat: Tensor) -> ConvLatentsPar
                 decoder = state.fixed or stored_parameters(fmt.decoder_bits, adams[1].tensor)
                 best, least = ConvLatentsParts(decoder, state.scales, state.base), error
         if step < steps:
-            _descend(adams, state.loss, falling(step, steps))
+            _train(state, adams[0], adams[1] if state.fixed is None else None, step, steps)
     assert best is not None
     return best
+
+
+def _train(state: _Trained, latents: Adam, net: Adam | None, step: int, steps: int) -> None:
+    """A step of all; with a rate the last quarter moves the net alone, by the errors that the base makes."""
+    noisy = steps - steps // _LAST if state.rate is not None and net else steps
+    if step < noisy:
+        _descend([latents, *([net] if net else [])], state.loss_and_rate, falling(step, noisy))
+    elif net:
+        still = latents.tensor.detach()
+        _descend([net], lambda flat: state.loss(still, flat), falling(step - noisy, steps - noisy))
 
 
 def _descend(adams: Sequence[Adam], loss_of: Callable[..., Tensor], share: float) -> None:

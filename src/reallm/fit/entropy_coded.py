@@ -26,7 +26,7 @@ from reallm.kernels.e8_stream import DIM, largest_code
 
 # Squared steps that one bit is worth. Theory at high rates says 2 ln 2 · D = 0.40, D = 4 · 0.0717 (E8 of spacing 2).
 # 0.44 is best at 2 bits, 0.40 at 3 and 4, where the error hardly changes from 0.36 to 0.48 (docs/log.md, 2026-11-22).
-_BIT = 0.42
+BIT = 0.42
 _ROUNDS = 3
 # The step is sought on so many weights, and corrected on all.
 _SAMPLE = 1 << 18
@@ -165,7 +165,7 @@ class _Sample:
         # Seven of eight codes know their parity from the first.
         odd = share[:, (self.fmt.largest + 1) % 2 :: 2].sum(1)
         parities = (DIM - 1) * torch.stack([1 - odd, odd]).log2()
-        return _Costs((_BIT * bits).to(self.weight), (_BIT * parities).to(self.weight), column_classes)
+        return _Costs((BIT * bits).to(self.weight), (BIT * parities).to(self.weight), column_classes)
 
     def search(self, exponent: float) -> tuple[float, _Costs]:
         """log2(step) that about meets the budget, and the costs there; `exponent` is a first guess."""

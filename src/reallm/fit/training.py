@@ -49,11 +49,16 @@ class Adam:
 
 def descend(adams: Sequence[Adam], loss_of: Callable[..., Tensor], share: float) -> None:
     """One step of all tensors along the gradient of `loss_of(*tensors)`."""
-    tensors = [adam.tensor for adam in adams]
-    with torch.enable_grad(), one_thread():
-        gradients = torch.autograd.grad(loss_of(*tensors), tensors)
+    gradients = gradients_of([adam.tensor for adam in adams], loss_of)
     for adam, gradient in zip(adams, gradients, strict=True):
         adam.move(gradient, share)
+
+
+def gradients_of(tensors: Sequence[Tensor], loss_of: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    """Of `loss_of(*tensors)`, by each tensor."""
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    with torch.enable_grad(), one_thread():
+        return torch.autograd.grad(loss_of(*tensors), tensors)
 
 
 def falling(step: int, steps: int) -> float:

@@ -20,6 +20,7 @@ from reallm.decoders import ConvNet
 from reallm.errors import FormatError
 from reallm.formats import parameters
 from reallm.formats import scales as scale_store
+from reallm.formats.entropy_coded import EntropyCoded
 from reallm.formats.shared import check_table_name, table_at_hand
 from reallm.formats.waist import Parts, Shape, Table, Tensors, WeightFormat, inner, register, under
 from reallm.kernels import one_thread
@@ -29,6 +30,7 @@ MAX_MULTIPLY_ADDS = 600_000  # a weight: 445,000 are those of the authors' defau
 AUTO_DECODER, ENCODER = "auto_decoder", "encoder"
 METHODS = (AUTO_DECODER, ENCODER)
 _MAX_STEPS = 1_000_000
+_MAX_RATE = 100
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,11 @@ class ConvLatentsParts:
 class ConvLatents(WeightFormat):
     """`channels` latents in `base` for each square of 2^stages × 2^stages weights, and a net of `width` channels.
 
-    Parameters take `decoder_bits` bits (3, 4, 6, 8, 16), by themselves or `shared`; rows have a float16 scale. `method`
-    and `steps` say how `fit` trains and are nothing to a decoder: auto_decoder moves latents and net by gradients,
-    encoder first trains a net from weights to latents beside it, which is thrown away.
+    Parameters take `decoder_bits` bits (3, 4, 6, 8, 16), by themselves or `shared`; rows have a float16 scale.
+    `method`, `steps` and `rate` say how `fit` trains and are nothing to a decoder: auto_decoder moves latents and net
+    by gradients, encoder first trains a net from weights to latents beside it, which is thrown away. With `rate` the
+    loss also counts bits of latents that are `entropy_coded`; 1 is the price that their fixed bytes make, 0 leaves it
+    out.
     """
 
     base: WeightFormat
@@ -58,6 +62,7 @@ class ConvLatents(WeightFormat):
     shared: str = ""
     method: str = AUTO_DECODER
     steps: int = 200
+    rate: int | float = 0
 
     name: ClassVar[str] = "conv_latents"
     roles: ClassVar[dict[str, str]] = {**parameters.ROLES, "scales": "scales"}
@@ -76,6 +81,13 @@ class ConvLatents(WeightFormat):
             raise FormatError(f"conv_latents: steps={self.steps} is not in 0 … {_MAX_STEPS}")
         if self.method not in METHODS:
             raise FormatError(f"conv_latents: method={self.method!r} is not one of {', '.join(METHODS)}")
+        if not 0 <= self.rate <= _MAX_RATE:  # also refuses nan
+            raise FormatError(f"conv_latents: rate={self.rate} is not in 0 … {_MAX_RATE}")
+        if self.rate and not isinstance(self.base, EntropyCoded):
+            raise FormatError(
+                f"conv_latents: rate={self.rate} needs base=entropy_coded; the bytes of {self.base.name} do not depend "
+                "on how probable its codes are"
+            )
         parameters.check_bits(self.name, self.decoder_bits)
         check_table_name(self.name, self.shared)
 
