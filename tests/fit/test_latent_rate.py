@@ -136,11 +136,11 @@ def test_a_shared_decoder_is_trained_by_rate():
             assert relative_error(weight, fmt.decode(fit(fmt, weight), SHAPE)) < 0.08
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-6])
-def test_tiny_sizes_stay_finite(size):
-    weight = drawn(*SHAPE) * size
-    fmt, parts = fitted(weight, rate=1, steps=11)
-    assert torch.isfinite(fmt.decode(parts, SHAPE)).all()
+@pytest.mark.parametrize(("size", "rate"), [(0.0, 1), (1e-30, 1), (1e-12, 0), (1e-12, 1), (1e-6, 1), (1e30, 0)])
+def test_sizes_that_float16_scales_cannot_hold_stay_finite(size, rate):
+    weight = drawn(16, 24) * size
+    fmt, parts = fitted(weight, rate=rate, steps=11)
+    assert torch.isfinite(fmt.decode(parts, (16, 24))).all()
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ EXAMPLES = [
     {"format": "conv_latents", "channels": 3, "width": 3, "steps": 11, "base": CODEBOOK},
     {"format": "conv_latents", "stages": 2, "channels": 17, "width": 2, "decoder_bits": 16, "steps": 2, "base": NORMAL},
     {"format": "conv_latents", "width": 2, "method": "encoder", "decoder_bits": 6, "steps": 4, "base": NORMAL},
+    {"format": "conv_latents", "width": 2, "steps": 2, "rate": 1, "base": {"format": "entropy_coded", "bits": 4}},
     {"format": "entropy_coded", "bits": 3},
     {"format": "entropy_coded", "bits": 12.5, "largest": 5},
     {"format": "entropy_coded", "bits": 4.5, "largest": 15, "classes": 3},

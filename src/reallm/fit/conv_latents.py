@@ -31,6 +31,7 @@ _NET_RATE, _LATENT_RATE = 2e-3, 1e-2
 # The base is fitted to the latents anew after so many steps; in between its errors stay as they were found.
 _REQUANTISED = 10
 _TINY = 1e-30
+_LARGEST_WEIGHT = 1e8  # float16 scales end at 65,504
 # Of training by rate: descents that make latents sharp, and the least that a latent costs there, of the mean.
 _SHARPENING, _LEAST_COST = 5, 1e-3
 _LAST = 4  # the last of so many parts of its steps sees errors as they are, and not as noise
@@ -200,6 +201,7 @@ def fit_conv_latents(
     if fmt.shared:
         note_demand(fmt, weight, objective)
     before = start if isinstance(start, ConvLatentsParts) else None
+    weight = storable(fmt, weight)
     scales = first_scales(fmt, weight)
     fixed = fmt.decoder({}, weight.device) if fmt.shared else None
     state = _Trained(fmt, weight, objective, scales, seed, fixed, before.base if before else None)
@@ -222,7 +224,7 @@ def train_conv_latents(fmt: ConvLatents, demands: Sequence[Demand], device: str,
     """One net and the latents of all matrices; a step of one matrix after that of another."""
     states = []
     for number, demand in enumerate(demands):
-        weight, objective = demand.weight.to(device), demand.objective.to(torch.device(device))
+        weight, objective = storable(fmt, demand.weight.to(device)), demand.objective.to(torch.device(device))
         scales = first_scales(fmt, weight)
         # All latents of a large model do not fit beside it: hessians least of all.
         states.append(_Trained(demand.fmt, weight, Objective(objective.importance), scales, seed + number))
@@ -235,6 +237,15 @@ def train_conv_latents(fmt: ConvLatents, demands: Sequence[Demand], device: str,
                 state.requantise(latents.tensor, net.tensor)
             _train(state, latents, net, step, fmt.steps)
     return stored_parameters(fmt.decoder_bits, net.tensor)
+
+
+def storable(fmt: ConvLatents, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    """Zeros if float16 makes all scales 0, and no weight so large that squares overflow: steps of latents are absolute.
+
+    Normalised by scales that float16 made 0 or cut, latents would be far from 1, and gradients end in nan.
+    """
+    weight = weight.clamp(-_LARGEST_WEIGHT, _LARGEST_WEIGHT)
+    return weight if first_scales(fmt, weight).any() else torch.zeros_like(weight)
 
 
 def first_scales(fmt: ConvLatents, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out 1"]:
