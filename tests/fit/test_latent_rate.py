@@ -136,7 +136,9 @@ def test_a_shared_decoder_is_trained_by_rate():
             assert relative_error(weight, fmt.decode(fit(fmt, weight), SHAPE)) < 0.08
 
 
-@pytest.mark.parametrize(("size", "rate"), [(0.0, 1), (1e-30, 1), (1e-12, 0), (1e-12, 1), (1e-6, 1), (1e30, 0)])
+@pytest.mark.parametrize(
+    ("size", "rate"), [(0.0, 1), (1e-30, 1), (1e-12, 0), (1e-12, 1), (1e-6, 1), (1e30, 0), (1e30, 1)]
+)
 def test_sizes_that_float16_scales_cannot_hold_stay_finite(size, rate):
     weight = drawn(16, 24) * size
     fmt, parts = fitted(weight, rate=rate, steps=11)

@@ -31,7 +31,7 @@ _NET_RATE, _LATENT_RATE = 2e-3, 1e-2
 # The base is fitted to the latents anew after so many steps; in between its errors stay as they were found.
 _REQUANTISED = 10
 _TINY = 1e-30
-_LARGEST_WEIGHT = 1e8  # float16 scales end at 65,504
+_LARGEST_WEIGHT = 1e6  # float16 scales end at 65,504; from 1e8 on training by rate ended in nan
 # Of training by rate: descents that make latents sharp, and the least that a latent costs there, of the mean.
 _SHARPENING, _LEAST_COST = 5, 1e-3
 _LAST = 4  # the last of so many parts of its steps sees errors as they are, and not as noise
@@ -325,7 +325,6 @@ def _descended(state: _Trained, latents: Tensor, flat: Tensor) -> ConvLatentsPar
         adams.append(Adam(flat, _NET_RATE))
     best, least = None, float("inf")
     for step in range(steps + 1):
-        state.share = falling(step, steps) if steps else 0
         if step % _REQUANTISED == 0 or step == steps:
             state.requantise(*(adam.tensor for adam in adams))
             with torch.no_grad(), one_thread():
