@@ -101,6 +101,13 @@ def test_a_full_hessian_guides_training_by_rate():
     assert errors[1] < 0.97 * errors[0]
 
 
+def test_bits_of_latents_are_in_the_loss(monkeypatch):
+    fmt, with_bits = fitted(drawn(*SHAPE), rate=1, steps=12)
+    monkeypatch.setattr(LatentRate, "bits", lambda self, latents: 0 * latents.sum())
+    without_bits = fitted(drawn(*SHAPE), rate=1, steps=12)[1]
+    assert not torch.equal(with_bits.base.codes, without_bits.base.codes)
+
+
 @pytest.mark.parametrize("method", ["auto_decoder", "encoder"])
 def test_training_by_rate_gives_the_same_bytes_again(method):
     found = []
