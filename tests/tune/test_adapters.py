@@ -16,7 +16,7 @@ from reallm.model import load
 from reallm.tune.adapters import Adapters, Factors, merge, read_adapter, save_adapter, split
 
 try:
-    import peft  # noqa: F401
+    import peft
 except ImportError:
     peft = None
 needs_peft = pytest.mark.skipif(peft is None, reason='not tested beside PEFT: pip install ".[peft]"')
@@ -277,6 +277,12 @@ def test_peft_reads_our_adapter_with_equal_logits(adapters, compressed):
     ours = logits(model)
     theirs = logits(load_into(load(compressed), adapters / "one"))
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+@needs_peft
+def test_peft_alone_does_not_know_compressed_modules_as_the_readme_says(adapters, compressed):
+    with pytest.raises(ValueError, match=r"CompressedLinear[^$]* is not supported"):
+        peft.PeftModel.from_pretrained(load(compressed), str(adapters / "one"))
 
 
 @needs_peft
