@@ -513,3 +513,34 @@ def test_the_command_says_what_it_did(compressed, tiny_llama, tuning_text, tmp_p
     assert "trained" in out and "KL" in out and "blocks      2 tuned" in out
     bits = out.rsplit("bits", 1)[1].split()
     assert bits[0] == bits[4]
+
+
+def another_original(source, folder):
+    """The same tokens and shapes, other weights."""
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def test_another_original_of_the_same_tokens_is_a_warning(compressed, tiny_llama, tuning_text, tmp_path, capsys):
+    words = ["--text", tuning_text, "--context", "32", "--tokens", "128", "--batch", "4"]
+    other = another_original(tiny_llama, tmp_path / "other")
+    for name, warned in ((other, True), (str(tiny_llama), False)):
+        out = tmp_path / ("first" if warned else "second")
+        assert main(["tune", str(compressed), "-o", str(out), *words, "--reference", name]) == 0
+        err = " ".join(capsys.readouterr().err.split())
+        assert (f"warning: --reference {name} is not what {compressed} was made of" in err) == warned
+
+
+def test_an_original_of_other_tokens_is_refused(compressed, tiny_llama, tuning_text, tmp_path):
+    other = another_original(tiny_llama, tmp_path / "other")
+    tokenizer = (tmp_path / "other" / "tokenizer.json").read_text(encoding="utf-8")
+    assert '"</s>"' in tokenizer
+    (tmp_path / "other" / "tokenizer.json").write_text(tokenizer.replace('"</s>"', '"</t>"'), encoding="utf-8")
+    config = (tmp_path / "other" / "tokenizer_config.json").read_text(encoding="utf-8")
+    (tmp_path / "other" / "tokenizer_config.json").write_text(config.replace('"</s>"', '"</t>"'), encoding="utf-8")
+    with pytest.raises(SourceError, match="other: its tokenizer has other tokens than the artifact's"):
+        reallm.tune(compressed, tmp_path / "out", text=(tuning_text,), reference=other, **SHORT)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()

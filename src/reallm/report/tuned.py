@@ -49,6 +49,8 @@ def lines(rows: list[tuple[str, str]]) -> str:
 
 def event_line(event: dict[str, Any]) -> str | None:
     """An event as a line; None for those that are not shown."""
+    if event["phase"] == "warning":
+        return f"warning: {event['text']}"
     if "stopped" in event:
         return f"{event['phase']}: {event['stopped']}, stopped"
     if event["phase"] == "gradients":
