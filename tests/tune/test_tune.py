@@ -544,3 +544,37 @@ def test_an_original_of_other_tokens_is_refused(compressed, tiny_llama, tuning_t
     with pytest.raises(SourceError, match="other: its tokenizer has other tokens than the artifact's"):
         reallm.tune(compressed, tmp_path / "out", text=(tuning_text,), reference=other, **SHORT)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
+
+
+def test_the_kl_of_the_likeliest_tokens_is_called_that(compressed, tiny_llama, tuning_text, tmp_path, capsys):
+    words = [
+        "--text",
+        tuning_text,
+        "--reference",
+        str(tiny_llama),
+        "--context",
+        "32",
+        "--tokens",
+        "256",
+        "--batch",
+        "4",
+    ]
+    log = tmp_path / "log"
+    words += ["--top-k", "4", "--log", str(log)]
+    assert main(["tune", str(compressed), "-o", str(tmp_path / "out"), *words]) == 0
+    out, err = capsys.readouterr()
+    assert "\ntop-k KL    " in out and "4 likeliest tokens, the rest as one: less than the KL that eval gives" in out
+    assert "validation top-4 KL" in err and "\nKL " not in out and "validation KL" not in err
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert all(event["top_k"] == 4 for event in events if "kl" in event)
+
+
+@pytest.mark.parametrize("name", ["nowhere/log", "l" * 300, ""])
+def test_the_command_says_that_a_log_cannot_be_written_and_leaves_nothing(
+    compressed, tuning_text, tmp_path, capsys, name
+):
+    words = ["--text", tuning_text, "--context", "32", "--loss", "ce", "--log", str(tmp_path / name)]
+    assert main(["tune", str(compressed), "-o", str(tmp_path / "out"), *words]) == 2
+    err = capsys.readouterr().err
+    assert "not a file in an existing folder that can be written" in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

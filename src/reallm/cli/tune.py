@@ -78,7 +78,9 @@ def command(
     top_k: Annotated[
         int,
         typer.Option(
-            metavar="K", help="Ask the original once, and keep the K likeliest tokens on disk; 0 asks at every step."
+            metavar="K",
+            help="Ask the original once, and keep the K likeliest tokens on disk; 0 asks at every step. The KL then "
+            "takes all other tokens as one, which makes it smaller than the KL of all, and is printed as top-k KL.",
         ),
     ] = 0,
     validation: Annotated[
