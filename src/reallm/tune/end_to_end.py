@@ -106,7 +106,11 @@ def _train(course: Course, descent: Descent, scored: _Scored, best: _Best) -> di
         except Diverged:
             course.log.add(phase="end-to-end", step=descent.done + 1, stopped="not finite")
             if descent.done == 0 and not course.settings.block_wise:
-                raise SourceError("the loss is not finite before the first step; nothing was learned") from None
+                original = f"the original ({course.settings.reference}) and in " if course.original is not None else ""
+                raise SourceError(
+                    "the loss is not finite before the first step; nothing was learned; look for NaN or infinite "
+                    f"weights in {original}the compressed model"
+                ) from None
             return {"stopped": f"loss or gradient not finite at step {descent.done + 1}"}
         step = descent.done
         course.log.add(

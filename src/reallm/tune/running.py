@@ -181,8 +181,8 @@ class _Run:
         chosen = choose(model, walked, {name: h.dtype for name, h in headers.items()}, settings.train, **how)
         if chosen.tables and not settings.end_to_end:
             raise RecipeError(
-                f"--train decoders: {', '.join(chosen.tables)} serves matrices of many blocks and trains end to end; "
-                "take --method both or end-to-end, or leave decoders out"
+                f"--train decoders: decoders that matrices of many blocks share ({', '.join(chosen.tables)}) train end "
+                "to end; take --method both or end-to-end, or leave decoders out"
             )
         return chosen
 
