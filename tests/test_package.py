@@ -44,5 +44,12 @@ def test_the_exported_names_are_functions_also_after_their_files_were_imported()
     )
 
 
+def test_python_m_reallm_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "reallm", "tune"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    done = subprocess.run([sys.executable, "-m", "reallm", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("reallm ")
+
+
 def test_an_unknown_name_is_an_attribute_error():
     run_clean("import reallm\nassert not hasattr(reallm, 'decompress')")

@@ -59,7 +59,11 @@ def test_the_snippets_of_the_readme_work(place, monkeypatch):
     monkeypatch.chdir(place)
     if not (place / "OUT").exists():
         main(["compress", "MODEL", "-o", "OUT", "--bits", "3"])
+    if not (place / "ADAPTER").exists():
+        main("tune OUT -o ADAPTER --adapter 8 --text text.txt --loss ce".split() + FOR_A_TINY_MODEL["tune"])
     for source in blocks("python"):
+        if "with_peft" in source and importlib.util.find_spec("peft") is None:
+            continue
         namespace: dict = {}
         exec(compile(source, "README.md", "exec"), namespace)
         ids = namespace["tokenizer"]("The old river", return_tensors="pt")["input_ids"]

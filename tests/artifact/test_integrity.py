@@ -44,7 +44,9 @@ def test_a_flipped_bit_is_found_by_loading_and_names_the_tensor(flipped):
     from transformers import AutoModelForCausalLM
 
     for opener in (reallm.load, AutoModelForCausalLM.from_pretrained):
-        with pytest.raises(ArtifactError, match="'model.layers.1.mlp.up_proj.codes' is not as it was written"):
+        with pytest.raises(
+            ArtifactError, match="up_proj.codes' is not as it was written.*eval, generate and info take --no-verify"
+        ):
             opener(flipped)
 
 

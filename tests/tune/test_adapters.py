@@ -16,7 +16,7 @@ from reallm.model import load
 from reallm.tune.adapters import Adapters, Factors, merge, read_adapter, save_adapter, split
 
 try:
-    import peft  # noqa: F401
+    import peft
 except ImportError:
     peft = None
 needs_peft = pytest.mark.skipif(peft is None, reason='not tested beside PEFT: pip install ".[peft]"')
@@ -237,6 +237,20 @@ def test_what_cannot_be_merged_or_used_is_one_line_and_exit_2(adapters, compress
     assert "out exists" in run(capsys, "merge", compressed, adapters / "one", "-o", tmp_path / "out")[2]
 
 
+def test_an_adapter_of_an_artifact_is_refused_over_its_original(adapters, tiny_llama, text_file, capsys):
+    says = "was trained over a compressed model, whose errors it makes up for, and this one is not compressed"
+    for words in (("eval", tiny_llama, "--text", text_file), ("generate", tiny_llama, "a")):
+        code, out, err = run(capsys, *words, "--adapter", adapters / "one")
+        assert (code, out) == (2, "") and says in err, words
+    with pytest.raises(ArtifactError, match=says):
+        Adapters(load(tiny_llama)).load("one", adapters / "one")
+
+
+def test_an_adapter_that_names_no_artifact_may_be_used_over_any_model(adapters, tiny_llama, tmp_path):
+    save_adapter(read_adapter(adapters / "one"), tmp_path, "x")
+    assert not torch.equal(logits(load(tiny_llama, adapter=tmp_path)), logits(load(tiny_llama)))
+
+
 def test_a_damaged_artifact_gets_no_right_checksums_by_merging(adapters, compressed, tmp_path):
     shutil.copytree(compressed, tmp_path / "in")
     data = bytearray((tmp_path / "in" / "model.safetensors").read_bytes())
@@ -277,6 +291,12 @@ def test_peft_reads_our_adapter_with_equal_logits(adapters, compressed):
     ours = logits(model)
     theirs = logits(load_into(load(compressed), adapters / "one"))
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+@needs_peft
+def test_peft_alone_does_not_know_compressed_modules_as_the_readme_says(adapters, compressed):
+    with pytest.raises(ValueError, match=r"CompressedLinear[^$]* is not supported"):
+        peft.PeftModel.from_pretrained(load(compressed), str(adapters / "one"))
 
 
 @needs_peft

@@ -126,7 +126,9 @@ def test_block_by_block_a_decoder_of_its_own_trains(own, tiny_llama, tuning_text
 
 def test_block_by_block_a_shared_decoder_is_refused_and_stays_in_both(shared, tiny_llama, tuning_text, tmp_path):
     options = {**QUICK, "text": (tuning_text,), "reference": str(tiny_llama)}
-    with pytest.raises(RecipeError, match="basis, net, words serves matrices of many blocks and trains end to end"):
+    with pytest.raises(
+        RecipeError, match="decoders that matrices of many blocks share .basis, net, words. train end to end"
+    ):
         reallm.tune(shared, tmp_path / "out", method="blockwise", **options)
     live = chosen(shared, ("decoders", "scales"))
     with live.tables_at_rest():

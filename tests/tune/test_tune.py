@@ -317,7 +317,7 @@ def test_a_loss_that_is_not_finite_ends_with_the_last_good_parameters(
 def test_a_loss_that_is_never_finite_is_an_error(compressed, tiny_llama, tuning_text, tmp_path, monkeypatch):
     monkeypatch.setattr(end_to_end.Descent, "step", diverge)
     options = {**SHORT, "method": "end-to-end", "reference": str(tiny_llama)}
-    with pytest.raises(SourceError, match="not finite before the first step"):
+    with pytest.raises(SourceError, match=f"not finite before the first step.*the original .{tiny_llama}. and in the"):
         reallm.tune(compressed, tmp_path / "out", text=(tuning_text,), **options)
     assert list(tmp_path.iterdir()) == []
 
@@ -513,3 +513,68 @@ def test_the_command_says_what_it_did(compressed, tiny_llama, tuning_text, tmp_p
     assert "trained" in out and "KL" in out and "blocks      2 tuned" in out
     bits = out.rsplit("bits", 1)[1].split()
     assert bits[0] == bits[4]
+
+
+def another_original(source, folder):
+    """The same tokens and shapes, other weights."""
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def test_another_original_of_the_same_tokens_is_a_warning(compressed, tiny_llama, tuning_text, tmp_path, capsys):
+    words = ["--text", tuning_text, "--context", "32", "--tokens", "128", "--batch", "4"]
+    other = another_original(tiny_llama, tmp_path / "other")
+    for name, warned in ((other, True), (str(tiny_llama), False)):
+        out = tmp_path / ("first" if warned else "second")
+        assert main(["tune", str(compressed), "-o", str(out), *words, "--reference", name]) == 0
+        err = " ".join(capsys.readouterr().err.split())
+        assert (f"warning: --reference {name} is not what {compressed} was made of" in err) == warned
+
+
+def test_an_original_of_other_tokens_is_refused(compressed, tiny_llama, tuning_text, tmp_path):
+    other = another_original(tiny_llama, tmp_path / "other")
+    tokenizer = (tmp_path / "other" / "tokenizer.json").read_text(encoding="utf-8")
+    assert '"</s>"' in tokenizer
+    (tmp_path / "other" / "tokenizer.json").write_text(tokenizer.replace('"</s>"', '"</t>"'), encoding="utf-8")
+    config = (tmp_path / "other" / "tokenizer_config.json").read_text(encoding="utf-8")
+    (tmp_path / "other" / "tokenizer_config.json").write_text(config.replace('"</s>"', '"</t>"'), encoding="utf-8")
+    with pytest.raises(SourceError, match="other: its tokenizer has other tokens than the artifact's"):
+        reallm.tune(compressed, tmp_path / "out", text=(tuning_text,), reference=other, **SHORT)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
+
+
+def test_the_kl_of_the_likeliest_tokens_is_called_that(compressed, tiny_llama, tuning_text, tmp_path, capsys):
+    words = [
+        "--text",
+        tuning_text,
+        "--reference",
+        str(tiny_llama),
+        "--context",
+        "32",
+        "--tokens",
+        "256",
+        "--batch",
+        "4",
+    ]
+    log = tmp_path / "log"
+    words += ["--top-k", "4", "--log", str(log)]
+    assert main(["tune", str(compressed), "-o", str(tmp_path / "out"), *words]) == 0
+    out, err = capsys.readouterr()
+    assert "\ntop-k KL    " in out and "4 likeliest tokens, the rest as one: less than the KL that eval gives" in out
+    assert "validation top-4 KL" in err and "\nKL " not in out and "validation KL" not in err
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert all(event["top_k"] == 4 for event in events if "kl" in event)
+
+
+@pytest.mark.parametrize("name", ["nowhere/log", "l" * 300, ""])
+def test_the_command_says_that_a_log_cannot_be_written_and_leaves_nothing(
+    compressed, tuning_text, tmp_path, capsys, name
+):
+    words = ["--text", tuning_text, "--context", "32", "--loss", "ce", "--log", str(tmp_path / name)]
+    assert main(["tune", str(compressed), "-o", str(tmp_path / "out"), *words]) == 2
+    err = capsys.readouterr().err
+    assert "not a file in an existing folder that can be written" in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

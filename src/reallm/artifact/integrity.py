@@ -51,7 +51,7 @@ def verify(files: Iterable[Path], checksums: Mapping[str, str]) -> None:
             if checksum != word[DIGITS * place : DIGITS * (place + 1)]:
                 raise ArtifactError(
                     f"{file}: tensor {name!r} is not as it was written (checksum); copy the artifact again, "
-                    "or load it as it is with --no-verify"
+                    "or look at it as it is: eval, generate and info take --no-verify, reallm.load verify=False"
                 )
 
 

@@ -11,15 +11,27 @@ import typer
 from reallm.cli.options import Seed
 
 
+def _rank(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{word!r} is no rank, a whole number such as 8. An adapter's name is its folder's: --adapter 8 -o {word}"
+        ) from None
+
+
 def command(
     artifact: Annotated[Path, typer.Argument(metavar="OUT", help="Folder written by reallm compress or reallm tune.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT2", help="Folder to write; must not exist.")],
     text: Annotated[
         list[Path],
         typer.Option(
+            "--text",
+            "--data",
             metavar="FILE",
-            help="Text to learn from (.txt, .raw, .jsonl with text, or with prompt and response, of which the response "
-            "counts); may be repeated.",
+            help="Text to learn from (.txt, .raw, .jsonl with text), or task data, of which the responses count: "
+            ".jsonl with prompt and response or completion, instruction, context and response (Dolly), instruction, "
+            "input and output (Alpaca), or messages, rendered by the chat template; may be repeated.",
         ),
     ],
     reference: Annotated[
@@ -41,7 +53,9 @@ def command(
         int | None,
         typer.Option(
             metavar="R",
-            help="Train a new residual of rank R over the frozen model instead, and write only that, in PEFT's form.",
+            parser=_rank,
+            help="Train a new residual of rank R over the frozen model instead, and write only that, in PEFT's form, "
+            "to OUT2, which is its name.",
         ),
     ] = None,
     loss: Annotated[
@@ -64,7 +78,9 @@ def command(
     top_k: Annotated[
         int,
         typer.Option(
-            metavar="K", help="Ask the original once, and keep the K likeliest tokens on disk; 0 asks at every step."
+            metavar="K",
+            help="Ask the original once, and keep the K likeliest tokens on disk; 0 asks at every step. The KL then "
+            "takes all other tokens as one, which makes it smaller than the KL of all, and is printed as top-k KL.",
         ),
     ] = 0,
     validation: Annotated[

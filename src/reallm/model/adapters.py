@@ -68,14 +68,20 @@ def read_adapter(folder: str | Path) -> dict[str, Factors]:
     return {path.removeprefix(PREFIX): pair for path, pair in pairs.items()}
 
 
-def check_base(folder: str | Path, provenance: Mapping[str, Any]) -> None:
+def check_base(folder: str | Path, provenance: Mapping[str, Any] | None) -> None:
     """Whether an adapter was trained over an artifact of the same original, as far as both say so.
 
+    `provenance` is the artifact's; None for a model that is none.
     Errors: ArtifactError naming both.
     """
     revision = read_json(Path(folder) / CONFIG, ArtifactError).get("revision")
     if not isinstance(revision, str) or not revision.startswith(REVISION):
         return
+    if provenance is None:
+        raise ArtifactError(
+            f"{folder}: was trained over a compressed model, whose errors it makes up for, and this one is not "
+            "compressed; name the folder that reallm compress wrote"
+        )
     trained, here = revision.removeprefix(REVISION), provenance.get("source_sha256")
     if isinstance(here, str) and trained != here:
         raise ArtifactError(
@@ -137,10 +143,10 @@ class Adapters:
         self.active = names
 
 
-def _provenance(model: nn.Module) -> Mapping[str, Any]:
-    """That of the artifact which a model was loaded from; nothing for others."""
+def _provenance(model: nn.Module) -> Mapping[str, Any] | None:
+    """That of the artifact which a model was loaded from; None for others."""
     quantization = getattr(getattr(model, "config", None), "quantization_config", None)
-    return getattr(quantization, "provenance", None) or {}
+    return getattr(quantization, "provenance", None)
 
 
 def _pair(folder: Path, headers: dict[str, Header], path: str, config: dict[str, Any]) -> Factors:

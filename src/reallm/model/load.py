@@ -11,7 +11,7 @@ from torch import nn
 from reallm.artifact.checks import read_json
 from reallm.artifact.manifest import QUANT_METHOD, read_manifest
 from reallm.errors import ArtifactError, SourceError
-from reallm.model.adapters import Adapters, read_adapter
+from reallm.model.adapters import Adapters, check_base, read_adapter
 from reallm.model.headers import read_headers, weight_files
 from reallm.model.modules import DECODE_AT_LOAD, check_mode
 from reallm.model.silence import quiet
@@ -36,6 +36,8 @@ def load(
     check_mode(mode)
     factors = None if adapter is None else read_adapter(adapter)  # before a model of minutes
     if not is_artifact(path):
+        if adapter is not None:
+            check_base(adapter, None)
         model = open_source(path).load(dtype, device).eval()
     else:
         model = _load_artifact(Path(path).expanduser(), mode, device, dtype, verify).eval()

@@ -29,7 +29,7 @@ def load_text(path: str | Path, option: str = "--text") -> list[str]:
     if path.suffix == ".raw":
         documents = [wikitext_rows(text)]
     elif path.suffix == ".jsonl":
-        documents = [_json_text(path, number, row, "text") for number, row in _json_rows(path, text)]
+        documents = [json_text(path, number, row, "text") for number, row in _json_rows(path, text)]
     else:
         documents = [text]
     if not any(document.strip() for document in documents):
@@ -37,18 +37,17 @@ def load_text(path: str | Path, option: str = "--text") -> list[str]:
     return documents
 
 
-def load_pairs(path: str | Path, option: str = "--text") -> list[tuple[str, str]] | None:
-    """(prompt, response) of each line of a `.jsonl` whose first line has one of them; None for any other file.
+def json_rows(path: Path, option: str = "--text") -> list[tuple[int, Any]]:
+    """(number of the line, what it holds) of a `.jsonl`, blank lines left out. Errors: as `load_text`."""
+    return _json_rows(path, _read(path, option))
 
-    Errors: as `load_text`; TextError names the first line without either.
-    """
-    path = Path(path)
-    if path.suffix != ".jsonl" or not path.is_file():
-        return None
-    rows = _json_rows(path, _read(path, option))
-    if not rows or not isinstance(rows[0][1], dict) or not rows[0][1].keys() & {"prompt", "response"}:
-        return None
-    return [(_json_text(path, n, row, "prompt"), _json_text(path, n, row, "response")) for n, row in rows]
+
+def json_text(path: Path, number: int, row: Any, field: str) -> str:
+    """A field of a line. Errors: TextError naming the line and the fields it has, unless there is a string in it."""
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        has = f"its fields are {', '.join(row) or 'none'}" if isinstance(row, dict) else "it is no object"
+        raise TextError(f'{path}, line {number}: no "{field}" field with a string in it; {has}')
+    return row[field]
 
 
 def wikitext_rows(text: str) -> str:
@@ -115,9 +114,3 @@ def _json_row(path: Path, number: int, line: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise TextError(f"{path}, line {number}: not JSON ({error.msg})") from None
-
-
-def _json_text(path: Path, number: int, row: Any, field: str) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        raise TextError(f'{path}, line {number}: no "{field}" field with a string in it')
-    return row[field]

@@ -17,11 +17,16 @@ def tuned_text(tuned: Tuned, before: Path, after: Path) -> str:
     rows = [("trained", trained), ("windows", f"{tuned.training_windows:,}, validated on {tuned.validation_windows}")]
     rows += [("blocks", _blocks(tuned))] if _errors(tuned) else []
     if figures := tuned.end_to_end:
+        most = figures.get("top_k")
         rows += [
             (name, f"{figures['before'][key]:.4f} before the first step, {figures['after'][key]:.4f} after")
-            for name, key in (("KL", "kl"), ("perplexity", "perplexity"))
+            for name, key in (("KL" if most is None else "top-k KL", "kl"), ("perplexity", "perplexity"))
             if math.isfinite(figures["before"][key])
         ]
+        if most is not None:
+            rows += [
+                ("", f"of the original's {most} likeliest tokens, the rest as one: less than the KL that eval gives")
+            ]
         rows += [("steps", f"{figures['steps']:,}, the best after {figures['best_step']:,}")]
         rows += [("stopped", figures["stopped"])] if "stopped" in figures else []
     if not (after / "config.json").is_file():  # an adapter
@@ -49,6 +54,8 @@ def lines(rows: list[tuple[str, str]]) -> str:
 
 def event_line(event: dict[str, Any]) -> str | None:
     """An event as a line; None for those that are not shown."""
+    if event["phase"] == "warning":
+        return f"warning: {event['text']}"
     if "stopped" in event:
         return f"{event['phase']}: {event['stopped']}, stopped"
     if event["phase"] == "gradients":
@@ -60,7 +67,8 @@ def event_line(event: dict[str, Any]) -> str | None:
         error = f"validation error {event['validation']:.5f}{unit}"
         return f"block {event['block']:3d}  round {event['epoch']}  {error}  {_pace(event)}".rstrip()
     if event["phase"] == "validation":
-        kl = f"KL {event['kl']:.4f}  " if math.isfinite(event["kl"]) else ""  # without the original there is none
+        name = f"top-{event['top_k']} KL" if "top_k" in event else "KL"
+        kl = f"{name} {event['kl']:.4f}  " if math.isfinite(event["kl"]) else ""  # without the original there is none
         return f"step {event['step']:6d}  validation {kl}perplexity {event['perplexity']:.3f}"
     if event["phase"] == "end-to-end":
         return f"step {event['step']:6d} of {event['steps']}  loss {event['loss']:.4f}  {_pace(event)}"

@@ -268,7 +268,7 @@ def _tune_block(block: _Block, settings: Settings, workers: Processes, log: Log)
         if not math.isfinite(least):
             raise SourceError(
                 f"block {block.number}: its error is not finite before the first step; look for NaN or "
-                "infinite weights in the original and in the compressed model"
+                f"infinite weights in the original ({settings.reference}) and in the compressed model"
             )
         bad = 0
         for epoch in range(settings.block_epochs):

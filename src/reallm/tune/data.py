@@ -12,7 +12,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from reallm.errors import TextError
-from reallm.model.text import leading_bos, load_pairs, load_text, tokenize
+from reallm.model.text import leading_bos, load_text, tokenize
+from reallm.tune.examples import Example, load_examples
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Windows:
 def windows_of(paths: Sequence[str | Path], tokenizer: Any, context: int, option: str = "--text") -> Windows:
     """All windows of files, which are joined by the end-of-text token; what is left at the end is dropped.
 
-    Lines of a `.jsonl` with `prompt` and `response` in place of `text` are one string each, of which the response and
-    the end-of-text token count; windows in which nothing does, inside long prompts, are left out. A tokenizer that
-    begins texts with a token of its own begins every window with it.
+    Lines of a `.jsonl` of task data (see `examples.py`) are one string each, of which the responses and the end-of-text
+    token count; windows in which nothing does, inside long prompts, are left out. A tokenizer that begins texts with a
+    token of its own begins every window with it.
     Errors: TextError if a file cannot be read, naming the `option` that asked for it, or does not fill two windows.
     """
     bos = leading_bos(tokenizer)
@@ -87,12 +88,16 @@ def _order(count: int, seed: int, epoch: int) -> Tensor:
 def _documents(path: Path, tokenizer: Any, option: str) -> list[tuple[Tensor, Tensor]]:
     """(ids, counted) of each document, the end-of-text token at its end."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if (pairs := load_pairs(path, option)) is None:
+    if (examples := load_examples(path, tokenizer, option)) is None:
         ids = torch.cat([tokenize(tokenizer, load_text(path, option)), torch.tensor(end, dtype=torch.int64)])
         return [(ids, torch.ones(len(ids), dtype=torch.bool))]
-    documents = []
-    for prompt, response in pairs:
-        asked, answered = tokenize(tokenizer, [prompt]), tokenize(tokenizer, [response])
-        ids = torch.cat([asked, answered, torch.tensor(end, dtype=torch.int64)])
-        documents.append((ids, torch.arange(len(ids)) >= len(asked)))
-    return documents
+    return [_tokens(example, tokenizer, end) for example in examples]
+
+
+def _tokens(example: Example, tokenizer: Any, end: list[int]) -> tuple[Tensor, Tensor]:
+    """(ids, counted); the end-of-text token that a chat template wrote is not put there again."""
+    parts = [tokenize(tokenizer, [piece.text]) for piece in example]
+    if end and end[0] not in parts[-1][-2:]:
+        parts[-1] = torch.cat([parts[-1], torch.tensor(end, dtype=torch.int64)])
+    counted = [torch.full((len(ids),), piece.counted) for piece, ids in zip(example, parts, strict=True)]
+    return torch.cat(parts), torch.cat(counted)

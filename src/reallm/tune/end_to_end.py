@@ -58,6 +58,11 @@ class Course:
         return max(1, tokens // (batch * context))
 
     @property
+    def top_k(self) -> dict[str, int]:
+        """For events and figures: where it is, all but the `top_k` likeliest tokens count as one in the KL."""
+        return {"top_k": self.settings.top_k} if self.settings.top_k and self.original is not None else {}
+
+    @property
     def interval(self) -> int:
         """Steps between two validations."""
         return self.settings.validate_every or max(1, self.steps // 20)
@@ -86,7 +91,8 @@ def tune_whole(course: Course) -> dict[str, Any]:
         best.consider(0)
     stopped = _train(course, descent, scored, best)
     restore(parameters, best.parameters)
-    return {"steps": descent.done, "best_step": best.step, "before": best.first, "after": best.figures, **stopped}
+    figures = {"steps": descent.done, "best_step": best.step, "before": best.first, "after": best.figures}
+    return {**figures, **course.top_k, **stopped}
 
 
 def _train(course: Course, descent: Descent, scored: _Scored, best: _Best) -> dict[str, Any]:
@@ -100,10 +106,16 @@ def _train(course: Course, descent: Descent, scored: _Scored, best: _Best) -> di
         except Diverged:
             course.log.add(phase="end-to-end", step=descent.done + 1, stopped="not finite")
             if descent.done == 0 and not course.settings.block_wise:
-                raise SourceError("the loss is not finite before the first step; nothing was learned") from None
+                original = f"the original ({course.settings.reference}) and in " if course.original is not None else ""
+                raise SourceError(
+                    "the loss is not finite before the first step; nothing was learned; look for NaN or infinite "
+                    f"weights in {original}the compressed model"
+                ) from None
             return {"stopped": f"loss or gradient not finite at step {descent.done + 1}"}
         step = descent.done
-        course.log.add(phase="end-to-end", step=step, steps=course.steps, rate=rate, **figures, **pace.after(step))
+        course.log.add(
+            phase="end-to-end", step=step, steps=course.steps, rate=rate, **figures, **course.top_k, **pace.after(step)
+        )
         validated = step % course.interval == 0 or step == course.steps
         if validated:
             best.consider(step)
@@ -175,7 +187,7 @@ class _Best:
     def consider(self, step: int) -> None:
         """Validate, and keep the parameters if they are the best."""
         figures = self.scored.means(self.course.validation)
-        self.course.log.add(phase="validation", step=step, **figures)
+        self.course.log.add(phase="validation", step=step, **figures, **self.course.top_k)
         loss = _mixed(self.course.settings.loss, figures["kl"], figures["ce"])
         self.first = self.first or figures
         if loss < self.least or not self.parameters:

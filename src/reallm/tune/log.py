@@ -25,8 +25,19 @@ class Log:
 
     def __post_init__(self) -> None:
         """Errors: RecipeError if the file cannot be appended to: better before the work than at its first event."""
-        if self.file is not None and (self.file.is_dir() or not self.file.absolute().parent.is_dir()):
-            raise RecipeError(f"--log {self.file}: not a file in an existing folder; give another name")
+        if self.file is None:
+            return
+        try:
+            new = not self.file.exists()
+            with self.file.open("a", encoding="utf-8"):
+                pass
+            if new:
+                self.file.unlink()  # another check may still end the run
+        except OSError as error:
+            raise RecipeError(
+                f"--log {self.file}: not a file in an existing folder that can be written ({error.strerror}); "
+                "give another name"
+            ) from error
 
     def add(self, **event: Any) -> None:
         """Note an event; numbers that are not finite become null in the file."""

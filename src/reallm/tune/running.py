@@ -17,7 +17,7 @@ from torch import nn
 
 import reallm
 from reallm.artifact import STAGING, check_output, opened, read_manifest, remove, work_folder
-from reallm.errors import ArtifactError, RecipeError, SourceError
+from reallm.errors import ArtifactError, ReallmError, RecipeError, SourceError
 from reallm.kernels import give_back_freed_blocks
 from reallm.model import DECODE_PER_USE, Source, load, load_tokenizer, meta_model, open_source, quiet, walk
 from reallm.model.headers import read_headers, weight_files
@@ -115,6 +115,7 @@ class _Run:
         training, validation = self._windows()
         trainables = self._trainables()
         self._check_original(trainables.model)
+        self._note_another_original()
         work, finished = work_folder(self.out), self.out.exists()
         figures: dict[str, Any] = {}
         with opened(work, self._state()) if self.workers.first else contextlib.nullcontext():
@@ -180,8 +181,8 @@ class _Run:
         chosen = choose(model, walked, {name: h.dtype for name, h in headers.items()}, settings.train, **how)
         if chosen.tables and not settings.end_to_end:
             raise RecipeError(
-                f"--train decoders: {', '.join(chosen.tables)} serves matrices of many blocks and trains end to end; "
-                "take --method both or end-to-end, or leave decoders out"
+                f"--train decoders: decoders that matrices of many blocks share ({', '.join(chosen.tables)}) train end "
+                "to end; take --method both or end-to-end, or leave decoders out"
             )
         return chosen
 
@@ -194,7 +195,30 @@ class _Run:
             return
         sizes = [c.get_text_config(decoder=True).vocab_size for c in (self._source.config, compressed.config)]
         if sizes[0] != sizes[1]:
-            raise SourceError(f"--reference {self.settings.reference}: {sizes[0]} tokens, the artifact has {sizes[1]}")
+            raise SourceError(
+                f"--reference {self.settings.reference}: its vocabulary has {sizes[0]} tokens, the artifact's "
+                f"{sizes[1]}; predictions can be compared only over the same tokens"
+            )
+        try:
+            theirs = load_tokenizer(str(self.settings.reference))
+        except ReallmError:
+            return  # an original may come without a tokenizer
+        # Equal sizes do not show it: many vocabularies have 32,000 tokens.
+        if theirs.get_vocab() != load_tokenizer(self.artifact).get_vocab():
+            raise SourceError(
+                f"--reference {self.settings.reference}: its tokenizer has other tokens than the artifact's; "
+                "predictions can be compared only over the same tokens"
+            )
+
+    def _note_another_original(self) -> None:
+        """An event if the reference is not what the artifact was made of: a slip, or a teacher that was chosen."""
+        made_of = read_manifest(self.artifact).provenance.get("source_sha256")
+        if isinstance(made_of, str) and self._original_sha256 not in (None, made_of):
+            self.log.add(
+                phase="warning",
+                text=f"--reference {self.settings.reference} is not what {self.artifact} was made of (sha256 of the "
+                f"weights {self._original_sha256:.12}… and {made_of:.12}…): the model learns from another original",
+            )
 
     def _original(self) -> nn.Module:
         """The original on the CPU, frozen, in the dtype of computing."""
