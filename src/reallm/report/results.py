@@ -17,6 +17,7 @@ from typing import Any
 
 from reallm.allocate import shipped_recipes
 from reallm.errors import ReallmError
+from reallm.report.neural import neural_tables
 
 _SECTION = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 _RECIPES = re.compile(r"(<!-- recipes -->\n).*?(<!-- /recipes -->)", re.DOTALL)
@@ -29,6 +30,8 @@ Arm = dict[str, Any]
 
 def table(results: dict[str, Any]) -> str:
     """A results file as Markdown: what was measured, a table, how to measure it again."""
+    if "end_to_end" in results:
+        return neural_tables(results)
     if "shape" in results:
         return "\n\n".join([_settings(results), _measured_at(results["command"], [_provenance(results)])])
     return "\n\n".join([_heading(results), _arms(_with_own_text(results)), _origin(results)])
