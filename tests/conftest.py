@@ -2,6 +2,7 @@
 
 import json
 import random
+import weakref
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,29 @@ def build_tiny_llama(folder: Path, seed: int = 0) -> Path:
 def tiny_llama(tmp_path_factory) -> Path:
     """A folder with a tiny Llama. Shared by all tests: read it, never write into it."""
     return build_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture
+def originals_alive(monkeypatch):
+    """(references to whole originals and their weights, how many live at each block of a compressed stream)."""
+    from reallm.model.source import FolderSource
+    from reallm.model.stream import Stream
+
+    originals, alive = [], []
+    load_whole, through = FolderSource.load, Stream.through
+
+    def loading(*arguments):
+        model = load_whole(*arguments)
+        originals.extend(map(weakref.ref, (model, *model.parameters())))
+        return model
+
+    def watching(stream, block, state):
+        alive.append(sum(original() is not None for original in originals))
+        return through(stream, block, state)
+
+    monkeypatch.setattr(FolderSource, "load", loading)
+    monkeypatch.setattr(Stream, "through", watching)
+    return originals, alive
 
 
 @pytest.fixture(scope="session")

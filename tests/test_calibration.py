@@ -3,7 +3,6 @@
 import filecmp
 import sys
 import time
-import weakref
 
 import pytest
 import torch
@@ -14,8 +13,6 @@ from reallm.cli import main
 from reallm.errors import ArtifactError, RecipeError, TextError
 from reallm.model import load, load_tokenizer, open_source
 from reallm.model.calibration import windows_of_files, windows_written
-from reallm.model.source import FolderSource
-from reallm.model.stream import Stream
 from reallm.model.text import load_text, tokenize
 from reallm.pipeline import Settings, prepare, run
 
@@ -120,26 +117,12 @@ def test_a_resumed_run_asks_the_original_for_no_text_and_no_gradients_again(tiny
 
 @pytest.mark.parametrize("objective", ["guided", "fisher"])
 def test_the_whole_original_is_gone_once_it_has_written_and_given_its_gradients(
-    tiny_llama, tmp_path, monkeypatch, objective
+    tiny_llama, tmp_path, originals_alive, objective
 ):
-    originals, alive = [], []
-    load_whole, through = FolderSource.load, Stream.through
-
-    def loading(*arguments):
-        model = load_whole(*arguments)
-        originals.extend(map(weakref.ref, (model, *model.parameters())))
-        return model
-
-    def watching(stream, block, state):
-        alive.append(sum(original() is not None for original in originals))
-        return through(stream, block, state)
-
     (tmp_path / "own.yaml").write_text("rules: [{match: '*', format: {format: uniform, bits: 3}}]")
     settings = {"recipe": str(tmp_path / "own.yaml"), "calibration": ("self",), "objective": objective}
-    job = prepare(tiny_llama, Settings(**settings, calibration_windows=3, calibration_context=24))
-    monkeypatch.setattr(FolderSource, "load", loading)
-    monkeypatch.setattr(Stream, "through", watching)
-    run(job, tmp_path / "out")
+    run(prepare(tiny_llama, Settings(**settings, calibration_windows=3, calibration_context=24)), tmp_path / "out")
+    originals, alive = originals_alive
     assert originals and alive and max(alive) == 0
 
 

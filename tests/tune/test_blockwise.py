@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -133,23 +132,10 @@ def test_one_block_of_the_original_is_in_memory(nearby, tiny_llama, tuning_text,
 
 
 def test_the_whole_original_is_gone_once_it_has_given_its_gradients(
-    nearby, tiny_llama, tuning_text, tmp_path, monkeypatch
+    nearby, tiny_llama, tuning_text, tmp_path, originals_alive
 ):
-    originals, alive = [], []
-    load_whole, through = FolderSource.load, blockwise.Stream.through
-
-    def loading(*arguments):
-        model = load_whole(*arguments)
-        originals.extend(map(weakref.ref, (model, *model.parameters())))
-        return model
-
-    def watching(stream, block, state):
-        alive.append(sum(original() is not None for original in originals))
-        return through(stream, block, state)
-
-    monkeypatch.setattr(FolderSource, "load", loading)
-    monkeypatch.setattr(blockwise.Stream, "through", watching)
     reallm.tune(nearby, tmp_path / "out", text=(tuning_text,), reference=str(tiny_llama), block_error="loss", **SHORT)
+    originals, alive = originals_alive
     assert originals and alive and max(alive) == 0
 
 

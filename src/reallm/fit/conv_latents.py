@@ -201,8 +201,7 @@ def fit_conv_latents(
     if fmt.shared:
         note_demand(fmt, weight, objective)
     before = start if isinstance(start, ConvLatentsParts) else None
-    weight = storable(fmt, weight)
-    scales = first_scales(fmt, weight)
+    weight, scales = storable(fmt, weight)
     fixed = fmt.decoder({}, weight.device) if fmt.shared else None
     state = _Trained(fmt, weight, objective, scales, seed, fixed, before.base if before else None)
     known = fixed or (before.decoder if before else None)
@@ -224,8 +223,8 @@ def train_conv_latents(fmt: ConvLatents, demands: Sequence[Demand], device: str,
     """One net and the latents of all matrices; a step of one matrix after that of another."""
     states = []
     for number, demand in enumerate(demands):
-        weight, objective = storable(fmt, demand.weight.to(device)), demand.objective.to(torch.device(device))
-        scales = first_scales(fmt, weight)
+        objective = demand.objective.to(torch.device(device))
+        weight, scales = storable(fmt, demand.weight.to(device))
         # All latents of a large model do not fit beside it: hessians least of all.
         states.append(_Trained(demand.fmt, weight, Objective(objective.importance), scales, seed + number))
     flat = first_net(fmt, [state.filled for state in states], seed)
@@ -239,13 +238,17 @@ def train_conv_latents(fmt: ConvLatents, demands: Sequence[Demand], device: str,
     return stored_parameters(fmt.decoder_bits, net.tensor)
 
 
-def storable(fmt: ConvLatents, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-    """Zeros if float16 makes all scales 0, and no weight so large that squares overflow: steps of latents are absolute.
+def storable(
+    fmt: ConvLatents, weight: Float[Tensor, "out in"]
+) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out 1"]]:
+    """(weight, its first scales): zeros if float16 makes all scales 0, and no weight so large that squares overflow.
 
-    Normalised by scales that float16 made 0 or cut, latents would be far from 1, and gradients end in nan.
+    Steps of latents are absolute. Normalised by scales that float16 made 0 or cut, latents would be far from 1, and
+    gradients end in nan.
     """
     weight = weight.clamp(-_LARGEST_WEIGHT, _LARGEST_WEIGHT)
-    return weight if first_scales(fmt, weight).any() else torch.zeros_like(weight)
+    scales = first_scales(fmt, weight)
+    return weight if scales.any() else torch.zeros_like(weight), scales
 
 
 def first_scales(fmt: ConvLatents, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out 1"]:

@@ -45,9 +45,13 @@ def json_rows(path: Path, option: str = "--text") -> list[tuple[int, Any]]:
 def json_text(path: Path, number: int, row: Any, field: str) -> str:
     """A field of a line. Errors: TextError naming the line and the fields it has, unless there is a string in it."""
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        has = f"its fields are {', '.join(row) or 'none'}" if isinstance(row, dict) else "it is no object"
-        raise TextError(f'{path}, line {number}: no "{field}" field with a string in it; {has}')
+        raise TextError(f'{path}, line {number}: no "{field}" field with a string in it; {fields_of(row)}')
     return row[field]
+
+
+def fields_of(row: Any) -> str:
+    """What a line of JSON has, for errors."""
+    return f"its fields are {', '.join(row) or 'none'}" if isinstance(row, dict) else "it is no object"
 
 
 def wikitext_rows(text: str) -> str:

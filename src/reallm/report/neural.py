@@ -7,6 +7,8 @@ from itertools import groupby
 from statistics import fmean
 from typing import Any
 
+from reallm.report.text import markdown
+
 Row = dict[str, Any]
 
 _GROUPS = {
@@ -22,7 +24,7 @@ _NOTHING = "–"
 
 def neural_tables(results: dict[str, Any]) -> str:
     """Two tables, and what was measured where."""
-    models = _table(
+    models = markdown(
         ("every block matrix, or what the solver chose", "bits/weight", "decoders, bytes", "perplexity"),
         [
             (row["name"], f"{row['bits']:.3f}", f"{row['decoder_bytes']:,}", f"{row['perplexity']:.2f}")
@@ -35,7 +37,7 @@ def neural_tables(results: dict[str, Any]) -> str:
     places = "; ".join(f"{commit}, {machine}" for commit, machine in measured)
     command = results["runs"][0]["command"]
     return "\n\n".join(
-        [models, _table(head, list(_arms(results["matrices"]))), f"Measured with `{command}` at commits {places}."]
+        [models, markdown(head, list(_arms(results["matrices"]))), f"Measured with `{command}` at commits {places}."]
     )
 
 
@@ -75,8 +77,3 @@ def _arm(rows: Sequence[Row], gains: dict[tuple[str, str, str, int], float]) -> 
 
 def _place(row: Row) -> tuple[str, int]:
     return row["role"], row["block"]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, [":---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

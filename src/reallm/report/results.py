@@ -18,6 +18,7 @@ from typing import Any
 from reallm.allocate import shipped_recipes
 from reallm.errors import ReallmError
 from reallm.report.neural import neural_tables
+from reallm.report.text import markdown, markdown_row
 
 _SECTION = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 _RECIPES = re.compile(r"(<!-- recipes -->\n).*?(<!-- /recipes -->)", re.DOTALL)
@@ -59,7 +60,7 @@ def updated(page: str, folder: Path) -> str:
 def recipes() -> str:
     """The shipped recipes as Markdown, in their own words."""
     rows = [[f"`{recipe.name}`", recipe.description] for recipe in shipped_recipes().values()]
-    return "\n".join(_row(cells) for cells in [["recipe", "what it does"], ["---", "---"], *rows])
+    return "\n".join(markdown_row(cells) for cells in [["recipe", "what it does"], ["---", "---"], *rows])
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -140,7 +141,7 @@ def _settings(results: dict[str, Any]) -> str:
         for row in sorted(results["rows"], key=lambda row: row["gap_bits"])
         if row["bits_per_weight"] < _LOSSLESS
     ]
-    return "\n".join(_row(cells) for cells in [head, [":---", *["---:"] * (len(head) - 1)], *rows])
+    return markdown(head, rows)
 
 
 # Heading of a column and its cell. A column that is empty in all rows is left out.
@@ -187,8 +188,7 @@ def _megabytes(nbytes: int | None) -> str:
 def _arms(arms: Sequence[Arm]) -> str:
     used = [(name, cell) for name, cell in _COLUMNS if any(cell(arm) != _NOTHING for arm in arms)]
     head = ["", *(name for name, _ in used)]
-    rule = [":---", *("---:" for _ in used)]
-    return "\n".join(_row(cells) for cells in [head, rule, *_rows(arms, [cell for _, cell in used])])
+    return markdown(head, list(_rows(arms, [cell for _, cell in used])))
 
 
 def _rows(arms: Sequence[Arm], cells: Sequence[Callable[[Arm], str]]) -> Iterator[list[str]]:
@@ -199,10 +199,6 @@ def _rows(arms: Sequence[Arm], cells: Sequence[Callable[[Arm], str]]) -> Iterato
         for arm in members:
             # Budgets name an arm by its key alone, "60 MB | one format".
             yield [arm.get("name") or arm["key"].rpartition(" | ")[2], *(cell(arm) for cell in cells)]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

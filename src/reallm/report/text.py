@@ -1,4 +1,4 @@
-"""Plain aligned tables: they can be copied and grepped, and fit any terminal."""
+"""Plain aligned tables, which can be copied and grepped and fit any terminal, and those of Markdown."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1
         return "  ".join(padded).rstrip()
 
     return "\n".join(line(row) for row in cells)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown: the first column flush left, the others flush right."""
+    return "\n".join(markdown_row(cells) for cells in [header, [":---", *["---:"] * (len(header) - 1)], *rows])
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """A row of one."""
+    return f"| {' | '.join(cells)} |"
 
 
 def size(nbytes: int) -> str:

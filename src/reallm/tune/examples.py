@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from reallm.errors import TextError
-from reallm.model.text import json_rows, json_text, leading_bos
+from reallm.model.text import fields_of, json_rows, json_text, leading_bos
 
 Row = dict[str, Any]
 Message = dict[str, str]
@@ -93,10 +93,10 @@ def _alpaca(instruction: str, extra: str) -> str:
 def _dialogue(path: Path, number: int, row: Any, tokenizer: Any) -> list[Example]:
     where, messages = f"{path}, line {number}", row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list):
-        raise TextError(f'{where}: no "messages" field with a list in it; {_has(row)}')
+        raise TextError(f'{where}: no "messages" field with a list in it; {fields_of(row)}')
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise TextError(f'{where}: a message without "role" and "content", strings both; {_has(message)}')
+            raise TextError(f'{where}: a message without "role" and "content", strings both; {fields_of(message)}')
     if not any(message["role"] == ASSISTANT for message in messages):
         roles = ", ".join(message["role"] for message in messages) or "none"
         raise TextError(f'{where}: no message of the role "{ASSISTANT}", so nothing to learn; its roles are {roles}')
@@ -104,10 +104,6 @@ def _dialogue(path: Path, number: int, row: Any, tokenizer: Any) -> list[Example
         return _rendered(where, messages, tokenizer)
     pieces = ((Piece(f"### {m['role'].capitalize()}:\n", False), _said(m)) for m in messages)
     return [tuple(piece for both in pieces for piece in both)]
-
-
-def _has(row: Any) -> str:
-    return f"its fields are {', '.join(row) or 'none'}" if isinstance(row, dict) else "it is no object"
 
 
 def _said(message: Message) -> Piece:

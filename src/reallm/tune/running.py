@@ -148,7 +148,7 @@ class _Run:
 
     def _windows(self) -> tuple[Windows, Windows]:
         """(training, validation): the latter of a file of its own, or drawn from the text."""
-        settings, tokenizer = self.settings, load_tokenizer(self.artifact)
+        settings, tokenizer = self.settings, self._tokenizer
         windows = windows_of(settings.text, tokenizer, settings.context)
         if settings.validation:
             checked = windows_of(settings.validation, tokenizer, settings.context, "--validation")
@@ -187,6 +187,10 @@ class _Run:
         return chosen
 
     @functools.cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.artifact)
+
+    @functools.cached_property
     def _source(self) -> Source | None:
         return None if self.settings.reference is None else open_source(self.settings.reference)
 
@@ -204,7 +208,7 @@ class _Run:
         except ReallmError:
             return  # an original may come without a tokenizer
         # Equal sizes do not show it: many vocabularies have 32,000 tokens.
-        if theirs.get_vocab() != load_tokenizer(self.artifact).get_vocab():
+        if theirs.get_vocab() != self._tokenizer.get_vocab():
             raise SourceError(
                 f"--reference {self.settings.reference}: its tokenizer has other tokens than the artifact's; "
                 "predictions can be compared only over the same tokens"
