@@ -19,6 +19,7 @@ from reallm.artifact import code
 from reallm.fit import fit
 from reallm.fit.quality import gaussian, measured_gaussian_error
 from reallm.formats import WeightFormat, to_spec
+from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.scaled import Scaled
 from reallm.formats.shared import shared_as
 
@@ -33,7 +34,8 @@ def main() -> None:
     for kind in ("block", "embedding"):
         for bits in STATE_BITS:
             found = calibrated_candidates(kind, bits)
-            formats |= dict.fromkeys(fmt for fmt in found if not isinstance(fmt, Scaled))  # as good as what is inside
+            # Scaled ones and those beside a residual are as good as what is inside.
+            formats |= dict.fromkeys(fmt for fmt in found if not isinstance(fmt, Scaled | LowRankPlus))
     formats |= dict.fromkeys(shared_as(fmt, "x") for fmt in neural_candidates("block") if not isinstance(fmt, Scaled))
     known = {json.dumps(row["format"]): row for row in json.loads(TABLE.read_text(encoding="utf-8"))}
     rows = []

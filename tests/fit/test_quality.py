@@ -11,6 +11,7 @@ from reallm.errors import FormatError
 from reallm.fit import Quality, gaussian_error, gaussian_quality, relative_error
 from reallm.fit.quality import gaussian, measured_gaussian_error
 from reallm.formats import example_formats, from_spec, known_formats, to_spec
+from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.scaled import Scaled
 from reallm.formats.shared import shared_as
 from reallm.report.names import short_name
@@ -68,8 +69,8 @@ def test_the_table_of_candidates_is_what_would_be_measured_now():
 
 def test_every_candidate_of_a_budget_is_in_the_table():
     calibrated = [f for kind in ("block", "head") for bits in (10, 12, 16) for f in calibrated_candidates(kind, bits)]
-    # Scales around a format change nothing on Gaussian weights: the table does not repeat it.
-    plain = [fmt for fmt in calibrated if not isinstance(fmt, Scaled)]
+    # Scales around a format and a residual beside it change nothing on Gaussian weights: the table does not repeat it.
+    plain = [fmt for fmt in calibrated if not isinstance(fmt, Scaled | LowRankPlus)]
     plain += [shared_as(fmt, "x") for fmt in neural_candidates("block") if not isinstance(fmt, Scaled)]
     assert {json.dumps(to_spec(fmt)) for fmt in [*candidate_formats(), *plain]} == set(quality_module._table())
 

@@ -6,7 +6,9 @@ errors spread over weights differs, and so do the numbers:
 * `grouped`: in proportion to the variance of their group (scales of groups, unrotated);
 * `stepped`: alike everywhere (one step a matrix, entropy-coded);
 * `rotated_1`, `rotated_8`, `rotated_16`: alike everywhere after a rotation, coded so many columns at a time;
-* `inputs_rotated_1`, `outputs_rotated_8`, `both_rotated_16`, …: the same inside scales of columns, rows or both.
+* `inputs_rotated_1`, `outputs_rotated_8`, `both_rotated_16`, …: the same inside scales of columns, rows or both;
+* `beside_rank_1_grouped`, …: of embedding and head, the loss at a relative error of 1 of what the best term of rank 1
+  leaves. It foretells `low_rank_plus` by the error of its base.
 
 The model room computes them, `reallm.pipeline.analysis`; a file keeps them, and this room only multiplies.
 """
@@ -28,18 +30,23 @@ from reallm.allocate.plan import MatrixInfo
 from reallm.errors import RecipeError
 from reallm.formats import WeightFormat, from_spec, to_spec
 from reallm.formats.entropy_coded import EntropyCoded
+from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.rotated import Rotated
 from reallm.formats.scaled import Scaled
 
 ROTATED_WIDTHS = (1, 8, 16)
 # Relative squared error of a format on Gaussian weights.
 ErrorOf = Callable[[WeightFormat], float]
-VERSION = 2
+VERSION = 3
+BESIDE_RANK_ONE = "beside_rank_1_"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A format tried on (some rows of) a matrix: its relative error, and stored bytes / bytes before entropy coding."""
+    """A format tried on (some rows of) a matrix: its relative error, and stored bytes / bytes before entropy coding.
+
+    Of `low_rank_plus` both are those of its base on what rank 1 leaves.
+    """
 
     error: float
     share: float = 1.0
@@ -60,8 +67,10 @@ class Analysis:
     def loss(self, name: str, fmt: WeightFormat, error_of: ErrorOf) -> float:
         """Predicted KL to the original, nats a token, if this matrix alone is stored so."""
         measured = self.measured.get(name, {}).get(spec_key(fmt))
-        error = measured.error if measured else error_of(fmt)
-        return self.numbers[name][kind_of_error(fmt)] * error
+        numbers, kind = self.numbers[name], kind_of_error(fmt)
+        if isinstance(fmt, LowRankPlus) and BESIDE_RANK_ONE + kind in numbers:
+            fmt, kind = fmt.base, BESIDE_RANK_ONE + kind
+        return numbers[kind] * (measured.error if measured else error_of(fmt))
 
     def share(self, name: str, fmt: WeightFormat) -> float | None:
         """Measured stored bytes / bytes before entropy coding; None for what was not tried."""

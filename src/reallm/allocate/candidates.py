@@ -12,6 +12,7 @@ from reallm.formats.codeword import Codeword
 from reallm.formats.dense import Dense
 from reallm.formats.e8 import E8
 from reallm.formats.entropy_coded import EntropyCoded
+from reallm.formats.low_rank_plus import INT8, LowRankPlus
 from reallm.formats.normal_float import NormalFloat
 from reallm.formats.rotated import Rotated
 from reallm.formats.scaled import BOTH, INPUTS, OUTPUTS, Scaled
@@ -55,12 +56,13 @@ def calibrated_candidates(kind: str, state_bits: int, entropy: bool | None = Non
 
     Blocks: rotated trellis and E8 codes where bits are whole, entropy-coded lattice points at any rate beside them,
     scalar codes for matrices so small that tables are dear. Ends are fitted without calibration and read row by row:
-    scalar codes, which the file holds entropy-coded, and lattice points.
+    scalar codes, which the file holds entropy-coded, and lattice points; each also beside a residual of rank 1.
     """
     entropy = _has_entropy_coder() if entropy is None else entropy
     if kind == BLOCK:
         return (*_block(state_bits), *(_entropy_coded() if entropy else ()), Dense())
-    return (*_end(), *(_plain_entropy_coded(_QUARTERS[4::2]) if entropy else ()), Dense())
+    lattice = _plain_entropy_coded(_QUARTERS[4::2]) if entropy else []
+    return (*_end(), *lattice, *(_beside_rank_one(fmt) for fmt in (*_end(groups=(64,)), *lattice)), Dense())
 
 
 def left_out() -> str | None:
@@ -95,6 +97,14 @@ def _plain_entropy_coded(rates: tuple[float, ...]) -> list[WeightFormat]:
     return [EntropyCoded(bits=rate, largest=31 if rate < 4 else 127) for rate in rates]
 
 
-def _end() -> list[WeightFormat]:
-    scalars = [Uniform(bits=b, group_size=g, symmetric=True) for b in (3, 4, 5, 6, 7, 8) for g in (32, 64, 0)]
+def _beside_rank_one(fmt: WeightFormat) -> WeightFormat:
+    """The mean of all tokens is half of an embedding's energy, and a code that need not hold it is 0.4 bits ahead.
+
+    A rank of 2, 4 or 8 is within 0.02 bits of that (docs/log.md, 2026-11-28).
+    """
+    return LowRankPlus(base=fmt, rank=1, factors=INT8)
+
+
+def _end(groups: tuple[int, ...] = (32, 64, 0)) -> list[WeightFormat]:
+    scalars = [Uniform(bits=b, group_size=g, symmetric=True) for b in (3, 4, 5, 6, 7, 8) for g in groups]
     return [*scalars, *(NormalFloat(bits=b) for b in (2, 3, 4, 5, 6))]

@@ -8,9 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.formats import scales as scale_store
+from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.normal_float import NormalFloat, NormalFloatParts
 from reallm.formats.uniform import Uniform, UniformParts
-from reallm.formats.waist import Shape, Tensors, WeightFormat
+from reallm.formats.waist import Shape, Tensors, WeightFormat, inner
 from reallm.kernels import unpack_bits
 
 
@@ -38,6 +39,12 @@ def _(fmt: NormalFloat, tensors: Tensors, shape: Shape, rows: Tensor) -> Tensor:
     scales = scale_store.unpack(fmt.scales, tensors, scale_store.grid(shape, fmt.group_size))[rows]
     parts = NormalFloatParts(_codes(tensors["codes"], fmt.bits, shape, rows), scales)
     return fmt.decode(parts, (len(rows), shape[1]))
+
+
+@decode_rows.register
+def _(fmt: LowRankPlus, tensors: Tensors, shape: Shape, rows: Tensor) -> Tensor:
+    found = decode_rows(fmt.base, inner("base", tensors), shape, rows)
+    return found + fmt.unpack_factor("left", tensors)[rows] @ fmt.unpack_factor("right", tensors).T
 
 
 def _codes(packed: Tensor, bits: int, shape: Shape, rows: Tensor) -> Tensor:

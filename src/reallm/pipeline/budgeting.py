@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,9 +32,10 @@ from reallm.errors import RecipeError
 from reallm.fit import gaussian_error, gaussian_share
 from reallm.fit.objective import GUIDED
 from reallm.formats import Table, WeightFormat, tables_of
+from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.scaled import Scaled
 from reallm.model import Source, Walk
-from reallm.pipeline.analysis import analysed, analysis_file
+from reallm.pipeline.analysis import analysed, analysis_file, share_beside_rank_one
 from reallm.pipeline.calibrating import Progress, calculation_dtype, calibration_windows
 from reallm.pipeline.job import Forecast, Job
 from reallm.pipeline.settings import Settings, calibration_of
@@ -74,7 +76,9 @@ def from_budget(
     analysis = analysis_of(source, walked, settings, progress) if settings.calibration else None
     if given is not None:
         matrices = [entry.matrix for entry in given.entries]
-    options = options_of(matrices, walked, settings, analysis, coding and size is not None, given)
+    walked_as = {matrix.name: matrix for matrix in walked.matrices}
+    left = functools.cache(lambda name: share_beside_rank_one(source, walked_as[name]))
+    options = options_of(matrices, walked, settings, analysis, coding and size is not None, given, left)
     forecast = Forecast(options, size, None, math.nan, analysis is not None)
     draft = Job(source, walked, Plan((), _name(settings, size)), settings, coding, forecast)
     if given is not None:
@@ -103,8 +107,12 @@ def options_of(
     analysis: Analysis | None,
     coding: bool,
     given: Plan | None = None,
+    left: Callable[[str], float] = lambda name: 1.0,
 ) -> Options:
-    """What every matrix can be stored as, with bytes and predicted losses."""
+    """What every matrix can be stored as, with bytes and predicted losses.
+
+    `left`: share of the energy of an embedding or head that is left beside a term of rank 1, asked for without analysis.
+    """
     corrections = load_corrections(settings.corrections)
     ends = {"embedding": settings.embedding, "head": settings.head}
     if settings.bits is not None:
@@ -129,12 +137,20 @@ def options_of(
             of_role = sum(other.weights for other in matrices if other.role == matrix.role)
             predicted = matrix.weights / of_role * sensitivity(matrix, fmt, depth) * gaussian_error(fmt)
         else:
-            predicted = _ENDS["tied" if walked.tied_heads else matrix.kind] * gaussian_error(fmt)
+            beside = left(matrix.name) if isinstance(fmt, LowRankPlus) else 1.0
+            error = gaussian_error(fmt.base if isinstance(fmt, LowRankPlus) else fmt)
+            predicted = _ENDS["tied" if walked.tied_heads else matrix.kind] * beside * error
         return corrections.corrected(matrix, fmt, predicted)
 
     def share(matrix: MatrixInfo, fmt: WeightFormat) -> float:
+        if not coding:
+            return 1.0
         measured = analysis.share(matrix.name, fmt) if analysis is not None else None
-        return 1.0 if not coding else gaussian_share(fmt) if measured is None else measured
+        if matrix.kind == "block" or not isinstance(fmt, LowRankPlus):
+            return gaussian_share(fmt) if measured is None else measured
+        # Factors are not coded: tuning changes them.
+        coded = fmt.base.nbytes(matrix.shape) / fmt.nbytes(matrix.shape)
+        return 1 - coded * (1 - (gaussian_share(fmt.base) if measured is None else measured))
 
     always = {entry.matrix.name: entry.fmt for entry in given.entries} if given else None
     return options_for(matrices, candidates, loss, share, settings.rank, {} if given else ends, always)
@@ -167,7 +183,8 @@ def analysis_of(source: Source, walked: Walk, settings: Settings, progress: Prog
             return Analysis.load(path)
     model = source.load(calculation_dtype(source), "cpu").eval()
     windows = calibration_windows(source, few, lambda: model, progress)
-    tried = [fmt for fmt in calibrated_candidates("embedding", 0) if fmt.name in ("uniform", "normal_float")]
+    codes = ("uniform", "normal_float")
+    tried = [fmt for fmt in calibrated_candidates("embedding", 0) if getattr(fmt, "base", fmt).name in codes]
     origin = {"source": Path(source.label).name, "source_sha256": fingerprint, "calibration": calibration}
     guided = settings.objective == GUIDED
     found = analysed(source, walked, model, windows, settings.device, settings.seed, tried, origin, guided, progress)

@@ -232,7 +232,7 @@ def choose(
     for path, module in modules.items():
         with tables_at_hand(module.shared_tables()):
             roles = part_roles(module.fmt, module.stored(), module.shape)
-        there |= set(roles.values())
+        there |= set(roles.values()) if path in wanted else set()
         own = [name for name in roles if not table_of(module.fmt, name)]
         chosen = [name for name in own if path in wanted and roles[name] in train]
         if not chosen and not set(module.fmt.tables()) & set(tables):
