@@ -53,6 +53,16 @@ def test_gradients_reach_the_input_and_the_bias():
     assert x.grad.abs().sum() > 0 and module.bias.grad is not None
 
 
+def test_rows_beside_a_residual_are_decoded_without_the_rest(monkeypatch):
+    weight = torch.randn(12, 16, generator=torch.Generator().manual_seed(0))
+    module = filled(CompressedEmbedding(FMT, (12, 16), torch.float32, nn.Embedding(12, 16)), weight)
+    whole, decoded = module.decode(), []
+    decode = Uniform.decode
+    monkeypatch.setattr(Uniform, "decode", lambda fmt, parts, shape: decoded.append(shape) or decode(fmt, parts, shape))
+    torch.testing.assert_close(module(torch.tensor([[3, 3], [7, 3]])), whole[torch.tensor([[3, 3], [7, 3]])])
+    assert decoded == [(2, 16)]
+
+
 @pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
 @pytest.mark.parametrize("decoded", [False, True])
 def test_casting_a_module_leaves_the_stored_tensors_alone(cast, decoded):

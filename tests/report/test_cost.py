@@ -60,6 +60,16 @@ def test_no_sample_is_larger_than_the_matrix_it_stands_for(job, timed):
     assert len(timed) == 15 and seconds == pytest.approx(15, abs=0.5)
 
 
+def test_a_residual_of_rank_one_is_so_many_fits_of_its_base(tiny_llama, timed):
+    base = {"format": "uniform", "bits": 4}
+    residual = {"format": "low_rank_plus", "rank": 1, "factors": "int8", "base": base}
+    seconds = []
+    for fmt in (base, residual):
+        seconds.append(estimate(prepare(tiny_llama, Settings(recipe="rtn3", embedding=fmt))).seconds)
+        assert "low_rank_plus" not in {sample.name for sample, _ in timed}
+    assert seconds[1] - seconds[0] == pytest.approx(3, abs=0.5)
+
+
 def test_samples_that_took_their_time_stand_for_formats_that_fit_in_the_same_way(job, timed, monkeypatch):
     monkeypatch.setattr(COSTS, "_SAMPLE_SECONDS", 0.0)
     seconds = estimate(job).seconds

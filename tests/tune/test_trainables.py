@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import reallm
 from reallm.errors import RecipeError
 from reallm.fit import fit
 from reallm.formats import as_stored, example_formats, from_spec, known_formats, named_tensors, with_tensors
@@ -158,6 +159,17 @@ def test_words_name_what_trains_and_nothing_else_has_a_gradient(compressed, trai
 def test_the_embedding_trains_only_if_named(compressed):
     assert not any("embed" in name for name in parts_of(compressed, ("scales",)).parameters)
     assert any("embed" in name for name in parts_of(compressed, ("scales", "embedding")).parameters)
+
+
+def test_a_residual_of_the_embedding_trains_only_with_the_embedding(tiny_llama, tmp_path):
+    residual = {"format": "low_rank_plus", "rank": 1, "factors": "int8", "base": {"format": "uniform", "bits": 4}}
+    reallm.compress(tiny_llama, tmp_path / "out", recipe="rtn3", embedding=residual)
+    assert set(parts_of(tmp_path / "out", ("residual", "embedding")).parameters) == {
+        f"model.embed_tokens.{side}" for side in ("left", "right")
+    }
+    assert set(parts_of(tmp_path / "out", ("residual", "norms")).counts) == {"norms"}
+    with pytest.raises(RecipeError, match="this model has none of them; it has norms"):
+        parts_of(tmp_path / "out", ("residual",))
 
 
 def test_a_model_without_the_parts_named_says_what_it_has(compressed):

@@ -52,6 +52,9 @@ _TEXT_ROUNDS = 4  # config and plan name every format once, so that other format
 # Without calibration: KL per unit of relative error of an embedding that is the head too, and of each by itself;
 # second-order, on SmolLM2-135M (docs/log.md, 2026-11-24).
 _ENDS = {"tied": 9.75, "embedding": 0.9, "head": 8.85}
+# What rank 1 leaves of the embedding that these were measured on. A mean adds one number to all logits, so that where it
+# is larger an error costs more than its share of the energy says: a residual is credited with no more than there.
+_LEAST_BESIDE_RANK_ONE = 0.5
 
 
 def from_budget(
@@ -111,7 +114,7 @@ def options_of(
 ) -> Options:
     """What every matrix can be stored as, with bytes and predicted losses.
 
-    `left`: share of the energy of an embedding or head that is left beside a term of rank 1, asked for without analysis.
+    `left`: share of an embedding's or head's energy that a term of rank 1 leaves, asked for where analysis is not.
     """
     corrections = load_corrections(settings.corrections)
     ends = {"embedding": settings.embedding, "head": settings.head}
@@ -137,7 +140,7 @@ def options_of(
             of_role = sum(other.weights for other in matrices if other.role == matrix.role)
             predicted = matrix.weights / of_role * sensitivity(matrix, fmt, depth) * gaussian_error(fmt)
         else:
-            beside = left(matrix.name) if isinstance(fmt, LowRankPlus) else 1.0
+            beside = max(left(matrix.name), _LEAST_BESIDE_RANK_ONE) if isinstance(fmt, LowRankPlus) else 1.0
             error = gaussian_error(fmt.base if isinstance(fmt, LowRankPlus) else fmt)
             predicted = _ENDS["tied" if walked.tied_heads else matrix.kind] * beside * error
         return corrections.corrected(matrix, fmt, predicted)
