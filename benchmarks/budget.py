@@ -48,7 +48,7 @@ ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclass(frozen=True)
 class Task:
-    """One arm. `settings` of reallm.compress; `candidates` by the name of a list below; `made` by whom a recipe is."""
+    """One arm. `settings` of reallm.compress; `candidates` by their name below; `made` by whom a recipe is."""
 
     group: str
     name: str
@@ -73,6 +73,8 @@ def _chain(fmt: WeightFormat) -> str:
     return " ".join(names)
 
 
+# Which of the candidates of embedding and head a choice has.
+ENDS: dict[str, Callable[[WeightFormat], bool]] = {"ends without residuals": _named(r"(?!low_rank_plus).*")}
 # Which of the candidates of block matrices a choice has.
 CANDIDATES: dict[str, Callable[[WeightFormat], bool]] = {
     "without scales around": _named(r"(?!scaled).*"),
@@ -105,6 +107,7 @@ EIGHT = to_spec(Uniform(bits=8, symmetric=True))
 # In this order, so that a run that is cut short has the arms of interest.
 TASKS: list[Task] = [
     *[adaptive(goal, group) for group, goal in GOALS.items()],
+    *[adaptive(goal, group, f"of {name}", name) for name in ENDS for group, goal in SIZES.items()],
     *[dataclasses.replace(adaptive(goal, group, "one format"), made="fixed") for group, goal in GOALS.items()],
     dataclasses.replace(adaptive(MIDDLE, "2.5 bits", "one format a role"), made="by role"),
     dataclasses.replace(adaptive(FILE, "60 MB", "one format a role"), made="by role"),
@@ -169,20 +172,24 @@ class Bench:
         """With the candidates of the task beside what corrections there are."""
         values = {"device": self.device, **self.shared, **task.settings}
         found = json.loads(self.corrections.read_text(encoding="utf-8")) if self.corrections else {}
-        block = self._candidates(task)
-        if block is not None:
-            found = found | {"candidates": {"block": [to_spec(fmt) for fmt in block]}}
+        if some := self._candidates(task):
+            found = found | {"candidates": {kind: [to_spec(fmt) for fmt in some[kind]] for kind in some}}
         if found:
             values["corrections"] = str(self._written(task, "corrections", found))
         return Settings(**values)
 
-    def _candidates(self, task: Task) -> list[WeightFormat] | None:
+    def _candidates(self, task: Task) -> dict[str, list[WeightFormat]]:
+        """By the kinds of matrices that do not have all of theirs."""
         if task.candidates in LISTS:
-            return LISTS[task.candidates]
-        if task.candidates not in CANDIDATES:
-            return None
-        state_bits = self.shared.get("state_bits") or 16
-        return [fmt for fmt in calibrated_candidates("block", state_bits) if CANDIDATES[task.candidates](fmt)]
+            return {"block": LISTS[task.candidates]}
+        if task.candidates in ENDS:
+            return {kind: self._some(kind, ENDS[task.candidates]) for kind in ("embedding", "head")}
+        if task.candidates in CANDIDATES:
+            return {"block": self._some("block", CANDIDATES[task.candidates])}
+        return {}
+
+    def _some(self, kind: str, wanted: Callable[[WeightFormat], bool]) -> list[WeightFormat]:
+        return [fmt for fmt in calibrated_candidates(kind, self.shared.get("state_bits") or 16) if wanted(fmt)]
 
     def _written(self, task: Task, what: str, content: Any) -> Path:
         path = self.work / f"{_slug(task.key)}-{what}.json"

@@ -80,6 +80,9 @@ def budget(bits: float, rank: int | None = None) -> dict[str, Any]:
     return {"bits": bits, "objective": "guided", **({} if rank is None else {"rank": rank})}
 
 
+# Of residuals in int8, 0.023 bits a rank: 64 leaves no byte for codes of 2 bits.
+RANKS_OF_2_BITS, RANKS_OF_3_BITS = (4, 8, 16, 32), (8, 16, 32, 64)
+
 # Name -> settings of reallm.compress; a dict under `recipe` is written to a file. All are calibrated. `gains`: rotated
 # matrices are put into `gain`, for numbers to train, and the budget pays for it (0.023 bits).
 BASES: dict[str, dict[str, Any]] = {
@@ -88,7 +91,6 @@ BASES: dict[str, dict[str, Any]] = {
     "bits 3": budget(3.0),
     "60 MB": {"size": 60_000_000, "objective": "guided"},
     "bits 2, gains": {**budget(2.0), "gains": True},
-    "60 MB, gains": {"size": 60_000_000, "objective": "guided", "gains": True},
     "gain, trellis 2": {"recipe": every(trellis(2)), "objective": "guided"},
     "scaled trellis 2": {"recipe": every({"format": "scaled", "base": trellis(2)["base"]})},  # by outputs, no guidance
     "gain, trellis 3": {"recipe": every(trellis(3)), "objective": "guided"},
@@ -96,9 +98,8 @@ BASES: dict[str, dict[str, Any]] = {
     "gain, additive": {"recipe": every(gain({"format": "additive", "scales": "two_level"}))},
     "gain, entropy 2": {"recipe": every(gain({"format": "entropy_coded", "bits": 2.0})), "objective": "guided"},
     "reallm-vq": {"recipe": every({"format": "low_rank_plus", "rank": 32, "base": vectors()})},
-    **{f"bits 2, rank {rank}": budget(2.0, rank) for rank in (4, 8)},
-    **{f"bits 3, rank {rank}": budget(3.0, rank) for rank in (8, 16, 32)},
-    **{f"bits 4, rank {rank}": budget(4.0, rank) for rank in (0, 8, 16, 32, 64)},
+    **{f"bits 2, rank {rank}": budget(2.0, rank) for rank in RANKS_OF_2_BITS},
+    **{f"bits 3, rank {rank}": budget(3.0, rank) for rank in RANKS_OF_3_BITS},
 }
 
 
@@ -153,14 +154,14 @@ VECTORS, TRELLIS, PUBLISHED = "gain, codebook d=4", "gain, trellis 2", "reallm-v
 TASKS: list[Task] = [
     *[
         task
-        for base in ("bits 2", "bits 2, gains", "60 MB", "60 MB, gains", "bits 2.5", "bits 3")
+        for base in ("bits 2", "bits 2, gains", "60 MB", "bits 2.5", "bits 3")
         for task in methods("target", base, "both", "end-to-end")
     ],
     *end_to_end("rate", "bits 2", **{str(r): {"learning_rate": r} for r in (1e-3, 3e-3, 1e-2, 3e-4)}),
     Task("block rate", "before", "bits 2"),
     *[
         Task("block rate", f"{rate}, outputs", "bits 2", {**BACK, "block_learning_rate": rate})
-        for rate in (5e-3, 2e-2, 1e-3, 2e-4)
+        for rate in (5e-3, 2e-2, 1e-3)
     ],
     *[Task("block rate", f"{rate}, channels", "bits 2", gone=True) for rate in (5e-3, 2e-2)],
     Task("block error", "scaled trellis 2, before", "scaled trellis 2"),
@@ -182,9 +183,8 @@ TASKS: list[Task] = [
     ],
     *end_to_end("loss", "bits 2", ce={"loss": "ce"}, mix={"loss": "mix"}, top_64={"top_k": 64}),
     *end_to_end("embedding too", "bits 2", kl={"train": TIED}, mix={"train": TIED, "loss": "mix"}),
-    *[task for r in (4, 8) for task in methods("rank at 2 bits", f"bits 2, rank {r}", "end-to-end")],
-    *[task for r in (8, 16, 32) for task in methods("rank at 3 bits", f"bits 3, rank {r}", "end-to-end")],
-    *[task for r in (0, 8, 16, 32, 64) for task in methods("rank at 4 bits", f"bits 4, rank {r}", "end-to-end")],
+    *[task for r in RANKS_OF_2_BITS for task in methods("rank at 2 bits", f"bits 2, rank {r}", "end-to-end")],
+    *[task for r in RANKS_OF_3_BITS for task in methods("rank at 3 bits", f"bits 3, rank {r}", "end-to-end")],
     *end_to_end("what trains, bits 2", "bits 2", **{w: {"train": w} for w in ("norms", "scales")}),
     *[Task("block-wise alone", f"{base}, channels, original", base, gone=True) for base in THREE],
     *[task for base in THREE for task in methods("block-wise alone", base, "blockwise", "blocks first")[1:]],
