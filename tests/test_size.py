@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 
 import pytest
 import torch
@@ -42,6 +43,16 @@ def test_a_size_is_met_within_half_a_percent_and_never_exceeded(tiny_llama, tmp_
     reallm.compress(tiny_llama, tmp_path / "out", size=size)
     assert 0.995 * size <= taken(tmp_path / "out") <= size
     assert torch.isfinite(reallm.load(tmp_path / "out")(torch.arange(8)[None]).logits).all()
+
+
+def test_what_is_fitted_again_for_a_size_is_told(tiny_llama, tmp_path):
+    told = []
+    job = prepare(tiny_llama, Settings(size=80_000))
+    run(job, tmp_path / "out", progress=lambda name, done, total: told.append((name, done)))
+    again = [re.fullmatch(r"([\d,]+) bytes for 80,000; matrices in other formats: (\d+)", name) for name, _ in told]
+    rounds = [(int(m[1].replace(",", "")), int(m[2])) for m in again if m]
+    assert rounds and all(count > 0 and not 79_600 <= nbytes <= 80_000 for nbytes, count in rounds)
+    assert all(done == 0 for (_, done), m in zip(told, again, strict=True) if m)
 
 
 def test_bits_per_parameter_are_those_of_the_ledger(tiny_llama, tmp_path):

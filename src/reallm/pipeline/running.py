@@ -91,7 +91,10 @@ def _fit_and_write(job: Job, fingerprint: str, work: Path, out: Path, progress: 
     fit_all(job, work, progress)
     staging = _staged(job, fingerprint, work)
     while (changed := _nearer_to_size(job, staging, past)) is not None:
-        _note_changes(job, changed, past, work)
+        anew = _note_changes(job, changed, past, work)
+        if progress:
+            _, total = past.plans[-1]
+            progress(f"{total:,} bytes for {job.size:,}; matrices in other formats: {len(anew)}", 0, len(anew))
         job = changed
         fit_all(job, work, progress)
         staging = _staged(job, fingerprint, work)
@@ -303,8 +306,11 @@ def _stored_bytes(job: Job, staging: Path) -> dict[str, int]:
     return stored
 
 
-def _note_changes(before: Job, after: Job, past: _Past, work: Path) -> None:
-    """Remember the changed formats, so that an interrupted run goes on with them, and drop what they replace."""
+def _note_changes(before: Job, after: Job, past: _Past, work: Path) -> list[str]:
+    """Remember the changed formats, so that an interrupted run goes on with them, and drop what they replace.
+
+    Returns the names of the matrices that have them.
+    """
     old, formats = _formats(before.plan), _formats(after.plan)
     changed = [name for name in formats if formats[name] != old[name]]
     partial = work / f"{_CHANGED_PLAN}.partial"
@@ -313,6 +319,7 @@ def _note_changes(before: Job, after: Job, past: _Past, work: Path) -> None:
     os.replace(partial, work / _CHANGED_PLAN)
     for name in changed:
         finished_file(work, name).unlink(missing_ok=True)
+    return changed
 
 
 def _as_left(job: Job, work: Path) -> tuple[Job, _Past]:
