@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -43,9 +45,27 @@ def test_windows_line_ends_and_a_byte_order_mark_do_not_reach_the_model(tmp_path
     assert load_text(written(tmp_path, "a.txt", b"\xef\xbb\xbfone\r\ntwo\r\n")) == ["one\ntwo\n"]
 
 
-def test_each_line_of_a_jsonl_file_is_a_document(tmp_path):
-    path = written(tmp_path, "a.jsonl", '{"text": "one"}\n\n{"text": "two\\n", "id": 3}\n')
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_each_line_of_a_json_file_is_a_document(tmp_path, name):
+    path = written(tmp_path, name, '{"text": "one"}\n\n{"text": "two\\n", "id": 3}\n')
     assert load_text(path) == ["one", "two\n"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize("indent", [None, 4])
+def test_each_element_of_an_array_is_a_document_whatever_the_file_is_called(tmp_path, name, indent):
+    array = json.dumps([{"text": "one"}, {"id": 3, "text": "two\n[{"}], indent=indent)
+    assert load_text(written(tmp_path, name, f"\ufeff\r\n {array}\r\n\n")) == ["one", "two\n[{"]
+
+
+@pytest.mark.parametrize("text", ["[Verse 1]\nOld river\n", '[{"text": "one"}]', "[", "[1] Frantar et al."])
+def test_plain_text_that_begins_with_a_bracket_stays_as_it_is(tmp_path, text):
+    for name in ("a.txt", "a", "a.md"):
+        assert load_text(written(tmp_path, name, text)) == [text]
+
+
+def test_numbers_that_no_integer_holds_are_passed_over(tmp_path):
+    assert load_text(written(tmp_path, "a.json", f'[{{"text": "one", "id": {"9" * 5000}}}]')) == ["one"]
 
 
 @pytest.mark.parametrize(
@@ -55,9 +75,30 @@ def test_each_line_of_a_jsonl_file_is_a_document(tmp_path):
         ("a.txt", " \n \n", "no text"),
         ("a.raw", "\n\n", "no text"),
         ("a.jsonl", '{"text": ""}\n', "no text"),
-        ("a.jsonl", '{"text": "x"}\nnope\n', "line 2: not JSON"),
+        ("a.jsonl", '{"text": "x"}\n nope\n', "line 2, column 2: not JSON"),
         ("a.jsonl", '{"body": "x"}\n', 'line 1: no "text" field'),
-        ("a.jsonl", "[1]\n", 'line 1: no "text" field'),
+        ("a.jsonl", "[1]\n", 'element 1: no "text" field with a string in it; it is no object'),
+        ("a.json", "[]", "no text"),
+        ("a.json", '[{"text": " "}]', "no text"),
+        (
+            "a.json",
+            '[{"text": "x"}, {"body": "x"}]',
+            'element 2: no "text" field with a string in it; its fields are body',
+        ),
+        ("a.json", '["x", "y"]', "element 1: no"),
+        ("a.json", '[{"\\n\\u001b": 1}]', r"its fields are '\n\x1b'"),
+        ("a.json", '[[{"text": "x"}]]', "element 1: no"),
+        ("a.json", '[{"text": "x"},\n {"text": y}]', "line 2, column 11: not JSON"),
+        ("a.json", '[{"text": "x"},\n]', "not JSON"),
+        ("a.json", '[\n{"text": "x"}', "line 2, column 14: not JSON"),
+        ("a.json", '[{"text": "x"}]\n[{"text": "y"}]', "line 2, column 1: not JSON (Extra data)"),
+        ("a.json", "[Verse 1]\nOld river\n", "line 1, column 2: not JSON"),
+        ("a.json", "Old river\n", "a .txt is read as it is"),
+        ("a.json", '{\n  "text": "x"\n}\n', "line 1, column 2: not JSON"),
+        ("a.json", '{"data": [{"text": "x"}]}', 'line 1: no "text" field with a string in it; its fields are data'),
+        ("a.json", "[" * 200_000, "line 1 is nested too deep"),
+        ("a.jsonl", '{"text": "x"}\n' + '{"a":' * 200_000, "line 2 is nested too deep"),
+        ("a.json", '[{"text": "x \\ud83d"}]', 'element 1: \\ud83d in "text" is half of a character'),
         ("a.txt", b"\xff\xfe\x00a", "not UTF-8"),
         ("a.txt", b"GGUF\x00\x00", "zero bytes"),
     ],

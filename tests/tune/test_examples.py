@@ -32,6 +32,12 @@ def written(folder, *rows):
     return path
 
 
+def array_of(folder, *rows):
+    path = folder / "task.json"
+    path.write_text(json.dumps(rows, indent=4))
+    return path
+
+
 def read(path, tokenizer):
     """(whole text, the texts that count) of each example."""
     examples = load_examples(path, tokenizer)
@@ -117,12 +123,33 @@ def test_tokens_that_the_template_wrote_do_not_come_twice(tokenizer, tmp_path):
         ),
         ({"messages": [USER, BOT]}, {"messages": "x"}, 'line 2: no "messages" field with a list'),
         ({"messages": [USER, BOT]}, {"messages": [USER]}, 'line 2: no message of the role "assistant"'),
-        ({"messages": [USER, BOT]}, {"messages": [{"role": "user"}]}, 'line 2: a message without "role" and "content"'),
+        ({"messages": [USER, BOT]}, {"messages": [USER, {"role": "user"}]}, 'line 2, message 2: no "content" field'),
+        ({"messages": [USER, BOT]}, {"messages": [3]}, 'line 2, message 1: no "role" field'),
     ],
 )
 def test_a_line_of_other_fields_is_named_with_those_it_has(tokenizer, tmp_path, first, second, says):
     with pytest.raises(TextError, match=f"task.jsonl, {says}"):
         load_examples(written(tmp_path, first, second), tokenizer)
+    with pytest.raises(TextError, match=f"task.json, {says.replace('line', 'element')}"):
+        load_examples(array_of(tmp_path, first, second), tokenizer)
+
+
+@pytest.mark.parametrize("row", [DOLLY, ALPACA, {"prompt": "River?", "response": " Stone."}, {"messages": [USER, BOT]}])
+def test_an_array_gives_the_examples_of_its_elements_as_lines(tokenizer, tmp_path, row):
+    lines = read(written(tmp_path, row, row), tokenizer)
+    assert len(lines) == 2 and read(array_of(tmp_path, row, row), tokenizer) == lines
+
+
+def test_an_array_of_texts_is_no_task_data(tokenizer, tmp_path):
+    assert load_examples(array_of(tmp_path, {"text": "Stone."}), tokenizer) is None
+    (tmp_path / "task.txt").write_text(json.dumps([DOLLY]))
+    assert load_examples(tmp_path / "task.txt", tokenizer) is None
+
+
+@pytest.mark.parametrize("rows", [[], ["River?"], [[DOLLY]], [{}], [None, DOLLY]])
+def test_an_array_without_fields_in_its_first_element_is_refused(tokenizer, tmp_path, rows):
+    with pytest.raises(TextError, match=r"task.json(: there is no text|, element 1: no \"text\" field)"):
+        windows_of([array_of(tmp_path, *rows)], tokenizer, 4)
 
 
 def test_a_template_that_refuses_messages_names_the_line(tokenizer, tmp_path):
@@ -131,8 +158,9 @@ def test_a_template_that_refuses_messages_names_the_line(tokenizer, tmp_path):
         load_examples(written(tmp_path, {"messages": [USER, BOT]}), tokenizer)
 
 
-def test_an_adapter_is_trained_on_data_of_dolly(compressed, tmp_path, capsys):
-    data = written(tmp_path, *[DOLLY | {"response": f"Stone {n}."} for n in range(30)])
+@pytest.mark.parametrize(("form", "row", "answer"), [(written, DOLLY, "response"), (array_of, ALPACA, "output")])
+def test_an_adapter_is_trained_on_data_of_dolly_and_alpaca(compressed, tmp_path, capsys, form, row, answer):
+    data = form(tmp_path, *[row | {answer: f"Stone {n}."} for n in range(30)])
     words = [
         "--adapter",
         "1",

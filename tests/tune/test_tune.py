@@ -412,7 +412,7 @@ def test_responses_too_rare_for_two_windows_say_so(tiny_llama, tmp_path):
         ('{"prompt": "What?", "response": null}', 'line 3: no "response" field'),
         ('{"text": "A river."}', 'line 3: no "prompt" field'),
         ("[1]", 'line 3: no "prompt" field'),
-        ('{"prompt": ', "line 3: not JSON"),
+        ('{"prompt": ', "line 3, column 12: not JSON"),
     ],
 )
 def test_of_prompts_and_responses_the_line_that_is_not_one_is_named(tiny_llama, tmp_path, line, says):

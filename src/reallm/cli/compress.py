@@ -64,7 +64,8 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="FILE|self",
-            help="Text to calibrate on (.txt, .raw, .jsonl; may be repeated), or self: text the model writes itself.",
+            help="Text to calibrate on (.txt, .raw, .json, .jsonl; may be repeated), or self: text the model writes "
+            "itself.",
         ),
     ] = None,
     calibration_windows: Annotated[

@@ -21,7 +21,7 @@ def command(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Text to score: .txt as it is, .raw by the WikiText protocol, .jsonl by its text fields.",
+            help="Text to score: .txt as it is, .raw by the WikiText protocol, .json and .jsonl by their text fields.",
         ),
     ] = None,
     context: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens in a window.")] = 2048,

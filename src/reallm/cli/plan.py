@@ -51,7 +51,7 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="FILE|self",
-            help="Text that tells what hurts the end loss (.txt, .raw, .jsonl; may be repeated), or self.",
+            help="Text that tells what hurts the end loss (.txt, .raw, .json, .jsonl; may be repeated), or self.",
         ),
     ] = None,
     objective: Annotated[

@@ -29,9 +29,10 @@ def command(
             "--text",
             "--data",
             metavar="FILE",
-            help="Text to learn from (.txt, .raw, .jsonl with text), or task data, of which the responses count: "
-            ".jsonl with prompt and response or completion, instruction, context and response (Dolly), instruction, "
-            "input and output (Alpaca), or messages, rendered by the chat template; may be repeated.",
+            help="Text to learn from (.txt, .raw, .json or .jsonl with text), or task data, of which the responses "
+            "count: .json or .jsonl, an array or lines, with prompt and response or completion, instruction, context "
+            "and response (Dolly), instruction, input and output (Alpaca), or messages, rendered by the chat template; "
+            "may be repeated.",
         ),
     ],
     reference: Annotated[

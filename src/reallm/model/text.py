@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,26 @@ from torch import Tensor
 
 from reallm.errors import TextError
 
+_JSON = (".json", ".jsonl")
+
 
 def load_text(path: str | Path, option: str = "--text") -> list[str]:
-    """The documents of a UTF-8 file: one, save for `.jsonl`.
+    """The documents of a UTF-8 file: one, save for `.json` and `.jsonl`.
 
     * `.raw` (WikiText): lines become rows, a blank line the empty string, and rows are joined by a blank
       line. This is the text behind the published WikiText-2 numbers, not the file as it lies on disk.
-    * `.jsonl`: the `text` field of each line is a document of its own.
-    * anything else: the file as it is.
+    * `.json`, `.jsonl`: the `text` field of each line, or of each element of an array, is a document of its own.
+    * anything else: the file as it is, also where it begins with a bracket.
 
     TextError if the file is missing, which names the `option` that asked for it, is not text, or holds nothing but
-    white space.
+    white space; of JSON it names the line and column, or the element, that cannot be read.
     """
     path = Path(path)
     text = _read(path, option)
     if path.suffix == ".raw":
         documents = [wikitext_rows(text)]
-    elif path.suffix == ".jsonl":
-        documents = [json_text(path, number, row, "text") for number, row in _json_rows(path, text)]
+    elif path.suffix in _JSON:
+        documents = [json_text(where, row, "text") for where, row in _json_rows(path, text)]
     else:
         documents = [text]
     if not any(document.strip() for document in documents):
@@ -37,21 +39,33 @@ def load_text(path: str | Path, option: str = "--text") -> list[str]:
     return documents
 
 
-def json_rows(path: Path, option: str = "--text") -> list[tuple[int, Any]]:
-    """(number of the line, what it holds) of a `.jsonl`, blank lines left out. Errors: as `load_text`."""
-    return _json_rows(path, _read(path, option))
+def json_rows(path: Path, option: str = "--text") -> Iterator[tuple[str, Any]] | None:
+    """(where it stands, for errors; what it holds) of each row of a `.json` or `.jsonl`; None for any other file.
+
+    Rows are lines, blank ones left out, or the elements of the one array that the file is; both count from 1.
+    Errors: as `load_text`; of lines that are not JSON when they are come to.
+    """
+    return _json_rows(path, _read(path, option)) if path.suffix in _JSON else None
 
 
-def json_text(path: Path, number: int, row: Any, field: str) -> str:
-    """A field of a line. Errors: TextError naming the line and the fields it has, unless there is a string in it."""
+def json_text(where: str, row: Any, field: str) -> str:
+    """A field of a row. Errors: TextError naming the row and the fields it has, unless there is text in it."""
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        raise TextError(f'{path}, line {number}: no "{field}" field with a string in it; {fields_of(row)}')
+        raise TextError(f'{where}: no "{field}" field with a string in it; {fields_of(row)}')
+    try:
+        row[field].encode()
+    except UnicodeEncodeError as error:  # a tokenizer would refuse it with a TypeError
+        half = f"\\u{ord(row[field][error.start]):04x}"
+        raise TextError(f'{where}: {half} in "{field}" is half of a character, a pair cut in two') from None
     return row[field]
 
 
 def fields_of(row: Any) -> str:
-    """What a line of JSON has, for errors."""
-    return f"its fields are {', '.join(row) or 'none'}" if isinstance(row, dict) else "it is no object"
+    """What a row of JSON has, for errors, which are one line whatever is in the names."""
+    if not isinstance(row, dict):
+        return "it is no object"
+    names = ", ".join(name if name.isprintable() else repr(name) for name in row)
+    return f"its fields are {names or 'none'}"
 
 
 def wikitext_rows(text: str) -> str:
@@ -94,9 +108,9 @@ def leading_bos(tokenizer: Any) -> int | None:
 
 def _read(path: Path, option: str) -> str:
     if not path.exists():
-        raise TextError(f"{path}: no such file; {option} takes a .txt, .raw (WikiText) or .jsonl file")
+        raise TextError(f"{path}: no such file; {option} takes a .txt, .raw (WikiText), .json or .jsonl file")
     if not path.is_file():
-        raise TextError(f"{path}: not a file; {option} takes one .txt, .raw (WikiText) or .jsonl file")
+        raise TextError(f"{path}: not a file; {option} takes one .txt, .raw (WikiText), .json or .jsonl file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -108,13 +122,27 @@ def _read(path: Path, option: str) -> str:
     return text
 
 
-def _json_rows(path: Path, text: str) -> list[tuple[int, Any]]:
-    lines = enumerate(text.split("\n"), start=1)
-    return [(number, _json_row(path, number, line)) for number, line in lines if line.strip()]
+def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    # By the content, not the name: both are found under either. A line of task data is an object and begins otherwise.
+    if text.lstrip().startswith("["):
+        for number, element in enumerate(_parsed(path, text), start=1):
+            yield f"{path}, element {number}", element
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"{path}, line {number}", _parsed(path, line, number)
 
 
-def _json_row(path: Path, number: int, line: str) -> Any:
+def _parsed(path: Path, text: str, line: int = 1) -> Any:
+    """The JSON of a text that begins in this line of the file."""
     try:
-        return json.loads(line)
+        # Only strings are asked for: as floats, integers of thousands of digits are no error.
+        return json.loads(text, parse_int=float)
     except json.JSONDecodeError as error:
-        raise TextError(f"{path}, line {number}: not JSON ({error.msg})") from None
+        where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
+        raise TextError(
+            f"{where}: not JSON ({error.msg}); {' and '.join(_JSON)} files hold an object in each line or one array of "
+            "objects, a .txt is read as it is"
+        ) from None
+    except RecursionError:
+        raise TextError(f"{path}: what begins in line {line} is nested too deep to be read") from None

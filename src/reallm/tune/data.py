@@ -33,9 +33,9 @@ class Windows:
 def windows_of(paths: Sequence[str | Path], tokenizer: Any, context: int, option: str = "--text") -> Windows:
     """All windows of files, which are joined by the end-of-text token; what is left at the end is dropped.
 
-    Lines of a `.jsonl` of task data (see `examples.py`) are one string each, of which the responses and the end-of-text
-    token count; windows in which nothing does, inside long prompts, are left out. A tokenizer that begins texts with a
-    token of its own begins every window with it.
+    Rows of task data (see `examples.py`) are one string each, of which the responses and the end-of-text token count;
+    windows in which nothing does, inside long prompts, are left out. A tokenizer that begins texts with a token of its
+    own begins every window with it.
     Errors: TextError if a file cannot be read, naming the `option` that asked for it, or does not fill two windows.
     """
     bos = leading_bos(tokenizer)

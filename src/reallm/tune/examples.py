@@ -1,4 +1,4 @@
-"""Task data: lines of JSON with what is asked and what is to be answered, as strings of which the answers count.
+"""Task data: JSON, in lines or an array, of what is asked and answered, as strings of which the answers count.
 
 prompt, response              one string, as they stand; also prompt, completion
 instruction, context,         Dolly's; also Alpaca's: input for context, output for response. With a chat template the
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +35,22 @@ KINDS = "text; prompt and response or completion; instruction (context or input)
 
 
 def load_examples(path: str | Path, tokenizer: Any, option: str = "--text") -> list[Example] | None:
-    """The examples of a `.jsonl` of task data, by the fields of its first line; None for any other file.
+    """The examples of a `.json` or `.jsonl` of task data, by the fields of its first row; None for any other file.
 
     A dialogue in which the chat template renders earlier answers otherwise than the last one (without their thoughts,
     for instance) becomes an example for each answer.
-    Errors: TextError if the file cannot be read, naming the `option`, or naming the line and the fields that it has.
+    Errors: TextError if the file cannot be read, naming the `option`, or naming the row and the fields that it has.
     """
-    path = Path(path)
-    if path.suffix != ".jsonl" or not path.is_file():
+    if (rows := json_rows(Path(path), option)) is None:
         return None
-    rows = json_rows(path, option)
-    first = rows[0][1] if rows and isinstance(rows[0][1], dict) else {}
+    where, first = next(rows, ("", None))
+    if not isinstance(first, dict) or not first:
+        return None
     if (read := _reader(first)) is None:
-        if first and "text" not in first:
-            raise TextError(
-                f'{path}, line {rows[0][0]}: no "text" field; its fields are {", ".join(first)}; {option} reads {KINDS}'
-            )
+        if "text" not in first:
+            raise TextError(f'{where}: no "text" field; {fields_of(first)}; {option} reads {KINDS}')
         return None
-    return [example for number, row in rows for example in read(path, number, row, tokenizer)]
+    return [example for where, row in chain([(where, first)], rows) for example in read(where, row, tokenizer)]
 
 
 def _reader(first: Row) -> Callable[..., list[Example]] | None:
@@ -62,22 +61,22 @@ def _reader(first: Row) -> Callable[..., list[Example]] | None:
     return _pair if first.keys() & {"prompt", "response", "completion"} else None
 
 
-def _pair(path: Path, number: int, row: Any, _: Any) -> list[Example]:
+def _pair(where: str, row: Any, _: Any) -> list[Example]:
     answer = "completion" if isinstance(row, dict) and "completion" in row else "response"
-    prompt, response = (json_text(path, number, row, field) for field in ("prompt", answer))
+    prompt, response = (json_text(where, row, field) for field in ("prompt", answer))
     return [(Piece(prompt, False), Piece(response, True))]
 
 
-def _instruction(path: Path, number: int, row: Any, tokenizer: Any) -> list[Example]:
-    instruction = json_text(path, number, row, "instruction")
-    response = json_text(path, number, row, "output" if "output" in row else "response")
+def _instruction(where: str, row: Any, tokenizer: Any) -> list[Example]:
+    instruction = json_text(where, row, "instruction")
+    response = json_text(where, row, "output" if "output" in row else "response")
     context = "input" if "input" in row else "context"
-    extra = json_text(path, number, row, context) if row.get(context) is not None else ""
+    extra = json_text(where, row, context) if row.get(context) is not None else ""
     if not getattr(tokenizer, "chat_template", None):
         return [(Piece(_alpaca(instruction, extra), False), Piece(response, True))]
     asked = f"{instruction}\n\n{extra}" if extra.strip() else instruction
     messages = [{"role": "user", "content": asked}, {"role": ASSISTANT, "content": response}]
-    return _rendered(f"{path}, line {number}", messages, tokenizer)
+    return _rendered(where, messages, tokenizer)
 
 
 def _alpaca(instruction: str, extra: str) -> str:
@@ -90,13 +89,13 @@ def _alpaca(instruction: str, extra: str) -> str:
     )
 
 
-def _dialogue(path: Path, number: int, row: Any, tokenizer: Any) -> list[Example]:
-    where, messages = f"{path}, line {number}", row.get("messages") if isinstance(row, dict) else None
+def _dialogue(where: str, row: Any, tokenizer: Any) -> list[Example]:
+    messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list):
         raise TextError(f'{where}: no "messages" field with a list in it; {fields_of(row)}')
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise TextError(f'{where}: a message without "role" and "content", strings both; {fields_of(message)}')
+    for number, message in enumerate(messages, start=1):
+        for field in ("role", "content"):
+            json_text(f"{where}, message {number}", message, field)
     if not any(message["role"] == ASSISTANT for message in messages):
         roles = ", ".join(message["role"] for message in messages) or "none"
         raise TextError(f'{where}: no message of the role "{ASSISTANT}", so nothing to learn; its roles are {roles}')
