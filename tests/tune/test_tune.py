@@ -159,6 +159,23 @@ def test_a_run_killed_after_its_last_rename_is_finished_by_resume(
         reallm.tune(compressed, tmp_path / "out", resume=True, **arguments)
 
 
+def test_an_adapter_killed_after_its_last_rename_is_finished_by_resume(compressed, tuning_text, tmp_path, monkeypatch):
+    arguments = {"text": (tuning_text,), "loss": "ce", "adapter": 2, "context": 32, "batch": 4, "tokens": 256}
+
+    def killed(_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("reallm.tune.running.remove", killed)
+        reallm.tune(compressed, tmp_path / "out", **arguments)
+    found = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    reallm.tune(compressed, tmp_path / "out", resume=True, **arguments)
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == found
+    assert not work_folder(tmp_path / "out").exists()
+    with pytest.raises(ArtifactError, match="exists; give another --output"):
+        reallm.tune(compressed, tmp_path / "out", resume=True, **arguments)
+
+
 def test_the_checksums_of_a_tuned_artifact_are_its_own(compressed, tuned, tmp_path):
     load(tuned[0])
     shutil.copytree(tuned[0], tmp_path / "mixed")
