@@ -178,6 +178,7 @@ class _Run:
         if settings.adapter is not None:
             return choose_new_residuals(model, walked, settings.adapter, settings.seed, **how)
         headers = read_headers(weight_files(self.artifact, ArtifactError), ArtifactError)
+        how["blocks_alone"] = not settings.end_to_end
         chosen = choose(model, walked, {name: h.dtype for name, h in headers.items()}, settings.train, **how)
         if chosen.tables and not settings.end_to_end:
             raise RecipeError(
