@@ -103,6 +103,37 @@ def test_what_is_split_off_and_merged_again_is_the_same_artifact(adapters, compr
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_a_residual_of_the_embedding_stays_when_others_are_split_off(adapters, tiny_llama, tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        'rules: [{match: "*", format: {format: uniform, bits: 4}}]\n'
+        "embedding: {format: low_rank_plus, rank: 1, base: {format: uniform, bits: 4}}"
+    )
+    reallm.compress(tiny_llama, tmp_path / "in", recipe=str(tmp_path / "mine.yaml"))
+    merge(tmp_path / "in", adapters / "one", tmp_path / "merged")
+    split(tmp_path / "merged", tmp_path / "base", tmp_path / "adapter")
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == (tmp_path / "in/model.safetensors").read_bytes()
+    assert read_adapter(tmp_path / "adapter").keys() == read_adapter(adapters / "one").keys()
+    answers = [reallm.load(tmp_path / "base", adapter=tmp_path / "adapter"), load(tmp_path / "merged")]
+    torch.testing.assert_close(*map(logits, answers), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ArtifactError, match="nothing to split"):
+        split(tmp_path / "in", tmp_path / "other", tmp_path / "another")
+
+
+def test_residuals_of_experts_stay_when_others_are_split_off(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(**sizes, num_hidden_layers=1, vocab_size=128, num_local_experts=3, num_experts_per_tok=2)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "mine.yaml").write_text(
+        'rules: [{match: "*", format: {format: low_rank_plus, rank: 1, base: {format: uniform, bits: 4}}}]'
+    )
+    reallm.compress(tmp_path / "model", tmp_path / "in", recipe=str(tmp_path / "mine.yaml"))
+    split(tmp_path / "in", tmp_path / "base", tmp_path / "adapter")
+    answers = [reallm.load(tmp_path / "base", adapter=tmp_path / "adapter"), load(tmp_path / "in")]
+    torch.testing.assert_close(*map(logits, answers), rtol=1e-4, atol=1e-4)
+
+
 def test_merging_into_an_entropy_coded_artifact_keeps_its_codes(tiny_llama, adapters, tmp_path):
     (tmp_path / "mine.yaml").write_text('rules: [{match: "*", format: {format: uniform, bits: 5, group_size: 16}}]')
     reallm.compress(tiny_llama, tmp_path / "in", recipe=str(tmp_path / "mine.yaml"), coding=True)

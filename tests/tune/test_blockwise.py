@@ -190,3 +190,21 @@ def test_an_original_that_is_not_finite_is_refused_block_by_block_too(
     with pytest.raises(SourceError, match="its error is not finite before the first step"):
         reallm.tune(compressed, tmp_path / "out", text=tuning_text, reference=str(tmp_path / "damaged"), **options)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
+
+
+def test_a_block_that_keeps_no_tensor_and_trains_nothing_hands_the_states_on(tiny_llama, tuning_text, tmp_path):
+    from transformers import AutoTokenizer, OlmoConfig, OlmoForCausalLM  # its norms have no weights
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
+    OlmoForCausalLM(OlmoConfig(**sizes, vocab_size=512)).save_pretrained(tmp_path / "olmo")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "olmo")
+    (tmp_path / "mine.yaml").write_text(
+        "rules:\n"
+        "- {block: [0], match: '*', format: {format: low_rank_plus, rank: 2, base: {format: uniform, bits: 2}}}\n"
+        "- {match: '*', format: {format: uniform, bits: 2}}\n"
+    )
+    reallm.compress(tmp_path / "olmo", tmp_path / "in", recipe=str(tmp_path / "mine.yaml"))
+    options = {"text": tuning_text, "reference": str(tmp_path / "olmo"), "train": "residual", "method": "blockwise"}
+    sizes = {"context": 32, "batch": 4, "block_windows": 8, "block_epochs": 1, "validation_windows": 4}
+    tuned = reallm.tune(tmp_path / "in", tmp_path / "out", **options, **sizes)
+    assert {event["block"] for event in tuned.events if event["phase"] == "block"} == {0}

@@ -106,6 +106,14 @@ def test_rounding_alone_does_what_packing_does(fmt):
 
 
 @each_format
+def test_parts_that_grew_beyond_what_is_stored_come_back_as_finite_numbers(fmt):
+    stored = stored_of(fmt)
+    live = shaken(live_of(fmt, stored), size=1e30)
+    parts = named_tensors(fmt.unpack(packed(fmt, stored, live), SHAPE))
+    assert all(torch.isfinite(part).all() for part in parts.values())
+
+
+@each_format
 def test_one_part_alone_trains_and_the_rest_stays(fmt):
     stored = stored_of(fmt)
     first, *others = part_roles(fmt, stored, SHAPE)

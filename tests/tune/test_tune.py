@@ -86,6 +86,12 @@ def test_codes_stay_and_what_was_named_changes(compressed, tuned):
     assert all(torch.equal(before[n], after[n]) for n in before if "embed_tokens" in n)
 
 
+def test_block_by_block_what_lies_outside_of_blocks_is_not_counted(compressed, tiny_llama, tuning_text, tmp_path):
+    options = {**SHORT, "method": "blockwise", "train": "norms", "reference": str(tiny_llama)}
+    tuned = reallm.tune(compressed, tmp_path / "out", text=(tuning_text,), **options)
+    assert tuned.counts == {"norms": 2 * 2 * 64}  # of two blocks; the last norm has no block
+
+
 def test_of_an_entropy_coded_artifact_the_codes_keep_their_bytes(tiny_llama, tuning_text, tmp_path):
     (tmp_path / "mine.yaml").write_text('rules: [{match: "*", format: {format: uniform, bits: 5, group_size: 16}}]')
     reallm.compress(tiny_llama, tmp_path / "in", recipe=str(tmp_path / "mine.yaml"), coding=True)
@@ -155,6 +161,23 @@ def test_a_run_killed_after_its_last_rename_is_finished_by_resume(
     assert (tmp_path / "out").exists() and work_folder(tmp_path / "out").exists()
     reallm.tune(compressed, tmp_path / "out", resume=True, **arguments)
     assert same(tuned[0], tmp_path / "out") and not work_folder(tmp_path / "out").exists()
+    with pytest.raises(ArtifactError, match="exists; give another --output"):
+        reallm.tune(compressed, tmp_path / "out", resume=True, **arguments)
+
+
+def test_an_adapter_killed_after_its_last_rename_is_finished_by_resume(compressed, tuning_text, tmp_path, monkeypatch):
+    arguments = {"text": (tuning_text,), "loss": "ce", "adapter": 2, "context": 32, "batch": 4, "tokens": 256}
+
+    def killed(_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("reallm.tune.running.remove", killed)
+        reallm.tune(compressed, tmp_path / "out", **arguments)
+    found = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    reallm.tune(compressed, tmp_path / "out", resume=True, **arguments)
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == found
+    assert not work_folder(tmp_path / "out").exists()
     with pytest.raises(ArtifactError, match="exists; give another --output"):
         reallm.tune(compressed, tmp_path / "out", resume=True, **arguments)
 
@@ -442,6 +465,8 @@ def test_prompts_and_responses_may_begin_with_a_byte_order_mark(tiny_llama, tmp_
         (["--context", "1024"], "--context 1024 is longer than the 512 positions"),
         (["--batch", "0"], "--batch 0 is below 1"),
         (["--learning-rate", "0"], "--learning-rate 0.0 is not a number above 0"),
+        (["--learning-rate", "1e38"], "--learning-rate 1e+38 is not a number above 0, at most 1e+30"),
+        (["--method", "blockwise", "--train", "norms,embedding"], "leave --train embedding out"),
         (["--device", "cuda:77"], "--device 'cuda:77' is not available"),
         (["--reference", "nowhere/at/all"], "nowhere/at/all: no such file"),
         (["--batch", "4096", "--method", "both"], "take a smaller --batch"),

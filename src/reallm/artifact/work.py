@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,14 @@ def finished_file(work: Path, name: str) -> Path:
     return work / f"{name}.safetensors"
 
 
-def check_output(out: Path, resume: bool = False) -> None:
-    """Refuse an output that is in the way, before any work.
+def check_output(out: Path, resume: bool = False, read: Callable[[Path], Any] = read_manifest) -> None:
+    """Refuse an output that is in the way, before any work. `read` fails on what a finished run does not leave.
 
     Errors: ArtifactError with the remedy.
     """
     if not out.name:
         raise ArtifactError(f"--output {str(out)!r} is not the name of a new folder; give one")
-    if os.path.lexists(out) and not (resume and _may_be_finished(out)):
+    if os.path.lexists(out) and not (resume and _may_be_finished(out, read)):
         raise ArtifactError(f"{out} exists; give another --output or remove it")
     if not out.absolute().parent.is_dir():
         raise ArtifactError(f"{out}: the folder {out.absolute().parent} does not exist; make it first")
@@ -67,10 +67,10 @@ def check_new_file(file: Path, option: str, suffixes: tuple[str, ...] = ()) -> N
         raise ArtifactError(f"{option}: {file} exists; give another name or remove it")
 
 
-def _may_be_finished(out: Path) -> bool:
-    """Whether a run may have been killed after it had put its artifact at `out`, by the last of its renames."""
+def _may_be_finished(out: Path, read: Callable[[Path], Any]) -> bool:
+    """Whether a run may have been killed after it had put what it made at `out`, by the last of its renames."""
     try:
-        read_manifest(out)
+        read(out)
     except (ArtifactError, FormatError):
         return False
     return not (work_folder(out) / STAGING).exists()

@@ -87,7 +87,9 @@ class LowRankPlus(WeightFormat):
         factor = factor.detach()
         if self.factors == BFLOAT16:
             return {side: factor.to(torch.bfloat16).contiguous()}
-        scales = (factor.abs().amax(0) / _INT8_LARGEST).to(torch.float16)
+        # A scale of infinity would make NaN of a column; it is the largest of float16 instead, and the codes saturate.
+        largest = torch.finfo(torch.float16).max
+        scales = (factor.abs().amax(0) / _INT8_LARGEST).clamp(max=largest).to(torch.float16)
         # A zero column (rank above that of the matrix) would divide by 0.
         steps = torch.where(scales > 0, scales, 1).to(torch.float32)
         codes = (factor / steps).round().clamp(-_INT8_LARGEST, _INT8_LARGEST)

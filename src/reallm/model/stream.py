@@ -8,6 +8,7 @@ that it will really see.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -151,7 +152,8 @@ class Stream:
     @contextlib.contextmanager
     def on_device(self, block: nn.Module) -> Iterator[None]:
         """A block on the stream's device, in plain float32 arithmetic."""
-        home = next(block.parameters()).device
+        # Compressed and with norms that have no weights, as OLMo's, a block has buffers only.
+        home = next(itertools.chain(block.parameters(), block.buffers())).device
         with _plain_arithmetic(self.device):
             block.to(self.device)
             yield

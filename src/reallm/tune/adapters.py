@@ -26,6 +26,9 @@ from reallm.formats.low_rank_plus import BFLOAT16, LowRankPlus
 from reallm.formats.waist import inner, under
 from reallm.model.adapters import CONFIG, PREFIX, REVISION, WEIGHTS, Adapters, Factors, check_base, read_adapter
 from reallm.model.headers import weight_files
+from reallm.model.silence import quiet
+from reallm.model.source import read_config
+from reallm.model.walk import meta_model, walk
 from reallm.tune.writing import write_changed
 
 __all__ = ["Adapters", "Factors", "merge", "read_adapter", "save_adapter", "split"]
@@ -92,17 +95,21 @@ def merge(artifact: str | Path, adapter: str | Path, out: str | Path) -> None:
 
 
 def split(artifact: str | Path, base: str | Path, adapter: str | Path) -> None:
-    """The inverse of `merge`: the artifact without the residuals that lie outermost, and these as an adapter.
+    """The inverse of `merge`: the artifact without its linears' residuals that lie outermost, and these as an adapter.
 
+    Those of embeddings and experts stay: neither we nor PEFT could load an adapter with them.
     Errors: ArtifactError if there are none, or a folder to write is in the way.
     """
     source, base, adapter = Path(artifact), Path(base), Path(adapter)
     check_output(adapter)
     factors: dict[str, Factors] = {}
+    with quiet():
+        walked = walk(meta_model(read_config(source, str(source))))
+    linears = {matrix.name for matrix in walked.matrices if matrix.kind != "embedding" and matrix.expert is None}
 
     def change(matrix: StoredMatrix, stored: Tensors) -> tuple[StoredMatrix, Tensors]:
         fmt = matrix.fmt
-        if not isinstance(fmt, LowRankPlus) or fmt.factors != BFLOAT16:
+        if matrix.name not in linears or not isinstance(fmt, LowRankPlus) or fmt.factors != BFLOAT16:
             return matrix, stored
         if {"left", "right"} & set(matrix.coded):
             raise ArtifactError(f"{artifact}: {matrix.name} has an entropy-coded residual; reallm.unpack it first")
@@ -113,7 +120,7 @@ def split(artifact: str | Path, base: str | Path, adapter: str | Path) -> None:
     def write(folder: Path) -> None:
         write_changed(source, folder, change, {"adapter": "split off"})
         if not factors:
-            raise ArtifactError(f"{artifact}: no format of it is low_rank_plus with bfloat16 factors; nothing to split")
+            raise ArtifactError(f"{artifact}: no linear of it is low_rank_plus with bfloat16 factors; nothing to split")
 
     _written(base, write)
     original = read_manifest(source).provenance.get("source_sha256")

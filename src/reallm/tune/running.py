@@ -22,7 +22,7 @@ from reallm.kernels import give_back_freed_blocks
 from reallm.model import DECODE_PER_USE, Source, load, load_tokenizer, meta_model, open_source, quiet, walk
 from reallm.model.headers import read_headers, weight_files
 from reallm.model.text import text_sha256
-from reallm.tune.adapters import Factors, save_adapter
+from reallm.tune.adapters import Factors, read_adapter, save_adapter
 from reallm.tune.blockwise import tune_blocks
 from reallm.tune.data import Windows, split, windows_of
 from reallm.tune.end_to_end import STEP_FILE, Course, tune_whole
@@ -94,7 +94,7 @@ def run(
         if settings.adapter is None:
             check_room(artifact, settings.train)
         if workers.first:
-            check_output(out, resume)
+            check_output(out, resume, read_manifest if settings.adapter is None else read_adapter)
             # Killed between its last two deeds a run leaves both: then only the work folder is to be removed.
             if out.exists() and not work_folder(out).exists():
                 raise ArtifactError(f"{out} exists; give another --output or remove it")
@@ -178,6 +178,7 @@ class _Run:
         if settings.adapter is not None:
             return choose_new_residuals(model, walked, settings.adapter, settings.seed, **how)
         headers = read_headers(weight_files(self.artifact, ArtifactError), ArtifactError)
+        how["blocks_alone"] = not settings.end_to_end
         chosen = choose(model, walked, {name: h.dtype for name, h in headers.items()}, settings.train, **how)
         if chosen.tables and not settings.end_to_end:
             raise RecipeError(

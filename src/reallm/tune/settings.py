@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +25,8 @@ PARTS = ("residual", "scales", "gains", "codebooks", "decoders", "outliers", "de
 KEPT = ("norms", "biases")
 # Whose parts, beside the block matrices'.
 PLACES = ("embedding", "head")
+# AdamW's first step is ten times the rate, in float32, which ends at 3.4e38.
+_LARGEST_RATE = 1e30
 DEFAULT_TRAIN = ("residual", "scales", "gains", "codebooks", "norms")
 
 
@@ -107,6 +108,10 @@ def check_settings(settings: Settings) -> None:
         raise RecipeError(f"--adapter {settings.adapter} trains new residuals alone; leave --train {words} out")
     if not set(settings.train) & set(PARTS + KEPT):
         raise RecipeError(f"--train {','.join(settings.train)}: names no part; add one of {', '.join(PARTS + KEPT)}")
+    if settings.method == BLOCKWISE and (ends := [word for word in settings.train if word in PLACES]):
+        raise RecipeError(
+            f"--method {BLOCKWISE} trains what lies in blocks: leave --train {','.join(ends)} out or take --method both"
+        )
     if not settings.text:
         raise RecipeError("tuning needs text: give --text FILE")
     if settings.needs_reference and settings.reference is None:
@@ -124,8 +129,8 @@ def check_settings(settings: Settings) -> None:
         _at_least(option, getattr(settings, option), 0)
     for option in ("learning_rate", "block_learning_rate", "clip"):
         value = getattr(settings, option)
-        if not (value > 0 and math.isfinite(value)):
-            raise RecipeError(f"--{option.replace('_', '-')} {value} is not a number above 0")
+        if not 0 < value <= _LARGEST_RATE:
+            raise RecipeError(f"--{option.replace('_', '-')} {value} is not a number above 0, at most {_LARGEST_RATE}")
     if not 0 <= settings.warm_up < 1:
         raise RecipeError(f"--warm-up {settings.warm_up} is not a share from 0 to below 1")
     check_device(settings.device)

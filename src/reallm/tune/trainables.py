@@ -47,6 +47,7 @@ from reallm.formats.shared import PREFIX as SHARED
 from reallm.formats.waist import inner, under
 from reallm.kernels import straight_through
 from reallm.model import CompressedLinear, Walk
+from reallm.model.pieces import decoder_blocks
 from reallm.model.swap import compressed_modules
 from reallm.tune.settings import PARTS
 
@@ -210,11 +211,12 @@ def choose(
     rounded: bool,
     kept_dtype: torch.dtype | None,
     device: str | torch.device = "cpu",
+    blocks_alone: bool = False,
 ) -> Trainables:
     """Make the chosen parts of a compressed model, loaded undecoded, parameters; everything else is frozen.
 
-    `stored_dtypes` are those of the kept tensors in the file. Matrices are decoded on `device` one at a time, and stay
-    where they are.
+    `stored_dtypes` are those of the kept tensors in the file. With `blocks_alone` no kept tensor outside the decoder
+    blocks trains: the last norm has no block. Matrices are decoded on `device` one at a time, and stay where they are.
     Errors: RecipeError if the model has none of the parts named.
     """
     model.requires_grad_(False)
@@ -246,7 +248,8 @@ def choose(
             parameters[f"{path}.{name}"] = live.get_parameter(_leaf(name))
             counts[roles[name]] += parameters[f"{path}.{name}"].numel()
     kept = {}
-    for entry in walked.kept:
+    homes = _block_prefixes(model) if blocks_alone else ("",)
+    for entry in (one for one in walked.kept if one.name.startswith(homes)):
         word = _KEPT_WORDS.get(entry.reason)
         there |= {word} if word else set()
         if word in train:
@@ -257,6 +260,12 @@ def choose(
         known = ", ".join(sorted(word for word in there if word in (*PARTS, *_KEPT_WORDS.values())))
         raise RecipeError(f"--train {','.join(train)}: this model has none of them; it has {known or 'nothing'}")
     return Trainables(parameters, dict(counts), matrices, kept, model, tables)
+
+
+def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the names of tensors in decoder blocks begin with."""
+    blocks = {id(block) for block in decoder_blocks(model)}
+    return tuple(f"{path}." for path, module in model.named_modules() if id(module) in blocks)
 
 
 def _live_tables(model: nn.Module, modules: Sequence[Any], rounded: bool) -> dict[str, LiveMatrix]:
