@@ -51,6 +51,7 @@ FAMILIES = {
     "gpt 2": ("GPT2Config", {**PLAIN, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "gpt neox": ("GPTNeoXConfig", SIZES),
     "opt": ("OPTConfig", {**SIZES, "ffn_dim": 80, "word_embed_proj_dim": 48}),
+    "olmo": ("OlmoConfig", SIZES),  # its norms have no weights: compressed, nothing but buffers is left
     "mixtral": ("MixtralConfig", {**SIZES, "num_local_experts": 3, "num_experts_per_tok": 2}),
     "qwen 3 moe": (
         "Qwen3MoeConfig",

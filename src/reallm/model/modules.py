@@ -248,6 +248,22 @@ class CompressedExperts(nn.Module):
         return nn.Parameter(torch.stack([self[number] for number in range(len(self))]).to(dtype))
 
 
+class Anchor(nn.Module):
+    """An empty parameter that is no part of the state, for a model of which everything else is buffers.
+
+    Transformers and PEFT ask a model's first parameter for device and dtype. OLMo's norms have no weights, so that
+    none is left once all its matrices are compressed.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.empty = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
+
+    def _save_to_state_dict(self, *_: Any) -> None: ...
+
+    def _load_from_state_dict(self, *_: Any) -> None: ...
+
+
 class TiedLinear(nn.Module):
     """A head that uses the matrix of another module, the input embedding's, and stores nothing of it."""
 

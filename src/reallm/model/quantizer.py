@@ -19,7 +19,7 @@ from reallm.artifact.manifest import QUANT_METHOD, VERSION, Manifest, check_vers
 from reallm.errors import ArtifactError, FormatError
 from reallm.formats import WeightFormat, table_tensors, tables_of
 from reallm.model.headers import Header, read_headers
-from reallm.model.modules import DECODE_AT_LOAD, check_mode
+from reallm.model.modules import DECODE_AT_LOAD, Anchor, check_mode
 from reallm.model.silence import quiet
 from reallm.model.source import Source
 from reallm.model.swap import compressed_modules, swap_in, swap_out
@@ -196,6 +196,10 @@ class ReallmQuantizer(HfQuantizer):
             except FormatError as error:
                 raise ArtifactError(f"{path}: {error}; copy the artifact again") from error
         check_kept(model)
+        if next(model.parameters(), None) is None:
+            module = next(iter(compressed_modules(model).values()))
+            stored = next(iter(module.stored().values()))
+            model.add_module("anchor", Anchor(module.compute_dtype, stored.device))
         # What is saved from now on may differ from what was loaded.
         self.quantization_config.checksums = {}
         return model
