@@ -80,6 +80,33 @@ def test_adapters_are_switched_and_leave_the_base_as_it_was(adapters, compressed
     assert torch.equal(logits(model), base)
 
 
+def test_an_adapter_loaded_in_place_of_one_at_work_is_at_work(adapters, compressed):
+    model = load(compressed)
+    several = Adapters(model)
+    several.load("mine", adapters / "two")
+    several.switch("mine")
+    two = logits(model)
+    several.load("mine", adapters / "one")
+    one = logits(model)
+    several.switch("mine")
+    assert torch.equal(logits(model), one) and not torch.allclose(one, two)
+
+
+def test_adapters_at_work_follow_the_dtype_of_what_they_are_given(adapters, compressed):
+    module = load(compressed).get_submodule("model.layers.0.self_attn.q_proj")
+    model = load(compressed)
+    several = Adapters(model)
+    several.load("one", adapters / "one")
+    several.switch("one")
+    adapted, x = model.get_submodule("model.layers.0.self_attn.q_proj"), torch.ones(1, 2, module.in_features)
+    added = adapted(x) - module(x)
+    for dtype in (torch.bfloat16, torch.float32):
+        adapted.to(dtype), module.to(dtype)
+        found = adapted(x.to(dtype)) - module(x.to(dtype))
+        assert found.dtype == dtype
+    torch.testing.assert_close(found, added, rtol=1e-2, atol=1e-2)
+
+
 def test_a_merged_artifact_answers_as_with_the_adapter_and_counts_its_bytes(adapters, compressed, tmp_path):
     model = load(compressed)
     several = Adapters(model)

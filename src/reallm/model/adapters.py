@@ -109,7 +109,7 @@ class Adapters:
         return list(self._loaded)
 
     def load(self, name: str, folder: str | Path) -> None:
-        """Read an adapter; it is at work once switched to.
+        """Read an adapter; it is at work once switched to, at once in place of one of its name that is.
 
         Errors: ArtifactError if it does not fit this model.
         """
@@ -124,6 +124,8 @@ class Adapters:
             if (getattr(module, "out_features", None), getattr(module, "in_features", None)) != shape:
                 raise ArtifactError(f"{folder}: {path} of shape {shape} is no linear of this model; it is of another")
         self._loaded[name] = factors
+        if name in self.active:
+            self.switch(*self.active)
 
     def switch(self, *names: str) -> None:
         """Only the adapters named are at work from now on, added up; none without a name.
@@ -180,9 +182,13 @@ def _of_pattern(pattern: Any, path: str, usual: Any) -> Any:
 def _adding(pair: Factors) -> Callable[..., Tensor]:
     """A forward hook that adds what the residual makes of the inputs."""
 
+    right, left = pair.right, pair.left
+
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        nonlocal right, left
         x = inputs[0]
-        right, left = (factor.to(x.device, x.dtype) for factor in (pair.right, pair.left))
+        if (right.device, right.dtype) != (x.device, x.dtype):  # once, not at every token
+            right, left = (factor.to(x.device, x.dtype) for factor in (pair.right, pair.left))
         return output + (x @ right) @ left.T
 
     return hook
