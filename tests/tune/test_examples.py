@@ -76,6 +76,19 @@ def test_of_messages_every_answer_counts_and_what_follows_the_last_is_left_out(t
     assert counted == ["Stone.\n\n", "Light.\n\n"] and whole.startswith("### System:\nOld.\n\n### User:\nRiver?\n\n")
 
 
+def test_conversations_are_messages_under_other_names(tokenizer, tmp_path):
+    said = [
+        {"from": "system", "value": "Old."},
+        {"from": "human", "value": "River?"},
+        {"from": "gpt", "value": "Stone."},
+    ]
+    messages = {"messages": [{"role": "system", "content": "Old."}, USER, BOT]}
+    (tmp_path / "other").mkdir()
+    expected = read(written(tmp_path / "other", messages), tokenizer)
+    assert read(written(tmp_path, {"id": "x", "conversations": said}), tokenizer) == expected
+    assert read(written(tmp_path, {"conversations": messages["messages"]}), tokenizer) == expected
+
+
 def test_a_template_that_renders_the_last_answer_otherwise_gives_an_example_for_each(tokenizer, tmp_path):
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{% if loop.last and m.role == 'assistant' %}~{% endif %}{{ m.content }}"
@@ -125,6 +138,9 @@ def test_tokens_that_the_template_wrote_do_not_come_twice(tokenizer, tmp_path):
         ({"messages": [USER, BOT]}, {"messages": [USER]}, 'line 2: no message of the role "assistant"'),
         ({"messages": [USER, BOT]}, {"messages": [USER, {"role": "user"}]}, 'line 2, message 2: no "content" field'),
         ({"messages": [USER, BOT]}, {"messages": [3]}, 'line 2, message 1: no "role" field'),
+        ({"conversations": [USER, BOT]}, {"conversations": 3}, 'line 2: no "conversations" field with a list'),
+        ({"conversations": [USER, BOT]}, {"conversations": [{"from": "gpt"}]}, 'line 2, message 1: no "value" field'),
+        ({"conversations": [USER, BOT]}, {"conversations": [{"from": "human", "value": ""}]}, "line 2: no message of"),
     ],
 )
 def test_a_line_of_other_fields_is_named_with_those_it_has(tokenizer, tmp_path, first, second, says):

@@ -31,8 +31,8 @@ def command(
             metavar="FILE",
             help="Text to learn from (.txt, .raw, .json or .jsonl with text), or task data, of which the responses "
             "count: .json or .jsonl, an array or lines, with prompt and response or completion, instruction, context "
-            "and response (Dolly), instruction, input and output (Alpaca), or messages, rendered by the chat template; "
-            "may be repeated.",
+            "and response (Dolly), instruction, input and output (Alpaca), messages or conversations (ShareGPT), "
+            "rendered by the chat template; may be repeated.",
         ),
     ],
     reference: Annotated[

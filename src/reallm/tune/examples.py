@@ -4,6 +4,7 @@ prompt, response              one string, as they stand; also prompt, completion
 instruction, context,         Dolly's; also Alpaca's: input for context, output for response. With a chat template the
   response                    instruction and the context are the user's message, without one Alpaca's prompt is used
 messages                      role and content of each; by the chat template, without one under headings of the roles
+conversations                 ShareGPT's: messages of which each has from (human, gpt, system) and value
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ class Piece:
 
 Example = tuple[Piece, ...]
 ASSISTANT = "assistant"
-KINDS = "text; prompt and response or completion; instruction (context or input) and response or output; messages"
+KINDS = (
+    "text; prompt and response or completion; instruction (context or input) and response or output; messages; "
+    "conversations"
+)
+_SHAREGPT_ROLES = {"human": "user", "gpt": ASSISTANT}
 
 
 def load_examples(path: str | Path, tokenizer: Any, option: str = "--text") -> list[Example] | None:
@@ -54,7 +59,7 @@ def load_examples(path: str | Path, tokenizer: Any, option: str = "--text") -> l
 
 
 def _reader(first: Row) -> Callable[..., list[Example]] | None:
-    if "messages" in first:
+    if first.keys() & {"messages", "conversations"}:
         return _dialogue
     if "instruction" in first:
         return _instruction
@@ -90,12 +95,11 @@ def _alpaca(instruction: str, extra: str) -> str:
 
 
 def _dialogue(where: str, row: Any, tokenizer: Any) -> list[Example]:
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if not isinstance(messages, list):
-        raise TextError(f'{where}: no "messages" field with a list in it; {fields_of(row)}')
-    for number, message in enumerate(messages, start=1):
-        for field in ("role", "content"):
-            json_text(f"{where}, message {number}", message, field)
+    field = "conversations" if isinstance(row, dict) and "conversations" in row else "messages"
+    said = row.get(field) if isinstance(row, dict) else None
+    if not isinstance(said, list):
+        raise TextError(f'{where}: no "{field}" field with a list in it; {fields_of(row)}')
+    messages = [_message(f"{where}, message {number}", message) for number, message in enumerate(said, start=1)]
     if not any(message["role"] == ASSISTANT for message in messages):
         roles = ", ".join(message["role"] for message in messages) or "none"
         raise TextError(f'{where}: no message of the role "{ASSISTANT}", so nothing to learn; its roles are {roles}')
@@ -103,6 +107,15 @@ def _dialogue(where: str, row: Any, tokenizer: Any) -> list[Example]:
         return _rendered(where, messages, tokenizer)
     pieces = ((Piece(f"### {m['role'].capitalize()}:\n", False), _said(m)) for m in messages)
     return [tuple(piece for both in pieces for piece in both)]
+
+
+def _message(where: str, message: Any) -> Message:
+    """A message as chat templates take it, with whatever else is in it."""
+    sharegpt = isinstance(message, dict) and "from" in message
+    role, content = (
+        json_text(where, message, field) for field in (("from", "value") if sharegpt else ("role", "content"))
+    )
+    return {**message, "role": _SHAREGPT_ROLES.get(role, role) if sharegpt else role, "content": content}
 
 
 def _said(message: Message) -> Piece:
