@@ -1,7 +1,6 @@
 """Perplexity of a text, and the distance of a compressed model to its original on the same windows."""
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.errors import SourceError, TextError
+from reallm.model.devices import device_of
 
 # Log-probabilities are made for so many values at a time (64 MiB in float32). The logits of one window
 # are 2,048 × 49,152 values, 400 MB; a log-softmax of all of them at once would double that, KL triple it.
@@ -130,17 +130,12 @@ def _log_softmax(logits: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:
 
 def _logits(model: Any, batch: Int[Tensor, "batch context"]) -> Float[Tensor, "n vocab"]:
     """Logits of every position that has a next token, windows one after the other."""
-    logits = model(input_ids=batch.to(_device(model)), use_cache=False).logits[:, :-1]
+    logits = model(input_ids=batch.to(device_of(model)), use_cache=False).logits[:, :-1]
     return logits.reshape(-1, logits.shape[-1])
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, length, step))
-
-
-def _device(model: Any) -> torch.device:
-    # Not `model.device`: a compressed model may have no parameters left, only buffers.
-    return next(itertools.chain(model.parameters(), model.buffers())).device
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ that it will really see.
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reallm.errors import SourceError
+from reallm.model.devices import device_of
 from reallm.model.pieces import Pieces, decoder_blocks
 from reallm.model.walk import Matrix, linear_shape
 
@@ -152,8 +152,7 @@ class Stream:
     @contextlib.contextmanager
     def on_device(self, block: nn.Module) -> Iterator[None]:
         """A block on the stream's device, in plain float32 arithmetic."""
-        # Compressed and with norms that have no weights, as OLMo's, a block has buffers only.
-        home = next(itertools.chain(block.parameters(), block.buffers())).device
+        home = device_of(block)
         with _plain_arithmetic(self.device):
             block.to(self.device)
             yield

@@ -6,7 +6,6 @@ Logits of 8 windows of 1,024 tokens over 49,152 words are 1.6 GB in float32, and
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from reallm.model.devices import device_of
 from reallm.tune.settings import CE, KL
 
 # Logits at a time: 64 MiB in float32, and 128 MiB on a GPU, which waits for the processor between small kernels.
@@ -143,11 +143,6 @@ def repeatable(device: torch.device | str) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = filling
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model is; a compressed one may have no parameters."""
-    return next(itertools.chain(model.parameters(), model.buffers())).device
 
 
 def _of_the_rest(theirs: Tensor, ours: Tensor) -> Tensor:
