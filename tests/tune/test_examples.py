@@ -89,6 +89,12 @@ def test_conversations_are_messages_under_other_names(tokenizer, tmp_path):
     assert read(written(tmp_path, {"conversations": messages["messages"]}), tokenizer) == expected
 
 
+def test_a_template_is_given_whatever_else_is_in_a_message(tokenizer, tmp_path):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.turn }} {{ m.content }}\n{% endfor %}"
+    path = written(tmp_path, {"messages": [USER | {"turn": 1}, BOT | {"turn": 2}]})
+    assert read(path, tokenizer) == [("1 River?\n2 Stone.\n", ["2 Stone.\n"])]
+
+
 def test_a_template_that_renders_the_last_answer_otherwise_gives_an_example_for_each(tokenizer, tmp_path):
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{% if loop.last and m.role == 'assistant' %}~{% endif %}{{ m.content }}"

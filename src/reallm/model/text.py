@@ -13,6 +13,7 @@ from torch import Tensor
 from reallm.errors import TextError
 
 _JSON = (".json", ".jsonl")
+_MOST_DIGITS = 4000  # Python's limit is 4,300 unless it is told otherwise
 
 
 def load_text(path: str | Path, option: str = "--text") -> list[str]:
@@ -133,11 +134,15 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             yield f"{path}, line {number}", _parsed(path, line, number)
 
 
+def _integer(digits: str) -> int | float:
+    """Of more digits than Python turns into an integer, where only strings are asked for, it is no error."""
+    return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
+
+
 def _parsed(path: Path, text: str, line: int = 1) -> Any:
     """The JSON of a text that begins in this line of the file."""
     try:
-        # Only strings are asked for: as floats, integers of thousands of digits are no error.
-        return json.loads(text, parse_int=float)
+        return json.loads(text, parse_int=_integer)
     except json.JSONDecodeError as error:
         where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
         raise TextError(
