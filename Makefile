@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: venv test demo lint docs clean
+.PHONY: venv test test-slow demo lint docs clean
 
 venv: $(VENV)/.installed
 
@@ -33,8 +33,14 @@ $(VENV)/.lint: $(VENV)/.installed
 	$(PIP) install -e ".[dev]"
 	touch $@
 
+# A process a core, each given its share in one piece: neighbours share fixtures and fitted matrices.
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-slow: $(VENV)/.installed
+	$(PYTEST) -m slow $(ARGS)
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(ARGS)

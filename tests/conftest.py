@@ -1,11 +1,75 @@
-"""Tiny models, built in place: random weights, a tokenizer trained on a few made-up lines."""
+"""How every test runs, and tiny models built in place: random weights, a tokenizer trained on made-up lines."""
 
+import functools
+import hashlib
+import inspect
 import json
+import os
 import random
 import weakref
 from pathlib import Path
 
+import jaxtyping
 import pytest
+
+# One thread, set before torch is imported, here and in processes that tests start: matrices of a test are small, and
+# on busy cores threads that wait for each other make it up to six times slower.
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[_variable] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# Shapes and types are checked at the first calls that a test makes of a function, and then at one of so many: with
+# checks at every step of training loops fits take 2.5 times as long.
+CHECKED_CALLS, CHECKED_AFTERWARDS = 20, 50
+
+
+class _Calls:
+    """Which test runs: counts of calls begin again with each."""
+
+    test = 0
+
+
+def _checked_at_times(jaxtyped):
+    """`jaxtyping.jaxtyped`, whose checks of functions are left out at most calls of those called very often."""
+
+    @functools.wraps(jaxtyped)
+    def decorate(function=None, **options):
+        if function is None:
+            return functools.partial(decorate, **options)
+        checked = jaxtyped(function, **options)
+        if not inspect.isfunction(function):
+            return checked
+        calls, test = 0, 0
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            nonlocal calls, test
+            if test != _Calls.test:
+                calls, test = 0, _Calls.test
+            calls += 1
+            due = calls <= CHECKED_CALLS or calls % CHECKED_AFTERWARDS == 0
+            return (checked if due else function)(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+# The import hook of --jaxtyping-packages decorates by this name, module by module as they are imported.
+jaxtyping.jaxtyped = _checked_at_times(jaxtyping.jaxtyped)
+
+
+def pytest_runtest_logstart(nodeid, location):
+    _Calls.test += 1
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_for_torch():
+    """Where torch does not follow the variables of OpenMP. Tests of numbers of threads set their own."""
+    import torch
+
+    torch.set_num_threads(1)
+
 
 WORDS = "the a of and to in river stone light house green old small walks sees holds under over then never".split()
 CHAT_TEMPLATE = (
@@ -63,6 +127,35 @@ def build_tiny_llama(folder: Path, seed: int = 0) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     train_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def fitted():
+    """fitted(fmt, weight, objective=None, seed=0): `fit`, done once for all tests of a process that ask the same.
+
+    A caller is given its own copy of the tensors. Tests of what `fit` does anew (determinism, threads) call it itself.
+    """
+    import torch
+
+    from reallm.fit import fit
+    from reallm.formats import map_tensors, to_spec
+
+    def digest(tensor):
+        if tensor is None:
+            return None
+        raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+        return tuple(tensor.shape), str(tensor.dtype), hashlib.sha256(raw).hexdigest()
+
+    found = {}
+
+    def once(fmt, weight, objective=None, seed=0):
+        costs = objective and tuple(map(digest, (objective.importance, objective.hessian, objective.rows)))
+        key = json.dumps(to_spec(fmt), sort_keys=True), digest(weight), costs, seed
+        if key not in found:
+            found[key] = fit(fmt, weight, objective, seed)
+        return map_tensors(torch.clone, found[key])
+
+    return once
 
 
 @pytest.fixture(scope="session")

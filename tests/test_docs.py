@@ -84,6 +84,7 @@ def test_the_example_format_of_the_guide_passes_the_contract(tmp_path):
     shutil.copytree(ROOT / "src" / "reallm", tmp_path / "reallm", ignore=ignored)
     (tmp_path / "reallm" / "formats" / "sign.py").write_text(stored, encoding="utf-8")
     (tmp_path / "reallm" / "fit" / "sign.py").write_text(found, encoding="utf-8")
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     contract = (ROOT / "tests" / "formats" / "test_contract.py").read_text(encoding="utf-8")
     (tmp_path / "test_contract.py").write_text(contract.replace("EXAMPLES = [\n", f"EXAMPLES = [\n{example}", 1))
     done = subprocess.run(
