@@ -1,5 +1,8 @@
 """How every test runs, and tiny models built in place: random weights, a tokenizer trained on made-up lines."""
 
+import contextlib
+import dataclasses
+import filecmp
 import functools
 import hashlib
 import inspect
@@ -12,11 +15,11 @@ from pathlib import Path
 import jaxtyping
 import pytest
 
-# One thread, set before torch is imported, here and in processes that tests start: matrices of a test are small, and
-# on busy cores threads that wait for each other make it up to six times slower.
-for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[_variable] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Set before torch is imported, here and for processes that tests start. One thread: matrices of a test are small, and
+# on busy cores threads that wait for each other make it up to six times slower. Where a test asks for two, the one that
+# waits sleeps: spinning, fit/test_threads.py takes 94 s of CPU on busy cores in place of 14.
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+os.environ |= {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
 
 # Shapes and types are checked at the first calls that a test makes of a function, and then at one of so many: with
 # checks at every step of training loops fits take 2.5 times as long.
@@ -129,8 +132,40 @@ def build_tiny_llama(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def _content(value):
+    """What a value of an argument is known by: numbers of a tensor, fields of formats and objectives."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return tuple(value.shape), str(value.dtype), str(value.device), hashlib.sha256(raw).digest()
+    if dataclasses.is_dataclass(value):
+        fields = dataclasses.fields(value)
+        return type(value), *((field.name, _content(getattr(value, field.name))) for field in fields)
+    return value
+
+
 @pytest.fixture(scope="session")
-def fitted():
+def remembered():
+    """remembered(function): the function, which computes once in a process for all calls with equal arguments."""
+
+    def of(function):
+        found = {}
+
+        @functools.wraps(function)
+        def once(*args):
+            key = tuple(map(_content, args))
+            if key not in found:
+                found[key] = function(*args)
+            return found[key]
+
+        return once
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def fitted(remembered):
     """fitted(fmt, weight, objective=None, seed=0): `fit`, done once for all tests of a process that ask the same.
 
     A caller is given its own copy of the tensors. Tests of what `fit` does anew (determinism, threads) call it itself.
@@ -138,24 +173,60 @@ def fitted():
     import torch
 
     from reallm.fit import fit
-    from reallm.formats import map_tensors, to_spec
+    from reallm.formats import map_tensors
 
-    def digest(tensor):
-        if tensor is None:
-            return None
-        raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-        return tuple(tensor.shape), str(tensor.dtype), hashlib.sha256(raw).hexdigest()
+    once = remembered(fit)
 
-    found = {}
+    def copy(fmt, weight, objective=None, seed=0):
+        return map_tensors(torch.clone, once(fmt, weight, objective, seed))
 
-    def once(fmt, weight, objective=None, seed=0):
-        costs = objective and tuple(map(digest, (objective.importance, objective.hessian, objective.rows)))
-        key = json.dumps(to_spec(fmt), sort_keys=True), digest(weight), costs, seed
-        if key not in found:
-            found[key] = fit(fmt, weight, objective, seed)
-        return map_tensors(torch.clone, found[key])
+    return copy
 
-    return once
+
+class Killed(Exception):
+    """Raised in the middle of a run."""
+
+
+@pytest.fixture(scope="session")
+def killed():
+    """`with killed(at=4) as kill: run(job, out, progress=kill)`: the run ends in the fourth call of `kill`.
+
+    `when` is a condition on what the call is given, in place of its number. A run that gets to its end fails the test.
+    """
+
+    @contextlib.contextmanager
+    def context(at=None, when=None):
+        calls = 0
+
+        def kill(*values):
+            nonlocal calls
+            calls += 1
+            if calls == at or (when is not None and when(*values)):
+                raise Killed
+
+        with pytest.raises(Killed):
+            yield kill
+
+    return context
+
+
+@pytest.fixture(scope="session")
+def same_files():
+    """same_files(one, other): whether two folders hold the same files, byte for byte, those named in `but` left out."""
+
+    def same(one, other, but=()):
+        first, second = (sorted({path.name for path in folder.iterdir()} - set(but)) for folder in (one, other))
+        return first == second and not any(filecmp.cmpfiles(one, other, first, shallow=False)[1:])
+
+    return same
+
+
+@pytest.fixture(scope="session")
+def finished_matrices():
+    """finished_matrices(out): names of the files of matrices that a run which did not end has left."""
+    from reallm.artifact import work_folder
+
+    return lambda out: sorted(path.name for path in work_folder(out).glob("*.safetensors"))
 
 
 @pytest.fixture(scope="session")

@@ -77,6 +77,7 @@ def test_the_byte_specification_is_of_this_version():
     assert (DOCS / "artifact.md").read_text(encoding="utf-8").startswith(f"# The artifact, version {VERSION}\n")
 
 
+@pytest.mark.slow
 def test_the_example_format_of_the_guide_passes_the_contract(tmp_path):
     page = DOCS / "add_a_format.md"
     stored, found, example = code_blocks(page, "python")

@@ -25,6 +25,14 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tried_once(remembered):
+    """Candidates are tried once on a matrix for all files that are packed here: most of the time of packing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "tried", remembered(packing.tried))
+        yield
+
+
 @pytest.fixture(scope="module")
 def state(tmp_path_factory):
     tensors = {

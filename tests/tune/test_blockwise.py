@@ -139,20 +139,12 @@ def test_the_whole_original_is_gone_once_it_has_given_its_gradients(
     assert originals and alive and max(alive) == 0
 
 
-class Killed(Exception):
-    pass
-
-
-def test_gradients_are_kept_for_a_killed_run_and_gone_in_the_end(nearby, tiny_llama, tuning_text, tmp_path):
+def test_gradients_are_kept_for_a_killed_run_and_gone_in_the_end(nearby, tiny_llama, tuning_text, tmp_path, killed):
     options = {**SHORT, "text": (tuning_text,), "reference": str(tiny_llama)}
     work = work_folder(tmp_path / "out")
     reallm.tune(nearby, tmp_path / "whole", **options)
 
-    def kill(event):
-        if event["phase"] == "block" and event["block"] == 1:
-            raise Killed
-
-    with pytest.raises(Killed):
+    with killed(when=lambda event: event["phase"] == "block" and event["block"] == 1) as kill:
         reallm.tune(nearby, tmp_path / "out", listener=kill, **options)
     files = sorted(work.glob("gradients-*"))
     assert len(files) == 16 + 8
