@@ -5,13 +5,17 @@ Mixtures are mostly saved expert by expert, and run with all experts in one tens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from reallm.model.headers import Header, read_tensor
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightConverter
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,24 @@ def stored_in(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, H
         return None
 
 
-def _stored_in(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, Header | Merged] | None:
-    """The way of `from_pretrained`: keys in natural order, all renamings, then at most one converter."""
+def named_by_transformers(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, str] | None:
+    """Name that transformers gives every tensor of the files, in the state dict or not.
+
+    None where this transformers says it otherwise.
+    """
+    try:
+        return {key: name for key, name, _ in _renamed(skeleton, headers)}
+    except (ImportError, AttributeError, TypeError):  # insides of transformers that are no interface
+        return None
+
+
+def _renamed(
+    skeleton: nn.Module, headers: Mapping[str, Header]
+) -> Iterator[tuple[str, str, tuple[WeightConverter, str] | None]]:
+    """(key, its name in the model, converter that it is given to and the pattern that it fits) of every tensor.
+
+    The way of `from_pretrained`: keys in natural order, all renamings, then at most one converter.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -59,17 +79,25 @@ def _stored_in(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, 
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix, state = skeleton.base_model_prefix, skeleton.state_dict()
-    found: dict[str, Header | Merged] = {}
-    groups: dict[str, tuple[WeightConverter, dict[str, list[Header]]]] = {}
     for key in sorted(headers, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
             name, pattern = key, None
-        if name in state and pattern is None:
+        yield key, name, None if pattern is None else (by_pattern[pattern], pattern)
+
+
+def _stored_in(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, Header | Merged] | None:
+    state = skeleton.state_dict()
+    found: dict[str, Header | Merged] = {}
+    groups: dict[str, tuple[WeightConverter, dict[str, list[Header]]]] = {}
+    for key, name, converted in _renamed(skeleton, headers):
+        if name not in state:
+            continue
+        if converted is None:
             found.setdefault(name, headers[key])
-        elif name in state:
-            converter, parts = groups.setdefault(name, (by_pattern[pattern], {}))
-            parts.setdefault(pattern, []).append(headers[key])
+        else:
+            converter, parts = groups.setdefault(name, (converted[0], {}))
+            parts.setdefault(converted[1], []).append(headers[key])
     for name, (converter, parts) in groups.items():
         if name in found or (merged := _merged(converter, parts)) is None:
             return None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import abc
+import copy
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Container, Mapping, Sequence
@@ -21,10 +23,11 @@ from reallm.artifact.manifest import QUANT_METHOD
 from reallm.errors import SourceError
 from reallm.model.adapters import CONFIG as ADAPTER
 from reallm.model.gguf import GGUFTensors, fast_reader, gguf_arguments, gguf_tokenizer, require_gguf
-from reallm.model.headers import INDEX, SINGLE, Header, read_headers, read_tensor, weight_files
-from reallm.model.merged import Merged, stored_in
+from reallm.model.headers import INDEX, SINGLE, Header, read_headers, read_tensor, same_values, weight_files
+from reallm.model.merged import Merged, named_by_transformers, stored_in
 from reallm.model.silence import quiet
 from reallm.model.untrusted import bounded, check_plain, said
+from reallm.model.unused import Unused, unused_files, unused_tensors
 from reallm.model.walk import meta_model, tied_names
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -116,6 +119,7 @@ class Source(abc.ABC):
 
     label: str
     config: Any  # transformers' PreTrainedConfig
+    unused: tuple[Unused, ...] = ()  # what lies in the files and is no part of the model
 
     @abc.abstractmethod
     def read(self, name: str, index: int | None = None) -> Tensor:
@@ -129,7 +133,7 @@ class Source(abc.ABC):
     @property
     @abc.abstractmethod
     def nbytes(self) -> int:
-        """Bytes of the original weights as they lie in their files."""
+        """Bytes of the model's own weights as they lie in their files; those of `unused` do not count."""
 
     @abc.abstractmethod
     def files(self) -> list[Path]:
@@ -239,10 +243,28 @@ class Source(abc.ABC):
             raise SourceError(f"{self.label}: model type {self.config.model_type!r} is not a causal language model")
 
     def _finish_config(self) -> None:
-        """What the config of a new model must say: dtype and class."""
+        """Say what the config of a new model must: dtype, and the class that transformers builds of it.
+
+        Of a larger model that it takes the text model of, the config is the text model's.
+        """
+        if type(self.skeleton.config) is not type(self.config):
+            self.config = copy.deepcopy(self.skeleton.config)
         self.config.dtype = self.dtype
-        if not self.config.architectures:
-            self.config.architectures = [type(self.skeleton).__name__]
+        self.config.architectures = [type(self.skeleton).__name__]
+
+    def _untie(self) -> None:
+        """Describe a model whose tied tensors are several, since they differ in the files.
+
+        Errors: SourceError for a family that ties them whatever its config says.
+        """
+        before = tied_names(self.skeleton)
+        untie_config(self.config)
+        del self.__dict__["skeleton"]
+        if left := before.keys() & tied_names(self.skeleton).keys():
+            raise SourceError(
+                f"{self.label}: {min(left)!r} and {before[min(left)]!r} differ, and this family ties them whatever its "
+                "config says; keep one of them"
+            )
 
 
 def quantized_by(config: Any) -> str | None:
@@ -253,6 +275,12 @@ def quantized_by(config: Any) -> str | None:
         return None
     method = found.get("quant_method", "an unknown method") if isinstance(found, dict) else found.quant_method
     return str(getattr(method, "value", method))
+
+
+def untie_config(config: Any) -> None:
+    """Say in a config, and in that of its text model, that the head is a matrix of its own."""
+    for part in (config, config.get_text_config(decoder=True)):
+        part.tie_word_embeddings = False
 
 
 class FolderSource(Source):
@@ -267,9 +295,17 @@ class FolderSource(Source):
         self.config = read_config(folder, self.label)
         self._check_config()
         self._refuse_pickle()
+        self._refuse_adapter_beside()
         self._headers = read_headers(weight_files(folder, SourceError), SourceError)
+        self._own = self._headers  # those that the model has a place for
         self._finish_config()
         self._keys = self._match()
+        if self.config.dtype != self.dtype:  # what the model has no place for was of another
+            del self.__dict__["skeleton"]
+            self._finish_config()
+        self._untied = self._is_untied()
+        if self._untied:
+            self._untie()
 
     @property
     def tensors(self) -> int:
@@ -289,7 +325,7 @@ class FolderSource(Source):
     def dtype(self) -> torch.dtype:
         """The floating dtype that holds most bytes."""
         sizes: dict[torch.dtype, int] = {}
-        for header in self._headers.values():
+        for header in self._own.values():
             if header.dtype.is_floating_point:
                 sizes[header.dtype] = sizes.get(header.dtype, 0) + header.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
@@ -300,8 +336,8 @@ class FolderSource(Source):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors in the files."""
-        return sum(header.nbytes for header in self._headers.values())
+        """Bytes of the tensors that the model has a place for."""
+        return sum(header.nbytes for header in self._own.values())
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """A tensor of the state dict.
@@ -317,7 +353,10 @@ class FolderSource(Source):
 
     def load(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:
         """The original model through `from_pretrained`, safetensors only."""
-        return self._from_pretrained(self.folder, device, dtype=dtype or "auto", use_safetensors=True)
+        model = self._from_pretrained(self.folder, device, dtype=dtype or "auto", use_safetensors=True)
+        if self._untied:
+            untie_config(model.config)
+        return model
 
     def save_companions(self, folder: Path) -> None:
         """Copy the files byte for byte."""
@@ -332,27 +371,88 @@ class FolderSource(Source):
         for pattern in PICKLES:
             if found := sorted(self.folder.glob(pattern)):
                 raise SourceError(f"{found[0]}: is a pickle checkpoint, which can run code when read; {_CONVERT}")
+        if others := sorted(file.name for file in self.folder.glob("*.safetensors")):
+            raise SourceError(
+                f"{self.label}: holds {others[0]}, but neither {SINGLE} nor {INDEX}, which transformers reads; rename "
+                "a single file, or copy the index that belongs to the shards"
+            )
         raise SourceError(f"{self.label}: holds no safetensors weights ({SINGLE} or {INDEX}); {_CONVERT}")
+
+    def _refuse_adapter_beside(self) -> None:
+        """Errors: SourceError for an adapter in the folder: transformers would load it too, and we read the model."""
+        if (self.folder / ADAPTER).is_file():
+            raise SourceError(
+                f"{self.label}: holds a model and an adapter ({ADAPTER}), which loading adds and compressing would "
+                "not; move the adapter to a folder of its own, or merge it and save the merged model"
+            )
 
     def _match(self) -> dict[str, Header | Merged] | None:
         """What is read for each name of the state dict; None where transformers does more than rename and join.
 
-        Errors: SourceError naming a tensor that is missing or has another shape than the config says.
+        Notes what the model has no place for.
+        Errors: SourceError naming a tensor that is missing, has another shape than the config says, or changes what the
+        model computes and has no place in it.
         """
-        held: Mapping[str, Header | Merged] = self._headers
-        keys, missing = named_in(held, self.skeleton, self.names())
+        held: Mapping[str, Header | Merged] | None = self._headers
+        keys, missing = named_in(self._headers, self.skeleton, self.names())
+        left = self._headers.keys() - set(keys.values())
+        theirs: dict[str, str] | None = {}
         # Where every tensor of the files has its place already, nothing is left that could become the missing one.
-        if missing and set(held) - set(keys.values()) and self._converted():
-            if (stored := stored_in(self.skeleton, self._headers)) is None:
-                return None
-            held = stored
-            keys, missing = named_in(held, self.skeleton, self.names())
+        if left and self._converted():
+            theirs = named_by_transformers(self.skeleton, self._headers)
             if missing:
-                return None
-        if missing:
-            raise SourceError(f"{self.label}: tensor {missing[0]!r} is missing; copy or download the model again")
+                held = stored_in(self.skeleton, self._headers)
+                left = {key for key, name in (theirs or {}).items() if name not in self._shapes}
+                keys, missing = named_in(held or set((theirs or {}).values()), self.skeleton, self.names())
+        self._note_unused(left, theirs or {})
+        if held is None and (theirs is None or self._splits()):
+            return None
+        optional = re.compile("|".join(self.skeleton._keys_to_ignore_on_load_missing or ()) or "(?!)")
+        if found := [name for name in missing if not optional.search(name)]:
+            raise SourceError(f"{self.label}: tensor {found[0]!r} is missing; copy or download the model again")
+        if held is None or missing:
+            return None
         self._check_shapes(held, keys)
         return {name: held[key] for name, key in keys.items()}
+
+    def _note_unused(self, left: Container[str], names: Mapping[str, str]) -> None:
+        """List what the model has no place for, and files that are not read.
+
+        Errors: SourceError for a tensor without which the model would compute something else.
+        """
+
+        def is_zero(key: str) -> bool:
+            return not read_tensor(self._headers[key]).any()
+
+        stored = {key: header for key, header in self._headers.items() if key in left}
+        tensors = unused_tensors(self.label, self.skeleton, stored, names, is_zero)
+        self.unused = (*tensors, *unused_files(self._other_weights(), "weights that are not read"))
+        self._own = {key: header for key, header in self._headers.items() if key not in stored}
+
+    def _other_weights(self) -> list[Path]:
+        """Weight files of the folder beside those that are read."""
+        read = {file.name for file in self.files()}
+        found = {file for pattern in ("*.safetensors", *PICKLES) for file in self.folder.glob(pattern)}
+        return sorted(file for file in found if file.is_file() and file.name not in read)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.shapes()
+
+    def _is_untied(self) -> bool:
+        """Whether the files hold tensors apart that config.json ties, of other values: then transformers keeps both."""
+        headers: Mapping[str, Any] = self._keys or self._headers
+        pairs = ((headers.get(target), headers.get(owner)) for target, owner in tied_names(self.skeleton).items())
+        return any(
+            isinstance(one, Header) and isinstance(other, Header) and not same_values(one, other, self.dtype)
+            for one, other in pairs
+        )
+
+    def _splits(self) -> bool:
+        """Whether transformers makes several tensors of one of the files, so that names do not say what is missing."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        return any(len(entry.target_patterns) > 1 for entry in get_model_conversion_mapping(self.skeleton))
 
     def _converted(self) -> bool:
         """Whether transformers renames or merges tensors of this family on load."""
@@ -361,7 +461,7 @@ class FolderSource(Source):
         return bool(get_model_conversion_mapping(self.skeleton))
 
     def _check_shapes(self, held: Mapping[str, Header | Merged], keys: dict[str, str]) -> None:
-        for name, shape in self.shapes().items():
+        for name, shape in self._shapes.items():
             found = held[keys[name]].shape
             if found != shape:
                 raise SourceError(
