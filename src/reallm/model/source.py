@@ -496,6 +496,13 @@ class GGUFSource(Source):
             del self.config.quantization_config
         self._check_config()
         self._finish_config()
+        if not isinstance(self._tensors, str):
+            tensors = self._tensors[0]
+            names = {name: tensors.name_of(name) for name in tensors.left}
+            self.unused = tuple(unused_tensors(self.label, self.skeleton, tensors.left, names, tensors.is_zero))
+            if any(tensors.differ(target, owner) for target, owner in tied_names(self.skeleton).items()):
+                self._untie()
+                del self.__dict__["_tensors"]
 
     @property
     def why_whole(self) -> str | None:
@@ -514,8 +521,8 @@ class GGUFSource(Source):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the file."""
-        return self.path.stat().st_size
+        """Bytes of the file, but for tensors that the model has no place for."""
+        return self.path.stat().st_size - sum(one.nbytes for one in self.unused)
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """A tensor of the state dict, in float32.
@@ -548,6 +555,8 @@ class GGUFSource(Source):
         except (ImportError, AttributeError, TypeError) as problem:  # insides of transformers that are no interface
             return f"this transformers reads GGUF files in another way ({said(problem)})"
         keys, missing = named_in(tensors, self.skeleton, self.names())
+        if missing and not tensors.left:  # nothing in the file could become it
+            raise SourceError(f"{self.label}: tensor {missing[0]!r} is missing; copy or download the model again")
         return f"tensor {missing[0]!r} is not in the file by that name" if missing else (tensors, keys)
 
     def load(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:

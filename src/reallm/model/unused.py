@@ -27,7 +27,7 @@ _QUANTIZED = re.compile(
 )
 # Tables that models make themselves, which older versions saved.
 _TABLES = re.compile(
-    r"(^|\.)(inv_freq|original_inv_freq|masked_bias|position_ids|cos_cached|sin_cached|_float_tensor)$"
+    r"^rope_f(reqs|actors_\w+)\.weight$|attn_rot_embd|(^|\.)(inv_freq|original_inv_freq|masked_bias|position_ids|cos_cached|sin_cached|_float_tensor)$"
 )
 _PREDICTION = re.compile(r"(^|[._])(mtp|nextn|eh_proj|enorm|hnorm|shared_head)([._]|$|\d)")
 # Names in configs of how many blocks for such a head lie behind the decoder's.
@@ -84,7 +84,7 @@ def unused_files(files: Iterable[Path], reason: str) -> list[Unused]:
     """List files that are not read, those of one name but for its numbers as one."""
     found: dict[str, int] = {}
     for file in files:
-        name = re.sub(r"\d{2,}", "*", file.name)
+        name = re.sub(r"\d{4,}", "*", file.name)
         found[name] = found.get(name, 0) + file.stat().st_size
     return [Unused(name, reason, 0, nbytes) for name, nbytes in sorted(found.items())]
 
