@@ -22,6 +22,7 @@ from reallm.artifact.checks import read_json
 from reallm.artifact.manifest import QUANT_METHOD
 from reallm.errors import SourceError
 from reallm.model.adapters import CONFIG as ADAPTER
+from reallm.model.auxiliary import PATTERNS, SETTINGS, TEMPLATES, auxiliary_files, named_below, too_large_files
 from reallm.model.gguf import GGUFTensors, fast_reader, gguf_arguments, gguf_tokenizer, require_gguf
 from reallm.model.headers import INDEX, SINGLE, Header, read_headers, read_tensor, same_values, weight_files
 from reallm.model.merged import Merged, named_by_transformers, stored_in
@@ -32,21 +33,14 @@ from reallm.model.walk import meta_model, tied_names
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
-# What travels with a model beside config and weights; globs, since tokenizers differ.
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.tiktoken",
-    "*.model",
-    "chat_template.*",
-    "generation_config.json",
-)
-DOWNLOADS = ("config.json", INDEX, "*.safetensors", *COMPANIONS)
+DOWNLOADS = ("config.json", INDEX, "*.safetensors", *PATTERNS)
 # Copies of the same weights in other layouts, which would double a download.
 NOT_DOWNLOADED = ("*/*", "consolidated*")
+# A second look, since sub-folders are left out at first: they hold weights in other layouts too.
+DOWNLOADS_BELOW = (
+    f"{TEMPLATES}/*.jinja",
+    *(f"*/{name}" for name in ("config.json", "tokenizer*", "vocab*", "merges*", *SETTINGS)),
+)
 
 
 def open_source(model: str | Path, revision: str | None = None) -> Source:
@@ -63,7 +57,9 @@ def open_source(model: str | Path, revision: str | None = None) -> Source:
         return FolderSource(path)
     if _looks_like_a_path(str(model), path):
         raise SourceError(f"{model}: no such file or folder; MODEL is a model folder, a .gguf file or a hub id")
-    return FolderSource(_download(str(model), revision), label=str(model))
+    folder = _download(str(model), revision)
+    refuse_adapter(folder)
+    return FolderSource(folder, label=str(model))
 
 
 def refuse_adapter(folder: Path) -> None:
@@ -103,6 +99,8 @@ def _download(name: str, revision: str | None) -> Path:
         folder = snapshot_download(
             name, revision=revision, allow_patterns=list(DOWNLOADS), ignore_patterns=list(NOT_DOWNLOADED)
         )
+        below = [*DOWNLOADS_BELOW, *named_below(Path(folder))]
+        snapshot_download(name, revision=revision, allow_patterns=below)
     except Exception as problem:  # the network stack raises exceptions of many libraries
         raise SourceError(
             f"{name}: no such file or folder, and not to be had from the Hugging Face hub ({said(problem)}); "
@@ -141,7 +139,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def save_companions(self, folder: Path) -> None:
-        """Write tokenizer, generation config and chat template into an existing folder."""
+        """Write tokenizer, processors, generation config, chat templates and licence into an existing folder."""
 
     @abc.abstractmethod
     def load(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:
@@ -360,10 +358,9 @@ class FolderSource(Source):
 
     def save_companions(self, folder: Path) -> None:
         """Copy the files byte for byte."""
-        for pattern in COMPANIONS:
-            for file in sorted(self.folder.glob(pattern)):
-                if file.is_file():
-                    shutil.copyfile(file, folder / file.name)
+        for file in auxiliary_files(self.folder):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.folder / file, folder / file)
 
     def _refuse_pickle(self) -> None:
         if (self.folder / INDEX).is_file() or (self.folder / SINGLE).is_file():
@@ -426,7 +423,9 @@ class FolderSource(Source):
 
         stored = {key: header for key, header in self._headers.items() if key in left}
         tensors = unused_tensors(self.label, self.skeleton, stored, names, is_zero)
-        self.unused = (*tensors, *unused_files(self._other_weights(), "weights that are not read"))
+        files = unused_files(self._other_weights(), "weights that are not read")
+        large = unused_files(too_large_files(self.folder), "larger than the files of any tokenizer: not copied")
+        self.unused = (*tensors, *files, *large)
         self._own = {key: header for key, header in self._headers.items() if key not in stored}
 
     def _other_weights(self) -> list[Path]:
