@@ -121,7 +121,7 @@ def test_a_tensor_without_which_the_model_computes_something_else_is_refused_wit
 WRAPPED = {
     "_orig_mod": lambda name: f"_orig_mod.{name}",
     "module": lambda name: f"module.{name}",
-    "adapter": lambda name: re.sub(r"(q_proj|v_proj)\.", r"\1.base_layer.", name),
+    "adapter": lambda name: re.sub(r"(q_proj|v_proj|w1)\.", r"\1.base_layer.", name),
 }
 
 
@@ -145,6 +145,42 @@ def test_a_tensor_that_a_mixture_lacks_is_missed_before_the_run(with_tensors, tm
     save_file({name: tensor for name, tensor in held.items() if name not in gone}, folder / "model.safetensors")
     assert main(["compress", str(folder), "-o", str(tmp_path / "out"), "--recipe", "rtn4", "--dry-run"]) == 2
     assert "is missing; copy or download" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["one too many", "one too few", "one of each too many"])
+def test_experts_that_are_not_complete_are_refused_before_the_run(with_tensors, change):
+    folder = with_tensors("mixtral", {})
+    held = load_file(folder / "model.safetensors")
+    of_one = {name: tensor for name, tensor in held.items() if "layers.1" in name and "experts.3." in name}
+    name = next(name for name in of_one if "w1" in name)
+    if change == "one too few":
+        del held[name]
+    else:
+        more = of_one if "each" in change else {name: of_one[name]}
+        held |= {key.replace("experts.3.", "experts.4."): tensor.clone() for key, tensor in more.items()}
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match=r"there are \d of|has shape \(5, "):
+        open_source(folder)
+
+
+def test_experts_of_a_prediction_block_are_listed_with_the_block(tmp_path):
+    import transformers as t
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64, "num_experts_per_tok": 2}
+    sizes |= {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8}
+    sizes |= {"q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    config = t.DeepseekV3Config(**sizes, num_nextn_predict_layers=1)
+    t.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    block = {"model.layers.2.eh_proj.weight": torch.ones(32, 64)}
+    block |= {f"model.layers.2.mlp.experts.{e}.gate_proj.weight": torch.ones(24, 32) for e in range(4)}
+    held = load_file(tmp_path / "model.safetensors")
+    save_file(held | block, tmp_path / "model.safetensors", {"format": "pt"})
+    assert [(one.name, one.tensors) for one in open_source(tmp_path).unused] == [("model.layers.2", 5)]
+    scale = {"model.layers.1.mlp.experts.0.gate_proj.weight_scale_inv": torch.ones(1, 1)}
+    save_file(held | scale, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match="of quantized weights"):
+        open_source(tmp_path)
 
 
 def test_what_is_not_used_is_said_in_the_plan_by_the_run_and_by_info(with_tensors, tmp_path, capsys):

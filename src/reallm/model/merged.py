@@ -46,6 +46,7 @@ def stored_in(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, H
     """What each tensor of the state dict is made of, as transformers says for this family; without tied ones.
 
     None where it does more than rename tensors and join those of experts, or where this transformers says it otherwise.
+    Errors: ValueError for experts of which parts are missing, or too many.
     """
     try:
         return _stored_in(skeleton, headers)
@@ -99,23 +100,28 @@ def _stored_in(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, 
             converter, parts = groups.setdefault(name, (converted[0], {}))
             parts.setdefault(converted[1], []).append(headers[key])
     for name, (converter, parts) in groups.items():
-        if name in found or (merged := _merged(converter, parts)) is None:
+        if name in found or (merged := _merged(name, converter, parts)) is None:
             return None
         found[name] = merged
     return found
 
 
-def _merged(converter: object, parts: Mapping[str, list[Header]]) -> Merged | None:
-    """The experts of one tensor, if that is all that a converter does."""
+def _merged(name: str, converter: WeightConverter, parts: Mapping[str, list[Header]]) -> Merged | None:
+    """The experts of one tensor, if that is all that a converter does.
+
+    Errors: ValueError naming the tensor for experts that do not fit together.
+    """
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
     steps = [(type(step), step.dim) for step in converter.operations]
     joined = [(MergeModulelist, 0), (Concatenate, 1)][: len(converter.source_patterns)]
-    if steps != joined or len(converter.target_patterns) != 1 or set(parts) != set(converter.source_patterns):
+    if steps != joined or len(converter.target_patterns) != 1:
         return None
+    counts = {pattern: len(parts.get(pattern, ())) for pattern in converter.source_patterns}
+    if len(set(counts.values())) != 1:
+        found = ", ".join(f"{count} of {pattern}" for pattern, count in counts.items())
+        raise ValueError(f"{name!r} is to be joined of as many tensors of each kind, and there are {found}")
     columns = [parts[pattern] for pattern in converter.source_patterns]
-    if len({len(column) for column in columns}) != 1:
-        return None
     kinds = {(part.dtype, part.shape[1:]) for column in columns for part in column}
     heights = {tuple(part.shape[0] for part in expert if part.shape) for expert in zip(*columns, strict=True)}
     if len(kinds) != 1 or len(heights) != 1 or any(len(part.shape) != 2 for part in columns[0]):

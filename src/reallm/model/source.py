@@ -238,7 +238,11 @@ class Source(abc.ABC):
         if method is not None:
             raise SourceError(f"{self.label}: is quantized with {method}; give the original model")
         if type(self.config) not in AutoModelForCausalLM._model_mapping:
-            raise SourceError(f"{self.label}: model type {self.config.model_type!r} is not a causal language model")
+            whole = self.config.get_text_config(decoder=True) is self.config
+            remedy = "" if whole else "; save its text model alone, if transformers has it as one, and give that"
+            raise SourceError(
+                f"{self.label}: model type {self.config.model_type!r} is not a causal language model{remedy}"
+            )
 
     def _finish_config(self) -> None:
         """Say what the config of a new model must: dtype, and the class that transformers builds of it.
@@ -395,13 +399,15 @@ class FolderSource(Source):
         left = self._headers.keys() - set(keys.values())
         theirs: dict[str, str] | None = {}
         # Where every tensor of the files has its place already, nothing is left that could become the missing one.
-        if left and self._converted():
+        joined = bool(left and self._converted())
+        if joined:
             theirs = named_by_transformers(self.skeleton, self._headers)
             if missing:
-                held = stored_in(self.skeleton, self._headers)
                 left = {key for key, name in (theirs or {}).items() if name not in self._shapes}
-                keys, missing = named_in(held or set((theirs or {}).values()), self.skeleton, self.names())
         self._note_unused(left, theirs or {})
+        if joined and missing:
+            held = self._joined()
+            keys, missing = named_in(held or set((theirs or {}).values()), self.skeleton, self.names())
         if held is None and (theirs is None or self._splits()):
             return None
         optional = re.compile("|".join(self.skeleton._keys_to_ignore_on_load_missing or ()) or "(?!)")
@@ -411,6 +417,13 @@ class FolderSource(Source):
             return None
         self._check_shapes(held, keys)
         return {name: held[key] for name, key in keys.items()}
+
+    def _joined(self) -> dict[str, Header | Merged] | None:
+        """What each tensor is made of. Errors: SourceError for experts that are not complete."""
+        try:
+            return stored_in(self.skeleton, self._headers)
+        except ValueError as problem:
+            raise SourceError(f"{self.label}: {problem}; copy or download the model again") from problem
 
     def _note_unused(self, left: Container[str], names: Mapping[str, str]) -> None:
         """List what the model has no place for, and files that are not read.

@@ -120,6 +120,8 @@ class _Model:
         owner, rest = max((self._owner(candidate) for candidate in candidates), key=lambda pair: len(pair[0]))
         first = rest.partition(".")[0]
         listed = f"{key.removesuffix(rest)}{first}" if key.endswith(rest) else key
+        if first.isdigit() and f".{first}." in key:  # a renamed expert of a block behind the last
+            listed = f"{key.partition(f'.{first}.')[0]}.{first}"
         if _TABLES.search(key) or self._is_own_table(candidates, tensor):
             return _starred(key), "a table that the model makes itself"
         if self.ignored.search(key) or self.ignored.search(name):
