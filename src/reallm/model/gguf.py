@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from reallm.errors import SourceError
-from reallm.model.headers import read_into
+from reallm.model.headers import Header, read_into
 from reallm.model.silence import quiet
 
 # What transformers makes of a tensor of these kinds of file depends on that tensor alone, or on those of one parameter.
@@ -117,15 +118,43 @@ class GGUFTensors:
             self._path, self._processor = path, kind(config=config)
             self._names = legacy.get_gguf_hf_weights_map(skeleton, self._processor)
         self._stored: dict[str, list[_Stored]] = {}
+        self.left: dict[str, Header] = {}  # what the model has no place for, by name in the file
+        self._unread: dict[str, _Stored] = {}
         for tensor in reader.tensors:
             stored = _Stored(
                 tensor.name, tensor.tensor_type, tensor.data.shape, tensor.data.dtype, int(tensor.data_offset)
             )
             if (name := self._names.get(tensor.name, self._names.get(tensor.name.removesuffix(".weight")))) is not None:
                 self._stored.setdefault(name, []).append(stored)
+            else:
+                shape, nbytes = tuple(int(size) for size in reversed(tensor.shape)), int(tensor.n_bytes)
+                self.left[tensor.name] = Header(path, torch.float32, shape, nbytes, stored.start)
+                self._unread[tensor.name] = stored
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored
+
+    def name_of(self, left: str) -> str:
+        """Return what a tensor that has no place would be called in the model, as far as its neighbours tell."""
+        module, _, leaf = left.rpartition(".")
+        for known, name in self._names.items():
+            if known in (module, f"{module}.weight"):
+                return f"{name.rpartition('.')[0]}.{leaf}"
+        block = re.match(r"blk\.(\d+)\.(.+)", left)
+        inside = next((name for known, name in self._names.items() if known.startswith("blk.0.")), None)
+        if block is None or inside is None or (place := re.search(r"(?<=\.)0(?=\.)", inside)) is None:
+            return left
+        return f"{inside[: place.start()]}{block[1]}.{block[2]}"
+
+    def is_zero(self, left: str) -> bool:
+        """Return whether a tensor that has no place is all zeros."""
+        return not self._unread[left].read(self._path).any()
+
+    def differ(self, one: str, other: str) -> bool:
+        """Return whether the file holds two tensors apart and with other values."""
+        if one not in self or other not in self or self._stored[one] == self._stored[other]:
+            return False
+        return not torch.equal(self.read(one), self.read(other))
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """A tensor in float32; `index` takes one slice of its first axis."""

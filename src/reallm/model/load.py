@@ -64,7 +64,7 @@ def load_tokenizer(path: str | Path) -> Any:
             return gguf_tokenizer(place)
         folder = place if place.is_dir() else open_source(path).folder
         refuse_adapter(folder)
-        if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+        if not any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*.bpe")):
             raise SourceError(f"{path}: has no tokenizer files; copy the tokenizer of the original model there")
         with quiet():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
