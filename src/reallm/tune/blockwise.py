@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from reallm.artifact import read_kept, save_tensors
 from reallm.errors import SourceError
 from reallm.model import Source
+from reallm.model.decoder import decoder_blocks
 from reallm.model.gradients import block_gradients
-from reallm.model.pieces import Pieces, decoder_blocks
+from reallm.model.pieces import Pieces
 from reallm.model.stream import Stream
 from reallm.tune.data import Windows, drawn
 from reallm.tune.descent import Descent, Diverged, restore, snapshot
@@ -180,10 +181,15 @@ class _Pair:
         """What the present block should put out, batch by batch, and what errors cost."""
         if self.theirs is not None:
             self.theirs.advance()
-            return _Goals(number, list(self.theirs.states), self.gradients)
+            return _Goals(number, list(self.theirs.states), self._sizes, self.gradients)
         with torch.no_grad(), self.ours.on_device(original):
-            answers = [self.ours.through(original, state).to(state.device) for state in self.ours.states]
-        return _Goals(number, answers, self.gradients)
+            states = enumerate(self.ours.states)
+            answers = [self.ours.through(original, batch).to(state.device) for batch, state in states]
+        return _Goals(number, answers, self._sizes, self.gradients)
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [len(batch) for batch in self.ours.batches]
 
 
 @dataclass(frozen=True)
@@ -191,16 +197,17 @@ class _Goals:
     """What a block should answer, batch by batch, and what an error costs."""
 
     block: int
-    targets: Sequence[Float[Tensor, "batch context hidden"]]
+    targets: Sequence[Float[Tensor, "*states hidden"]]
+    sizes: Sequence[int]  # windows of each batch
     gradients: Gradients | None = None
 
-    def error(self, number: int, answer: Float[Tensor, "batch context hidden"]) -> Float[Tensor, ""]:
+    def error(self, number: int, answer: Float[Tensor, "*states hidden"]) -> Float[Tensor, ""]:
         """Of the answer to a batch: nats a token, or the mean relative squared error."""
         target = self.targets[number].to(answer.device).float()
         if self.gradients is None:
             return relative_error(answer, target)
-        first = sum(len(earlier) for earlier in self.targets[:number])
-        gradients = self.gradients.of(self.block, slice(first, first + len(target)), answer.device)
+        first = sum(self.sizes[:number])
+        gradients = self.gradients.of(self.block, slice(first, first + self.sizes[number]), answer.device)
         return cost(answer - target, gradients)
 
 
@@ -222,19 +229,19 @@ class _Block:
         block = stream.blocks[stream.position]
         for number in order:
             with computing(stream.device, dtype):
-                answer = stream.through(block, stream.states[number]).float()
+                answer = stream.through(block, number).float()
             yield goals.error(number, answer)
 
     def validated(self, dtype: torch.dtype) -> float:
         """The error on the validation windows."""
         with torch.no_grad():
-            sizes = [len(target) for target in self.checks.targets]
+            sizes = self.checks.sizes
             errors = self.errors(self.checking, self.checks, range(len(sizes)), dtype)
             return sum(e.item() * n for e, n in zip(errors, sizes, strict=True)) / sum(sizes)
 
 
 def relative_error(
-    answer: Float[Tensor, "batch context hidden"], target: Float[Tensor, "batch context hidden"]
+    answer: Float[Tensor, "*states hidden"], target: Float[Tensor, "*states hidden"]
 ) -> Float[Tensor, ""]:
     """Squared error of each token relative to the target's size, the mean over tokens."""
     size = target.square().mean(-1).clamp(min=1e-12)
@@ -252,7 +259,7 @@ def _tune_block(block: _Block, settings: Settings, workers: Processes, log: Log)
     """Train until the epochs are over or validation no longer falls; the best parameters stay."""
     dtype, batches = settings.compute_dtype, len(block.goals.targets)
     stream = block.learning.ours
-    tokens = sum(target.shape[0] * target.shape[1] for target in block.goals.targets) * workers.count
+    tokens = sum(batch.numel() for batch in stream.batches) * workers.count
     measure = {"unit": "relative" if block.goals.gradients is None else "nats"}
     with stream.on_device(stream.blocks[stream.position]):
         descent = Descent(
