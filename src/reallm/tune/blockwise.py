@@ -18,6 +18,7 @@ not to tune, with either cost (docs/log.md, 2026-11-28).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,9 @@ def tune_blocks(
     """Tune every block in turn; those whose file is in the work folder already are taken over.
 
     `training` windows fill whole batches, of which this process takes its share; validation it scores alone.
-    Errors: SourceError if the two models have other blocks, RecipeError for a disk without room for the gradients.
+    Blocks that the model passes over on text stay as they are.
+    Errors: SourceError if the two models have other blocks or theirs cannot be run one by one, RecipeError for a disk
+    without room for the gradients.
     """
     pieces = Pieces(source, torch.float32)
     check_blocks(pieces.model, trainables.model)
@@ -66,16 +69,19 @@ def tune_blocks(
     left = [n for n, block in enumerate(blocks) if trainables.within(block) and not files[n].is_file()]
     learned, checked = _shares(training, validation, settings, work, workers)
     if settings.block_error == END_LOSS and left:
+        # Hours of gradients end in no refusal: eight tokens go through the blocks before.
+        _Pair(pieces, trainables.model, dataclasses.replace(learned, windows=_beginning(learned.windows)), settings)
         _ask(source, (learned, checked), settings, workers, log)
     learning, checking = (_Pair(pieces, trainables.model, share, settings) for share in (learned, checked))
     pace = Pace(len(left), 0, 0)
     for number, block in enumerate(blocks):
-        parameters = trainables.within(block)
+        parameters = trainables.within(block) if learning.ours.reached else {}
         # The original's own states have to pass each block, the compressed model's only those that are tuned.
-        if number in left or settings.target != COMPRESSED:
+        tuned = number in left and learning.ours.reached
+        if tuned or settings.target != COMPRESSED:
             with _filled(pieces, number) as original:
                 goals, checks = learning.goals(number, original), checking.goals(number, original)
-        if number in left:
+        if tuned:
             seconds = pace.after(left.index(number))["eta_seconds"]
             present = _Block(number, parameters, learning, goals, checking, checks, seconds)
             _tune_block(present, settings, workers, log)
@@ -132,6 +138,11 @@ def _shares(
     )
 
 
+def _beginning(windows: Windows) -> Windows:
+    """Eight tokens of a window."""
+    return Windows(windows.ids[:1, :8], windows.counted[:1, :8])
+
+
 def _ask(source: Source, shares: Sequence[_Share], settings: Settings, workers: Processes, log: Log) -> None:
     """Have the gradients of all windows on disk; those that are there already stay."""
     missing = [(share, number) for share in shares for number in share.gradients.missing()]
@@ -173,6 +184,12 @@ class _Pair:
         ids, batch = share.windows.ids, share.batch
         self.gradients = share.gradients if settings.block_error == END_LOSS else None
         self.ours = Stream(ours, ids, settings.device, batch)
+        if self.gradients is not None and self.ours.states[0].ndim != 3:
+            shape = tuple(self.ours.states[0].shape)
+            raise SourceError(
+                f"{type(ours).__name__}: the hidden states of {len(self.ours.batches[0])} windows are {shape}, more than "
+                "one row per token, for which there are no gradients of the end loss; take --block-error outputs"
+            )
         self.theirs = None
         if settings.target != COMPRESSED:
             self.theirs = Stream(pieces.model, ids, settings.device, batch, pieces)
