@@ -15,6 +15,7 @@ between two blocks than hand the hidden states on: the stream would not be what 
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -286,6 +287,75 @@ class _Watch:
 
         self.outputs[number] = rebuilt(output, like)
         return output
+
+
+def nbytes_per_token(model: nn.Module, decoder: nn.Module, blocks: Sequence[nn.Module]) -> int | None:
+    """Return what a stream will hold of every token: hidden states and arguments. None where only a run can tell.
+
+    The model is on the meta device but for its buffers; what lies outside the blocks gets numbers that take no memory.
+    """
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    for module in decoder.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in inside:
+                module._parameters[name] = _different_rows(parameter)
+    passes = _Passes(type(model).__name__, decoder, blocks)
+    probes: list[_Probe] = []
+    with torch.no_grad(), contextlib.suppress(SourceError):
+        for in_tuple in (False, True):
+            probes = [_Probe(in_tuple), _Probe(in_tuple)]
+            for probe, ids in zip(probes, _PROBED, strict=True):
+                passes.run(ids, probe)
+            if all(probe.in_order for probe in probes):
+                break
+    if not all(probe.in_order for probe in probes):
+        return None
+    known = {
+        id(first) for first, other in zip(*(probe.tensors for probe in probes), strict=False) if _equal(first, other)
+    }
+    of_batch = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in probes[0].tensors if id(t) not in known
+    }
+    held = probes[0].states.nbytes + sum(of_batch.values())
+    return math.ceil(held / _PROBED[0].numel()) + (_shared_nbytes(blocks) if probes[0].shares else 0)
+
+
+def _shared_nbytes(blocks: Sequence[nn.Module]) -> int:
+    """Keys and values of a token that blocks leave for later ones, which are seen only when they run: of two kinds."""
+    keys = [m.weight for block in blocks for path, m in block.named_modules() if path.endswith("k_proj")]
+    return max((2 * 2 * weight.shape[0] * weight.itemsize for weight in keys), default=0)
+
+
+# Two windows of different tokens
+_PROBED = torch.arange(8)[None], torch.arange(8, 16)[None]
+
+
+def _different_rows(parameter: Tensor) -> nn.Parameter:
+    column = torch.linspace(-1, 1, parameter.shape[0] if parameter.ndim else 1, dtype=torch.float32).to(parameter.dtype)
+    column = column.reshape(-1, *[1] * (parameter.ndim - 1)) if parameter.ndim else column[0]
+    return nn.Parameter(column.expand(parameter.shape), requires_grad=False)
+
+
+class _Probe:
+    """A pass through stand-ins of which nothing is known but whether they return a tuple."""
+
+    states: Tensor
+
+    def __init__(self, in_tuple: bool) -> None:
+        self.in_order, self.shares = False, False
+        self.tensors: list[Tensor] = []
+        self._in_tuple, self._last = in_tuple, -1
+        self._output: Tensor | None = None
+
+    def __call__(self, number: int, _: Forward, arguments: Arguments) -> Any:
+        states = arguments.pop(0)
+        if self._output is None:
+            self.states = states
+        self.in_order = number > self._last and (self._output is None or states is self._output)
+        self.tensors += tensors(arguments)
+        self.shares |= any(writable(value) and not len(value) for value in arguments.values())
+        self._last, self._output = number, states.detach()
+        return (self._output, None, None) if self._in_tuple else self._output
 
 
 class _Collecting:

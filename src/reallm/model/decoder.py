@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from reallm.errors import SourceError
@@ -23,7 +25,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the decoder blocks in order: the largest list of modules in the decoder, of as many as the config has layers.
+    """Return the decoder blocks in order: the largest list of modules in the decoder, if it can be with one per layer.
 
     Errors: SourceError if there is none.
     """
@@ -34,6 +36,17 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
             "it can be neither calibrated nor tuned block by block"
         )
     return list(found)
+
+
+def block_numbers(model: nn.Module, names: Iterable[str]) -> dict[str, int | None]:
+    """Return for each module path the decoder block that it lies in; None for one outside, whatever numbers it has."""
+    numbers = {id(block): number for number, block in enumerate(decoder_blocks(model))}
+    prefixes = {f"{path}.": numbers[id(module)] for path, module in model.named_modules() if id(module) in numbers}
+
+    def number_of(name: str) -> int | None:
+        return next((number for prefix, number in prefixes.items() if name.startswith(prefix)), None)
+
+    return {name: number_of(name) for name in names}
 
 
 def _block_list(module: nn.Module, model: nn.Module) -> nn.ModuleList | None:

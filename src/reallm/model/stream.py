@@ -10,16 +10,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reallm.errors import SourceError
+from reallm.model import calls
 from reallm.model.calls import Calls
 from reallm.model.decoder import decoder_blocks, decoder_of
 from reallm.model.devices import device_of
-from reallm.model.pieces import Pieces
+from reallm.model.pieces import Pieces, hollow_model
+from reallm.model.silence import quiet
 from reallm.model.walk import Matrix, linear_shape
 
 # Tokens a pass: 8,192 of 4,096 hidden numbers are 128 MB in float32, and keep a processor's products large.
@@ -74,6 +77,18 @@ class Moments:
             self.tokens[name] = 0
         self.sums[name].addmm_(rows.T, rows)
         self.tokens[name] += len(rows)
+
+
+def nbytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Return the bytes that a stream through a model of a config holds per token, from a pass that reads no weight.
+
+    Where only a run can tell it is one row of hidden numbers.
+    """
+    text = config.get_text_config(decoder=True)
+    with quiet():
+        model = hollow_model(config, dtype).eval()
+    found = calls.nbytes_per_token(model, decoder_of(model), decoder_blocks(model))
+    return text.hidden_size * dtype.itemsize if found is None else found
 
 
 class Stream:

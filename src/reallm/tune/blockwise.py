@@ -187,8 +187,8 @@ class _Pair:
         if self.gradients is not None and self.ours.states[0].ndim != 3:
             shape = tuple(self.ours.states[0].shape)
             raise SourceError(
-                f"{type(ours).__name__}: the hidden states of {len(self.ours.batches[0])} windows are {shape}, more than "
-                "one row per token, for which there are no gradients of the end loss; take --block-error outputs"
+                f"{type(ours).__name__}: hidden states of {len(self.ours.batches[0])} windows have the shape {shape}, "
+                "more than one row per token, whose gradients are not taken; add --block-error outputs"
             )
         self.theirs = None
         if settings.target != COMPRESSED:
