@@ -181,7 +181,7 @@ def altered(model, monkeypatch, **how):
     ("how", "reason"),
     [
         ({"states": True}, "it changes the hidden states between blocks 0 and 1"),
-        ({"more": lambda states, _: states.mean()}, "the argument 'more' of block 1 is made of earlier blocks' outputs"),
+        ({"more": lambda states, _: states.mean()}, "'more' of block 1 is made of earlier blocks' outputs"),
         ({"more": lambda *_: object()}, "the argument 'more' of block 0 is a object"),
         ({"stored": True}, "it stores tensors of each batch in its decoder blocks"),
         ({"failing": True}, r"its forward pass over token ids fails \(ValueError: pixel_values are missing\)"),

@@ -119,10 +119,10 @@ def test_one_block_of_the_original_is_in_memory(nearby, tiny_llama, tuning_text,
     monkeypatch.setattr(blockwise, "Pieces", Watched)
     through = blockwise.Stream.through
 
-    def counting(stream, block, state):
+    def counting(stream, *arguments):
         full = [any(not p.is_meta for p in own.parameters()) for model in made for own in decoder_blocks(model)]
         counts.append(sum(full))
-        return through(stream, block, state)
+        return through(stream, *arguments)
 
     monkeypatch.setattr(blockwise.Stream, "through", counting)
     monkeypatch.setattr(FolderSource, "load", lambda *a, **k: whole.append(a))
@@ -230,9 +230,7 @@ def gemma3n(tiny_llama, tmp_path_factory):
     return folder / "model", folder / "out"
 
 
-def test_blocks_that_are_given_more_than_states_learn_with_what_belongs_to_their_batch(
-    gemma3n, tuning_text, tmp_path
-):
+def test_blocks_that_are_given_more_than_states_learn_with_what_belongs_to_their_batch(gemma3n, tuning_text, tmp_path):
     original, compressed = gemma3n
     options = {**SHORT, "block_epochs": 1, "text": tuning_text, "reference": str(original), "block_error": "outputs"}
     events = reallm.tune(compressed, tmp_path / "out", **options).events

@@ -169,7 +169,7 @@ class Stream:
         if self.reached:
             with torch.no_grad(), self.on_device(block):
                 for number, state in enumerate(self.states):
-                    self.states[number] = self._run(block, number, keep=True).to(state.device)
+                    self.states[number] = self.through(block, number, True).to(state.device)
         self._calls.forget(self.position)
         self.position += 1
 
@@ -182,14 +182,13 @@ class Stream:
             yield
             block.to(home)
 
-    def through(self, block: nn.Module, number: int) -> Float[Tensor, "*states hidden"]:
+    def through(self, block: nn.Module, number: int, keep: bool = False) -> Float[Tensor, "*states hidden"]:
         """Return what a block makes of a batch's hidden states, in place of the present one; it must be on the device.
 
-        A block that the model passes over returns them as they are.
+        With `keep` later blocks are handed its other outputs. A block that the model passes over changes nothing.
         """
-        return self._run(block, number) if self.reached else self.states[number].to(self.device)
-
-    def _run(self, block: nn.Module, number: int, keep: bool = False) -> Tensor:
+        if not self.reached:
+            return self.states[number].to(self.device)
         return self._calls.run(self.position, block, self.states[number], number, self.device, keep)
 
     @contextlib.contextmanager
