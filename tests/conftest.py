@@ -249,9 +249,9 @@ def originals_alive(monkeypatch):
         originals.extend(map(weakref.ref, (model, *model.parameters())))
         return model
 
-    def watching(stream, block, state):
+    def watching(stream, *arguments):
         alive.append(sum(original() is not None for original in originals))
-        return through(stream, block, state)
+        return through(stream, *arguments)
 
     monkeypatch.setattr(FolderSource, "load", loading)
     monkeypatch.setattr(Stream, "through", watching)

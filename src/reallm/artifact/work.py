@@ -115,22 +115,27 @@ def remove(work: Path) -> None:
 def opened(work: Path, state: dict[str, Any]) -> Iterator[None]:
     """Make the work folder, or go on in one whose `state` (source, seed, device, plan) is the same.
 
-    A run that fails leaves it for --resume, unless its own input is at fault: then nothing in it is of use.
+    A run that fails leaves it for --resume, unless its own input is at fault, when nothing in it is of use, or nothing
+    is in it yet.
     Errors: RecipeError naming what has changed; ArtifactError for a disk that is full or cannot be written.
     """
     new = not work.exists()
     try:
         _check_or_write(work, state)
         yield
-    except (SourceError, FormatError):
-        if new:
+    except BaseException as error:
+        if new and (isinstance(error, SourceError | FormatError) or not _has_results(work)):
             shutil.rmtree(work, ignore_errors=True)
-        raise
-    except (OSError, SafetensorError) as error:
+        if not isinstance(error, OSError | SafetensorError):
+            raise
         reason = getattr(error, "strerror", None) or error
         place = getattr(error, "filename", None) or work
         remedy = f"what is finished is in {work}: mend it and add --resume" if work.exists() else "mend it"
         raise ArtifactError(f"{place}: {reason}; {remedy}") from error
+
+
+def _has_results(work: Path) -> bool:
+    return work.is_dir() and any(not path.name.startswith(STATE_FILE) for path in work.iterdir())
 
 
 def check_finished(path: Path, layout: Tensors) -> None:

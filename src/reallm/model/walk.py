@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from reallm.allocate.plan import PER_LAYER
 from reallm.formats import Shape
+from reallm.model.decoder import decoder_of
 from reallm.model.families import POSITION_WORDS, is_router, role_of
 
 LEFT_OUT = "left out by the plan"  # why a matrix is kept
@@ -149,7 +150,7 @@ class _Place:
         self.config = model.config.get_text_config(decoder=True)
         self.embedding = paths.get(id(model.get_input_embeddings()))
         self.head = paths.get(id(model.get_output_embeddings()))
-        self.decoder = paths.get(id(model.get_decoder()), "")
+        self.decoder = paths.get(id(decoder_of(model)), "")
         self.tied = tied_names(model)
         self.tied_heads = [n.removesuffix(".weight") for n in self.tied if n == f"{self.head}.weight"]
 
