@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reallm.artifact.checks import read_json
+from reallm.artifact.checks import PICKLES, read_json, suffix_of
 from reallm.artifact.manifest import QUANT_METHOD
 from reallm.errors import SourceError
 from reallm.model.adapters import CONFIG as ADAPTER
@@ -26,8 +26,6 @@ from reallm.model.merged import Merged, stored_in
 from reallm.model.silence import quiet
 from reallm.model.untrusted import bounded, check_plain, said
 from reallm.model.walk import meta_model, tied_names
-
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 # What travels with a model beside config and weights; globs, since tokenizers differ.
 COMPANIONS = (
@@ -75,9 +73,9 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def _open_file(path: Path) -> Source:
-    if path.suffix == ".gguf":
+    if suffix_of(path) == ".gguf":
         return GGUFSource(path)
-    if any(path.match(pattern) for pattern in PICKLES):
+    if suffix_of(path) in PICKLES:
         raise SourceError(f"{path}: is a pickle checkpoint, which can run code when read; {_CONVERT}")
     raise SourceError(f"{path}: is a file; give the folder that holds the model, or a .gguf file")
 
@@ -87,7 +85,7 @@ _CONVERT = "convert it with model.save_pretrained(FOLDER), which writes safetens
 
 def _looks_like_a_path(text: str, path: Path) -> bool:
     """A hub id is `name` or `org/name`; anything else, or a name in an existing folder, was meant as a path."""
-    if text.startswith((".", "~", os.sep)) or text.endswith((os.sep, ".gguf", ".safetensors")):
+    if text.startswith((".", "~", os.sep)) or text.lower().endswith((os.sep, ".gguf", ".safetensors")):
         return True
     return text.count("/") > 1 or "\\" in text or " " in text or (path.parent != Path() and path.parent.is_dir())
 
@@ -329,9 +327,8 @@ class FolderSource(Source):
     def _refuse_pickle(self) -> None:
         if (self.folder / INDEX).is_file() or (self.folder / SINGLE).is_file():
             return
-        for pattern in PICKLES:
-            if found := sorted(self.folder.glob(pattern)):
-                raise SourceError(f"{found[0]}: is a pickle checkpoint, which can run code when read; {_CONVERT}")
+        if found := sorted(file for file in self.folder.iterdir() if suffix_of(file) in PICKLES):
+            raise SourceError(f"{found[0]}: is a pickle checkpoint, which can run code when read; {_CONVERT}")
         raise SourceError(f"{self.label}: holds no safetensors weights ({SINGLE} or {INDEX}); {_CONVERT}")
 
     def _match(self) -> dict[str, Header | Merged] | None:
