@@ -59,9 +59,10 @@ def command(
     from reallm.evaluate.loading import load_options
     from reallm.model import load, load_tokenizer
 
+    tokenizer = load_tokenizer(model)  # first: it is cheap, and a model takes minutes
     pieces = generate_stream(
         load(model, mode=mode, verify=verify, adapter=adapter, **load_options(device, dtype)),
-        load_tokenizer(model),
+        tokenizer,
         sys.stdin.read() if prompt == "-" else prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -55,7 +55,8 @@ def load_tokenizer(path: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from reallm.model.gguf import gguf_tokenizer, require_gguf
+    from reallm.model.gguf import require_gguf
+    from reallm.model.gguf_tokenizer import gguf_tokenizer
 
     place = Path(path).expanduser()
     try:

@@ -20,7 +20,8 @@ from reallm.artifact.checks import PICKLES, read_json, suffix_of
 from reallm.artifact.manifest import QUANT_METHOD
 from reallm.errors import SourceError
 from reallm.model.adapters import CONFIG as ADAPTER
-from reallm.model.gguf import GGUFTensors, fast_reader, gguf_arguments, gguf_tokenizer, require_gguf
+from reallm.model.gguf import GGUFTensors, fast_reader, gguf_arguments, gguf_files, open_reader, require_gguf
+from reallm.model.gguf_tokenizer import gguf_tokenizer
 from reallm.model.headers import INDEX, SINGLE, Header, read_headers, read_tensor, weight_files
 from reallm.model.merged import Merged, stored_in
 from reallm.model.silence import quiet
@@ -132,6 +133,9 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def files(self) -> list[Path]:
         """The weight files."""
+
+    def check(self) -> None:  # noqa: B027 - nothing to check is a fine answer
+        """Check what else can be known of the files without reading weights. Errors: SourceError."""
 
     @abc.abstractmethod
     def save_companions(self, folder: Path) -> None:
@@ -372,7 +376,7 @@ class FolderSource(Source):
 
 
 class GGUFSource(Source):
-    """A GGUF file; a tensor's blocks are decoded to dense weights when it is read.
+    """A GGUF file, or several parts of one; a tensor's blocks are decoded to dense weights when it is read.
 
     Where we do not know what transformers makes of the file tensor by tensor, all are decoded at the first `read`.
     """
@@ -382,6 +386,7 @@ class GGUFSource(Source):
         from transformers import AutoConfig
 
         self.path, self.label = path, str(path)
+        self._files = gguf_files(path)
         try:
             with quiet(), fast_reader():
                 self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
@@ -401,8 +406,8 @@ class GGUFSource(Source):
         return found if isinstance(found, str) else None
 
     def files(self) -> list[Path]:
-        """The file."""
-        return [self.path]
+        """The file, or its parts."""
+        return self._files
 
     @property
     def dtype(self) -> torch.dtype:
@@ -411,8 +416,8 @@ class GGUFSource(Source):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the file."""
-        return self.path.stat().st_size
+        """Bytes of the file, or its parts."""
+        return sum(file.stat().st_size for file in self._files)
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """A tensor of the state dict, in float32.
@@ -457,6 +462,19 @@ class GGUFSource(Source):
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         return model
+
+    def check(self) -> None:
+        """Build the tokenizer, and compare what the header says with the embedding.
+
+        Errors: SourceError with the remedy.
+        """
+        rows = {int(t.shape[-1]) for t in open_reader(self.path).tensors if t.name == "token_embd.weight"}
+        if rows - {self.config.vocab_size}:
+            raise SourceError(
+                f"{self.path}: says that it has {self.config.vocab_size:,} tokens, and its embedding has "
+                f"{max(rows):,} rows; copy or download the file again"
+            )
+        gguf_tokenizer(self.path)
 
     def save_companions(self, folder: Path) -> None:
         """Convert the tokenizer of the file and write it as Hugging Face files."""
