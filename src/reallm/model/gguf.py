@@ -150,7 +150,7 @@ def fast_reader() -> Iterator[list[Any]]:
     A vocabulary of 49,152: 5.0 s before, 1.1 s after. And the map of tensor names, 20 ms, is asked for
     once a module instead of once. Config, tokenizer and weights each open the file anew: it is parsed once, with the
     tensors of the other parts of a model in parts. Gives the readers that are asked for meanwhile.
-    Errors: SourceError for parts that are missing or do not belong together.
+    Errors: SourceError for files that cannot be read, or parts that are missing or do not belong together.
     """
     import gguf
     import numpy as np
@@ -187,14 +187,7 @@ def open_reader(path: Path) -> Any:
     import gguf
 
     with fast_reader():
-        try:
-            return gguf.GGUFReader(str(path))
-        except SourceError:
-            raise
-        except Exception as problem:  # gguf reads damaged lengths as they are, and fails on them in any way
-            raise SourceError(
-                f"{path}: cannot be read as GGUF ({said(problem)}); copy or download the file again"
-            ) from problem
+        return gguf.GGUFReader(str(path))
 
 
 def gguf_files(path: Path) -> list[Path]:
@@ -212,10 +205,20 @@ def _parsed(reader: Any, path: Any, *more: Any) -> Any:
         return reader(path, *more)
     if _last is None or os.path.realpath(path) not in _last[0] or _last[0] != _states(_last[0]):
         _last = None
-        found = reader(path)
+        found = _read_whole(reader, path)
         _join_parts(found, reader, Path(path))
         _last = (_states([path, *found.file_of.values()]), found)
     return _last[1]
+
+
+def _read_whole(reader: Any, path: Any) -> Any:
+    """Errors: SourceError naming the file."""
+    try:
+        return reader(path)
+    except Exception as problem:  # gguf reads damaged lengths as they are, and fails on them in any way
+        raise SourceError(
+            f"{path}: cannot be read as GGUF ({said(problem)}); copy or download the file again"
+        ) from problem
 
 
 def _states(files: Iterable[Any]) -> dict[str, tuple[int, int]]:
@@ -250,7 +253,7 @@ def _join_parts(reader: Any, opened: Any, path: Path) -> None:
     for part, file in enumerate(files[1:], start=2):
         if not file.is_file():
             raise SourceError(f"{file}: part {part} of {count} of a GGUF model is missing; copy it there")
-        other = opened(file)
+        other = _read_whole(opened, file)
         if _part_of(other) != (part, count) or any(tensor.name in reader.file_of for tensor in other.tensors):
             raise SourceError(f"{file}: is not part {part} of {count} of the model of {path.name}; copy it again")
         reader.tensors += other.tensors

@@ -206,17 +206,21 @@ def _merges_as_stated(stated: _Stated, state: dict[str, Any]) -> bool:
     bare = Tokenizer.from_str(json.dumps(state | {"added_tokens": [], "post_processor": None}))
     vocab = bare.get_vocab()
     spelled = [token if token in vocab else token.replace(" ", "▁") for token in stated.tokens]
-    by_score = {token: -score for token, score in zip(spelled, stated.scores, strict=False)}
     by_place = {token: float(place) for place, token in enumerate(spelled)}
-    found = bare.encode(_WORDS, add_special_tokens=False).tokens
-    text = _WORDS if bare.normalizer is None else bare.normalizer.normalize_str(_WORDS)
+    by_score = {token: -score for token, score in zip(spelled, stated.scores, strict=False)}
+    orders = (
+        [by_place, by_score] if len({by_score[t] for t in spelled if len(t) > 1 and t[0] != "<"}) > 1 else [by_place]
+    )
+    sample = "".join(letter for letter in _WORDS if _has(letter, stated.kind, vocab))
+    found = bare.encode(sample, add_special_tokens=False).tokens
+    text = sample if bare.normalizer is None else bare.normalizer.normalize_str(sample)
     words = [text] if bare.pre_tokenizer is None else [word for word, _ in bare.pre_tokenizer.pre_tokenize_str(text)]
 
     def merged(ranks: dict[str, float]) -> list[str]:
         pieces = [piece for word in words for piece in _merge(word, ranks)]
         return [token for piece in pieces for token in _or_bytes(piece, vocab)]
 
-    return found in (merged(by_score), merged(by_place)) or "<unk>" in found
+    return found in map(merged, orders)
 
 
 def _merge(word: str, ranks: dict[str, float]) -> list[str]:
