@@ -138,6 +138,7 @@ def test_parts_change_the_fingerprint_and_are_parsed_again(parts):
 
 
 def test_other_parts_than_the_first_name_it(parts):
+    open_source(parts[0])
     for number, part in enumerate(parts[1:], start=2):
         for read in (open_source, load_tokenizer):
             with pytest.raises(

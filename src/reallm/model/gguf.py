@@ -195,7 +195,7 @@ def gguf_files(path: Path) -> list[Path]:
     return list(dict.fromkeys([path, *open_reader(path).file_of.values()]))
 
 
-_last: tuple[dict[str, tuple[int, int]], Any] | None = None
+_last: tuple[str, dict[str, tuple[int, int]], Any] | None = None
 
 
 def _parsed(reader: Any, path: Any, *more: Any) -> Any:
@@ -203,12 +203,13 @@ def _parsed(reader: Any, path: Any, *more: Any) -> Any:
     global _last
     if more:  # to write into
         return reader(path, *more)
-    if _last is None or os.path.realpath(path) not in _last[0] or _last[0] != _states(_last[0]):
+    real = os.path.realpath(path)
+    if _last is None or _last[0] != real or _last[1] != _states(_last[1]):
         _last = None
         found = _read_whole(reader, path)
         _join_parts(found, reader, Path(path))
-        _last = (_states([path, *found.file_of.values()]), found)
-    return _last[1]
+        _last = (real, _states([path, *found.file_of.values()]), found)
+    return _last[2]
 
 
 def _read_whole(reader: Any, path: Any) -> Any:
