@@ -228,8 +228,9 @@ def test_mistakes_are_one_line(state, tmp_path):
         reallm.pack(tmp_path / "nan.safetensors", tmp_path / "out", 10_000)
     with pytest.raises(ValueError, match="is a folder; give the file that reallm pack wrote"):
         reallm.unpack(tmp_path)
-    with pytest.raises(SourceError, match="pickle"):
-        reallm.pack(tmp_path / "model.pt", tmp_path / "out", 10_000)
+    for name in ("model.pt", "MODEL.PT"):
+        with pytest.raises(SourceError, match="pickle"):
+            reallm.pack(tmp_path / name, tmp_path / "out", 10_000)
     (tmp_path / "there").touch()
     with pytest.raises(ArtifactError, match="exists"):
         reallm.pack(state[0], tmp_path / "there", 10_000)

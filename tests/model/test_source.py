@@ -271,7 +271,7 @@ def test_a_config_that_is_not_json_is_named(original, tmp_path):
         open_source(folder)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "MODEL.PT"])
 def test_a_pickle_checkpoint_is_refused_with_the_remedy(original, tmp_path, name):
     folder = copied(original, tmp_path)
     (folder / "model.safetensors").rename(folder / name)

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from reallm.artifact.checks import read_json
+from reallm.artifact.checks import read_json, suffix_of
 from reallm.artifact.manifest import read_manifest
 from reallm.errors import ArtifactError, FormatError, RecipeError, SourceError
 from reallm.formats import Tensors, to_spec
@@ -59,7 +59,7 @@ def check_new_file(file: Path, option: str, suffixes: tuple[str, ...] = ()) -> N
 
     Errors: ArtifactError that names the option, with the remedy.
     """
-    if suffixes and file.suffix.lower() not in suffixes:
+    if suffixes and suffix_of(file) not in suffixes:
         raise ArtifactError(f"{option} {file}: what is written is {suffixes[0][1:].upper()}; name it {suffixes[0]}")
     if not file.absolute().parent.is_dir():
         raise ArtifactError(f"{option} {file}: the folder {file.absolute().parent} does not exist; make it first")

@@ -18,20 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reallm.artifact.checks import read_json
+from reallm.artifact.checks import PICKLES, read_json, suffix_of
 from reallm.artifact.manifest import QUANT_METHOD
 from reallm.errors import SourceError
 from reallm.model.adapters import CONFIG as ADAPTER
 from reallm.model.auxiliary import PATTERNS, SETTINGS, TEMPLATES, auxiliary_files, named_below, too_large_files
-from reallm.model.gguf import GGUFTensors, fast_reader, gguf_arguments, gguf_tokenizer, require_gguf
+from reallm.model.gguf import GGUFTensors, fast_reader, gguf_arguments, gguf_files, open_reader, require_gguf
+from reallm.model.gguf_tokenizer import gguf_tokenizer
 from reallm.model.headers import INDEX, SINGLE, Header, read_headers, read_tensor, same_values, weight_files
 from reallm.model.merged import Merged, named_by_transformers, stored_in
 from reallm.model.silence import quiet
 from reallm.model.untrusted import bounded, check_plain, said
 from reallm.model.unused import Unused, unused_files, unused_tensors
 from reallm.model.walk import meta_model, tied_names
-
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 DOWNLOADS = ("config.json", INDEX, "*.safetensors", *PATTERNS)
 # Copies of the same weights in other layouts, which would double a download.
@@ -74,9 +73,9 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def _open_file(path: Path) -> Source:
-    if path.suffix == ".gguf":
+    if suffix_of(path) == ".gguf":
         return GGUFSource(path)
-    if any(path.match(pattern) for pattern in PICKLES):
+    if suffix_of(path) in PICKLES:
         raise SourceError(f"{path}: is a pickle checkpoint, which can run code when read; {_CONVERT}")
     raise SourceError(f"{path}: is a file; give the folder that holds the model, or a .gguf file")
 
@@ -86,7 +85,7 @@ _CONVERT = "convert it with model.save_pretrained(FOLDER), which writes safetens
 
 def _looks_like_a_path(text: str, path: Path) -> bool:
     """A hub id is `name` or `org/name`; anything else, or a name in an existing folder, was meant as a path."""
-    if text.startswith((".", "~", os.sep)) or text.endswith((os.sep, ".gguf", ".safetensors")):
+    if text.startswith((".", "~", os.sep)) or text.lower().endswith((os.sep, ".gguf", ".safetensors")):
         return True
     return text.count("/") > 1 or "\\" in text or " " in text or (path.parent != Path() and path.parent.is_dir())
 
@@ -136,6 +135,9 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def files(self) -> list[Path]:
         """The weight files."""
+
+    def check(self) -> None:  # noqa: B027 - nothing to check is a fine answer
+        """Check what else can be known of the files without reading weights. Errors: SourceError."""
 
     @abc.abstractmethod
     def save_companions(self, folder: Path) -> None:
@@ -369,9 +371,8 @@ class FolderSource(Source):
     def _refuse_pickle(self) -> None:
         if (self.folder / INDEX).is_file() or (self.folder / SINGLE).is_file():
             return
-        for pattern in PICKLES:
-            if found := sorted(self.folder.glob(pattern)):
-                raise SourceError(f"{found[0]}: is a pickle checkpoint, which can run code when read; {_CONVERT}")
+        if found := sorted(file for file in self.folder.iterdir() if suffix_of(file) in PICKLES):
+            raise SourceError(f"{found[0]}: is a pickle checkpoint, which can run code when read; {_CONVERT}")
         if others := sorted(file.name for file in self.folder.glob("*.safetensors")):
             raise SourceError(
                 f"{self.label}: holds {others[0]}, but neither {SINGLE} nor {INDEX}, which transformers reads; rename "
@@ -487,7 +488,7 @@ class FolderSource(Source):
 
 
 class GGUFSource(Source):
-    """A GGUF file; a tensor's blocks are decoded to dense weights when it is read.
+    """A GGUF file, or several parts of one; a tensor's blocks are decoded to dense weights when it is read.
 
     Where we do not know what transformers makes of the file tensor by tensor, all are decoded at the first `read`.
     """
@@ -497,6 +498,7 @@ class GGUFSource(Source):
         from transformers import AutoConfig
 
         self.path, self.label = path, str(path)
+        self._files = gguf_files(path)
         try:
             with quiet(), fast_reader():
                 self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
@@ -523,8 +525,8 @@ class GGUFSource(Source):
         return found if isinstance(found, str) else None
 
     def files(self) -> list[Path]:
-        """The file."""
-        return [self.path]
+        """The file, or its parts."""
+        return self._files
 
     @property
     def dtype(self) -> torch.dtype:
@@ -533,8 +535,8 @@ class GGUFSource(Source):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the file, but for tensors that the model has no place for."""
-        return self.path.stat().st_size - sum(one.nbytes for one in self.unused)
+        """Bytes of the file, or its parts, but for tensors that the model has no place for."""
+        return sum(file.stat().st_size for file in self._files) - sum(one.nbytes for one in self.unused)
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """A tensor of the state dict, in float32.
@@ -581,6 +583,19 @@ class GGUFSource(Source):
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         return model
+
+    def check(self) -> None:
+        """Build the tokenizer, and compare what the header says with the embedding.
+
+        Errors: SourceError with the remedy.
+        """
+        rows = {int(t.shape[-1]) for t in open_reader(self.path).tensors if t.name == "token_embd.weight"}
+        if rows - {self.config.vocab_size}:
+            raise SourceError(
+                f"{self.path}: says that it has {self.config.vocab_size:,} tokens, and its embedding has "
+                f"{max(rows):,} rows; copy or download the file again"
+            )
+        gguf_tokenizer(self.path)
 
     def save_companions(self, folder: Path) -> None:
         """Convert the tokenizer of the file and write it as Hugging Face files."""
