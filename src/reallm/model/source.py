@@ -445,7 +445,7 @@ class FolderSource(Source):
     def _other_weights(self) -> list[Path]:
         """Weight files of the folder beside those that are read."""
         read = {file.name for file in self.files()}
-        found = {file for pattern in ("*.safetensors", *PICKLES) for file in self.folder.glob(pattern)}
+        found = {file for file in self.folder.iterdir() if suffix_of(file) in (".safetensors", *PICKLES)}
         return sorted(file for file in found if file.is_file() and file.name not in read)
 
     @cached_property
