@@ -48,8 +48,10 @@ LOWEST := .venv-lowest
 
 $(LOWEST)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip --quiet --disable-pip-version-check install $(TORCH) uv
-	echo $(TORCH) > $(LOWEST)/torch.txt
+	$(LOWEST)/bin/python -m pip --quiet --disable-pip-version-check install $(TORCH)
+	$(LOWEST)/bin/python -m pip --quiet --disable-pip-version-check install uv
+	$(LOWEST)/bin/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch").split("+")[0])' \
+		> $(LOWEST)/torch.txt
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct \
 		--override $(LOWEST)/torch.txt -e ".[test,gguf]"
 	touch $@
