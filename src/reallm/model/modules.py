@@ -65,6 +65,7 @@ class _Compressed(nn.Module):
             parent.register_buffer(leaf, tensor)
         self.register_buffer("dense", torch.empty(0, dtype=dtype, device="meta"), persistent=False)
         self.live: nn.Module | None = None
+        self.loading = False  # until the loader is done: stored tensors may be entropy-coded still, or not there
         self._shared: tuple[SharedTables, ...] = ()  # in a tuple: a child would list its tensors once a matrix
         # Nothing in here is for the model's random initialisation.
         self._is_hf_initialized = True
@@ -127,7 +128,14 @@ class _Compressed(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
-        """The decoded matrix: the kept one, or a fresh one."""
+        """The decoded matrix: the kept one, or a fresh one. While it loads, an empty one of its shape without memory.
+
+        Families whose initialisation looks at the weights of other modules (GPT-2) do so before all tensors are there.
+        """
+        if self.loading:
+            blank = torch.empty(self.shape, dtype=self.compute_dtype, device="meta")
+            blank._is_hf_initialized = True  # type: ignore[attr-defined]
+            return blank
         if self.live is not None:
             return self.live()
         return self.dense if self.dense.numel() else self.decode()
