@@ -213,7 +213,7 @@ class ReallmQuantizer(HfQuantizer):
                     tensor = self._uncoded(f"{path}.{local}", tensor)
                     module.put(local, tensor)
                 self._check_arrived(f"{path}.{local}", tensor)
-            module.loading = False
+            module.loaded()
             try:
                 if self.quantization_config.mode == DECODE_AT_LOAD:
                     module.decode_once()
@@ -260,6 +260,11 @@ class ReallmQuantizer(HfQuantizer):
         """What `save_pretrained` writes: the state dict, coded tensors coded again, and the markers."""
         markers = {name: torch.empty(0, dtype=torch.uint8) for name in self._markers}
         state = model.state_dict()
+        if lost := [name for name in self._stored if name not in state]:
+            raise ArtifactError(
+                f"{lost[0]!r} and {len(lost) - 1} other stored tensors are no longer in the model under their names "
+                "(resized, or wrapped by PEFT): save the adapter alone, or call model.dequantize() before the change"
+            )
         coded = {name: coded_tensor(state[name]) for name in self._coded}
         return {**state, **coded, **markers}, {}
 
