@@ -359,6 +359,7 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_without_import_reallm_loading_fails_and_names_the_remedy(artifact):
     folder = str(artifact("tied"))
     lines = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({folder!r})"
@@ -367,6 +368,7 @@ def test_without_import_reallm_loading_fails_and_names_the_remedy(artifact):
     assert "IMPORT_REALLM" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_clean_process_computes_the_same_logits_without_the_original(tmp_path, ids, build, save, write_artifact):
     folder = write_artifact(save(build("tied"), tmp_path / "original"), tmp_path / "out")
     expected = logits(load(folder), ids)

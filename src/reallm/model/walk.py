@@ -9,7 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from reallm.allocate.plan import PER_LAYER
 from reallm.formats import Shape
+from reallm.model.decoder import decoder_of
 from reallm.model.families import POSITION_WORDS, is_router, role_of
 
 LEFT_OUT = "left out by the plan"  # why a matrix is kept
@@ -148,7 +150,7 @@ class _Place:
         self.config = model.config.get_text_config(decoder=True)
         self.embedding = paths.get(id(model.get_input_embeddings()))
         self.head = paths.get(id(model.get_output_embeddings()))
-        self.decoder = paths.get(id(model.get_decoder()), "")
+        self.decoder = paths.get(id(decoder_of(model)), "")
         self.tied = tied_names(model)
         self.tied_heads = [n.removesuffix(".weight") for n in self.tied if n == f"{self.head}.weight"]
 
@@ -157,6 +159,8 @@ class _Place:
         full = f"{path}.{name}" if path else name
         if name == "weight" and path == self.embedding and isinstance(module, nn.Embedding):
             return [Matrix(path, full, tuple(tensor.shape), "embedding", "embedding")]
+        if name == "weight" and self._looks_up_tokens(path, module):
+            return [Matrix(path, full, tuple(tensor.shape), PER_LAYER, "embedding")]
         shape = linear_shape(module) if name == "weight" else None
         if shape is not None and path == self.head:
             return [Matrix(path, full, shape, "head", "head", transposed=is_conv1d(module))]
@@ -176,6 +180,13 @@ class _Place:
             for e in range(tensor.shape[0])
         ]
 
+    def _looks_up_tokens(self, path: str, module: nn.Module) -> bool:
+        """Whether a module of the decoder is another table of the whole vocabulary."""
+        if not isinstance(module, nn.Embedding) or (self.decoder and not path.startswith(f"{self.decoder}.")):
+            return False
+        sizes = {value for key, value in vars(self.config).items() if key.startswith("vocab_size")}
+        return module.num_embeddings in sizes and not _is_position(path, module)
+
     def _in_block(self, path: str) -> bool:
         inside = not self.decoder or path.startswith(f"{self.decoder}.")
         return inside and block_of(path.removeprefix(self.decoder)) is not None
@@ -190,8 +201,7 @@ class _Place:
         if "norm" in kind.lower() or "norm" in path.rpartition(".")[2].lower():
             return "norm"
         if isinstance(module, nn.Embedding):
-            position = any(word in f"{path} {kind}".lower() for word in POSITION_WORDS)
-            return "position embedding" if position else "embedding beside the input's"
+            return "position embedding" if _is_position(path, module) else "embedding beside the input's"
         if tensor.ndim == 1:
             return "1-D"
         if "router" in kind.lower() or is_router(path, tensor.shape[0], self.config):
@@ -199,6 +209,10 @@ class _Place:
         if linear_shape(module) is not None:
             return "outside the decoder blocks"
         return f"{tensor.ndim}-D parameter of {kind}"
+
+
+def _is_position(path: str, module: nn.Module) -> bool:
+    return any(word in f"{path} {type(module).__name__}".lower() for word in POSITION_WORDS)
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

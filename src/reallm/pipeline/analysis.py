@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reallm.allocate.analysis import BESIDE_RANK_ONE, ROTATED_WIDTHS, VERSION, Analysis, Measured, spec_key
+from reallm.allocate.plan import PER_LAYER
 from reallm.artifact import code_within_size
 from reallm.fit import Objective, fit, relative_error
 from reallm.fit.feedback import costs_in_feedback
@@ -73,7 +74,7 @@ def analysed(
     measured: dict[str, dict[str, Measured]] = {}
     with torch.no_grad():
         for matrix in walk.matrices:
-            if matrix.kind != "block":
+            if matrix.kind != "block" and matrix.role != PER_LAYER:  # of such a table the ends say nothing
                 weight = read_matrix(source, matrix).to(device, torch.float32)
                 left = beside_rank_one(weight)
                 beside = numbers_of_end(left, matrix.kind, ends, tied)

@@ -14,7 +14,7 @@ from reallm.allocate import MatrixInfo, Plan, Planned
 from reallm.allocate.analysis import Analysis, load_corrections
 from reallm.allocate.budget import candidate_formats
 from reallm.allocate.candidates import NEURAL, calibrated_candidates, neural_candidates
-from reallm.allocate.plan import tables_nbytes
+from reallm.allocate.plan import PER_LAYER, tables_nbytes
 from reallm.allocate.recipe import DEFAULT_EMBEDDING
 from reallm.allocate.sensitivity import sensitivity
 from reallm.allocate.sizing import (
@@ -142,7 +142,9 @@ def options_of(
         else:
             beside = max(left(matrix.name), _LEAST_BESIDE_RANK_ONE) if isinstance(fmt, LowRankPlus) else 1.0
             error = gaussian_error(fmt.base if isinstance(fmt, LowRankPlus) else fmt)
-            predicted = _ENDS["tied" if walked.tied_heads else matrix.kind] * beside * error
+            predicted = (
+                _ENDS["tied" if walked.tied_heads and matrix.role != PER_LAYER else matrix.kind] * beside * error
+            )
         return corrections.corrected(matrix, fmt, predicted)
 
     def share(matrix: MatrixInfo, fmt: WeightFormat) -> float:

@@ -21,7 +21,7 @@ from reallm.formats import Tensors, WeightFormat, tables_at_hand, to_spec
 from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.waist import under
 from reallm.model.calibration import SELF, WRITTEN_AT_ONCE, seconds_a_step
-from reallm.model.stream import TOKENS_PER_PASS
+from reallm.model.stream import TOKENS_PER_PASS, nbytes_per_token
 from reallm.model.walk import block_of
 from reallm.pipeline.fitting import stream_dtype
 from reallm.pipeline.job import Job
@@ -190,12 +190,13 @@ def _end_loss_bytes(job: Job) -> int:
 
 
 def _stream_bytes(job: Job) -> int:
-    """Memory on the way through the blocks: hidden states, what lies outside the blocks, and the largest block.
+    """Memory on the way through the blocks: hidden states, other arguments of blocks that are made of the tokens, what
+    lies outside the blocks, and the largest block.
 
     With a block go the second moments of its inputs, and a pass of tokens or one fit. Nothing of it is ever on disk.
     """
-    itemsize = stream_dtype(job).itemsize
-    config = job.source.config.get_text_config(decoder=True)
+    dtype = stream_dtype(job)
+    itemsize = dtype.itemsize
     weights: dict[int | None, int] = defaultdict(int)
     heads = {matrix.parameter for matrix in job.walk.matrices if matrix.kind == "head"}
     for name, shape in job.source.shapes().items():
@@ -209,7 +210,7 @@ def _stream_bytes(job: Job) -> int:
     tokens = min(_stream_tokens(job), max(TOKENS_PER_PASS, job.settings.calibration_context))
     one_pass = tokens * widest * _ACTIVATIONS * (itemsize + 4)
     one_fit = max((_calibrated_fit_bytes(shape) for shape in shapes), default=0)
-    outside = weights.pop(None, 0) * itemsize + _stream_tokens(job) * config.hidden_size * itemsize
+    outside = weights.pop(None, 0) * itemsize + _stream_tokens(job) * nbytes_per_token(job.source.config, dtype)
     largest = max((itemsize * size + beside[block] for block, size in weights.items()), default=0)
     return outside + largest + max(one_pass, one_fit)
 

@@ -25,6 +25,7 @@ from reallm.fit.objective import OUTPUTS
 from reallm.formats import WeightFormat, tables_at_hand
 from reallm.formats.waist import inner, under
 from reallm.model import Matrix
+from reallm.model.decoder import block_numbers
 from reallm.model.gradients import Guidance, fisher
 from reallm.model.pieces import Pieces
 from reallm.model.stream import Moments, Stream
@@ -53,12 +54,13 @@ def fit_all(job: Job, work: Path, progress: Progress | None) -> None:
 def _fit_along_the_stream(job: Job, work: Path, done: Callable[[Matrix], None], progress: Progress | None) -> None:
     """Block by block: sum up its inputs, fit it, and let the compressed block carry the inputs on.
 
-    Embedding and head come first, by their weights alone: the stream begins behind the compressed embedding. Of the
-    dense model one block at a time is in memory, beside what lies outside the blocks.
+    Embedding, head and whatever else lies outside the blocks come first, by their weights alone: the stream begins
+    behind the compressed embedding. Of the dense model one block at a time is in memory, with what lies outside them.
     """
     by_block: dict[int | None, list[tuple[Matrix, Planned]]] = defaultdict(list)
+    numbers = block_numbers(job.source.skeleton, [matrix.name for matrix, _ in job.compressed])
     for matrix, planned in job.compressed:
-        by_block[matrix.block].append((matrix, planned))
+        by_block[numbers[matrix.name]].append((matrix, planned))
     with torch.no_grad():
         windows, knowledge = _asked_of_the_original(job, work, progress)
         tables = trained_tables(job, work, _before_the_stream(job, windows, work, knowledge))
@@ -92,8 +94,10 @@ def _before_the_stream(job: Job, windows: Tensor, work: Path, knowledge: _EndLos
     the model.
     """
     by_block: dict[int | None, list[Matrix]] = defaultdict(list)
-    for matrix, _ in missing_tables(job, work):
-        by_block[matrix.block].append(matrix)
+    missing = [matrix for matrix, _ in missing_tables(job, work)]
+    numbers = block_numbers(job.source.skeleton, [matrix.name for matrix in missing])
+    for matrix in missing:
+        by_block[numbers[matrix.name]].append(matrix)
     found: dict[str, Objective] = {}
     if not any(number is not None for number in by_block):
         return found

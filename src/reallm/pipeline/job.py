@@ -94,8 +94,10 @@ def provenance(job: Job, fingerprint: str) -> dict[str, Any]:
     """Where the artifact comes from; no time and no path, so that equal runs give equal bytes."""
     import reallm
 
+    unused = [one.to_dict() for one in job.source.unused]
     return {
         **({} if job.size is None else {"size": job.size}),
+        **({"unused": unused} if unused else {}),
         "reallm": reallm.__version__,
         "source": Path(job.source.label).name,
         "source_sha256": fingerprint,

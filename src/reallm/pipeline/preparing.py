@@ -35,6 +35,7 @@ def prepare(model: str | Path | Source, settings: Settings, progress: Progress |
     recipe = None if settings.recipe is None else load_recipe(settings.recipe)
     settings = decided(settings, recipe)
     source = model if isinstance(model, Source) else open_source(model)
+    source.check()
     settings = with_windows_there_are(source, settings)
     walked = walk(source.skeleton)
     chosen = [info_of(matrix) for matrix in _selected(walked.matrices, settings)]

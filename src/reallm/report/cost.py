@@ -6,11 +6,11 @@ from collections import defaultdict
 
 from reallm.pipeline import Job, estimate
 from reallm.report.names import model_name, short_name
-from reallm.report.text import duration, size, table
+from reallm.report.text import duration, size, table, unused_lines
 
 
 def plan_table(job: Job) -> str:
-    """The plan, matrices of the same role, shape and format in one line, then what is kept."""
+    """The plan, matrices of the same role, shape and format in one line, then what is kept and what is not used."""
     groups: dict[tuple[str, tuple[int, int], str], list[int]] = defaultdict(list)
     for matrix, planned in job.compressed:
         groups[matrix.role, matrix.shape, short_name(planned.fmt)].append(planned.nbytes)
@@ -25,6 +25,7 @@ def plan_table(job: Job) -> str:
         kept[reason] += 1
     lines = [f"kept as they are: {count} tensors ({reason})" for reason, count in kept.items()]
     lines += [f"tied, stored once: {head} is the embedding" for head in job.walk.tied_heads]
+    lines += unused_lines([one.to_dict() for one in job.source.unused])
     return "\n".join([text, *lines])
 
 
