@@ -32,6 +32,7 @@ from reallm.model.stream import Moments, Stream
 from reallm.pipeline.calibrating import Progress, calculation_dtype, telling
 from reallm.pipeline.fits import Fits, key_of
 from reallm.pipeline.job import Job
+from reallm.pipeline.magnitudes import check_held
 from reallm.pipeline.original import GRADIENTS, guidance_of, windows_of
 from reallm.pipeline.reading import checked_weight, seed_of
 from reallm.pipeline.sharing import missing_tables, trained_tables
@@ -130,11 +131,14 @@ def _compressed(job: Job, matrix: Matrix, fmt: WeightFormat, objective: Objectiv
         objective = objective.to(weight.device) if objective else Objective.relative_columns(weight)
         seed = seed_of(job, matrix.name)
         if job.settings.fits is None or fmt.tables():  # the key knows nothing of decoders that matrices share
-            return fmt.pack(fit(fmt, weight, objective, seed), matrix.shape)
+            tensors = fmt.pack(fit(fmt, weight, objective, seed), matrix.shape)
+            check_held(job, matrix, fmt, weight, tensors, objective)
+            return tensors
         fits, key = Fits(Path(job.settings.fits)), key_of(fmt, weight, objective, seed)
         tensors = fits.found(key, fmt, matrix.shape)
         if tensors is None:
             tensors = fmt.pack(fit(fmt, weight, objective, seed), matrix.shape)
+            check_held(job, matrix, fmt, weight, tensors, objective)
             fits.keep(key, tensors)
         return tensors
 

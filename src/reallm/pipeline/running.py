@@ -43,6 +43,7 @@ from reallm.pipeline.budgeting import plan_for_size, renamed, too_large, within
 from reallm.pipeline.calibrating import Progress
 from reallm.pipeline.fitting import fit_all
 from reallm.pipeline.job import Job
+from reallm.pipeline.magnitudes import within_range
 from reallm.pipeline.preparing import prepare
 from reallm.pipeline.reading import check_finite
 from reallm.pipeline.settings import calibration_of, settings_from
@@ -74,6 +75,7 @@ def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = N
     check_output(out, resume)
     give_back_freed_blocks(_LARGE_BLOCK)
     fingerprint = job.source.fingerprint()
+    job = within_range(job)
     work, state = work_folder(out), _state(job, fingerprint)
     if finished := out.exists():
         # A job with a size may have changed formats on the way.
