@@ -98,9 +98,10 @@ def change(block, seed, changed):
 @pytest.mark.parametrize(
     "family", ["llama", "gemma3n", "gemma4", "zamba", "glm_moe_dsa", "bloom", "mllama", "modernbert"]
 )
-def test_a_stream_of_several_batches_is_the_forward_pass_of_the_changed_model(model_of, family):
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])  # moved to the second, tensors are copied as to any other device
+def test_a_stream_of_several_batches_is_the_forward_pass_of_the_changed_model(model_of, family, device):
     model, changed = model_of(family), set()
-    stream = Stream(model, windows(), "cpu", batch=2)
+    stream = Stream(model, windows(), device, batch=2)
     called = []
     for number, block in enumerate(stream.blocks):
         called += [block] if stream.reached else []
