@@ -163,7 +163,7 @@ def command(
         fits=None if fits is None else str(fits),
     )
     with progress_bar() as progress:
-        job = prepare(model, settings, progress)
+        job = prepare(model, settings, progress, analyse=not dry_run)
     if job.settings.calibration:
         print(f"calibration: {calibration_line(job, calibration_windows)}", file=sys.stderr)
     if job.forecast is not None:
