@@ -263,13 +263,33 @@ def costs_in_feedback(
 
 
 def _rough_inverse_factor(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    """`inverse_factor` in half the time, float32 once it is factored: for predictions, not for fits.
+    """`inverse_factor` in a third of the time, in float32: for predictions, not for fits.
 
-    H = R Rᵀ with R upper triangular, the factor of H in the opposite order, so that U = R⁻¹.
+    H = R Rᵀ with R upper triangular, the factor of H in the opposite order, so that U = R⁻¹. Damping of 1 % is far
+    above what rounding does to a hessian of thousands of inputs; where it is not, float64 has more of it.
     """
-    root = damped_root(hessian.flip(0, 1)).flip(0, 1)
+    turned = hessian.flip(0, 1)
+    turned.diagonal().add_(_DAMPING * hessian.diagonal().mean())
     with one_thread():
-        return torch.linalg.solve_triangular(root, torch.eye(len(root), device=root.device), upper=True)
+        root, failed = torch.linalg.cholesky_ex(turned)
+    if failed or not torch.isfinite(root).all():
+        root = damped_root(hessian.flip(0, 1))
+    return _inverse_of_upper(root.flip(0, 1))
+
+
+def _inverse_of_upper(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """By halves: products are faster than LAPACK's substitution, and a third of its operations."""
+    count = len(upper)
+    if count <= _LEAST_INVERSE:
+        return torch.linalg.solve_triangular(upper, torch.eye(count, device=upper.device), upper=True)
+    half, found = count // 2, torch.zeros_like(upper)
+    first, second = _inverse_of_upper(upper[:half, :half]), _inverse_of_upper(upper[half:, half:])
+    found[:half, :half], found[half:, half:] = first, second
+    found[:half, half:] = first @ (upper[:half, half:] @ second).neg_()
+    return found
+
+
+_LEAST_INVERSE = 96
 
 
 def _diagonal_of_product(

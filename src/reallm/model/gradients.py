@@ -346,7 +346,9 @@ def _backward_each(
                 there = None if counted is None else counted[number - 1].to(device)
                 logits = model(input_ids=ids, use_cache=False).logits
                 if not logits.requires_grad:
-                    raise SourceError(f"{type(model).__name__} passes no gradient on; give --objective outputs, no budget")
+                    raise SourceError(
+                        f"{type(model).__name__} passes no gradient on; give --objective outputs, no budget"
+                    )
                 logits.backward(_by_logits(logits.detach()[0], ids[0], draw, ends, there)[None])
                 if told:
                     told(number, len(windows))
@@ -386,8 +388,8 @@ def _by_logits(
         likely = logits[own].float().softmax(1)
         if not torch.isfinite(likely.sum()):
             raise SourceError(
-                f"the original's logits are NaN or infinite in {logits.dtype} on the calibration text; if its weights are "
-                "finite, its activations overflow, and it can be compressed without --calibration only"
+                f"the original's logits are NaN or infinite in {logits.dtype} on the calibration text: its activations "
+                "overflow; compress it without --calibration"
             )
         if ends:
             ends.add_likely(likely)

@@ -37,9 +37,10 @@ from reallm.formats.scaled import Scaled
 from reallm.model import Source, Walk
 from reallm.pipeline.analysis import FILES, analysed, analysis_file, share_beside_rank_one
 from reallm.pipeline.calibrating import Progress, calibration_windows, gradient_dtype
+from reallm.pipeline.cost import seconds_of_analysis
 from reallm.pipeline.job import Forecast, Job
 from reallm.pipeline.reading import checked_original
-from reallm.pipeline.settings import Settings, calibration_of
+from reallm.pipeline.settings import Settings, calibration_of, for_analysis
 from reallm.pipeline.whole import WholeFile
 
 _BITS_TOLERANCE = 0.01
@@ -187,6 +188,10 @@ def analysis_of(source: Source, walked: Walk, settings: Settings, progress: Prog
     if path is not None and path.is_file():
         return Analysis.load(path)
     fingerprint, calibration = source.fingerprint(), calibration_of(few)
+    if progress:
+        seconds = seconds_of_analysis(source, walked, settings)
+        count, context = few.calibration_windows, few.calibration_context
+        progress(f"analysis of {count} windows of {context:,} tokens, about {seconds:.0f} s", 0, count)
     model = checked_original(source, gradient_dtype(source, settings.device))
     windows = calibration_windows(source, few, lambda: model, progress)
     codes = ("uniform", "normal_float")
@@ -197,14 +202,6 @@ def analysis_of(source: Source, walked: Walk, settings: Settings, progress: Prog
     if path is not None:
         found.save(path)
     return found
-
-
-def for_analysis(settings: Settings) -> Settings:
-    """The settings with the windows that an analysis reads: the first few of the text, and no longer than it needs."""
-    context = min(settings.calibration_context, settings.analysis_context)
-    most = settings.calibration_windows * (settings.calibration_context // context)  # in the text that calibrates
-    windows = min(settings.analysis_windows, most)
-    return dataclasses.replace(settings, calibration_windows=windows, calibration_context=context)
 
 
 def _analysis(

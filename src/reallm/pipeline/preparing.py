@@ -25,8 +25,8 @@ def prepare(
     """Open the model, unless it is open already, and decide every matrix's format.
 
     The job's settings have the windows of calibration text that there are. `progress` of the analysis that a budget
-    with calibration takes. Without `analyse`, as for a dry run, it takes none: an analysis that is kept already is used,
-    else losses are predicted by roles, and a run with `analyse` may have another plan.
+    with calibration takes. Without `analyse`, as for a dry run, it takes none: an analysis that is kept already is
+    used, else losses are predicted by roles, and a run with `analyse` may have another plan.
     Errors: SourceError, RecipeError, FormatError or TextError, before anything is written.
     """
     check_goal(settings)
