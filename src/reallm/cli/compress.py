@@ -153,7 +153,7 @@ def command(
     from reallm.artifact import check_output, work_folder
     from reallm.pipeline import Settings, prepare, run, work_bytes
     from reallm.report.changed import changes_table
-    from reallm.report.cost import calibration_line, cost_table, plan_table
+    from reallm.report.cost import analysis_line, calibration_line, cost_table, plan_table
     from reallm.report.ledger import summary
     from reallm.report.names import model_name
     from reallm.report.predicted import realised_line
@@ -186,13 +186,13 @@ def command(
         fits=None if fits is None else str(fits),
     )
     with progress_bar() as progress:
-        job = prepare(model, settings, progress)
+        job = prepare(model, settings, progress, analyse=not dry_run)
     if job.settings.calibration:
         print(f"calibration: {calibration_line(job, calibration_windows)}", file=sys.stderr)
     if job.forecast is not None:
         note_left_out()
     if dry_run:
-        print(plan_table(job), cost_table(job), sep="\n\n")
+        print(*filter(None, (plan_table(job), cost_table(job), analysis_line(job))), sep="\n\n")
         return
     print(f"work folder: {work_folder(output)}, up to {in_units(work_bytes(job))}, removed at the end", file=sys.stderr)
     if job.source.why_whole:

@@ -29,12 +29,12 @@ from reallm.model.decoder import block_numbers
 from reallm.model.gradients import Guidance, fisher
 from reallm.model.pieces import Pieces
 from reallm.model.stream import Moments, Stream
-from reallm.pipeline.calibrating import Progress, calculation_dtype, telling
+from reallm.pipeline.calibrating import Progress, calculation_dtype, gradient_dtype, telling
 from reallm.pipeline.fits import Fits, key_of
 from reallm.pipeline.job import Job
 from reallm.pipeline.magnitudes import check_held
 from reallm.pipeline.original import GRADIENTS, guidance_of, windows_of
-from reallm.pipeline.reading import checked_weight, seed_of
+from reallm.pipeline.reading import checked_original, checked_weight, seed_of
 from reallm.pipeline.sharing import missing_tables, trained_tables
 
 ObjectiveOf = Callable[[Matrix], Objective | None]  # None: calibration tells nothing of this matrix
@@ -219,7 +219,8 @@ def _asked_of_the_original(job: Job, work: Path, progress: Progress | None) -> t
     Text that the model writes itself and gradients of the end loss take the whole original in memory, and only they.
     Fisher weights, twice the bytes of a model of 16 bits, are not kept on disk: a resumed run asks for them again.
     """
-    original = functools.cache(lambda: job.source.load(stream_dtype(job), "cpu").eval())
+    dtype = stream_dtype(job) if job.settings.objective == OUTPUTS else gradient_dtype(job.source, job.settings.device)
+    original = functools.cache(lambda: checked_original(job.source, dtype))
     windows = windows_of(job, work, original, progress)
     open_ones = [
         matrix

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from reallm.pipeline import Job, estimate
+from reallm.pipeline import Job, analysis_seconds, estimate
 from reallm.report.names import model_name, short_name
 from reallm.report.text import duration, size, table, unused_lines
 
@@ -45,6 +45,16 @@ def cost_table(job: Job) -> str:
         ("disk while working", f"about {size(cost.disk_bytes)}"),
     ]
     return "\n".join(f"{name:<22} {value}" for name, value in rows)
+
+
+def analysis_line(job: Job) -> str | None:
+    """That a budget's losses are not measured yet, and what it will take; None where they are, or no run does it."""
+    if job.forecast is None or not job.forecast.to_analyse:
+        return None
+    return (
+        "predicted from typical sensitivities of each role; the run measures them first: about "
+        f"{duration(max(analysis_seconds(job), 1.0))}. Its plan may differ from this one"
+    )
 
 
 def calibration_line(job: Job, asked: int | None = None) -> str:
