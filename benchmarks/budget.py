@@ -29,7 +29,7 @@ from lab import Lab, Workers, arguments, asked_for, earlier_runs, original_of, s
 
 from reallm.allocate import Candidate, choose
 from reallm.allocate.candidates import calibrated_candidates
-from reallm.allocate.sizing import option_of, parse_size
+from reallm.allocate.options import option_of, parse_size
 from reallm.artifact import read_ledger
 from reallm.errors import ReallmError
 from reallm.evaluate.perplexity import evaluate

@@ -11,7 +11,7 @@ import yaml
 import reallm
 from reallm.allocate.analysis import load_corrections
 from reallm.allocate.candidates import calibrated_candidates
-from reallm.allocate.sizing import parse_size
+from reallm.allocate.options import parse_size
 from reallm.artifact import read_ledger, read_manifest
 from reallm.errors import RecipeError
 from reallm.formats import from_spec
@@ -199,7 +199,7 @@ def test_a_recipe_a_little_too_large_for_the_size_is_changed_in_few_matrices_and
     assert all(any(line.startswith(name) for line in lines) for name in changed)
 
 
-@pytest.mark.parametrize("size", [60_000, 9_000])
+@pytest.mark.parametrize("size", [50_000, 9_000])
 def test_a_recipe_much_too_large_for_the_size_is_refused_before_any_work(tiny_llama, size):
     with pytest.raises(
         RecipeError, match=r"recipe rtn4 takes about 10\d,\d{3} bytes, [\d,]+ more than .*give --size 10"

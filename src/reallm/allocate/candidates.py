@@ -24,6 +24,21 @@ BLOCK, ENDS = "block", ("embedding", "head")
 _QUARTERS = tuple(quarters / 4 for quarters in range(4, 25))
 
 
+
+@functools.cache
+def data_free_candidates() -> tuple[WeightFormat, ...]:
+    """Return what a budget without calibration chooses from for blocks: 1 to 8 bits and dense.
+
+    Learned scalar codes in many group sizes, and vector codes of two: steps fine enough to land within 1 %. No
+    permutations: sorting helps some roles and harms others (docs/log.md, 2026-11-22), and the prediction cannot tell
+    which.
+    """
+    signs = [NormalFloat(bits=1, group_size=g) for g in (64, 128, 256)]
+    scalars = [Codebook(index_bits=b, vector_dim=1, group_size=g) for b in range(2, 9) for g in (16, 32, 64, 128, 256)]
+    vectors = [Codebook(index_bits=i, vector_dim=2, group_size=g) for i in range(3, 9) for g in (32, 64, 128)]
+    return (*signs, *scalars, *vectors, Dense())
+
+
 # Words of --candidates: what is added to the lists below.
 NEURAL = "neural"
 MORE = (NEURAL,)

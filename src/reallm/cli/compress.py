@@ -149,7 +149,7 @@ def command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the work folder of an interrupted run.")] = False,
 ) -> None:
     """Compress a model into a folder that from_pretrained loads."""
-    from reallm.allocate.sizing import parse_size
+    from reallm.allocate.options import parse_size
     from reallm.artifact import check_output, work_folder
     from reallm.pipeline import Settings, prepare, run, work_bytes
     from reallm.report.changed import changes_table

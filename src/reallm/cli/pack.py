@@ -26,7 +26,7 @@ def command(
     ] = False,
 ) -> None:
     """Pack a state dict and code files into one file, read it back, and print error and margin."""
-    from reallm.allocate.sizing import parse_size
+    from reallm.allocate.options import parse_size
     from reallm.pipeline.packing import pack
     from reallm.report.packed import packed_text
 

@@ -99,7 +99,7 @@ def command(
     """Choose a format for every matrix under a budget, and write the choice as a recipe."""
     import json
 
-    from reallm.allocate.sizing import parse_size
+    from reallm.allocate.options import parse_size
     from reallm.artifact import check_new_file
     from reallm.errors import RecipeError
     from reallm.model import open_source

@@ -5,37 +5,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
 
-from reallm.allocate import MatrixInfo, Plan, Planned
+from reallm.allocate import MatrixInfo, Plan
 from reallm.allocate.analysis import Analysis, load_corrections
-from reallm.allocate.budget import candidate_formats
-from reallm.allocate.candidates import NEURAL, calibrated_candidates, neural_candidates
-from reallm.allocate.plan import PER_LAYER, tables_nbytes
+from reallm.allocate.candidates import NEURAL, calibrated_candidates, data_free_candidates, neural_candidates
+from reallm.allocate.options import Options, options_for, predicted_bytes, predicted_loss
+from reallm.allocate.plan import PER_LAYER
 from reallm.allocate.recipe import DEFAULT_EMBEDDING
 from reallm.allocate.sensitivity import sensitivity
-from reallm.allocate.sizing import (
-    LEAST_SHARE,
-    Option,
-    Options,
-    chosen_plan,
-    nudged,
-    option_of,
-    options_for,
-    predicted_bytes,
-    predicted_loss,
-)
-from reallm.errors import RecipeError
 from reallm.fit import gaussian_error, gaussian_share
 from reallm.fit.objective import GUIDED
-from reallm.formats import Table, WeightFormat, tables_of
+from reallm.formats import WeightFormat
 from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.scaled import Scaled
 from reallm.model import Source, Walk
 from reallm.pipeline.analysis import FILES, analysed, analysis_file, share_beside_rank_one
+from reallm.pipeline.byte_budget import plan_for_bits, plan_for_size, shrink_recipe
 from reallm.pipeline.calibrating import Progress, calibration_windows, gradient_dtype
 from reallm.pipeline.cost import seconds_of_analysis
 from reallm.pipeline.job import Forecast, Job
@@ -43,14 +32,6 @@ from reallm.pipeline.reading import checked_original
 from reallm.pipeline.settings import Settings, calibration_of, for_analysis
 from reallm.pipeline.whole import WholeFile
 
-_BITS_TOLERANCE = 0.01
-_NEAR_SMALLEST = 0.02
-_ROUNDS = 12  # of choosing anew with the bytes of headers and texts that the last choice has
-_MOST_CHANGED = 0.5  # of a recipe's matrices: with more of them in other formats it is another recipe
-# What changing one of them costs beside its loss, in the mean loss of one: else whatever is predicted to lose a trace
-# less in a byte less is taken before the one exchange that suffices.
-_UNWILLING = 0.1
-_TEXT_ROUNDS = 4  # config and plan name every format once, so that other formats may take other bytes of text
 # Without calibration: KL per unit of relative error of an embedding that is the head too, and of each by itself;
 # second-order, on SmolLM2-135M (docs/log.md, 2026-11-24).
 _ENDS = {"tied": 9.75, "embedding": 0.9, "head": 8.85}
@@ -90,12 +71,11 @@ def from_budget(
     forecast = Forecast(options, size, None, math.nan, analysis is not None, to_analyse)
     draft = Job(source, walked, Plan((), _name(settings, size)), settings, coding, forecast)
     if given is not None:
-        plan, nbytes = given, WholeFile(draft).beside(given) + predicted_bytes(given, options)
+        plan, nbytes = given, WholeFile(draft).overhead(given) + predicted_bytes(given, options)
         if size is not None and nbytes > size:  # what no few changes bring there is refused before any work
-            expected = {entry.matrix.name: option_of(entry, options).nbytes for entry in given.entries}
-            within(WholeFile(draft), given, given, options, size, expected, nbytes, lambda _, option: option.nbytes)
+            shrink_recipe(WholeFile(draft), given, options, size, nbytes, lambda _, option: option.nbytes)
     elif size is None:
-        plan = _for_bits(matrices, options, float(settings.bits or 0), draft.plan.recipe)
+        plan = plan_for_bits(matrices, options, float(settings.bits or 0), draft.plan.recipe)
         nbytes = None
     else:
         plan, nbytes = plan_for_size(WholeFile(draft), matrices, options, size, draft.plan.recipe)
@@ -132,7 +112,7 @@ def options_of(
     def candidates(matrix: MatrixInfo) -> Sequence[WeightFormat]:
         known = analysis is not None and analysis.knows(matrix.name)
         if matrix.kind == "block" and not known and matrix.name not in to_analyse:
-            found: Sequence[WeightFormat] = candidate_formats()
+            found: Sequence[WeightFormat] = data_free_candidates()
         else:
             found = calibrated_candidates(matrix.kind, _state_bits(settings))
         more = neural_candidates(matrix.kind, _index_bits(settings)) if NEURAL in settings.candidates else ()
@@ -223,181 +203,3 @@ def _kept_as(source: Source, few: Settings) -> Path | None:
     if few.analysis is None:
         return None
     return analysis_file(Path(few.analysis), source.fingerprint(), calibration_of(few), few.seed)
-
-
-def plan_for_size(
-    whole: WholeFile, matrices: Sequence[MatrixInfo], options: Options, size: int, name: str
-) -> tuple[Plan, int]:
-    """The plan of least predicted loss whose artifact takes 99.5 to 100 % of `size` bytes, and the bytes expected.
-
-    Errors: RecipeError naming the smallest possible size, or the largest useful one.
-    """
-    least = _checked_size(whole, matrices, options, size, name)
-    smallest = _extreme(matrices, options, name, lambda o: (o.nbytes, o.loss))
-    fewest = predicted_bytes(smallest, options)
-    beside, best = whole.beside(smallest), None
-    for number in range(_ROUNDS):
-        # Where texts are some percent of the file they go up and down with the choice: try budgets around.
-        trial = beside - int((number - 3) * 0.001 * size) if number > 3 else beside
-        chosen = chosen_plan(matrices, options, max(size - trial, fewest), math.ceil(LEAST_SHARE * size) - trial, name)
-        for plan in (chosen, _filled(whole, chosen, options, size)):
-            now = whole.beside(plan)
-            nbytes = now + predicted_bytes(plan, options)
-            if nbytes <= size and (best is None or nbytes > best[1]):
-                best = plan, nbytes
-                if nbytes >= LEAST_SHARE * size:
-                    return best
-        if number < 3:
-            beside = max(now, beside + nbytes - size) if nbytes > size else now
-    if best is not None and size <= (1 + _NEAR_SMALLEST) * least:
-        return best  # there is nothing finer between the smallest possible file and the next
-    near = least if best is None else max(best[1], least)
-    raise RecipeError(f"--size {size:,} bytes cannot be met within 0.5 %; {near:,} can")
-
-
-def within(
-    whole: WholeFile,
-    recipe: Plan,
-    plan: Plan,
-    options: Options,
-    size: int,
-    stored: Mapping[str, int],
-    total: int,
-    nbytes_of: Callable[[MatrixInfo, Option], int],
-) -> Plan:
-    """`plan`, which began as `recipe` and takes `total` bytes, with few exchanges that bring it to at most `size`.
-
-    `stored` are bytes by matrix in `total`; a matrix that is exchanged counts with `nbytes_of` its new option.
-    Errors: RecipeError if more than half of the matrices would have other formats than the recipe's.
-    """
-    beside, text = whole.beside(plan), 0
-    options = _unwilling(recipe, options)
-    for _ in range(_TEXT_ROUNDS):
-        room = size - total - text
-        changed = renamed(recipe, nudged(plan, options, stored, room, -total, nbytes_of), size)
-        exchanged = [now for now, before in zip(changed.entries, plan.entries, strict=True) if now != before]
-        moved = sum(nbytes_of(e.matrix, option_of(e, options)) - stored[e.matrix.name] for e in exchanged)
-        now = whole.beside(changed) - beside
-        if total + moved + now <= size:
-            if _other_formats(recipe, changed) > _MOST_CHANGED * len(recipe.entries):
-                break
-            return changed
-        text = max(text, now)
-    raise too_large(recipe, total, size)
-
-
-def renamed(recipe: Plan, plan: Plan, size: int) -> Plan:
-    """The plan under the recipe's name if all its formats are the recipe's, else under one that says they are not."""
-    same = not _other_formats(recipe, plan)
-    name = recipe.recipe if same else f"{recipe.recipe}, changed to fit {size} bytes"
-    return dataclasses.replace(plan, recipe=name)
-
-
-def too_large(recipe: Plan, total: int, size: int) -> RecipeError:
-    """What to say of a recipe that `total` bytes are too many of."""
-    half, many = math.floor(_MOST_CHANGED * len(recipe.entries)), len(recipe.entries)
-    return RecipeError(
-        f"recipe {recipe.recipe} takes about {total:,} bytes, {total - size:,} more than the {size:,} of --size, and "
-        f"smaller formats for {half} of its {many} matrices do not make up for it; give --size {total}, a recipe with "
-        "fewer bits, or --size without --recipe to have every format chosen"
-    )
-
-
-def _unwilling(recipe: Plan, options: Options) -> Options:
-    """The options; a format other than the recipe's is never better than that, and a little worse for being another."""
-    begun = {entry.matrix.name: option_of(entry, options) for entry in recipe.entries}
-    more = _UNWILLING * sum(option.loss for option in begun.values()) / len(begun)
-
-    def charged(option: Option, wanted: Option) -> Option:
-        return (
-            option
-            if option.fmt == wanted.fmt
-            else dataclasses.replace(option, loss=max(option.loss, wanted.loss) + more)
-        )
-
-    return {name: [charged(option, wanted) for option in options[name]] for name, wanted in begun.items()}
-
-
-def _other_formats(recipe: Plan, plan: Plan) -> int:
-    return sum(now.fmt != before.fmt for now, before in zip(plan.entries, recipe.entries, strict=True))
-
-
-def _filled(whole: WholeFile, plan: Plan, options: Options, size: int) -> Plan:
-    """The plan with a few exchanges that bring it into the budget, as far as texts of the same length go."""
-    expected = {entry.matrix.name: option_of(entry, options).nbytes for entry in plan.entries}
-    room = size - whole.beside(plan) - sum(expected.values())
-    return nudged(plan, options, expected, room, room - int((1 - LEAST_SHARE) * size), lambda _, option: option.nbytes)
-
-
-def _checked_size(whole: WholeFile, matrices: Sequence[MatrixInfo], options: Options, size: int, name: str) -> int:
-    """Bytes of the smallest possible artifact; RecipeError if `size` is below them or beyond all use."""
-    smallest = _extreme(matrices, options, name, lambda o: (o.nbytes, o.loss))
-    least = whole.nbytes(smallest)
-    if size < least:
-        tokenizer = sum(whole.companions.values())
-        kept = whole.beside(smallest) - tokenizer
-        parts = f"{tokenizer:,} of tokenizer, {kept:,} of headers, config and tensors that are kept"
-        raise RecipeError(f"--size {size:,} bytes is too small: the smallest possible is {least:,} bytes ({parts})")
-    finest = _extreme(matrices, options, name, lambda o: (o.loss, o.nbytes))
-    most = whole.beside(finest) + predicted_bytes(finest, options)
-    if math.ceil(LEAST_SHARE * size) > most:
-        raise RecipeError(f"--size {size:,} bytes is more than this model needs: the largest useful is {most:,} bytes")
-    return least
-
-
-def _extreme(matrices: Sequence[MatrixInfo], options: Options, name: str, key: Callable[[Option], tuple]) -> Plan:
-    """Each matrix in the option that is least by `key`."""
-    named = [matrix for matrix in matrices if matrix.name in options]
-    return Plan(tuple(Planned(m, min(options[m.name], key=key).fmt) for m in named), name)
-
-
-def _for_bits(matrices: Sequence[MatrixInfo], options: Options, bits: float, name: str) -> Plan:
-    """The plan of least predicted loss whose block matrices take `bits` stored bits a weight, within 1 % below.
-
-    Errors: RecipeError naming the possible range.
-    """
-    blocks = [matrix for matrix in matrices if matrix.kind == "block"]
-    if not blocks:
-        raise RecipeError("no block matrix is left to compress; loosen --include/--exclude")
-    weights = sum(matrix.weights for matrix in blocks)
-    extremes = [sum(pick(o.nbytes for o in options[m.name]) for m in blocks) * 8 / weights for pick in (min, max)]
-    if not extremes[0] <= bits <= extremes[1] * (1 + _BITS_TOLERANCE):
-        least, most = math.ceil(100 * extremes[0]) / 100, math.floor(100 * extremes[1]) / 100
-        raise RecipeError(f"--bits {bits:g} is not possible for this model; between {least:.2f} and {most:.2f} is")
-    least_bytes = int(bits * (1 - _BITS_TOLERANCE) * weights / 8) + 1
-    plan = _with_shared(blocks, options, int(bits * weights / 8), least_bytes, name)
-    if plan.block_bits < bits * (1 - _BITS_TOLERANCE):
-        raise RecipeError(f"{bits:g} bits cannot be met within 1 %: the nearest below is {plan.block_bits:.3f}")
-    ends = [m for m in matrices if m.kind != "block" and m.name in options]
-    by_name = {e.matrix.name: e for e in plan.entries} | {m.name: Planned(m, options[m.name][0].fmt) for m in ends}
-    return Plan(tuple(by_name[m.name] for m in matrices if m.name in by_name), name)
-
-
-def _with_shared(blocks: Sequence[MatrixInfo], options: Options, budget: int, least: int, name: str) -> Plan:
-    """The plan of least predicted loss, decoders that its matrices share within the budget too.
-
-    They are in no matrix's bytes: those that would be chosen if they were free are given room, and what is chosen then
-    is chosen among them. Where that ends below `least`, as with a model so small that decoders are dear, one or none is
-    shared.
-    Errors: RecipeError if the smallest options exceed the budget.
-    """
-
-    def among(tables: Mapping[str, Table], taken: int) -> Plan | None:
-        """The plan with no decoders but these, if its matrices fit what is left."""
-        rows = {m.name: [o for o in options[m.name] if o.fmt.tables().keys() <= tables.keys()] for m in blocks}
-        if not all(rows.values()) or sum(min(o.nbytes for o in found) for found in rows.values()) > budget - taken:
-            return None
-        return chosen_plan(blocks, rows, budget - taken, max(least - taken, 0), name)
-
-    everything = tables = tables_of(option.fmt for matrix in blocks for option in options[matrix.name])
-    plan = among(tables, 0)
-    while plan is not None and (plan.nbytes > budget or plan.tables.keys() < tables.keys()):
-        tables = plan.tables
-        plan = among(tables, tables_nbytes(tables))
-    if plan is not None and plan.nbytes >= least:
-        return plan
-    few = [{}, *({table: everything[table]} for table in everything)]
-    found = [plan for plan in [plan, *(among(some, tables_nbytes(some)) for some in few)] if plan is not None]
-    if not found:
-        raise RecipeError(f"{name} leave no room for the decoders that {len(blocks)} matrices would share")
-    return min(found, key=lambda plan: (plan.nbytes < least, predicted_loss(plan, options)))

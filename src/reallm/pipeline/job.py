@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from reallm.allocate import MatrixInfo, Plan, Planned
-from reallm.allocate.sizing import Options
+from reallm.allocate.options import Options
 from reallm.artifact import Manifest, StoredMatrix
 from reallm.fit.objective import GUIDED
 from reallm.model import Matrix, Source, Walk

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from reallm.allocate import MatrixInfo, Plan
-from reallm.allocate.sizing import LEAST_SHARE, Option, chosen_plan, nudged, option_of, options_for
+from reallm.allocate.options import LEAST_SHARE, Option, option_of, options_for, solve_plan
 from reallm.artifact import coded_tensor
 from reallm.artifact import unpack as decoder
 from reallm.artifact.checks import PICKLES, suffix_of
@@ -44,6 +44,7 @@ from reallm.pipeline.analysis import tried
 _LEAST_WEIGHTS = 2048  # smaller tensors (norms, biases, gates) are kept as they are
 _SAMPLE = 1 << 16  # weights of a tensor on which candidates are tried: 46 of them take 2 s
 _ROUNDS, _GUESSES = 10, 6
+_SWAP_PENALTY = 0.1  # of another format for a matrix that is fitted already, in the mean loss of a matrix
 _NAMES = {
     torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
     torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
@@ -182,8 +183,10 @@ def _within(work: _Work, infos: Sequence[MatrixInfo], max_bytes: int) -> bytes:
             f"--max-bytes {max_bytes:,} is too small: the smallest possible file is {least:,} bytes "
             f"({code:,} of code files)"
         )
-    beside = least - sum(work.nbytes(entry.matrix.name, entry.fmt) for entry in smallest.entries)
-    plan, best = chosen_plan(infos, options, max(max_bytes - beside, _least_bytes(options))), smallest
+    # Headers of the same file with other formats differ by a few bytes a matrix: measured after every round.
+    overhead = least - sum(work.nbytes(entry.matrix.name, entry.fmt) for entry in smallest.entries)
+    plan = solve_plan(infos, options, max(max_bytes, overhead + _least_bytes(options)), overhead=overhead)
+    best = smallest
     for number in range(_ROUNDS):
         data = work.render(plan)
         if len(data) <= max_bytes:
@@ -191,10 +194,15 @@ def _within(work: _Work, infos: Sequence[MatrixInfo], max_bytes: int) -> bytes:
                 best = plan
             if len(data) >= LEAST_SHARE * max_bytes:
                 break
-        stored = {entry.matrix.name: work.nbytes(entry.matrix.name, entry.fmt) for entry in plan.entries}
-        room = max_bytes - len(data)
+        overhead = len(data) - sum(work.nbytes(entry.matrix.name, entry.fmt) for entry in plan.entries)
         count = _counting(work, guess=number < _GUESSES)
-        changed = nudged(plan, options, stored, room, room - int((1 - LEAST_SHARE) * max_bytes), count)
+        penalty = _SWAP_PENALTY * _loss(plan, options) / max(len(plan.entries), 1)
+        try:
+            changed = solve_plan(
+                infos, options, max_bytes, overhead=overhead, base=plan, nbytes_of=count, swap_penalty=penalty
+            )
+        except RecipeError:
+            break
         if changed == plan:
             break
         plan = changed

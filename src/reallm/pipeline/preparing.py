@@ -7,10 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from reallm.allocate import MatrixInfo, Plan, Recipe, load_recipe, plan_for_bits, plan_from_recipe
-from reallm.allocate.recipe import DEFAULT_EMBEDDING
+from reallm.allocate import MatrixInfo, Plan, Recipe, load_recipe, plan_from_recipe
 from reallm.errors import RecipeError
-from reallm.fit import gaussian_error
 from reallm.model import Matrix, Source, Walk, open_source, walk
 from reallm.model.devices import check_device
 from reallm.pipeline.budgeting import from_budget
@@ -47,8 +45,6 @@ def prepare(
         job = _from_recipe(source, walked, chosen, infos, settings, recipe)
         if settings.size is not None or settings.bits_per_parameter is not None:
             job = from_budget(source, walked, chosen, settings, job.plan, progress, analyse)
-    elif settings.bits is not None and not (settings.calibration or settings.corrections or settings.candidates):
-        job = _from_bits(source, walked, chosen, settings)
     else:
         job = from_budget(source, walked, chosen, settings, progress=progress, analyse=analyse)
     _check_plan(job.plan, walked)
@@ -69,14 +65,6 @@ def _from_recipe(
     recipe = recipe.model_copy(update={kind: spec for kind, spec in ends.items() if spec is not None})
     plan = plan_from_recipe(recipe, chosen, settings.rank, infos)
     return Job(source, walked, plan, settings, recipe.coding if settings.coding is None else settings.coding)
-
-
-def _from_bits(source: Source, walked: Walk, chosen: list[MatrixInfo], settings: Settings) -> Job:
-    ends = {"embedding": settings.embedding, "head": settings.head}
-    specs = {kind: DEFAULT_EMBEDDING if spec is None else spec for kind, spec in ends.items()}
-    assert settings.bits is not None
-    plan = plan_for_bits(float(settings.bits), chosen, gaussian_error, settings.rank, **specs)
-    return Job(source, walked, plan, settings, bool(settings.coding))
 
 
 def _selected(matrices: Sequence[Matrix], settings: Settings) -> list[Matrix]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from reallm.allocate import MatrixInfo, Plan, Planned
-from reallm.allocate.sizing import LEAST_SHARE, Option, Options, nudged, option_of
+from reallm.allocate.options import LEAST_SHARE, Option, Options
 from reallm.artifact import (
     STAGING,
     check_finished,
@@ -39,7 +38,7 @@ from reallm.formats import WeightFormat, from_spec, to_spec
 from reallm.formats.shared import PREFIX as SHARED
 from reallm.formats.waist import inner, under
 from reallm.kernels import give_back_freed_blocks
-from reallm.pipeline.budgeting import plan_for_size, renamed, too_large, within
+from reallm.pipeline.byte_budget import adjust_plan, renamed, shrink_recipe, too_large
 from reallm.pipeline.calibrating import Progress
 from reallm.pipeline.fitting import fit_all
 from reallm.pipeline.job import Job
@@ -51,9 +50,6 @@ from reallm.pipeline.whole import WholeFile, nbytes_by_file, write_texts
 
 _CHANGED_PLAN = "changed.json"  # in the work folder: formats that differ from those the run began with
 _CHANGES, _GUESSES = 10, 5
-# Texts of a tiny file may leave no plan between 99.5 and 100 % of a size; the smallest plan of all was 40 % below.
-_AIMS = (1.0, 0.998, 0.996, 0.994, 0.99)
-_TEXT_ROUNDS = 4  # config and plan name every format once, so that other formats may take other bytes of text
 
 # Matrices of a model with billions of parameters; smaller blocks, of which a fit makes thousands, stay where they are.
 _LARGE_BLOCK = 1 << 23  # bytes
@@ -236,73 +232,35 @@ def _nearer_to_size(job: Job, staging: Path, past: _Past) -> Job | None:
         unknown = option.nbytes if guess else option.fmt.nbytes(matrix.shape)
         return known.get((matrix.name, option.fmt), unknown)
 
+    # What config.json says of coded tensors and the digits of offsets are not predicted.
+    whole = WholeFile(job)
+    constant = total - sum(stored.values()) - whole.overhead(job.plan)
+    options = job.forecast.options
     if job.settings.recipe is not None:
         if total <= size:
             return None
         recipe = past.plans[0][0]
         if len(past.plans) > _CHANGES:
             raise too_large(recipe, total, size)
-        options = job.forecast.options
-        plan = within(WholeFile(job), recipe, job.plan, options, size, stored, total, nbytes_of)
+        plan = shrink_recipe(whole, recipe, options, size, total, nbytes_of, constant)
         return dataclasses.replace(job, plan=plan)
     if again or len(past.plans) > _CHANGES:
         best = past.best(size)
         return None if best is None or best == job.plan else dataclasses.replace(job, plan=best)
     if least <= total <= size:
         return None
-    plan = _nudged_plan(job, stored, total, nbytes_of)
-    if plan is None:
-        options = {
-            entry.matrix.name: [
-                dataclasses.replace(option, nbytes=nbytes_of(entry.matrix, option))
-                for option in job.forecast.options[entry.matrix.name]
-            ]
-            for entry in job.plan.entries
-        }
-        # What names the coded tensors in the config is not foretold.
-        coded = total - sum(stored.values()) - WholeFile(job).beside(job.plan)
-        plan = _plan_near(job, options, size - coded) or past.best(size) or _smallest(job.plan, job.forecast.options)
+    plan = adjust_plan(whole, job.plan, options, size, nbytes_of, constant)
+    plan = plan or past.best(size) or _smallest(job.plan, options)
     return None if plan == job.plan else dataclasses.replace(job, plan=plan)
 
 
-def _plan_near(job: Job, options: Options, size: int) -> Plan | None:
-    """A plan for the size, or one for a little less, which a few exchanges may fill; None if there is none."""
-    for share in _AIMS:
-        with contextlib.suppress(RecipeError):
-            matrices = [entry.matrix for entry in job.plan.entries]
-            return plan_for_size(WholeFile(job), matrices, options, math.floor(share * size), job.plan.recipe)[0]
-    return None
-
-
 def _smallest(plan: Plan, options: Options) -> Plan:
-    """Every matrix in the fewest bytes whatever coding makes of them: the plan that the size was checked against."""
+    """Return the plan that the size was checked against: every matrix in the fewest bytes before entropy coding."""
     entries = [
         Planned(e.matrix, min((o.fmt for o in options[e.matrix.name]), key=lambda fmt, e=e: fmt.nbytes(e.matrix.shape)))
         for e in plan.entries
     ]
     return dataclasses.replace(plan, entries=tuple(entries))
-
-
-def _nudged_plan(
-    job: Job, stored: dict[str, int], total: int, nbytes_of: Callable[[MatrixInfo, Option], int]
-) -> Plan | None:
-    """The plan with few changes that brings `total` bytes into the budget; None if no few changes do."""
-    assert job.forecast is not None and job.size is not None
-    size, least = job.size, math.ceil(LEAST_SHARE * job.size)
-    whole = WholeFile(job)
-    beside, text = whole.beside(job.plan), 0
-    for _ in range(_TEXT_ROUNDS):
-        plan = nudged(job.plan, job.forecast.options, stored, size - total - text, least - total - text, nbytes_of)
-        before = {entry.matrix.name: entry.fmt for entry in job.plan.entries}
-        moved = sum(
-            nbytes_of(e.matrix, option_of(e, job.forecast.options)) - stored[e.matrix.name]
-            for e in plan.entries
-            if e.fmt != before[e.matrix.name]
-        )
-        text = whole.beside(plan) - beside
-        if least <= total + moved + text <= size:
-            return plan
-    return None
 
 
 def _stored_bytes(job: Job, staging: Path) -> dict[str, int]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from reallm.allocate.candidates import MORE
+from reallm.allocate.options import parse_size
 from reallm.allocate.recipe import FormatSpec, Recipe
-from reallm.allocate.sizing import parse_size
 from reallm.errors import RecipeError
 from reallm.fit.objective import GUIDED, OBJECTIVES, OUTPUTS
 from reallm.model.calibration import SELF

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
-from reallm.allocate import Plan, recipe_of_plan
+from reallm.allocate import MatrixInfo, Plan, recipe_of_plan
 from reallm.allocate.recipe import dump_recipe
 from reallm.artifact import foretold_files, foretold_nbytes
-from reallm.artifact.integrity import foretold_checksums
-from reallm.formats import table_tensors
+from reallm.artifact.integrity import DIGITS, foretold_checksums
+from reallm.formats import Shape, WeightFormat, table_tensors, to_spec
 from reallm.formats.waist import under
 from reallm.pipeline.job import Job, info_of
 
@@ -30,6 +32,8 @@ class WholeFile:
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self._shared_text: dict[tuple[str, Shape, WeightFormat], dict[str, int]] = {}
+        self._header_nbytes: dict[tuple[Shape, WeightFormat], tuple[int, int]] = {}
 
     @property
     def companions(self) -> dict[str, int]:
@@ -38,15 +42,47 @@ class WholeFile:
 
     def nbytes(self, plan: Plan) -> int:
         """Bytes of all files."""
-        return self.beside(plan) + _of_matrices(plan)
+        return self.overhead(plan) + _of_matrices(plan)
 
-    def beside(self, plan: Plan) -> int:
-        """Bytes of all that is no compressed matrix: shared decoders, kept tensors, headers, texts, tokenizer, room."""
+    def overhead(self, plan: Plan) -> int:
+        """Return the bytes of everything but compressed matrices: shared decoders, unquantized tensors, headers, texts,
+        auxiliary files, and what is reserved for tuning."""
         job = dataclasses.replace(self._job, plan=plan)
         with tempfile.TemporaryDirectory() as place:
             write_texts(job, _FINGERPRINT, {}, Path(place), foretold_checksums(foretold_files(tensors_of(job))))
             texts = nbytes_by_file(Path(place)) | self.companions
         return job.kept_for_tuning + sum(texts.values()) + foretold_nbytes(tensors_of(job)) - _of_matrices(plan)
+
+    def text_nbytes(self, matrix: MatrixInfo, fmt: WeightFormat) -> int:
+        """Return about how many bytes of headers, checksums and index a matrix takes in this format: it is linear.
+
+        What config and plan say of a format once, for all matrices that have it, is not counted.
+        """
+        if (matrix.shape, fmt) not in self._header_nbytes:
+            layout = fmt.layout(matrix.shape).items()
+            texts = (f'"{name}":{_entry_text(tensor)},' for name, tensor in layout)
+            self._header_nbytes[matrix.shape, fmt] = len(layout), sum(map(len, texts)) + DIGITS * len(layout)
+        count, nbytes = self._header_nbytes[matrix.shape, fmt]
+        return nbytes + count * (len(matrix.name) + 1)
+
+
+    def shared_text(self, matrix: MatrixInfo, fmt: WeightFormat) -> dict[str, int]:
+        """Return by a key about how many bytes config.json and the plan say once for all matrices stored alike."""
+        key = (matrix.kind, matrix.shape, fmt)
+        if key not in self._shared_text:
+            layout = {"kind": matrix.kind, "shape": list(matrix.shape), "format": to_spec(fmt)}
+            # config.json is indented by two, three levels deep.
+            config = json.dumps(layout, indent=2)
+            spec = yaml.safe_dump({"match": [], "format": to_spec(fmt)})
+            nbytes = len(config) + 6 * (config.count("\n") + 1), len(spec) + 4 * spec.count("\n")
+            words = f"{matrix.kind} {matrix.shape} {fmt}", str(fmt)
+            self._shared_text[key] = dict(zip(words, nbytes, strict=True))
+        return self._shared_text[key]
+
+
+def _entry_text(tensor: Tensor) -> str:
+    """What the header of a safetensors file says of a tensor; offsets have about as many digits as its bytes."""
+    return f'{{"dtype":"F16","shape":{list(tensor.shape)},"data_offsets":[{tensor.nbytes},{tensor.nbytes}]}}'
 
 
 def write_texts(

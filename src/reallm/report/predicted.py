@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from reallm.allocate import MatrixInfo
+from reallm.allocate.options import option_of
 from reallm.allocate.plan import PER_LAYER
 from reallm.allocate.recipe import KEEP
-from reallm.allocate.sizing import option_of
 from reallm.evaluate.perplexity import evaluate
 from reallm.model import Matrix, load, load_tokenizer
 from reallm.model.calibration import SELF, windows_written

@@ -7,13 +7,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from reallm.allocate.plan import MatrixInfo, Plan, Planned
+from reallm.allocate.plan import MatrixInfo, Plan, Planned, tables_nbytes
+from reallm.allocate.problem import Choice, Problem
 from reallm.allocate.recipe import KEEP, FormatSpec, with_rank
-from reallm.allocate.solver import Candidate, choose
 from reallm.errors import FormatError, RecipeError
-from reallm.formats import Shape, WeightFormat, from_spec
+from reallm.formats import Shape, WeightFormat, from_spec, tables_of
 
 # The whole file is at least this share of its budget.
 LEAST_SHARE = 0.995
@@ -32,6 +30,7 @@ class Option:
 
 
 Options = Mapping[str, Sequence[Option]]  # by matrix name
+BytesOf = Callable[[MatrixInfo, Option], int]  # what an option of a matrix takes in the file
 
 
 def parse_size(text: str) -> int:
@@ -80,17 +79,62 @@ def options_for(
     return found
 
 
-def chosen_plan(
-    matrices: Sequence[MatrixInfo], options: Options, budget: int, least: int = 0, name: str = "budget"
+def solve_plan(
+    matrices: Sequence[MatrixInfo],
+    options: Options,
+    most: int,
+    least: int = 0,
+    name: str = "budget",
+    overhead: int = 0,
+    base: Plan | None = None,
+    nbytes_of: BytesOf | None = None,
+    shared_text: Callable[[MatrixInfo, WeightFormat], Mapping[str, int]] | None = None,
+    max_changes: int | None = None,
+    swap_penalty: float = 0.0,
 ) -> Plan:
-    """The plan of least predicted loss whose matrices take at most `budget` bytes, and `least` if that can be.
+    """Return the plan of least predicted loss that takes `least` to `most` bytes.
 
-    Errors: RecipeError if the smallest options exceed the budget.
+    Bytes are `overhead`, those of the matrices by `nbytes_of` (default: as predicted), those of the decoders they
+    share, and by key those of `shared_text`, once for all matrices whose format has the key. With a `base` plan, a
+    matrix that has another format costs `swap_penalty` in addition, and at most `max_changes` have one.
+    Errors: RecipeError if there is no such plan.
     """
     named = [matrix for matrix in matrices if matrix.name in options]
-    picked = choose([_candidates(options[matrix.name]) for matrix in named], budget, least)
+    tables = tables_of(option.fmt for matrix in named for option in options[matrix.name])
+    shared = {f"decoder {table}": tables_nbytes({table: tables[table]}) for table in tables}
+
+    def choice(matrix: MatrixInfo, option: Option) -> Choice:
+        text = shared_text(matrix, option.fmt) if shared_text else {}
+        shared.update(text)
+        needs = frozenset([*text, *(f"decoder {table}" for table in option.fmt.tables())])
+        return Choice(option.nbytes if nbytes_of is None else nbytes_of(matrix, option), option.loss, needs)
+
+    begun = {entry.matrix.name: entry.fmt for entry in base.entries} if base else {}
+    problem = Problem(
+        options=[[choice(matrix, option) for option in options[matrix.name]] for matrix in named],
+        most=most,
+        least=least,
+        overhead=overhead,
+        shared=shared,
+        base=[_index(options[matrix.name], begun[matrix.name]) for matrix in named] if base else None,
+        max_changes=max_changes,
+        swap_penalty=swap_penalty,
+    )
+    picked = problem.solve()
     entries = [Planned(matrix, options[matrix.name][place].fmt) for matrix, place in zip(named, picked, strict=True)]
     return Plan(tuple(entries), name)
+
+
+def _index(options: Sequence[Option], fmt: WeightFormat) -> int:
+    return next(place for place, option in enumerate(options) if option.fmt == fmt)
+
+
+def extreme_plan(
+    matrices: Sequence[MatrixInfo], options: Options, key: Callable[[Option], tuple], name: str = "budget"
+) -> Plan:
+    """Return the plan in which each matrix has the option that is least by `key`."""
+    named = [matrix for matrix in matrices if matrix.name in options]
+    return Plan(tuple(Planned(matrix, min(options[matrix.name], key=key).fmt) for matrix in named), name)
 
 
 def predicted_bytes(plan: Plan, options: Options) -> int:
@@ -106,65 +150,6 @@ def predicted_loss(plan: Plan, options: Options) -> float:
 def option_of(entry: Planned, options: Options) -> Option:
     """The option that a planned matrix is."""
     return next(option for option in options[entry.matrix.name] if option.fmt == entry.fmt)
-
-
-def nudged(
-    plan: Plan,
-    options: Options,
-    stored: Mapping[str, int],
-    room: int,
-    least: int,
-    nbytes_of: Callable[[MatrixInfo, Option], int],
-) -> Plan:
-    """The plan changed in few matrices, so that it takes `least` to `room` bytes (which may be negative) more than now.
-
-    `stored` are the measured bytes of every matrix as planned now; one that is changed counts with `nbytes_of` its new
-    option. As near as it comes where no change helps any more.
-    """
-    rows = [(row, entry, option) for row, entry in enumerate(plan.entries) for option in options[entry.matrix.name]]
-    row_of = np.array([row for row, _, _ in rows])
-    nbytes = np.array([nbytes_of(entry.matrix, option) for _, entry, option in rows])
-    loss = np.array([option.loss for _, _, option in rows])
-    chosen = np.array([place for place, (_, entry, option) in enumerate(rows) if option.fmt == entry.fmt])
-    used = np.array([stored[entry.matrix.name] for entry in plan.entries])
-    while True:
-        left = room - (int(used.sum()) - sum(stored.values()))
-        wanted = left - (room - least)
-        if left >= 0 and wanted <= 0:
-            break
-        more, worse = nbytes - used[row_of], loss - loss[chosen][row_of]
-        more[chosen] = 0  # no exchange
-        best = _cheapest_saving(more, worse, left) if left < 0 else _best_filling(more, worse, left, wanted)
-        if best is None:
-            break
-        used[row_of[best]] += more[best]
-        chosen[row_of[best]] = best
-    return Plan(tuple(Planned(rows[place][1].matrix, rows[place][2].fmt) for place in chosen), plan.recipe)
-
-
-# Of exchanges: bytes more, loss more.
-_Bytes, _Losses = np.ndarray, np.ndarray
-
-
-def _cheapest_saving(more: _Bytes, worse: _Losses, left: int) -> int | None:
-    """The exchange that saves at the least loss a byte; saving more than is needed counts for nothing."""
-    saving = np.flatnonzero(more < 0)
-    return _least(saving, np.maximum(worse[saving], 0.0) / np.minimum(-more[saving], -left))
-
-
-def _best_filling(more: _Bytes, worse: _Losses, left: int, wanted: int) -> int | None:
-    """One exchange that fills the budget, of those the one that gains most; else the one that gains most a byte."""
-    gaining = np.flatnonzero((more > 0) & (more <= left) & (worse < 0))
-    enough = gaining[more[gaining] >= wanted]
-    return _least(enough, worse[enough]) if len(enough) else _least(gaining, worse[gaining] / more[gaining])
-
-
-def _least(places: np.ndarray, cost: np.ndarray) -> int | None:
-    return int(places[cost.argmin()]) if len(places) else None
-
-
-def _candidates(options: Sequence[Option]) -> list[Candidate]:
-    return [Candidate(option.nbytes, option.loss) for option in options]
 
 
 def _useful(options: list[Option], given: WeightFormat | None) -> list[Option]:

@@ -1,10 +1,15 @@
-"""Plans from one number."""
+"""Plans from one number: bits per block weight."""
 
 import pytest
 
-from reallm.allocate import MatrixInfo, plan_for_bits
+from reallm.allocate import MatrixInfo
+from reallm.allocate.candidates import data_free_candidates
+from reallm.allocate.options import options_for
+from reallm.allocate.recipe import DEFAULT_EMBEDDING
+from reallm.allocate.sensitivity import sensitivity
 from reallm.errors import RecipeError
 from reallm.fit import gaussian_error
+from reallm.pipeline import byte_budget
 
 SHAPES = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576), "up": (1536, 576), "down": (576, 1536)}
 MODEL = [
@@ -16,6 +21,16 @@ MODEL = [
 def error_of(fmt):
     """A stand-in for measuring: a quarter for every bit."""
     return 4.0 ** -fmt.bits_per_weight((256, 256))
+
+
+def plan_for_bits(bits, matrices, measure, rank=None, embedding=DEFAULT_EMBEDDING):
+    def loss(matrix, fmt):
+        same_role = sum(other.weights for other in matrices if other.role == matrix.role)
+        return matrix.weights / same_role * sensitivity(matrix, fmt, 6) * measure(fmt)
+
+    ends = {"embedding": embedding}
+    options = options_for(matrices, lambda _: data_free_candidates(), loss, lambda *_: 1.0, rank, ends)
+    return byte_budget.plan_for_bits(matrices, options, bits, f"{bits:g} bits")
 
 
 @pytest.mark.parametrize("rank", [None, 8])

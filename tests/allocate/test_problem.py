@@ -4,11 +4,9 @@ import itertools
 import random
 import time
 
-import numpy as np
 import pytest
-from scipy.optimize import Bounds, LinearConstraint, milp
 
-from reallm.allocate import Candidate, choose
+from reallm.allocate import Choice, Problem
 from reallm.errors import RecipeError
 
 
@@ -19,8 +17,12 @@ def random_tables(seed, matrices=5, candidates=5, sizes=(1000, 3000, 9000)):
     for _ in range(matrices):
         weights, sensitivity = rng.choice(sizes), rng.uniform(0.2, 5)
         bits = sorted(rng.uniform(1, 8) for _ in range(candidates))
-        tables.append([Candidate(int(b * weights / 8), sensitivity * 4**-b * rng.uniform(0.8, 1.2)) for b in bits])
+        tables.append([Choice(int(b * weights / 8), sensitivity * 4**-b * rng.uniform(0.8, 1.2)) for b in bits])
     return tables
+
+
+def choose(tables, budget, least=0, **limits):
+    return Problem(tables, budget, least, **limits).solve()
 
 
 def brute_force(tables, budget, least=0):
@@ -98,15 +100,15 @@ def test_the_exact_budget_of_the_smallest_plan_is_enough_and_one_byte_less_is_re
         choose(tables, least - 1)
 
 
-def test_candidates_that_are_larger_and_lose_more_change_nothing_unless_they_fill_the_budget():
-    table = [Candidate(10, 1.0), Candidate(20, 0.5)]
-    worse = [Candidate(30, 0.7), *table, Candidate(10, 1.5)]
+def test_options_that_are_larger_and_lose_more_change_nothing_unless_they_fill_the_budget():
+    table = [Choice(10, 1.0), Choice(20, 0.5)]
+    worse = [Choice(30, 0.7), *table, Choice(10, 1.5)]
     assert [cost([worse], choose([worse], budget)) for budget in (10, 25, 40)] == [(10, 1.0), (20, 0.5), (20, 0.5)]
     assert cost([worse], choose([worse], 40, 28)) == (30, 0.7)
 
 
-def test_equal_candidates_and_zero_losses_are_no_problem():
-    tables = [[Candidate(10, 0.0), Candidate(10, 0.0)], [Candidate(5, 1.0)]]
+def test_equal_options_and_zero_losses_are_no_problem():
+    tables = [[Choice(10, 0.0), Choice(10, 0.0)], [Choice(5, 1.0)]]
     assert cost(tables, choose(tables, 15)) == (15, 1.0)
 
 
@@ -114,28 +116,72 @@ def test_no_matrices_is_no_choice():
     assert choose([], 0) == []
 
 
-def optimum(tables, budget):
-    """By branch and bound, within a hundredth of a percent."""
-    loss, nbytes = (np.array([getattr(c, name) for t in tables for c in t], float) for name in ("loss", "nbytes"))
-    matrix_of = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-    one_each = matrix_of[None] == np.arange(len(tables))[:, None]
-    limits = [LinearConstraint(one_each, 1, 1), LinearConstraint(nbytes[None] / budget, 0, 1)]
-    options = {"mip_rel_gap": 1e-4}
-    found = milp(1e4 * loss / loss.max(), constraints=limits, integrality=1, bounds=Bounds(0, 1), options=options)
-    return found.fun * loss.max() / 1e4
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_one_matrix_larger_than_all_others_together_spoils_nothing(seed):
-    """An embedding: its candidates lie far apart, and the bytes it leaves must be spent elsewhere."""
+    """An embedding: its options lie far apart, and the bytes it leaves must be spent elsewhere."""
     rng, tables = random.Random(seed), random_tables(seed, matrices=40, candidates=12)
     total = sum(max(c.nbytes for c in table) for table in tables)
-    tables.append([Candidate(int(total * b / 8), rng.uniform(2, 8) * 4**-b) for b in (3, 4, 5, 6, 8)])
-    for budget in budgets(tables)[1:-1]:
-        assert cost(tables, choose(tables, budget))[1] <= optimum(tables, budget) * 1.005
+    large = [Choice(int(total * b / 8), rng.uniform(2, 8) * 4**-b) for b in (3, 4, 5, 6, 8)]
+    for budget in budgets([*tables, large])[1:-1]:
+        by_hand = []
+        for choice in large:
+            rest = budget - choice.nbytes
+            if rest >= budgets(tables)[0]:
+                by_hand.append(choice.loss + cost(tables, choose(tables, rest))[1])
+        assert cost([*tables, large], choose([*tables, large], budget))[1] <= min(by_hand) * (1 + 1e-3)
 
 
-def test_224_matrices_with_20_candidates_take_less_than_10_seconds():
+SMALL = [[Choice(4, 0.0, frozenset("a")), Choice(10, 1.0)] for _ in range(3)]
+
+
+def test_what_options_share_is_paid_once_and_only_where_it_is_needed():
+    problem = Problem(SMALL, 22, shared={"a": 10})
+    assert problem.nbytes([0, 0, 0]) == 22 and problem.solve() == [0, 0, 0]
+    assert problem.nbytes([1, 0, 1]) == 34
+    assert Problem(SMALL, 40, shared={"a": 60}).solve() == [1, 1, 1]
+
+
+def test_overhead_counts_and_a_budget_below_the_smallest_plan_names_it():
+    assert Problem(SMALL, 122, overhead=100, shared={"a": 10}).solve() == [0, 0, 0]
+    with pytest.raises(RecipeError, match="smallest possible plan takes 122 bytes, the budget is 121"):
+        Problem(SMALL, 121, overhead=100, shared={"a": 10}).solve()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_base_plan_is_changed_in_as_many_matrices_as_allowed_at_the_least_loss(seed):
+    tables = random_tables(seed, matrices=6)
+    budget = budgets(tables)[3]
+    base = choose(tables, budgets(tables)[4])
+    for most in (1, 2, 6):
+        allowed = [
+            picked
+            for picked in itertools.product(*(range(len(table)) for table in tables))
+            if sum(a != b for a, b in zip(picked, base, strict=True)) <= most and cost(tables, picked)[0] <= budget
+        ]
+        if not allowed:
+            with pytest.raises(RecipeError, match=f"with {most} changed matrices at most"):
+                choose(tables, budget, base=base, max_changes=most)
+            continue
+        best = min(cost(tables, picked)[1] for picked in allowed)
+        assert cost(tables, choose(tables, budget, base=base, max_changes=most))[1] <= best * (1 + 1e-3)
+
+
+def test_a_swap_penalty_leaves_a_base_plan_alone_that_is_good_enough():
+    tables = random_tables(2, matrices=30, candidates=12)
+    budget = budgets(tables)[3]
+    base = choose(tables, budget)
+    slightly_more = int(1.01 * budget)
+    free = choose(tables, slightly_more)
+    dear = choose(tables, slightly_more, base=base, swap_penalty=cost(tables, base)[1])
+    assert dear == base and free != base
+
+
+def test_the_answer_is_the_same_every_time():
+    tables = random_tables(4, matrices=60, candidates=20)
+    assert len({tuple(choose(tables, budgets(tables)[2])) for _ in range(3)}) == 1
+
+
+def test_224_matrices_with_20_options_take_less_than_10_seconds():
     tables = random_tables(5, matrices=224, candidates=20)
     start = time.perf_counter()
     for budget in budgets(tables):

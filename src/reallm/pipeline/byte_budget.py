@@ -1,0 +1,229 @@
+"""Plans within a budget of bytes: of the whole artifact, of the block matrices, or a recipe made to fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from reallm.allocate import MatrixInfo, Plan, Planned
+from reallm.allocate.options import (
+    LEAST_SHARE,
+    BytesOf,
+    Option,
+    Options,
+    extreme_plan,
+    option_of,
+    predicted_bytes,
+    solve_plan,
+)
+from reallm.allocate.plan import tables_nbytes
+from reallm.errors import RecipeError
+from reallm.pipeline.whole import WholeFile
+
+_BITS_TOLERANCE = 0.01
+_NEAR_SMALLEST = 0.02
+_ROUNDS = 8  # of solving again with the bytes of headers and texts that the last solution has
+_SMALL_FILE = 2_000_000  # bytes; half a percent of it is as much as a hundred layouts in config.json
+_MOST_CHANGED = 0.5  # of a recipe's matrices: with more of them in other formats it is another recipe
+# What another format costs a matrix that has one already, in the mean loss of one: else whatever is predicted to lose
+# a trace less in a byte less is taken before the one change that suffices.
+_SWAP_PENALTY = 0.1
+
+
+def solve_for_size(
+    whole: WholeFile,
+    matrices: Sequence[MatrixInfo],
+    options: Options,
+    size: int,
+    least: int,
+    name: str,
+    nbytes_of: BytesOf | None = None,
+    constant: int = 0,
+    base: Plan | None = None,
+    **limits: Any,
+) -> tuple[Plan, int]:
+    """Return the plan of least predicted loss whose whole artifact takes `least` to `size` bytes, and those bytes.
+
+    Headers and texts come from a linear model that is corrected by what the last solution's really take. `constant`
+    are bytes that were measured beyond it; `limits` of changes are those of `solve_plan`.
+    Errors: RecipeError if there is no such plan.
+    """
+    nbytes_of = nbytes_of or (lambda _, option: option.nbytes)
+
+    # A large file does not feel what its texts say of a format once, and a small one can hardly be met without.
+    shared_text = whole.shared_text if size < _SMALL_FILE else None
+
+    def expected(plan: Plan) -> int:
+        return constant + whole.overhead(plan) + _sum(plan, options, nbytes_of)
+
+    def linear(plan: Plan) -> int:
+        once: dict[str, int] = {}
+        for entry in plan.entries:
+            once |= shared_text(entry.matrix, entry.fmt) if shared_text else {}
+        return _sum(plan, options, with_text) + tables_nbytes(plan.tables) + sum(once.values())
+
+    def with_text(matrix: MatrixInfo, option: Option) -> int:
+        return nbytes_of(matrix, option) + whole.text_nbytes(matrix, option.fmt)
+
+    seen: list[tuple[Plan, int]] = []
+    start = base or extreme_plan(matrices, options, lambda o: (o.nbytes, o.loss), name)
+    overhead = expected(start) - linear(start)
+    below = 0  # bytes that the window begins lower: texts are not linear, and a tiny file has nothing between
+    for number in range(_ROUNDS):
+        try:
+            plan = solve_plan(
+                matrices, options, size, max(least - below, 0), name, overhead, base, with_text, shared_text, **limits
+            )
+        except RecipeError:
+            if number == 0 and not least:
+                raise
+            below += math.ceil((1 - LEAST_SHARE) * size)
+            continue
+        nbytes = expected(plan)
+        if least <= nbytes <= size:
+            return plan, nbytes
+        again = any(plan == other for other, _ in seen)
+        seen.append((plan, nbytes))
+        actual = nbytes - linear(plan)
+        # The same plan once more: its texts are known, so that only a lower aim finds another.
+        overhead = max(overhead, actual) + (math.ceil((1 - LEAST_SHARE) * size / 2) if again else 0)
+        overhead = actual if nbytes < least and not again else overhead
+    fitting = [row for row in seen if row[1] <= size]
+    if not fitting:
+        raise RecipeError(f"no plan takes {least:,} to {size:,} bytes")
+    return max(fitting, key=lambda row: row[1])
+
+
+def plan_for_size(
+    whole: WholeFile, matrices: Sequence[MatrixInfo], options: Options, size: int, name: str
+) -> tuple[Plan, int]:
+    """Return the plan of least predicted loss whose artifact takes 99.5 to 100 % of `size` bytes, and those bytes.
+
+    Errors: RecipeError naming the smallest possible size, the largest useful one, or the nearest below.
+    """
+    smallest = _check_size(whole, matrices, options, size, name)
+    least = math.ceil(LEAST_SHARE * size)
+    try:
+        plan, nbytes = solve_for_size(whole, matrices, options, size, least, name)
+    except RecipeError:
+        plan, nbytes = None, smallest
+    # There is nothing finer between the smallest possible file and the next.
+    if plan is not None and (nbytes >= least or size <= (1 + _NEAR_SMALLEST) * smallest):
+        return plan, nbytes
+    raise RecipeError(f"--size {size:,} bytes cannot be met within 0.5 %; {max(nbytes, smallest):,} can")
+
+
+def plan_for_bits(matrices: Sequence[MatrixInfo], options: Options, bits: float, name: str) -> Plan:
+    """Return the plan of least predicted loss whose block matrices take `bits` bits per weight, within 1 % below.
+
+    Shared decoders count. Embedding and lm_head have their first option.
+    Errors: RecipeError naming the possible range.
+    """
+    blocks = [matrix for matrix in matrices if matrix.kind == "block"]
+    if not blocks:
+        raise RecipeError("no block matrix is left to compress; loosen --include/--exclude")
+    weights = sum(matrix.weights for matrix in blocks)
+    extremes = [sum(pick(o.nbytes for o in options[m.name]) for m in blocks) * 8 / weights for pick in (min, max)]
+    if not extremes[0] <= bits <= extremes[1] * (1 + _BITS_TOLERANCE):
+        least, most = math.ceil(100 * extremes[0]) / 100, math.floor(100 * extremes[1]) / 100
+        raise RecipeError(f"--bits {bits:g} is not possible for this model; between {least:.2f} and {most:.2f} is")
+    most_bytes, least_bytes = int(bits * weights / 8), int(bits * (1 - _BITS_TOLERANCE) * weights / 8) + 1
+    try:
+        plan = solve_plan(blocks, options, most_bytes, least_bytes, name)
+    except RecipeError as error:
+        raise RecipeError(f"--bits {bits:g} cannot be met within 1 % for this model: {error}") from error
+    others = [m for m in matrices if m.kind != "block" and m.name in options]
+    by_name = {e.matrix.name: e for e in plan.entries} | {m.name: Planned(m, options[m.name][0].fmt) for m in others}
+    return Plan(tuple(by_name[m.name] for m in matrices if m.name in by_name), name)
+
+
+def shrink_recipe(
+    whole: WholeFile,
+    recipe: Plan,
+    options: Options,
+    size: int,
+    total: int,
+    nbytes_of: BytesOf,
+    constant: int = 0,
+) -> Plan:
+    """Return the recipe's plan, which takes `total` bytes, changed in few matrices so that it takes at most `size`.
+
+    No other format is taken to be better than the recipe's.
+    Errors: RecipeError if more than half of the matrices would have other formats than the recipe's.
+    """
+    begun = {entry.matrix.name: option_of(entry, options) for entry in recipe.entries}
+    penalty = _SWAP_PENALTY * sum(option.loss for option in begun.values()) / len(begun)
+    charged = {
+        name: [dataclasses.replace(option, loss=max(option.loss, wanted.loss)) for option in options[name]]
+        for name, wanted in begun.items()
+    }
+    matrices = [entry.matrix for entry in recipe.entries]
+    limits = {"max_changes": math.floor(_MOST_CHANGED * len(recipe.entries)), "swap_penalty": penalty}
+    try:
+        found, _ = solve_for_size(
+            whole, matrices, charged, size, 0, recipe.recipe, nbytes_of, constant, base=recipe, **limits
+        )
+    except RecipeError:
+        raise too_large(recipe, total, size) from None
+    return renamed(recipe, found, size)
+
+
+def adjust_plan(
+    whole: WholeFile,
+    plan: Plan,
+    options: Options,
+    size: int,
+    nbytes_of: BytesOf,
+    constant: int,
+) -> Plan | None:
+    """Return the plan with few changes that bring its artifact to 99.5 to 100 % of `size`; None if nothing does."""
+    penalty = _SWAP_PENALTY * sum(option_of(e, options).loss for e in plan.entries) / len(plan.entries)
+    matrices, least = [entry.matrix for entry in plan.entries], math.ceil(LEAST_SHARE * size)
+    try:
+        return solve_for_size(
+            whole, matrices, options, size, least, plan.recipe, nbytes_of, constant, base=plan, swap_penalty=penalty
+        )[0]
+    except RecipeError:
+        return None
+
+
+def renamed(recipe: Plan, plan: Plan, size: int) -> Plan:
+    """Return the plan under the recipe's name, or, if a format differs, under one that says that it was changed."""
+    same = all(now.fmt == before.fmt for now, before in zip(plan.entries, recipe.entries, strict=True))
+    name = recipe.recipe if same else f"{recipe.recipe}, changed to fit {size} bytes"
+    return dataclasses.replace(plan, recipe=name)
+
+
+def too_large(recipe: Plan, total: int, size: int) -> RecipeError:
+    """Return the error for a recipe whose artifact of `total` bytes cannot be brought to `size`."""
+    half, many = math.floor(_MOST_CHANGED * len(recipe.entries)), len(recipe.entries)
+    return RecipeError(
+        f"recipe {recipe.recipe} takes about {total:,} bytes, {total - size:,} more than the {size:,} of --size, and "
+        f"smaller formats for {half} of its {many} matrices do not make up for it; give --size {total}, a recipe with "
+        "fewer bits, or --size without --recipe to have every format chosen"
+    )
+
+
+def _sum(plan: Plan, options: Options, nbytes_of: BytesOf) -> int:
+    return sum(nbytes_of(entry.matrix, option_of(entry, options)) for entry in plan.entries)
+
+
+def _check_size(whole: WholeFile, matrices: Sequence[MatrixInfo], options: Options, size: int, name: str) -> int:
+    """Return the bytes of the smallest possible artifact.
+
+    Errors: RecipeError if `size` is below them or beyond all use.
+    """
+    smallest = extreme_plan(matrices, options, lambda o: (o.nbytes, o.loss), name)
+    least = whole.nbytes(smallest)
+    if size < least:
+        tokenizer = sum(whole.companions.values())
+        kept = whole.overhead(smallest) - tokenizer
+        parts = f"{tokenizer:,} of tokenizer, {kept:,} of headers, config and unquantized tensors"
+        raise RecipeError(f"--size {size:,} bytes is too small: the smallest possible is {least:,} bytes ({parts})")
+    finest = extreme_plan(matrices, options, lambda o: (o.loss, o.nbytes), name)
+    most = whole.overhead(finest) + predicted_bytes(finest, options)
+    if math.ceil(LEAST_SHARE * size) > most:
+        raise RecipeError(f"--size {size:,} bytes is more than this model needs: the largest useful is {most:,} bytes")
+    return least
