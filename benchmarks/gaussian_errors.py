@@ -13,8 +13,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from reallm.allocate.candidates import data_free_candidates
-from reallm.allocate.candidates import calibrated_candidates, neural_candidates
+from reallm.allocate.candidates import calibrated_candidates, data_free_candidates, neural_candidates
 from reallm.artifact import code
 from reallm.fit import fit
 from reallm.fit.quality import gaussian, measured_gaussian_error

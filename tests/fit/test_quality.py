@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import reallm.fit.quality as quality_module
-from reallm.allocate.candidates import data_free_candidates
-from reallm.allocate.candidates import calibrated_candidates, neural_candidates
+from reallm.allocate.candidates import calibrated_candidates, data_free_candidates, neural_candidates
 from reallm.errors import FormatError
 from reallm.fit import Quality, gaussian_error, gaussian_quality, relative_error
 from reallm.fit.quality import gaussian, measured_gaussian_error
