@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from reallm.errors import ArtifactError
 from reallm.formats import Parts, Shape, Table, Tensors, WeightFormat, decode_rows, tables_at_hand
@@ -252,8 +253,8 @@ class CompressedLinear(_Compressed, nn.Linear):
 class CompressedEmbedding(_Compressed, nn.Embedding):
     """A look-up of rows; an embedding for those who ask.
 
-    `shell` is the module it replaces if that has a forward of its own (scaled or normed embeddings):
-    it is run on the rows that occur, so that whatever it does is done.
+    `shell` is the module it replaces if that has a forward of its own (scaled or normed embeddings): it is run on the
+    rows that occur, so that whatever it does is done. What it stores beside its table is held here, under its names.
     """
 
     def __init__(self, fmt: WeightFormat, shape: Shape, dtype: torch.dtype, original: nn.Embedding) -> None:
@@ -263,6 +264,7 @@ class CompressedEmbedding(_Compressed, nn.Embedding):
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         own_forward = type(original).forward is not nn.Embedding.forward
         self.shell = _hollow(original, dtype) if own_forward else None
+        self._held = self._take_over(original) if own_forward else ()
 
     def loaded(self) -> None:
         """Also put a parameter of no bytes where the table was: PEFT's soft prompts seek one with so many rows."""
@@ -285,15 +287,37 @@ class CompressedEmbedding(_Compressed, nn.Embedding):
         if self.shell is None:
             return self.rows(ids)
         rows, place = torch.unique(ids, return_inverse=True)
-        return torch.func.functional_call(self.shell, {"weight": self.rows(rows)}, (place,))
+        return self._filled({}, {"weight": self.rows(rows)})(place)
+
+    def _take_over(self, original: nn.Embedding) -> tuple[str, ...]:
+        """Hold what an embedding stores beside its table; returns the names."""
+        held = {n: p for n, p in original._parameters.items() if n != "weight"} | original._modules
+        held |= {n: b for n, b in original._buffers.items() if n not in original._non_persistent_buffers_set}
+        taken = set(held) & {name.partition(".")[0] for name in (*self._local_names, *RESERVED)}
+        assert not taken, f"{type(original).__name__}: {taken} are names of stored tensors"
+        for name, value in held.items():
+            if isinstance(value, nn.Module):
+                self.add_module(name, value)
+            elif name in original._parameters:
+                self.register_parameter(name, value)
+            else:
+                self.register_buffer(name, value)
+        return tuple(held)
+
+    def _filled(self, parameters: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Embedding:
+        """The module it replaces with what is held here; `tensors` as buffers, which may be any tensor."""
+        filled = copy.copy(self.shell)
+        own = {n: b for n, b in filled._buffers.items() if n != "weight"}
+        filled._parameters = {n: self._parameters[n] for n in self._held if n in self._parameters} | parameters
+        filled._buffers = own | {n: self._buffers[n] for n in self._held if n in self._buffers} | tensors
+        filled._modules = {n: self._modules[n] for n in self._held if n in self._modules}
+        return filled
 
     def dense_module(self, dtype: torch.dtype) -> nn.Module:
         """The plain module it stands for, with the decoded weight."""
         if self.shell is None:
             return nn.Embedding(*self.shape, padding_idx=self.padding_idx, _weight=self.matrix().to(dtype))
-        plain = copy.deepcopy(self.shell)
-        del plain._buffers["weight"]
-        plain.weight = nn.Parameter(self.matrix().to(dtype))
+        plain = self._filled({"weight": nn.Parameter(self.matrix().to(dtype))}, {})
         plain.padding_idx = self.padding_idx
         return plain
 
@@ -305,10 +329,19 @@ class CompressedExpert(_Compressed):
         return _copied(self, memo)
 
 
+# Of tensors, and not of modules.
+_METHODS = frozenset(
+    "T mT size dim numel view reshape transpose permute unbind chunk split contiguous flatten unsqueeze detach data "
+    "matmul bmm is_floating_point".split()
+)
+_PRODUCTS = (torch.bmm, torch.matmul, Tensor.bmm, Tensor.matmul, Tensor.__matmul__)
+
+
 class CompressedExperts(nn.Module):
     """Stands for a fused (experts, ...) parameter: indexing decodes that expert's slice.
 
-    `transposed`: the model stores slices as (in, out).
+    For functions of torch, and by its methods, it is the whole tensor, decoded; a batched product takes one expert
+    after the other. `transposed`: the model stores slices as (in, out).
     """
 
     def __init__(self, experts: list[CompressedExpert], transposed: bool) -> None:
@@ -321,7 +354,12 @@ class CompressedExperts(nn.Module):
     def __len__(self) -> int:
         return len(self._modules)
 
-    def __getitem__(self, number: int | Tensor) -> Float[Tensor, "rows columns"]:
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: Any) -> Float[Tensor, "rows columns"]:
+        if not isinstance(number, int) and not (isinstance(number, Tensor) and number.numel() == 1 and not number.ndim):
+            return self.whole()[number]
         weight = self.get_submodule(str(int(number))).matrix()
         return weight.T if self.transposed else weight
 
@@ -330,9 +368,48 @@ class CompressedExperts(nn.Module):
         """dtype of the slices."""
         return self.get_submodule("0").compute_dtype
 
+    @property
+    def shape(self) -> torch.Size:
+        """That of the fused parameter."""
+        slice_shape = self.get_submodule("0").shape
+        return torch.Size((len(self), *(reversed(slice_shape) if self.transposed else slice_shape)))
+
+    @property
+    def ndim(self) -> int:
+        """Three."""
+        return 3
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stored tensors are."""
+        return next(self.buffers()).device
+
+    def whole(self) -> Float[Tensor, "experts rows columns"]:
+        """All slices, decoded."""
+        return torch.stack(list(self))
+
+    def __getattr__(self, name: str) -> Any:
+        """A tensor's method is that of the whole."""
+        if name in _METHODS:
+            return getattr(self.whole(), name)
+        return super().__getattr__(name)
+
+    def __matmul__(self, other: Any) -> Tensor:
+        return self.whole() @ other
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        """What a function of torch gives of the decoded tensors."""
+        if function in _PRODUCTS and len(arguments) == 2 and not named:
+            x, experts = arguments
+            if isinstance(x, Tensor) and isinstance(experts, cls) and x.ndim == 3 and len(x) == len(experts):
+                return torch.stack([rows @ weight for rows, weight in zip(x, experts, strict=True)])
+        arguments, named = tree_map(lambda a: a.whole() if isinstance(a, cls) else a, (arguments, named or {}))
+        return function(*arguments, **named)
+
     def dense_parameter(self, dtype: torch.dtype) -> nn.Parameter:
         """The fused parameter it stands for."""
-        return nn.Parameter(torch.stack([self[number] for number in range(len(self))]).to(dtype))
+        return nn.Parameter(self.whole().to(dtype))
 
 
 class Anchor(nn.Module):
@@ -420,10 +497,14 @@ def _descend(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _hollow(original: nn.Embedding, dtype: torch.dtype) -> nn.Embedding:
-    """The module without its table; it will be lent one at each call."""
+    """The module with nothing but buffers that are not stored; it will be lent the rest at each call.
+
+    These stay: the family's initialisation, which knows the class, makes them after loading.
+    """
     shell = copy.copy(original)
-    shell._parameters, shell._buffers = {}, dict(original._buffers)
-    shell._non_persistent_buffers_set = set(original._non_persistent_buffers_set)
+    unstored = shell._non_persistent_buffers_set = set(original._non_persistent_buffers_set)
+    shell._parameters, shell._modules = {}, {}
+    shell._buffers = {name: buffer for name, buffer in original._buffers.items() if name in unstored}
     # No rows, but a tensor: initialisation code reads the weight.
     shell.register_buffer("weight", torch.empty((0, original.embedding_dim), dtype=dtype, device="meta"), False)
     # The table lent holds only the rows that occur, so the number of the padding row means nothing.
