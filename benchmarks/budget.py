@@ -29,7 +29,7 @@ from lab import Lab, Workers, arguments, asked_for, earlier_runs, original_of, s
 
 from reallm.allocate import Choice, Problem
 from reallm.allocate.candidates import calibrated_candidates
-from reallm.allocate.options import option_of, parse_size
+from reallm.allocate.options import find_option, parse_size
 from reallm.artifact import read_ledger
 from reallm.errors import ReallmError
 from reallm.evaluate.perplexity import evaluate
@@ -281,7 +281,7 @@ def _fixed(chosen: Job, ladder: Sequence[WeightFormat]) -> list[dict[str, Any]]:
     """One format everywhere; between two rates whole blocks have one or the other, spread evenly, to the same bytes."""
     entries, options = _blocks(chosen), chosen.forecast.options
     # A trellis of 2 bits is one of 2.0001: without the thousandth a whole block would fall to 1 bit.
-    budget = 1.001 * sum(option_of(entry, options).nbytes for entry in entries)
+    budget = 1.001 * sum(find_option(entry, options).nbytes for entry in entries)
     total = [sum(fmt.nbytes(entry.matrix.shape) for entry in entries) for fmt in ladder]
     low = max((i for i, nbytes in enumerate(total) if nbytes <= budget), default=0)
     high = min(low + 1, len(ladder) - 1)
@@ -295,7 +295,7 @@ def _fixed(chosen: Job, ladder: Sequence[WeightFormat]) -> list[dict[str, Any]]:
 def _by_role(chosen: Job) -> list[dict[str, Any]]:
     """The best choice with one format for all matrices of a role, at the same bytes."""
     entries, options = _blocks(chosen), chosen.forecast.options
-    budget = sum(option_of(entry, options).nbytes for entry in entries)
+    budget = sum(find_option(entry, options).nbytes for entry in entries)
     names = {role: [e.matrix.name for e in entries if e.matrix.role == role] for role in ROLES}
     rows: list[list[tuple[WeightFormat, Choice]]] = []
     for role in ROLES:

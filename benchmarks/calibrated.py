@@ -24,9 +24,9 @@ from reallm.fit import Objective, fit, squared_error
 from reallm.fit.objective import FISHER
 from reallm.formats import from_spec
 from reallm.model import Matrix, load_tokenizer, walk
-from reallm.model.calibration import windows_of_files
+from reallm.model.calibration import windows_from_files
 from reallm.model.gradients import Guidance, fisher, guidance
-from reallm.model.stream import Stream
+from reallm.model.stream import HiddenStateCache
 
 
 def turned(base: dict[str, Any]) -> dict[str, Any]:
@@ -151,16 +151,16 @@ class Bench:
     def target(self, matrix: Matrix) -> torch.Tensor:
         return self.lab.weights[f"{matrix.name}.weight"]
 
-    def objectives(self, stream: Stream, matrices: list[Matrix], objective: str) -> dict[str, Objective]:
+    def objectives(self, stream: HiddenStateCache, matrices: list[Matrix], objective: str) -> dict[str, Objective]:
         """By matrix of the stream's present block."""
         if objective == FISHER_ALONE:
             return {matrix.name: Objective(self.fisher[matrix.name]) for matrix in matrices}
         guided = self.guidance if objective == "guided" else {}
-        moments = stream.moments(matrices, {name: own.tokens for name, own in guided.items()} or None)
+        second_moments = stream.second_moments(matrices, {name: own.tokens for name, own in guided.items()} or None)
         rows = {name: own.rows for name, own in guided.items()}
-        found = {m.name: Objective.of_outputs(moments.of(m.name), rows.get(m.name)) for m in matrices}
+        found = {m.name: Objective.output_error(second_moments.get(m.name), rows.get(m.name)) for m in matrices}
         if objective == FISHER:
-            return {name: replace(of, importance=self.fisher[name]) for name, of in found.items()}
+            return {name: replace(get, importance=self.fisher[name]) for name, get in found.items()}
         return found
 
     def run(self, task: Task) -> Arm:
@@ -171,7 +171,7 @@ class Bench:
         begun, error, energy = time.perf_counter(), 0.0, 0.0
         for key, weight in lab.original.items():
             lab.weights[key].copy_(weight)
-        stream = Stream(lab.model, self.windows, lab.device)
+        stream = HiddenStateCache(lab.model, self.windows, lab.device)
         with torch.no_grad():
             for number in range(len(stream.blocks)):
                 matrices = [matrix for matrix in self.matrices if matrix.block == number]
@@ -195,7 +195,7 @@ def bench_of(
     model: str, text: Path, calibration: Path, sizes: tuple[int, int], windows: int | None, device: str
 ) -> Bench:
     """The model on a device, and the windows it is calibrated on."""
-    return Bench(Lab(model, text, device, windows), windows_of_files([calibration], load_tokenizer(model), *sizes))
+    return Bench(Lab(model, text, device, windows), windows_from_files([calibration], load_tokenizer(model), *sizes))
 
 
 def _run(task: Task, latest: float | None) -> Arm | None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import yaml
-from data_free import label, normal, uniform, vectors, with_rank
+from data_free import label, normal, set_rank, uniform, vectors
 from lab import commit, machine
 
 from reallm.evaluate.measure import versions
@@ -35,12 +35,12 @@ FORMATS = [
     vectors(1, 3),
     vectors(2, 6),
     vectors(4, 8),
-    with_rank(normal(3), 16),
-    with_rank(vectors(2, 6), 16),
+    set_rank(normal(3), 16),
+    set_rank(vectors(2, 6), 16),
     {"format": "permuted", "method": "sort", "base": vectors(2, 6)},
-    with_rank(vectors(2, 6), 32),
-    with_rank(normal(3), 64),
-    with_rank(vectors(2, 6), 64),
+    set_rank(vectors(2, 6), 32),
+    set_rank(normal(3), 64),
+    set_rank(vectors(2, 6), 64),
     {"format": "permuted", "method": "greedy", "base": vectors(2, 6)},
     {"format": "permuted", "method": "greedy", "block_rows": 64, "base": vectors(2, 6)},
 ]

@@ -24,7 +24,7 @@ from reallm.fit import gaussian_error
 from reallm.formats import WeightFormat, from_spec, to_spec
 from reallm.model import Walk
 from reallm.pipeline import Settings
-from reallm.pipeline.budgeting import options_of
+from reallm.pipeline.budgeting import format_options
 from reallm.pipeline.byte_budget import plan_for_bits
 
 RANKS = (16, 32, 64)
@@ -96,7 +96,7 @@ class Task:
             plan = plan_from_recipe(load_recipe(self.recipe), infos)
         else:
             assert self.budget is not None
-            options = options_of(infos, Walk(), Settings(bits=self.budget), None, False)
+            options = format_options(infos, Walk(), Settings(bits=self.budget), None, False)
             plan = plan_for_bits(infos, options, self.budget, f"{self.budget:g} bits")
         chosen = {entry.matrix: entry.fmt for entry in plan.entries}
         return chosen.get
@@ -120,7 +120,7 @@ def true_bits(spec: dict[str, Any], infos: list[MatrixInfo]) -> float:
     return 8 * sum(fmt.nbytes(info.shape) for info in blocks) / sum(info.weights for info in blocks)
 
 
-def with_rank(spec: dict[str, Any], rank: int, factors: str = "bfloat16") -> dict[str, Any]:
+def set_rank(spec: dict[str, Any], rank: int, factors: str = "bfloat16") -> dict[str, Any]:
     return {"format": "low_rank_plus", "rank": rank, "factors": factors, "base": spec}
 
 
@@ -139,7 +139,7 @@ def ranked_tasks(infos: list[MatrixInfo]) -> list[tuple[Task, Task]]:
         for spec in specs:
             for rank, factors in [(r, "bfloat16") for r in RANKS] + [(16, "int8")] * (spec in INT8_TOO):
                 name = f"{label(spec)} + rank {rank}" + (" int8" if factors == "int8" else "")
-                ranked = with_rank(spec, rank, factors)
+                ranked = set_rank(spec, rank, factors)
                 bits = true_bits(ranked, infos)
                 same = Task(family, f"{family} mixed at {bits:.3f} bit", budget=bits, ladder=family)
                 pairs.append((Task(family, name, spec=ranked), same))

@@ -36,10 +36,10 @@ import reallm
 from reallm.allocate import MatrixInfo, plan_from_recipe
 from reallm.allocate.recipe import parse_recipe
 from reallm.artifact import read_ledger
-from reallm.artifact.integrity import checksums_of
+from reallm.artifact.integrity import compute_checksums
 from reallm.errors import ReallmError
 from reallm.fit import fit
-from reallm.model import MODES, not_compressed, open_source, resident_of_artifact, verify_artifact, walk
+from reallm.model import MODES, artifact_memory_footprint, open_source, unquantized_tensors, verify_artifact, walk
 
 RECIPE = """
 name: every format
@@ -223,7 +223,7 @@ def _seal(folder: Path) -> None:
     """Write the checksums of the tensors as they are now: what a hostile author would do too."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
-    config["quantization_config"]["checksums"] = checksums_of(folder.glob("*.safetensors"))
+    config["quantization_config"]["checksums"] = compute_checksums(folder.glob("*.safetensors"))
     file.write_text(json.dumps(config))
 
 
@@ -472,8 +472,8 @@ def open_artifact(folder: Path, mode: str, verify: bool) -> None:
     read_ledger(folder)
     if verify:
         verify_artifact(folder)
-    resident_of_artifact(folder)
-    not_compressed(folder)
+    artifact_memory_footprint(folder)
+    unquantized_tensors(folder)
     with torch.no_grad():
         reallm.load(folder, mode, verify=verify)(IDS)
 

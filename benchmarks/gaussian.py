@@ -19,7 +19,7 @@ from lab import commit, machine
 
 from reallm.evaluate.measure import versions
 from reallm.formats import from_spec, known_formats
-from reallm.report.formats import SHAPE, formats_text, measured_formats
+from reallm.report.formats import SHAPE, formats_text, measure_formats
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--spec", action="append", default=[], type=json.loads, metavar="JSON", help="a format more")
     parser.add_argument("--output", type=Path, default=Path("results/gaussian.json"))
     args = parser.parse_args()
-    found = measured_formats(
+    found = measure_formats(
         args.names or list(known_formats()),
         args.shape,
         args.device,

@@ -14,13 +14,13 @@ import json
 from pathlib import Path
 
 from reallm.allocate.candidates import calibrated_candidates, data_free_candidates, neural_candidates
-from reallm.artifact import code
+from reallm.artifact import encode_tensors
 from reallm.fit import fit
 from reallm.fit.quality import gaussian, measured_gaussian_error
 from reallm.formats import WeightFormat, to_spec
 from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.scaled import Scaled
-from reallm.formats.shared import shared_as
+from reallm.formats.shared import rename_shared_decoders
 
 TABLE = Path(__file__).parents[1] / "src" / "reallm" / "fit" / "gaussian_errors.json"
 STATE_BITS = (10, 12, 16)
@@ -35,7 +35,9 @@ def main() -> None:
             found = calibrated_candidates(kind, bits)
             # Scaled ones and those beside a residual are as good as what is inside.
             formats |= dict.fromkeys(fmt for fmt in found if not isinstance(fmt, Scaled | LowRankPlus))
-    formats |= dict.fromkeys(shared_as(fmt, "x") for fmt in neural_candidates("block") if not isinstance(fmt, Scaled))
+    formats |= dict.fromkeys(
+        rename_shared_decoders(fmt, "x") for fmt in neural_candidates("block") if not isinstance(fmt, Scaled)
+    )
     known = {json.dumps(row["format"]): row for row in json.loads(TABLE.read_text(encoding="utf-8"))}
     rows = []
     for fmt in formats:
@@ -54,7 +56,7 @@ def _share(fmt: WeightFormat) -> float:
     if any(name in json.dumps(to_spec(fmt)) for name in FULL):
         return 1.0
     shape = (256, 1024)
-    tensors, _ = code(fmt.pack(fit(fmt, gaussian(shape)), shape))
+    tensors, _ = encode_tensors(fmt.pack(fit(fmt, gaussian(shape)), shape))
     return sum(tensor.nbytes for tensor in tensors.values()) / fmt.nbytes(shape)
 
 

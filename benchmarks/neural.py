@@ -44,8 +44,8 @@ import reallm
 from reallm.allocate.candidates import neural_candidates
 from reallm.artifact import read_ledger, read_manifest
 from reallm.evaluate.measure import measure, versions
-from reallm.fit import Objective, demand_of, fit, relative_error, train_shared
-from reallm.formats import Tensors, WeightFormat, from_spec, tables_at_hand, to_spec
+from reallm.fit import Objective, capture_fit_input, fit, relative_error, train_shared_decoder
+from reallm.formats import Tensors, WeightFormat, from_spec, to_spec, use_shared_decoders
 from reallm.formats.scaled import Scaled
 from reallm.model import Matrix, Source, open_source, read_matrix, walk
 from reallm.report.names import short_name
@@ -278,7 +278,7 @@ class Bench:
 
     def together(self, task: Task) -> Any:
         """What tasks have in common whose matrices share one decoder; itself for a decoder of its own."""
-        if not from_spec(task.arm.spec).tables() or task.source == SMOOTH:
+        if not from_spec(task.arm.spec).shared_decoders() or task.source == SMOOTH:
             return task.key
         return task.role, task.source, task.arm.name, self.neighbours(task.role, task.block, task.arm.share)
 
@@ -288,14 +288,14 @@ class Bench:
         if key not in self._trained:
             self._trained.clear()
             begun = self.now()
-            demands = []
+            fit_inputs = []
             for block in self.neighbours(task.role, task.block, task.arm.share):
                 other = self.weight(task.role, block, task.source)
-                demands.append(demand_of(fmt, other, Objective.plain(other), 0))
-            inside = demands[0].fmt
+                fit_inputs.append(capture_fit_input(fmt, other, Objective.plain(other), 0))
+            inside = fit_inputs[0].fmt
             if task.arm.training_steps is not None:
                 inside = replace(inside, steps=task.arm.training_steps)
-            tensors = inside.pack_table(train_shared(inside, demands, str(self.device)))
+            tensors = inside.pack_decoder(train_shared_decoder(inside, fit_inputs, str(self.device)))
             self._trained[key] = tensors, self.now() - begun
         return self._trained[key]
 
@@ -310,16 +310,16 @@ class Bench:
         fmt, arm = from_spec(task.arm.spec), task.arm
         weight = self.weight(task.role, task.block, task.source)
         shape = (weight.shape[0], weight.shape[1])
-        tables, training = {}, 0.0
+        shared_decoders, training = {}, 0.0
         with torch.no_grad():
-            if fmt.tables():
-                tables["x"], training = self.decoder(task, fmt)
-            with tables_at_hand(tables):
+            if fmt.shared_decoders():
+                shared_decoders["x"], training = self.decoder(task, fmt)
+            with use_shared_decoders(shared_decoders):
                 begun = self.now()
                 tensors = fmt.pack(fit(fmt, weight), shape)
                 fitted = self.now()
                 error = relative_error(weight, fmt.decode(fmt.unpack(tensors, shape), shape))
-        nbytes = fmt.nbytes(shape) + sum(t.nbytes for t in tables.get("x", {}).values()) / arm.share
+        nbytes = fmt.nbytes(shape) + sum(t.nbytes for t in shared_decoders.get("x", {}).values()) / arm.share
         row = {
             "role": task.role, "block": task.block, "source": task.source, "group": arm.group, "name": arm.name,
             "format": arm.spec, "share": arm.share, "shape": list(shape), "bits": 8 * nbytes / weight.numel(),
@@ -475,7 +475,7 @@ def end_to_end(name: str, args: argparse.Namespace, run: int) -> dict[str, Any]:
         found = measure(str(folder), args.text, max_windows=args.windows, **how)
     row = {
         "name": name, "format": EVERYWHERE.get(name), "bits": ledger.bits_per_weight,
-        "decoder_bytes": ledger.by("role").get("decoders", 0), "perplexity": found["perplexity"],
+        "decoder_bytes": ledger.sum_bytes("role").get("decoders", 0), "perplexity": found["perplexity"],
         "formats": dict(formats.most_common()), "seconds": seconds, "calibrated": not args.data_free, "run": run,
     }  # fmt: skip
     print(f"{name:52s} {row['bits']:7.4f} b  ppl {row['perplexity']:10.3f}  {seconds:6.1f} s", flush=True)

@@ -41,7 +41,7 @@ from lab import Arm, Lab, arguments, earlier_runs, original_of, save
 from safetensors.torch import load_file, save_file
 
 from reallm.model import load_tokenizer, open_source
-from reallm.model.calibration import windows_of_files
+from reallm.model.calibration import windows_from_files
 
 Setting = dict[str, Any]
 
@@ -308,7 +308,7 @@ def main() -> None:
     lab = Lab(args.model, args.text, args.device, args.windows)
     original = original_of(lab, args)
     text = args.data_dir / "c4" / "c4-train-sample.jsonl"
-    ids = windows_of_files([text], load_tokenizer(args.model), args.calibration_windows, args.calibration_context)
+    ids = windows_from_files([text], load_tokenizer(args.model), args.calibration_windows, args.calibration_context)
     calibration = {"text": text.name, "windows": ids.shape[0], "context": ids.shape[1]}
     results = resumed(args.output) if args.resume else Results({}, {}, {})
     earlier = earlier_runs(args.output, args.resume)

@@ -23,7 +23,7 @@ from torch import Tensor
 from reallm.fit import fit, squared_error
 from reallm.formats import from_spec
 from reallm.model import Matrix
-from reallm.model.stream import Stream
+from reallm.model.stream import HiddenStateCache
 
 FORMATS = {f"trellis {bits}": turned(trellis(bits)) for bits in (1, 2, 3)}
 DETAILED = "trellis 2"  # the format of the rows by block and by matrix
@@ -42,7 +42,7 @@ class Fitted:
 def fitted(bench: Bench, spec: dict[str, Any]) -> dict[str, Fitted]:
     """Every block matrix in a format, fitted on the original stream."""
     fmt, found = from_spec(spec), {}
-    stream = Stream(bench.lab.model, bench.windows, bench.lab.device)
+    stream = HiddenStateCache(bench.lab.model, bench.windows, bench.lab.device)
     with torch.no_grad():
         for number in range(len(stream.blocks)):
             matrices = [matrix for matrix in bench.matrices if matrix.block == number]

@@ -20,7 +20,7 @@ import torch
 from lab import commit, machine
 
 from reallm.analyze import shifts
-from reallm.analyze.running import sampled
+from reallm.analyze.running import sample_matrix
 from reallm.evaluate.measure import versions
 from reallm.fit import fit
 from reallm.fit.quality import relative_error
@@ -66,7 +66,7 @@ def measured(source: Source, matrix: Matrix) -> dict[str, Any]:
 
 def embedding_errors(source: Source, matrix: Matrix) -> Iterator[dict[str, Any]]:
     """Uniform codes of the embedding: alone, with the one rank that its columns' means are, with scales of columns."""
-    weight = sampled(read_matrix(source, matrix).float(), ROWS)
+    weight = sample_matrix(read_matrix(source, matrix).float(), ROWS)
     for bits in (3, 4, 6, 8):
         plain = {"format": "uniform", "bits": bits, "group_size": 64}
         residual = {"format": "low_rank_plus", "rank": 1, "factors": "int8", "base": plain}

@@ -328,7 +328,7 @@ class Bench:
         curve = [[e["step"], e["loss"]] for e in steps]
         samples, tasks = self.written(folder) if task.writes else ([], [])
         arm = Arm(
-            key_of(task),
+            fit_key(task),
             ledger.bits_per_weight,
             ledger.total_bytes,
             found["perplexity"],
@@ -363,7 +363,7 @@ class Bench:
         return samples, score_tasks(str(model), self.tasks, data=self.data / "tasks", **options)["tasks"]
 
 
-def key_of(task: Task) -> str:
+def fit_key(task: Task) -> str:
     return f"{task.group} | {task.name}"
 
 
@@ -482,16 +482,16 @@ def main() -> None:
     written = json.loads(args.output.read_text(encoding="utf-8")).get("written", {}) if arms else {}
 
     def keep() -> None:
-        done = [(task, arms[key_of(task)]) for task in TASKS if key_of(task) in arms]
+        done = [(task, arms[fit_key(task)]) for task in TASKS if fit_key(task) in arms]
         rows = [{"group": t.group, "base": t.base, "settings": t.settings, **asdict(arm)} for t, arm in done]
         command = "python benchmarks/tune.py --model MODEL --data-dir DATA --work FOLDER --jobs N"
-        left_out = [key_of(task) for task in TASKS if key_of(task) not in arms and not task.gone]
+        left_out = [fit_key(task) for task in TASKS if fit_key(task) not in arms and not task.gone]
         bases = {name: _plain(how) for name, how in BASES.items()}
         save(args.output, lab, command, original, earlier, sizes=settings["sizes"], rates=settings["rates"],
              jobs=args.jobs, limit=args.limit, bases=bases, failed=failed, left_out=left_out, written=written,
              arms=rows)  # fmt: skip
 
-    missing = [task for task in TASKS if key_of(task) not in arms and not task.gone]
+    missing = [task for task in TASKS if fit_key(task) not in arms and not task.gone]
     todo = [task for task in missing if asked_for(args, task.group, task.name)]
     make = functools.partial(bench_of, settings)
     tune = functools.partial(_run, latest=args.deadline and begun + args.deadline)
@@ -514,7 +514,7 @@ def main() -> None:
                 try:
                     arm = future.result()
                 except ReallmError as error:
-                    failed[key_of(tuning[future])] = str(error)
+                    failed[fit_key(tuning[future])] = str(error)
                     continue
                 if arm is not None:
                     arms[arm.key] = replace(arm, run=len(earlier))

@@ -239,10 +239,10 @@ def tiny_llama(tmp_path_factory) -> Path:
 def originals_alive(monkeypatch):
     """(references to whole originals and their weights, how many live at each block of a compressed stream)."""
     from reallm.model.source import FolderSource
-    from reallm.model.stream import Stream
+    from reallm.model.stream import HiddenStateCache
 
     originals, alive = [], []
-    load_whole, through = FolderSource.load, Stream.through
+    load_whole, forward_block = FolderSource.load, HiddenStateCache.forward_block
 
     def loading(*arguments):
         model = load_whole(*arguments)
@@ -251,10 +251,10 @@ def originals_alive(monkeypatch):
 
     def watching(stream, *arguments):
         alive.append(sum(original() is not None for original in originals))
-        return through(stream, *arguments)
+        return forward_block(stream, *arguments)
 
     monkeypatch.setattr(FolderSource, "load", loading)
-    monkeypatch.setattr(Stream, "through", watching)
+    monkeypatch.setattr(HiddenStateCache, "forward_block", watching)
     return originals, alive
 
 

@@ -12,7 +12,7 @@ from reallm.artifact import work_folder
 from reallm.cli import main
 from reallm.errors import ArtifactError, RecipeError, TextError
 from reallm.model import load, load_tokenizer, open_source
-from reallm.model.calibration import windows_of_files, windows_written
+from reallm.model.calibration import generate_windows, windows_from_files
 from reallm.model.text import load_text, tokenize
 from reallm.pipeline import Settings, prepare, run
 
@@ -94,7 +94,7 @@ def test_a_resumed_run_asks_the_original_for_no_text_and_no_gradients_again(tiny
 
     with killed(when=lambda name, *_: name == "model.layers.0.self_attn.v_proj") as kill:
         run(job, tmp_path / "out", progress=kill)
-    monkeypatch.setattr("reallm.pipeline.calibrating.windows_written", None)
+    monkeypatch.setattr("reallm.pipeline.calibrating.generate_windows", None)
     monkeypatch.setattr("reallm.pipeline.original.guidance", None)
     (work_folder(tmp_path / "out") / "model.layers.0.self_attn.q_proj.safetensors").unlink()  # as a size would
     run(job, tmp_path / "out", resume=True)
@@ -137,21 +137,21 @@ def test_every_phase_of_a_calibrated_budget_is_told(tiny_llama, tmp_path, capsys
 
 def test_the_dry_run_counts_the_writing_of_text(tiny_llama, recipe):
     from reallm.pipeline import estimate
-    from reallm.pipeline.cost import _writing_seconds
+    from reallm.pipeline.cost import _generation_seconds
 
     sizes = {"calibration_windows": 20, "calibration_context": 128}
     job = prepare(tiny_llama, Settings(recipe=recipe, calibration=("self",), **sizes))
     model, tokenizer = job.source.load(torch.float32, "cpu").eval(), load_tokenizer(tiny_llama)
     begun = time.perf_counter()
-    windows_written(model, tokenizer, 20, 128, seed=0, device="cpu")
+    generate_windows(model, tokenizer, 20, 128, seed=0, device="cpu")
     seconds = time.perf_counter() - begun
-    assert seconds / 5 < _writing_seconds(job) < 5 * seconds
+    assert seconds / 5 < _generation_seconds(job) < 5 * seconds
     assert estimate(job).seconds > seconds / 5
 
 
 def test_written_windows_begin_a_text_and_differ(tiny_llama):
     model, tokenizer = open_source(tiny_llama).load(torch.float32, "cpu"), load_tokenizer(tiny_llama)
-    written = windows_written(model, tokenizer, 20, 16, seed=0, device="cpu")
+    written = generate_windows(model, tokenizer, 20, 16, seed=0, device="cpu")
     assert written.shape == (20, 16) and (written[:, 0] == tokenizer.bos_token_id).all()
     assert len({tuple(row) for row in written.tolist()}) == 20
 
@@ -159,8 +159,8 @@ def test_written_windows_begin_a_text_and_differ(tiny_llama):
 def test_windows_are_the_text_in_order(tiny_llama, text_file):
     tokenizer = load_tokenizer(tiny_llama)
     ids = tokenize(tokenizer, load_text(text_file))
-    assert torch.equal(windows_of_files([text_file], tokenizer, 3, 50), ids[:150].view(3, 50))
-    assert len(windows_of_files([text_file], tokenizer, 10_000, 50)) == len(ids) // 50
+    assert torch.equal(windows_from_files([text_file], tokenizer, 3, 50), ids[:150].view(3, 50))
+    assert len(windows_from_files([text_file], tokenizer, 10_000, 50)) == len(ids) // 50
 
 
 def test_documents_behind_the_windows_asked_for_are_not_tokenized(tiny_llama):
@@ -179,13 +179,13 @@ def test_documents_behind_the_windows_asked_for_are_not_tokenized(tiny_llama):
 
 def test_several_files_are_joined_by_the_end_of_text(tiny_llama, text_file, jsonl_file):
     tokenizer = load_tokenizer(tiny_llama)
-    joined = windows_of_files([jsonl_file, text_file], tokenizer, 1, 400)[0].tolist()
+    joined = windows_from_files([jsonl_file, text_file], tokenizer, 1, 400)[0].tolist()
     assert joined.count(tokenizer.eos_token_id) == 3
 
 
 def test_a_text_that_fills_no_window_says_so(tiny_llama, jsonl_file):
     with pytest.raises(TextError, match=r"tokens do not fill one window of 9999; lower --calibration-context"):
-        windows_of_files([jsonl_file], load_tokenizer(tiny_llama), 1, 9999)
+        windows_from_files([jsonl_file], load_tokenizer(tiny_llama), 1, 9999)
 
 
 @pytest.mark.parametrize(
@@ -315,13 +315,13 @@ def test_the_work_folder_stays_within_what_is_announced_and_twice_the_source(
     from reallm.pipeline.whole import nbytes_by_file
 
     job = prepare(tiny_llama, Settings(**settings))
-    found, staged = [], running._staged
+    found, staged = [], running._stage_artifact
 
     def counted(*arguments):
         folder = staged(*arguments)
         found.append(sum(nbytes_by_file(work_folder(tmp_path / "out")).values()))
         return folder
 
-    monkeypatch.setattr(running, "_staged", counted)
+    monkeypatch.setattr(running, "_stage_artifact", counted)
     run(job, tmp_path / "out")
     assert 0.7 * work_bytes(job) < max(found) <= work_bytes(job) < 2 * job.source.nbytes

@@ -55,7 +55,7 @@ def interrupted(job, tmp_path, killed):
 
 
 def count_fits(monkeypatch):
-    names, original = [], fitting.checked_weight  # every fit begins with it
+    names, original = [], fitting.load_weight  # every fit begins with it
     monkeypatch.setattr(fitting, "checked_weight", lambda *a: names.append(a[1].name) or original(*a))
     return names
 
@@ -174,7 +174,7 @@ def full_in_rust(*_, **__):
     ("module", "name", "failing"),
     [
         (reallm.artifact.writer, "save_file", full_in_rust),
-        (running, "_write_companions", full),
+        (running, "_write_auxiliary_files", full),
         (running, "write_shards", full_in_rust),
         (os, "rename", full),
         (os, "replace", full),

@@ -12,10 +12,10 @@ import pytest
 from safetensors.torch import load_file
 
 import reallm
-from reallm.artifact import VERSION, decoded_tensor, read_manifest
+from reallm.artifact import VERSION, decode_tensor, read_manifest
 from reallm.formats import known_formats
-from reallm.formats.waist import inner
-from reallm.report.results import updated
+from reallm.formats.waist import strip_prefix
+from reallm.report.results import update_page
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -59,8 +59,8 @@ def test_the_decoder_of_the_byte_specification_agrees_with_the_library(artifact)
     for matrix in matrices:
         layout = matrix.fmt.layout(matrix.shape)
         tensors = {
-            local: decoded_tensor(tensor, layout[local]) if local in matrix.coded else tensor
-            for local, tensor in inner(matrix.name, stored).items()
+            local: decode_tensor(tensor, layout[local]) if local in matrix.coded else tensor
+            for local, tensor in strip_prefix(matrix.name, stored).items()
         }
         wanted = matrix.fmt.decode(matrix.fmt.unpack(tensors, matrix.shape), matrix.shape).numpy()
         np.testing.assert_allclose(namespace["decode"](artifact, matrix.name), wanted, rtol=1e-6, atol=0)
@@ -103,7 +103,7 @@ def test_the_example_format_of_the_guide_passes_the_contract(tmp_path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tables_of_results_are_up_to_date(page):
     text = page.read_text(encoding="utf-8")
-    assert updated(text, ROOT / "results") == text, "run: make docs"
+    assert update_page(text, ROOT / "results") == text, "run: make docs"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

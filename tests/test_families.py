@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 import reallm
 from reallm.artifact import read_manifest
-from reallm.model import MODES, load, meta_model, not_compressed, open_source, walk
+from reallm.model import MODES, load, meta_model, open_source, unquantized_tensors, walk
 
 RECIPE = """
 rules:
@@ -169,11 +169,11 @@ def test_every_expert_of_fused_parameters_is_compressed(family):
 def test_what_is_not_compressed_is_listed_with_its_reason(family, tmp_path):
     model = build(family)
     out = compressed(model, tmp_path)
-    reasons = not_compressed(out)
+    reasons = unquantized_tensors(out)
     stored = load_file(out / "model.safetensors")
     owned = {m.name for m in read_manifest(out).matrices}
-    kept = {name for name in stored if name in model.state_dict() and stored[name].numel()}
-    assert kept == set(reasons) and all(reasons.values())
+    unquantized = {name for name in stored if name in model.state_dict() and stored[name].numel()}
+    assert unquantized == set(reasons) and all(reasons.values())
     assert len(owned) > 4 and not owned & set(reasons)
     big = {name for name in reasons if stored[name].ndim == 2 and "router" not in reasons[name]}
     assert all("position" in reasons[name] or "parameter of" in reasons[name] for name in big), big
@@ -251,7 +251,7 @@ def test_a_family_that_nobody_has_seen_works_too(tmp_path):
     out = compressed(model, tmp_path)
     names = {matrix.name for matrix in read_manifest(out).matrices}
     assert names == {"words", "out", *(f"cells.{n}.{part}" for n in (0, 1) for part in ("alpha", "beta"))}
-    reasons = not_compressed(out)
+    reasons = unquantized_tensors(out)
     assert reasons["cells.0.gamma.weight"] == "2-D parameter of Clamped"
     assert reasons["cells.0.mix"] == "2-D parameter of Cell" and reasons["cells.1.beta.bias"] == "bias"
     expected = logits(decode_into(model, out))
@@ -269,7 +269,9 @@ def test_the_ledger_shows_what_is_not_compressed(tiny_llama, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)["not_compressed"]
     assert found["model.layers.1.mlp.up_proj.weight"] == "left out by the plan" and found["model.norm.weight"] == "norm"
     source = open_source(tiny_llama)
-    assert set(found) == {k.name for k in walk(meta_model(source.config)).kept} | {"model.layers.1.mlp.up_proj.weight"}
+    assert set(found) == {k.name for k in walk(meta_model(source.config)).unquantized} | {
+        "model.layers.1.mlp.up_proj.weight"
+    }
     assert main(["info", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
     assert "not compressed because" in text and "left out by the plan" in text

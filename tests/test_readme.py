@@ -13,7 +13,7 @@ import pytest
 
 from reallm.cli import main
 from reallm.formats import known_formats
-from reallm.report.results import updated
+from reallm.report.results import update_page
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -75,7 +75,7 @@ def test_every_format_is_in_the_table():
 
 
 def test_every_shipped_recipe_is_in_the_table():
-    assert updated(TEXT, README.parent / "results") == TEXT, "run: make docs"
+    assert update_page(TEXT, README.parent / "results") == TEXT, "run: make docs"
 
 
 @pytest.fixture

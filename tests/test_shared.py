@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 import reallm
 from reallm.artifact import read_ledger, read_manifest, work_folder
 from reallm.errors import ArtifactError, FormatError
-from reallm.formats import from_spec, table_at_hand, tables_at_hand, tables_of
-from reallm.formats.waist import inner
+from reallm.formats import collect_shared_decoders, from_spec, shared_decoder_tensors, use_shared_decoders
+from reallm.formats.waist import strip_prefix
 from reallm.model import DECODE_AT_LOAD, DECODE_PER_USE, load
 from reallm.model.swap import compressed_modules
 from reallm.pipeline import Settings, estimate, prepare, run
-from reallm.pipeline.whole import WholeFile
+from reallm.pipeline.whole import ArtifactSize
 from reallm.report.ledger import ledger_dict, ledger_text
 
 CODEWORD = "{format: codeword, index_bits: 5, vector_dim: 4, hidden: 4, shared: %s}"
@@ -68,10 +68,12 @@ def artifact(job, tmp_path_factory):
 def decoded_from_file(folder):
     """Every compressed matrix, decoded from what is in the file."""
     tensors = load_file(folder / "model.safetensors")
-    tables = {name: inner(f"reallm_shared.{name}", tensors) for name in TABLES}
-    with tables_at_hand(tables):
+    shared_decoders = {name: strip_prefix(f"reallm_shared.{name}", tensors) for name in TABLES}
+    with use_shared_decoders(shared_decoders):
         return {
-            matrix.name: matrix.fmt.decode(matrix.fmt.unpack(inner(matrix.name, tensors), matrix.shape), matrix.shape)
+            matrix.name: matrix.fmt.decode(
+                matrix.fmt.unpack(strip_prefix(matrix.name, tensors), matrix.shape), matrix.shape
+            )
             for matrix in read_manifest(folder).matrices
         }
 
@@ -91,7 +93,7 @@ def test_bits_per_weight_are_those_of_the_plan_decoders_included(job, artifact):
 
 
 def test_the_size_of_the_whole_file_is_foretold(job, artifact):
-    assert WholeFile(job).nbytes(job.plan) == read_ledger(artifact).total_bytes
+    assert ArtifactSize(job).nbytes(job.plan) == read_ledger(artifact).total_bytes
 
 
 def test_the_running_model_holds_what_the_file_decodes_to_bit_for_bit(artifact):
@@ -104,10 +106,12 @@ def test_the_running_model_holds_what_the_file_decodes_to_bit_for_bit(artifact):
 
 def test_matrices_of_one_decoder_have_one_table_of_codewords(artifact):
     modules = compressed_modules(load(artifact, mode=DECODE_PER_USE))
-    tables = {
-        name: module.fmt.table(module.unpacked().decoder) for name, module in modules.items() if "self_attn" in name
+    shared_decoders = {
+        name: module.fmt.codebook(module.unpack().decoder) for name, module in modules.items() if "self_attn" in name
     }
-    assert len(tables) == 8 and all(torch.equal(table, tables[Q]) for table in tables.values())
+    assert len(shared_decoders) == 8 and all(
+        torch.equal(codebook, shared_decoders[Q]) for codebook in shared_decoders.values()
+    )
 
 
 def test_the_same_job_gives_the_same_bytes(job, artifact, tmp_path):
@@ -131,12 +135,12 @@ def test_a_saved_model_has_the_decoders_again(artifact, tmp_path):
     reallm.load(str(artifact)).save_pretrained(tmp_path / "again")
     before, after = (load_file(folder / "model.safetensors") for folder in (artifact, tmp_path / "again"))
     assert all(torch.equal(before[name], after[name]) for name in NAMES)
-    assert tuple(read_manifest(tmp_path / "again").tables) == TABLES
+    assert tuple(read_manifest(tmp_path / "again").shared_decoders) == TABLES
 
 
 def test_half_precision_leaves_stored_numbers_alone(artifact):
     model = load(artifact, mode=DECODE_PER_USE, dtype=torch.float16)
-    assert model.reallm_shared.stored()["mlp"]["decoder.scales_max"].dtype == torch.float32
+    assert model.reallm_shared.packed_tensors()["mlp"]["decoder.scales_max"].dtype == torch.float32
     assert compressed_modules(model)[Q].weight.dtype == torch.float16
 
 
@@ -181,7 +185,7 @@ def test_info_tells_what_decoder_nets_cost(artifact):
 def test_one_name_for_two_decoders_is_refused():
     one, other = (from_spec({"format": "codeword", "index_bits": bits, "shared": "x"}) for bits in (5, 6))
     with pytest.raises(FormatError, match="give one another name"):
-        tables_of([one, other])
+        collect_shared_decoders([one, other])
 
 
 @pytest.mark.parametrize("name", ["../up", "A", "a.b", "x" * 41])
@@ -192,7 +196,7 @@ def test_a_name_that_is_no_name_is_refused(name):
 
 def test_a_decoder_that_is_not_at_hand_is_named():
     with pytest.raises(FormatError, match="'elsewhere' is not at hand"):
-        table_at_hand("elsewhere")
+        shared_decoder_tensors("elsewhere")
 
 
 def changed(artifact, folder, change):

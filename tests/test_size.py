@@ -16,8 +16,8 @@ from reallm.artifact import read_ledger, read_manifest
 from reallm.errors import RecipeError
 from reallm.formats import from_spec
 from reallm.pipeline import Settings, prepare, run
-from reallm.pipeline.job import KEPT_FOR_TUNING
-from reallm.pipeline.whole import WholeFile, nbytes_by_file
+from reallm.pipeline.job import RESERVED_FOR_TUNING
+from reallm.pipeline.whole import ArtifactSize, nbytes_by_file
 
 CALIBRATION = {"calibration_windows": 6, "calibration_context": 64}
 
@@ -28,14 +28,14 @@ def total(folder):
 
 def taken(folder):
     """Bytes of a size that are used: what is left for notes of tuning counts."""
-    return total(folder) + KEPT_FOR_TUNING
+    return total(folder) + RESERVED_FOR_TUNING
 
 
 def test_the_foretold_bytes_are_those_of_the_files(tiny_llama, tmp_path):
     for number, settings in enumerate(({"bits": 3}, {"recipe": "mixed", "exclude": ("*.1.*",), "embedding": "keep"})):
         job = prepare(tiny_llama, Settings(**settings))
         run(job, tmp_path / str(number))
-        assert WholeFile(job).nbytes(job.plan) == total(tmp_path / str(number))
+        assert ArtifactSize(job).nbytes(job.plan) == total(tmp_path / str(number))
 
 
 @pytest.mark.parametrize("size", [63_000, 74_000, 75_000, 75_500, 100_001, 180_000])
@@ -69,7 +69,7 @@ def test_a_size_with_calibration_is_met_and_a_second_budget_asks_the_model_nothi
     settings = {"calibration": (str(text_file),), "analysis": str(tmp_path / "cache"), **CALIBRATION}
     reallm.compress(tiny_llama, tmp_path / "out", size=size, **settings)
     assert 0.995 * size <= taken(tmp_path / "out") <= size
-    monkeypatch.setattr("reallm.pipeline.budgeting.analysed", None)
+    monkeypatch.setattr("reallm.pipeline.budgeting.compute_analysis", None)
     small, large = (prepare(tiny_llama, Settings(size=size + more, **settings)).forecast for more in (0, 20_000))
     assert small.calibrated and large.loss < small.loss
 
@@ -154,7 +154,7 @@ def test_a_plan_is_written_edited_and_carried_out_as_it_says(tiny_llama, text_fi
     file.write_text("\n".join(lines))
     reallm.compress(tiny_llama, tmp_path / "out", recipe=str(file))
     wanted = {rule["match"]: rule["format"] for rule in yaml.safe_load(file.read_text())["rules"]}
-    found = {m.name: m for m in read_ledger(tmp_path / "out").compressed}
+    found = {m.name: m for m in read_ledger(tmp_path / "out").compressed_matrices}
     for name, spec in wanted.items():
         assert from_spec(spec) == found[name].fmt
     assert found["model.layers.1.self_attn.q_proj"].fmt.bits == 7
@@ -162,7 +162,7 @@ def test_a_plan_is_written_edited_and_carried_out_as_it_says(tiny_llama, text_fi
 
 
 def formats_of(folder):
-    return {matrix.name: matrix.fmt for matrix in read_ledger(folder).compressed}
+    return {matrix.name: matrix.fmt for matrix in read_ledger(folder).compressed_matrices}
 
 
 def name_of(folder):
@@ -322,9 +322,9 @@ def test_corrections_change_what_is_chosen(tiny_llama, text_file, tmp_path):
 
 
 def codewords_of(plan):
-    names = {table for entry in plan.entries for table in entry.fmt.tables()}
-    assert names == set(plan.tables) and all(name.startswith("codeword_") for name in names)
-    return [entry for entry in plan.entries if entry.fmt.tables()]
+    names = {table for entry in plan.entries for table in entry.fmt.shared_decoders()}
+    assert names == set(plan.shared_decoders) and all(name.startswith("codeword_") for name in names)
+    return [entry for entry in plan.entries if entry.fmt.shared_decoders()]
 
 
 @pytest.fixture
@@ -341,8 +341,8 @@ def test_neural_candidates_keep_to_the_bits_with_the_decoders_they_share(tiny_ll
     job = prepare(tiny_llama, Settings(bits=bits, candidates=("neural",), corrections=large_ones))
     assert codewords_of(job.plan) and 0.99 * bits <= job.plan.block_bits <= bits
     run(job, tmp_path / "out")
-    assert read_ledger(tmp_path / "out").by("role")["decoders"] > 0
-    assert WholeFile(job).nbytes(job.plan) == total(tmp_path / "out")
+    assert read_ledger(tmp_path / "out").sum_bytes("role")["decoders"] > 0
+    assert ArtifactSize(job).nbytes(job.plan) == total(tmp_path / "out")
 
 
 def test_neural_candidates_keep_to_a_size(tiny_llama, text_file, tmp_path):
@@ -370,7 +370,7 @@ def test_decoders_that_a_model_is_too_small_for_are_not_shared(tiny_llama, tmp_p
         json.dumps({"candidates": {"block": [dear, *plain]}, "losses": [{"match": "*", "format": dear, "loss": 0.0}]})
     )
     plan = prepare(tiny_llama, Settings(bits=1.5, corrections=str(file))).plan
-    assert not plan.tables and 0.99 * 1.5 <= plan.block_bits <= 1.5
+    assert not plan.shared_decoders and 0.99 * 1.5 <= plan.block_bits <= 1.5
     file.write_text(json.dumps({"candidates": {"block": [dear]}}))
     with pytest.raises(RecipeError, match="no room for the decoders|is not possible"):
         prepare(tiny_llama, Settings(bits=2.5, corrections=str(file)))

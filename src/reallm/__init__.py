@@ -26,26 +26,26 @@ __all__ = ["__version__", "compress", "load", "load_tokenizer", "pack", "tune", 
 # Importing transformers' quantizers costs 4 s, so `import reallm` does not: it waits until somebody
 # else has imported what loads models, and only then tells it about our format. The module that holds
 # `from_pretrained` is the one to wait for: when it is complete, so is `transformers.quantizers`.
-_LOADS_MODELS = "transformers.modeling_utils"
-_OURS = "reallm.model.quantizer"
+_MODELING_UTILS = "transformers.modeling_utils"
+_QUANTIZER = "reallm.model.quantizer"
 
 
-def _loads_models_imported(module: types.ModuleType) -> None:
-    """Import our quantizer, which registers itself through `_ours_imported`.
+def _import_quantizer(module: types.ModuleType) -> None:
+    """Import our quantizer, which registers itself through `_register_quantizer`.
 
     A failure is a warning: code that imports transformers for another model must go on working.
     """
     try:
-        importlib.import_module(_OURS)
+        importlib.import_module(_QUANTIZER)
     except ImportError as error:
         warnings.warn(f"reallm: transformers cannot load compressed models: {error}", stacklevel=2)
 
 
-def _ours_imported(module: types.ModuleType) -> None:
+def _register_quantizer(module: types.ModuleType) -> None:
     module.register_with_transformers()
 
 
-class _AfterImport(importlib.abc.MetaPathFinder):
+class _PostImportFinder(importlib.abc.MetaPathFinder):
     """Calls a function with a module once that module's own import is complete.
 
     Two steps instead of one call, because either may come first: our quantizer imports transformers
@@ -59,19 +59,19 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         callback = self.callbacks.get(name)
         if callback is None:
             return None
-        spec = self._find_elsewhere(name, path, target)
+        spec = self._find_spec_elsewhere(name, path, target)
         if spec is not None and spec.loader is not None:
-            self._call_after(spec.loader, callback)
+            self._wrap_exec_module(spec.loader, callback)
         return spec
 
-    def _find_elsewhere(self, name, path, target):
+    def _find_spec_elsewhere(self, name, path, target):
         # Not importlib.util.find_spec: it would ask us again, and forget hooks such as type checkers.
         others = (finder for finder in sys.meta_path if finder is not self)
         specs = (finder.find_spec(name, path, target) for finder in others)
         return next((spec for spec in specs if spec is not None), None)
 
     @staticmethod
-    def _call_after(loader, callback) -> None:
+    def _wrap_exec_module(loader, callback) -> None:
         execute = loader.exec_module
 
         def exec_module(module):
@@ -82,13 +82,13 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
-    callbacks = {_LOADS_MODELS: _loads_models_imported, _OURS: _ours_imported}
-    sys.meta_path.insert(0, _AfterImport(callbacks))
-    if _LOADS_MODELS in sys.modules:
-        _loads_models_imported(sys.modules[_LOADS_MODELS])
+    callbacks = {_MODELING_UTILS: _import_quantizer, _QUANTIZER: _register_quantizer}
+    sys.meta_path.insert(0, _PostImportFinder(callbacks))
+    if _MODELING_UTILS in sys.modules:
+        _import_quantizer(sys.modules[_MODELING_UTILS])
 
 
-_ROOM_OF = {
+_LAZY_EXPORTS = {
     "compress": "reallm.pipeline",
     "load": "reallm.model",
     "load_tokenizer": "reallm.model",
@@ -99,8 +99,8 @@ _ROOM_OF = {
 
 
 def __getattr__(name: str):
-    if name in _ROOM_OF:
-        return getattr(importlib.import_module(_ROOM_OF[name]), name)
+    if name in _LAZY_EXPORTS:
+        return getattr(importlib.import_module(_LAZY_EXPORTS[name]), name)
     raise AttributeError(f"module 'reallm' has no attribute {name!r}")
 
 

@@ -1,7 +1,7 @@
 """What can go wrong through no fault of ours: each kind is one line for the user and exit code 2."""
 
 
-def install(extra: str) -> str:
+def install_hint(extra: str) -> str:
     """How to install what an extra of pyproject.toml names: the package is on no index, so from the clone."""
     return f'pip install ".[{extra}]" in the clone of reallm'
 

@@ -3,7 +3,7 @@
 import pytest
 
 from reallm.allocate import MatrixInfo, load_recipe, plan_from_recipe, recipe_of_plan, shipped_recipes
-from reallm.allocate.recipe import dump_recipe, parse_recipe, with_rank
+from reallm.allocate.recipe import dump_recipe, parse_recipe, set_rank
 from reallm.errors import FormatError, RecipeError
 from reallm.formats import from_spec
 
@@ -95,7 +95,7 @@ def test_rank_goes_over_block_matrices_only_and_replaces_the_recipes():
 
 def test_with_rank_of_none_changes_nothing():
     fmt = from_spec({"format": "uniform", "bits": 3})
-    assert with_rank(fmt, None) is fmt and with_rank(fmt, 0) is fmt and with_rank(fmt, 5).rank == 5
+    assert set_rank(fmt, None) is fmt and set_rank(fmt, 0) is fmt and set_rank(fmt, 5).rank == 5
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))

@@ -6,23 +6,23 @@ import pytest
 import torch
 
 from reallm.analyze import (
+    analyze_matrix,
     autocorrelation,
     codec_errors,
+    describe_view,
     kurtosis,
-    look,
     marchenko_pastur,
     noise_like,
     predictable_bits,
+    remove_scales,
     scale_bits,
     shifts,
-    shuffled,
+    shuffle,
     spectrum,
-    structure_of,
     top_share,
-    unscaled,
     views,
 )
-from reallm.analyze.orders import basis_nbytes, in_singular_basis
+from reallm.analyze.orders import basis_nbytes, rotate_to_singular_basis
 from reallm.analyze.spectrum import best_rank, energies
 from reallm.fit import permutation
 from reallm.formats import from_spec, rotated
@@ -45,7 +45,7 @@ def shuffled_curves(rows=120, columns=80):
     """Rows that are smooth curves and alike for neighbouring columns, everything in a random order."""
     knots = torch.linspace(-0.2, 1.2, 40)[:, None]
     places = torch.arange(columns) / columns
-    return shuffled(drawn(rows, 40, seed=3) @ torch.exp(-0.5 * ((places - knots) / 0.05) ** 2), seed=4)
+    return shuffle(drawn(rows, 40, seed=3) @ torch.exp(-0.5 * ((places - knots) / 0.05) ** 2), seed=4)
 
 
 def test_noise_has_the_spectrum_of_marchenko_and_pastur():
@@ -137,10 +137,10 @@ def test_a_matrix_that_is_all_shift_saves_no_more_than_float16_keeps():
 def test_a_single_scaled_column_is_seen_in_scales_kurtosis_and_spectrum_and_not_once_it_is_divided_out():
     weight = drawn(128, 128)
     weight[:, 7] *= 20
-    found = structure_of(weight)
+    found = analyze_matrix(weight)
     assert found.scales.columns > 0.5 > 0.1 > found.scales.rows
     assert found.kurtosis > 20 and found.unscaled_kurtosis == pytest.approx(3, abs=0.15)
-    assert kurtosis(unscaled(weight)) == found.unscaled_kurtosis
+    assert kurtosis(remove_scales(weight)) == found.unscaled_kurtosis
     # The noise has the column too, so that it does not count as structure of rank one.
     assert found.spectrum.noise_top_share == pytest.approx(found.spectrum.top_share, rel=0.05)
     assert found.noise_scales.columns == pytest.approx(found.scales.columns, rel=0.1)
@@ -226,15 +226,15 @@ def test_orders_cost_what_the_permuted_format_stores_for_them():
 
 def test_a_side_whose_order_does_not_pay_is_left_out_of_the_net():
     weight = drawn(64, 64)
-    raw, costly = look("raw", weight), look("sort", weight, order_bytes=(10_000, 10_000))
+    raw, costly = describe_view("raw", weight), describe_view("sort", weight, order_bytes=(10_000, 10_000))
     assert costly.net_bits(raw, weight.numel()) == 0
-    assert look("singular", weight, basis_nbytes=512).net_bits(raw, 64 * 64) == pytest.approx(-1)
+    assert describe_view("singular", weight, basis_nbytes=512).net_bits(raw, 64 * 64) == pytest.approx(-1)
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
 def test_the_singular_basis_has_falling_energy_on_the_smaller_side(shape):
     weight = drawn(*shape)
-    moved = in_singular_basis(weight)
+    moved = rotate_to_singular_basis(weight)
     falling = moved.square().sum(0 if shape[1] < shape[0] else 1)
     values = torch.linalg.svdvals(weight).square()
     torch.testing.assert_close(falling, values, rtol=1e-4, atol=1e-4)
@@ -262,7 +262,7 @@ def test_an_order_that_would_compare_too_many_rows_is_left_out(monkeypatch):
 def test_shuffling_keeps_spectrum_and_scales_and_takes_neighbours_away():
     places = torch.arange(80) / 80
     weight = torch.sin(drawn(60, 1) + 6 * places) * (1 + places)
-    moved = shuffled(weight, seed=2)
+    moved = shuffle(weight, seed=2)
     torch.testing.assert_close(energies(moved), energies(weight))
     torch.testing.assert_close(moved.square().sum(0).sort().values, weight.square().sum(0).sort().values)
     assert autocorrelation(weight).value > 0.9 > 0.3 > abs(autocorrelation(moved).value)
@@ -298,7 +298,7 @@ def test_codecs_are_rated_at_the_bytes_they_store():
 
 @pytest.mark.parametrize("shape", [(2, 2), (2, 50), (50, 2), (17, 33)])
 def test_small_and_odd_matrices_have_finite_figures(shape):
-    found = structure_of(drawn(*shape), [Uniform(bits=3)])
+    found = analyze_matrix(drawn(*shape), [Uniform(bits=3)])
     assert math.isfinite(found.kurtosis) and math.isfinite(found.spectrum.top_share)
     raw = found.orders[0]
     assert all(math.isfinite(view.net_bits(raw, shape[0] * shape[1])) for view in found.orders)
@@ -306,4 +306,4 @@ def test_small_and_odd_matrices_have_finite_figures(shape):
 
 def test_one_seed_gives_the_same_figures():
     weight = drawn(40, 32)
-    assert structure_of(weight, [UNIFORM], seed=3) == structure_of(weight, [UNIFORM], seed=3)
+    assert analyze_matrix(weight, [UNIFORM], seed=3) == analyze_matrix(weight, [UNIFORM], seed=3)

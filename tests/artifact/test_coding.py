@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reallm
-from reallm.artifact import code, coded_tensor, decoded_tensor, read_ledger, read_manifest
+from reallm.artifact import decode_tensor, encode_tensor, encode_tensors, read_ledger, read_manifest
 from reallm.cli import main
 from reallm.errors import ArtifactError, FormatError
 from reallm.kernels import pack_bits
-from reallm.kernels.rans import coded_bytes, decoded_bytes
+from reallm.kernels.rans import decode_bytes, encode_bytes
 from reallm.model import MODES
 
 DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32]
@@ -39,9 +39,9 @@ def noise(*shape, seed=0):
 @pytest.mark.parametrize("shape", [(4096,), (37, 111), (3, 5, 700)], ids=str)
 def test_what_is_coded_comes_back_bit_for_bit_whatever_the_dtype(dtype, shape):
     tensor = (noise(*shape) * 5).to(torch.int32).to(dtype)
-    coded = coded_tensor(tensor)
+    coded = encode_tensor(tensor)
     assert coded.dtype == torch.uint8 and coded.nbytes < 0.99 * tensor.nbytes
-    assert torch.equal(decoded_tensor(coded, tensor), tensor)
+    assert torch.equal(decode_tensor(coded, tensor), tensor)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -49,7 +49,7 @@ def test_what_is_coded_comes_back_bit_for_bit_whatever_the_dtype(dtype, shape):
 def test_packed_codes_of_every_width_come_back(bits, count):
     codes = (noise(count, seed=bits).abs() * 2**bits / 8).clamp(max=2**bits - 1).to(torch.int32)
     raw = pack_bits(codes, bits).numpy()
-    assert np.array_equal(decoded_bytes(coded_bytes(raw, 1e9), len(raw)), raw) if count > 64 else True
+    assert np.array_equal(decode_bytes(encode_bytes(raw, 1e9), len(raw)), raw) if count > 64 else True
 
 
 @pytest.mark.parametrize("bits", [3, 4, 5])
@@ -57,36 +57,36 @@ def test_codes_take_about_their_entropy(bits):
     codes = (noise(300_000) * 2**bits / 7 + 2 ** (bits - 1)).round().clamp(0, 2**bits - 1).to(torch.int32)
     share = torch.bincount(codes) / len(codes)
     entropy = -(share * share.clamp(min=1e-9).log2()).sum().item() * len(codes) / 8
-    assert entropy < len(coded_bytes(pack_bits(codes, bits).numpy(), 1e9)) < 1.02 * entropy
+    assert entropy < len(encode_bytes(pack_bits(codes, bits).numpy(), 1e9)) < 1.02 * entropy
 
 
 def test_noise_and_tiny_tensors_are_left_as_they_are():
-    assert coded_tensor(torch.randint(0, 256, (100_000,), dtype=torch.uint8)) is None
-    assert coded_tensor(torch.zeros(40, dtype=torch.uint8)) is None
-    assert code({"a": torch.zeros(40, dtype=torch.uint8)})[1] == ()
+    assert encode_tensor(torch.randint(0, 256, (100_000,), dtype=torch.uint8)) is None
+    assert encode_tensor(torch.zeros(40, dtype=torch.uint8)) is None
+    assert encode_tensors({"a": torch.zeros(40, dtype=torch.uint8)})[1] == ()
 
 
 def test_constant_and_one_symbol_tensors_are_coded():
     for value in (0, 255):
         tensor = torch.full((50_000,), value, dtype=torch.uint8)
-        assert torch.equal(decoded_tensor(coded_tensor(tensor), tensor), tensor)
+        assert torch.equal(decode_tensor(encode_tensor(tensor), tensor), tensor)
 
 
 def test_damaged_bytes_are_refused_or_give_other_values_but_never_crash():
     tensor = (noise(20_000) * 3).to(torch.int8)
-    coded = coded_tensor(tensor)
+    coded = encode_tensor(tensor)
     refused = 0
     for place in range(0, len(coded), 97):
         broken = coded.clone()
         broken[place] ^= 0x55
         try:
-            refused += not torch.equal(decoded_tensor(broken, tensor), tensor)
+            refused += not torch.equal(decode_tensor(broken, tensor), tensor)
         except FormatError:
             refused += 1
     assert refused == len(range(0, len(coded), 97))
     for cut in (coded[:0], coded[:3], coded[:-2], coded[: len(coded) // 2]):
         with pytest.raises(FormatError, match="damaged"):
-            decoded_tensor(cut.clone(), tensor)
+            decode_tensor(cut.clone(), tensor)
 
 
 @pytest.fixture(scope="module")
@@ -148,12 +148,12 @@ def test_a_few_bytes_never_stand_for_many():
     table[7] = 255
     state = np.array([1 << 16], "<u4").view(np.uint8)
     bomb = np.concatenate([np.array([8, 1, 0, 0, 0], np.uint8), table, state])
-    assert (decoded_bytes(bomb, 2048) == 7).all()
+    assert (decode_bytes(bomb, 2048) == 7).all()
     for nbytes in (2049, 10**12):
         with pytest.raises(FormatError, match="damaged"):
-            decoded_bytes(bomb, nbytes)
+            decode_bytes(bomb, nbytes)
     with pytest.raises(FormatError, match="damaged"):
-        decoded_tensor(torch.zeros(9, dtype=torch.uint8), torch.empty(10**12, dtype=torch.uint8, device="meta"))
+        decode_tensor(torch.zeros(9, dtype=torch.uint8), torch.empty(10**12, dtype=torch.uint8, device="meta"))
 
 
 def test_names_of_coded_tensors_that_the_format_has_not_are_refused(pair, tmp_path):

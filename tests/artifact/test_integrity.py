@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import reallm
 from reallm.artifact import read_manifest
-from reallm.artifact.integrity import DIGITS, checksums_of, verify
+from reallm.artifact.integrity import DIGITS, compute_checksums, verify
 from reallm.cli import main
 from reallm.errors import ArtifactError
 from reallm.model import ReallmConfig
@@ -36,7 +36,7 @@ def flipped(written, tmp_path):
 
 def test_the_compressor_writes_a_checksum_for_every_tensor(written):
     checksums = read_manifest(written).checksums
-    assert checksums == checksums_of([written / "model.safetensors"])
+    assert checksums == compute_checksums([written / "model.safetensors"])
     assert len(checksums["model.safetensors"]) == DIGITS * len(load_file(written / "model.safetensors"))
 
 
@@ -79,7 +79,7 @@ def test_tensors_that_changed_places_dtype_or_file_are_found(tmp_path):
     first, second = {"a": torch.zeros(4), "b": torch.ones(4)}, {"a": torch.ones(4), "b": torch.zeros(4)}
     file = tmp_path / "x.safetensors"
     save_file(first, file)
-    word = checksums_of([file])
+    word = compute_checksums([file])
     verify([file], word)
     for other in (
         second,

@@ -28,7 +28,7 @@ def test_every_arm_is_a_format_and_has_a_name_of_its_own(neural):
     formats = [neural.from_spec(arm.spec) for arm in neural.ARMS]
     assert len({arm.name for arm in neural.ARMS}) == len(neural.ARMS)
     assert all(
-        bool(fmt.tables()) == (arm.spec.get("shared", arm.spec.get("base", {}).get("shared", "")) != "")
+        bool(fmt.shared_decoders()) == (arm.spec.get("shared", arm.spec.get("base", {}).get("shared", "")) != "")
         for fmt, arm in zip(formats, neural.ARMS, strict=True)
     )
     parameters = [neural.parameters_of(fmt) for fmt, arm in zip(formats, neural.ARMS, strict=True) if arm.group == "c"]
@@ -44,7 +44,7 @@ def test_a_shared_decoder_is_charged_to_all_its_matrices(neural):
         bench.run(neural.Task("q", 1, source, neural.Arm("a", "tiny", spec, share)))
         for source, share in ((neural.ORIGINAL, 1), (neural.SHUFFLED, 3))
     )
-    table = 8 * sum(t.nbytes for t in neural.from_spec(spec).tables()["x"].layout.values()) / (32 * 64)
+    table = 8 * sum(t.nbytes for t in neural.from_spec(spec).shared_decoders()["x"].layout.values()) / (32 * 64)
     assert alone["bits"] - three["bits"] == pytest.approx(table * 2 / 3)
     assert 0 < three["relative_error"] < 1
 
@@ -80,8 +80,8 @@ def test_a_shared_decoder_can_train_for_fewer_steps_than_each_matrix_takes(neura
     bench = neural.Bench(matrices, torch.device("cpu"))
     spec = neural.ordered("sort", neural.conv(4, 2, 1, neural.vectors(2, 2, 16), steps=5, shared="x"))
     arm = neural.Arm("order", "tiny", spec, 2, training_steps=3)
-    steps, train = [], neural.train_shared
-    monkeypatch.setattr(neural, "train_shared", lambda fmt, *rest: steps.append(fmt.steps) or train(fmt, *rest))
+    steps, train = [], neural.train_shared_decoder
+    monkeypatch.setattr(neural, "train_shared_decoder", lambda fmt, *rest: steps.append(fmt.steps) or train(fmt, *rest))
     row = bench.run(neural.Task("q", 0, neural.ORIGINAL, arm))
     assert steps == [3] and row["training_steps"] == 3 and row["format"]["base"]["steps"] == 5
 
@@ -120,8 +120,8 @@ def test_a_decoder_of_all_matrices_is_trained_once(neural, monkeypatch):
     tasks.insert(1, neural.Task("q", 0, neural.ORIGINAL, neural.Arm("a", "two", spec, 2)))
     jobs = neural.jobs_of(bench, tasks)
     assert [[task.block for task in job] for job in jobs] == [[0, 1, 2], [0]]
-    trained, train = [], neural.train_shared
-    monkeypatch.setattr(neural, "train_shared", lambda *args: trained.append(1) or train(*args))
+    trained, train = [], neural.train_shared_decoder
+    monkeypatch.setattr(neural, "train_shared_decoder", lambda *args: trained.append(1) or train(*args))
     rows = [bench.run(task) for task in jobs[0]]
     assert len(trained) == 1 and len({row["relative_error"] for row in rows}) == 3
 

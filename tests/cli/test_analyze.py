@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reallm.analyze import Scope, prepare
-from reallm.analyze.running import sampled, sampled_shape
+from reallm.analyze.running import sample_matrix, sampled_shape
 from reallm.cli import main
 from reallm.errors import FormatError
 from reallm.formats import from_spec
@@ -160,8 +160,8 @@ def test_only_a_sample_of_a_large_matrix_is_looked_at(tiny_llama):
 @pytest.mark.parametrize(("size", "most"), [(1000, 96), (50, 50), (30, 50), (100, 5), (65, 64)])
 def test_a_sample_is_runs_of_neighbours_from_both_ends_on(size, most):
     weight = torch.arange(size * 4.0).view(size, 4)
-    rows = (sampled(weight, most)[:, 0] / 4).long() if most >= 4 else None
-    assert sampled_shape((size, 4), most) == tuple(sampled(weight, most).shape)
+    rows = (sample_matrix(weight, most)[:, 0] / 4).long() if most >= 4 else None
+    assert sampled_shape((size, 4), most) == tuple(sample_matrix(weight, most).shape)
     assert rows[0] == 0 and rows[-1] == size - 1 and (rows.diff() > 0).all()
     if size > 2 * most > 32:
         assert (rows.diff() == 1).float().mean() > 0.8

@@ -175,9 +175,9 @@ def test_a_dry_run_prints_plan_and_cost_and_writes_nothing(tiny_llama, tmp_path,
 def test_the_dry_run_foretells_bytes_and_bits_exactly(tiny_llama, out3, monkeypatch):
     monkeypatch.setattr(sys.modules["reallm.pipeline.cost"], "_predicted_seconds", lambda job: 1.0)
     cost, ledger = estimate(prepare(tiny_llama, Settings(bits=3))), read_ledger(out3)
-    kinds = ledger.by("kind")
+    kinds = ledger.sum_bytes("kind")
     assert cost.compressed_bytes == kinds["block"] + kinds["embedding"]
-    assert cost.kept_bytes == kinds["kept"]
+    assert cost.unquantized_bytes == kinds["kept"]
     assert cost.bits_per_weight == pytest.approx(ledger.bits_per_weight, abs=1e-12)
 
 
@@ -210,7 +210,7 @@ def test_embedding_and_head_have_their_own_bits_or_are_kept(models, tmp_path):
     source = load_file(models("untied") / "model.safetensors")
     name = "model.embed_tokens.weight"
     assert torch.equal(tensors(tmp_path / "a")[name], source[name])
-    assert read_ledger(tmp_path / "a").by("kind").keys() >= {"block", "head", "kept", "file"}
+    assert read_ledger(tmp_path / "a").sum_bytes("kind").keys() >= {"block", "head", "kept", "file"}
 
 
 def test_both_ends_are_at_8_bits_by_default(models):

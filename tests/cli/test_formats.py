@@ -7,7 +7,7 @@ import pytest
 from reallm.cli import main
 from reallm.fit import Quality
 from reallm.formats import from_spec, known_formats
-from reallm.report.formats import formats_dict, formats_text, measured_formats
+from reallm.report.formats import formats_dict, formats_text, measure_formats
 
 SMALL = (32, 64)
 
@@ -101,7 +101,7 @@ def test_a_setting_or_device_that_cannot_be_is_one_line(capsys, options, says):
 
 
 def test_the_keys_of_the_json_are_these():
-    found = measured_formats(["codebook"], SMALL)
+    found = measure_formats(["codebook"], SMALL)
     assert list(found) == ["shape", "formats"] and found["shape"] == list(SMALL)
     entry = found["formats"]["codebook"]
     assert list(entry) == ["description", "fields", "papers", "decoding", "settings"]

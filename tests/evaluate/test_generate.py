@@ -36,14 +36,14 @@ def test_the_pieces_joined_are_what_the_model_generates(model, tokenizer):
 
 def test_a_character_of_several_tokens_comes_whole(tokenizer):
     ids = tokenizer("ä€𝄞 end\nä")["input_ids"]
-    pieces = list(generate._pieces(tokenizer, iter([[token] for token in ids])))
+    pieces = list(generate._decode_stream(tokenizer, iter([[token] for token in ids])))
     assert "".join(pieces) == "ä€𝄞 end\nä"
     assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_a_character_that_never_becomes_whole_is_not_lost(tokenizer):
     first = tokenizer("€")["input_ids"][:1]
-    assert "".join(generate._pieces(tokenizer, iter([first]))) == "\ufffd"
+    assert "".join(generate._decode_stream(tokenizer, iter([first]))) == "\ufffd"
 
 
 def test_a_space_between_two_words_is_kept_wherever_decoding_starts_anew(monkeypatch):
@@ -53,15 +53,15 @@ def test_a_space_between_two_words_is_kept_wherever_decoding_starts_anew(monkeyp
         def decode(self, ids, **_):
             return "".join(f" w{number}" for number in ids)[1:]
 
-    monkeypatch.setattr(generate, "DECODED_AGAIN", 10)
-    pieces = generate._pieces(Strips(), iter([[number] for number in range(100)]))
+    monkeypatch.setattr(generate, "REDECODED_TOKENS", 10)
+    pieces = generate._decode_stream(Strips(), iter([[number] for number in range(100)]))
     assert "".join(pieces) == " ".join(f"w{number}" for number in range(100))
 
 
 def test_a_long_answer_is_the_same_however_it_is_cut(tokenizer, monkeypatch):
     ids = tokenizer("the ä€ river\n 𝄞 walks. " * 20)["input_ids"]
-    monkeypatch.setattr(generate, "DECODED_AGAIN", 9)
-    assert "".join(generate._pieces(tokenizer, iter([[token] for token in ids]))) == tokenizer.decode(ids)
+    monkeypatch.setattr(generate, "REDECODED_TOKENS", 9)
+    assert "".join(generate._decode_stream(tokenizer, iter([[token] for token in ids]))) == tokenizer.decode(ids)
 
 
 def test_the_same_seed_draws_the_same_text_and_another_does_not(model, tokenizer):
@@ -117,7 +117,7 @@ def test_a_prompt_that_fills_the_model_is_refused_and_a_long_answer_stops_there(
     with pytest.raises(TextError, match="512 positions"):
         generate_stream(model, tokenizer, "the " * 600, chat=False)
     prompt_tokens = encode_prompt(tokenizer, "the " * 400, chat=False).shape[1]
-    assert generate._room_left(model, prompt_tokens, 10_000) == 512 - prompt_tokens
+    assert generate._remaining_tokens(model, prompt_tokens, 10_000) == 512 - prompt_tokens
 
 
 @pytest.mark.parametrize("settings", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0}])

@@ -58,9 +58,9 @@ def test_codes_decode_to_what_the_coder_says(books, index_bits):
     fmt = Additive(books=books, index_bits=index_bits, vector_dim=4)
     codebooks, scales = drawn(books, 2**index_bits, 4), 0.5 + drawn(6, 1, seed=4).abs()
     codes, decoded = AdditiveCoder(fmt, codebooks, scales).encode(drawn(6, 10, seed=5), 0, torch.ones(1, 10))
-    parts = type(fit(fmt, drawn(6, 10)))(codes, codebooks, scales)
+    unpacked = type(fit(fmt, drawn(6, 10)))(codes, codebooks, scales)
     assert codes.max() < 2**index_bits
-    torch.testing.assert_close(fmt.decode(parts, (6, 10)), decoded)
+    torch.testing.assert_close(fmt.decode(unpacked, (6, 10)), decoded)
 
 
 def test_errors_of_a_block_are_weighed_together():
@@ -68,7 +68,10 @@ def test_errors_of_a_block_are_weighed_together():
     fmt = Additive(books=2, index_bits=4, vector_dim=4)
     coder = AdditiveCoder(fmt, drawn(2, 16, 4), torch.ones(400, 1))
     columns, root = drawn(400, 4, seed=5), torch.linalg.cholesky(0.2 * torch.eye(4) + torch.ones(4, 4))
-    together, apart = coder.encode_by(columns, 0, root)[1], coder.encode(columns, 0, root.square().sum(1)[None])[1]
+    together, apart = (
+        coder.encode_with_metric(columns, 0, root)[1],
+        coder.encode(columns, 0, root.square().sum(1)[None])[1],
+    )
     costs = [((columns - decoded) @ root).square().sum() for decoded in (together, apart)]
     assert costs[0] < 0.8 * costs[1]
 
@@ -93,7 +96,7 @@ def test_a_warm_start_does_not_lose_much():
     weight, fmt = drawn(64, 64), Additive(books=2, index_bits=4)
     cold = fit(fmt, weight)
     warm = fit(fmt, weight, start=cold)
-    errors = [relative_error(weight, fmt.decode(parts, (64, 64))) for parts in (cold, warm)]
+    errors = [relative_error(weight, fmt.decode(unpacked, (64, 64))) for unpacked in (cold, warm)]
     assert errors[1] <= errors[0] * 1.01
 
 

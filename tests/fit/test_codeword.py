@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from reallm.errors import FormatError
-from reallm.fit import Objective, demand_of, fit, relative_error, train_shared
-from reallm.fit.codeword import answering
-from reallm.formats import from_spec, parameters, tables_at_hand
+from reallm.fit import Objective, capture_fit_input, fit, relative_error, train_shared_decoder
+from reallm.fit.codeword import refine_decoder
+from reallm.formats import from_spec, parameters, use_shared_decoders
 
 SHAPE = (96, 256)
 
@@ -52,13 +52,13 @@ def test_every_parameter_is_stored_in_its_bits(bits):
 def test_training_knows_that_parameters_will_be_rounded():
     weight, spec = gaussian(), {"format": "codeword", "index_bits": 8, "decoder_bits": 3}
     fine = from_spec({**spec, "decoder_bits": 16})
-    parts = fit(fine, weight)
-    values = parameters.values(16, parts.decoder, fine.net.parameters)
+    unpacked = fit(fine, weight)
+    values = parameters.values(16, unpacked.decoder, fine.net.parameters)
     coarse = from_spec(spec)
     rounded = fit(parameters.storage(3), values[None])
-    vectors = (weight / parts.scales).view(-1, 8)
-    after = torch.cdist(vectors, coarse.table(rounded)).amin(1).square().sum()
-    aware = torch.cdist(vectors, coarse.table(fit(coarse, weight).decoder)).amin(1).square().sum()
+    vectors = (weight / unpacked.scales).view(-1, 8)
+    after = torch.cdist(vectors, coarse.codebook(rounded)).amin(1).square().sum()
+    aware = torch.cdist(vectors, coarse.codebook(fit(coarse, weight).decoder)).amin(1).square().sum()
     assert aware < 0.98 * after
 
 
@@ -77,7 +77,7 @@ def test_columns_that_cost_more_are_met_better():
 def test_error_feedback_lowers_the_error_of_outputs():
     weight = gaussian()
     inputs = gaussian(1, (600, SHAPE[1])) @ gaussian(2, (SHAPE[1], SHAPE[1])) / 16
-    objective = Objective.of_outputs(inputs.T @ inputs / 600)
+    objective = Objective.output_error(inputs.T @ inputs / 600)
     fmt = from_spec({"format": "codeword", "index_bits": 8})
     plain, fed_back = (fmt.decode(fit(fmt, weight, o), SHAPE) for o in (Objective(objective.importance), objective))
     assert objective.error(weight, fed_back) < 0.8 * objective.error(weight, plain)
@@ -87,13 +87,15 @@ def test_a_shared_decoder_serves_matrices_of_all_sizes_of_weights_and_is_nobodys
     spec = {"format": "permuted", "base": {"format": "codeword", "index_bits": 8, "shared": "all"}}
     fmt, own = from_spec(spec), from_spec({**spec, "base": {**spec["base"], "shared": ""}})
     weights = [gaussian(seed) * size for seed, size in enumerate((1e-3, 1.0, 50.0))]
-    demands = [demand_of(fmt, weight, Objective.plain(weight), 0) for weight in weights]
-    inside = demands[0].fmt
-    with tables_at_hand({"all": inside.pack_table(train_shared(inside, demands, "cpu"))}):
+    fit_inputs = [capture_fit_input(fmt, weight, Objective.plain(weight), 0) for weight in weights]
+    inside = fit_inputs[0].fmt
+    with use_shared_decoders({"all": inside.pack_decoder(train_shared_decoder(inside, fit_inputs, "cpu"))}):
         errors = [relative_error(weight, fmt.decode(fit(fmt, weight), SHAPE)) for weight in weights]
     alone = relative_error(weights[1], own.decode(fit(own, weights[1]), SHAPE))
     assert all(error < 1.2 * alone for error in errors)
-    assert own.nbytes(SHAPE) - fmt.nbytes(SHAPE) == sum(t.nbytes for t in inside.tables()["all"].layout.values())
+    assert own.nbytes(SHAPE) - fmt.nbytes(SHAPE) == sum(
+        t.nbytes for t in inside.shared_decoders()["all"].layout.values()
+    )
 
 
 def test_a_shared_decoder_that_nobody_trained_is_named():
@@ -113,9 +115,9 @@ def test_a_field_out_of_range_is_named_with_its_value(field):
 def test_the_net_itself_answers_for_errors_of_outputs():
     weight = gaussian()
     inputs = gaussian(1, (600, SHAPE[1])) @ gaussian(2, (SHAPE[1], SHAPE[1])) / 16
-    objective = Objective.of_outputs(inputs.T @ inputs / 600)
+    objective = Objective.output_error(inputs.T @ inputs / 600)
     fmt = from_spec({"format": "codeword", "index_bits": 6})
-    parts = fit(fmt, weight, Objective(objective.importance))
-    moved = answering(fmt, parts, weight, objective)
-    before, after = (objective.error(weight, fmt.decode(p, SHAPE)) for p in (parts, moved))
-    assert torch.equal(moved.codes, parts.codes) and after < 0.99 * before
+    unpacked = fit(fmt, weight, Objective(objective.importance))
+    moved = refine_decoder(fmt, unpacked, weight, objective)
+    before, after = (objective.error(weight, fmt.decode(p, SHAPE)) for p in (unpacked, moved))
+    assert torch.equal(moved.codes, unpacked.codes) and after < 0.99 * before

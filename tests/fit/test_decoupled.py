@@ -3,10 +3,10 @@ import torch
 
 from reallm.errors import FormatError
 from reallm.fit import Objective, fit, relative_error
-from reallm.fit.decoupled import best_answer
-from reallm.fit.objective import ANSWER_DAMPING
+from reallm.fit.decoupled import optimal_compensation
+from reallm.fit.objective import COMPENSATION_DAMPING
 from reallm.formats import from_spec
-from reallm.formats.decoupled import others
+from reallm.formats.decoupled import remaining_positions
 
 SHAPE = (48, 96)
 UNIFORM = {"format": "uniform", "bits": 2, "group_size": 32}
@@ -65,7 +65,7 @@ def test_outliers_are_found_and_kept(kind, precision):
     [(kind, base) for kind in KINDS for base in BASES if (kind, base["format"]) != ("rows", "rotated")],
 )
 def test_what_is_kept_lowers_the_output_error(kind, base):
-    objective = Objective.of_outputs(hessian())
+    objective = Objective.output_error(hessian())
     errors = []
     for fmt in (from_spec(base), decoupled(kind, base)):
         errors.append(objective.error(matrix(), fmt.decode(fit(fmt, matrix(), objective), SHAPE)))
@@ -74,15 +74,15 @@ def test_what_is_kept_lowers_the_output_error(kind, base):
 
 
 def test_the_objective_of_the_rest_is_what_is_left_after_the_best_answer():
-    objective, error = Objective.of_outputs(hessian()), matrix()
+    objective, error = Objective.output_error(hessian()), matrix()
     kept = torch.tensor([3, 40, 41, 90])
-    rest = others(kept, SHAPE[1])
+    rest = remaining_positions(kept, SHAPE[1])
     answered = torch.zeros(SHAPE)
     answered[:, rest] = error[:, rest]
-    answered[:, kept] = -(error[:, rest].double() @ objective.answers(kept, rest)).float()
+    answered[:, kept] = -(error[:, rest].double() @ objective.compensation(kept, rest)).float()
     cost = objective.error(answered, torch.zeros(SHAPE))
     # The damping, 1 % of the mean, makes the answer a little smaller than the best.
-    inside = objective.answered(kept, rest).error(error[:, rest], torch.zeros(SHAPE[0], len(rest)))
+    inside = objective.schur_complement(kept, rest).error(error[:, rest], torch.zeros(SHAPE[0], len(rest)))
     assert inside == pytest.approx(cost, rel=0.01)
     silent = answered.clone()
     silent[:, kept] = 0
@@ -94,8 +94,8 @@ def test_entries_answer_as_least_squares_do():
     free = torch.rand(SHAPE, generator=torch.Generator().manual_seed(2)) < 0.1
     free[0] = False
     error = error.masked_fill(free, 0)
-    found = best_answer(error, free, second)
-    damped = second + ANSWER_DAMPING * second.diagonal().mean() * torch.eye(SHAPE[1])
+    found = optimal_compensation(error, free, second)
+    damped = second + COMPENSATION_DAMPING * second.diagonal().mean() * torch.eye(SHAPE[1])
     for row in range(0, SHAPE[0], 7):
         own = free[row]
         expected = torch.linalg.solve(damped[own][:, own].double(), (damped[own] @ error[row]).double())
@@ -123,7 +123,7 @@ def test_what_cannot_be_kept_is_named():
 
 
 def test_so_many_columns_are_kept_that_vectors_of_eight_fill_the_rest():
-    counts = [decoupled("columns", share=share).kept((576, 576)) for share in (0.001, 0.005, 0.01, 0.03)]
+    counts = [decoupled("columns", share=share).num_outliers((576, 576)) for share in (0.001, 0.005, 0.01, 0.03)]
     assert counts == [1, 3, 8, 16]
-    assert decoupled("entries", share=0.01).kept((576, 576)) == 3318
-    assert decoupled("columns", share=0.9).kept((3, 4)) == 3
+    assert decoupled("entries", share=0.01).num_outliers((576, 576)) == 3318
+    assert decoupled("columns", share=0.9).num_outliers((3, 4)) == 3

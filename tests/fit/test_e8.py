@@ -4,7 +4,7 @@ import torch
 from reallm.errors import FormatError
 from reallm.fit import Objective, fit, relative_error
 from reallm.fit.e8 import E8Coder, best_scale, finalists, nearest_codes
-from reallm.formats.e8 import E8, e8p_patterns, e8p_words, short_words, values_of
+from reallm.formats.e8 import E8, decode_codes, e8p_patterns, e8p_words, short_words
 
 CPU = torch.device("cpu")
 
@@ -46,7 +46,7 @@ def test_short_words_are_the_shortest_of_the_lattice():
 def test_the_nearest_word_is_found_without_a_look_at_all():
     vectors = 1.5 * gaussian(400, 8)
     codes = nearest_codes(vectors, torch.ones_like(vectors), bits=2)
-    found = (vectors - values_of(codes, 2)).square().sum(1)
+    found = (vectors - decode_codes(codes, 2)).square().sum(1)
     least = torch.cdist(vectors, e8p_words(CPU), compute_mode="donot_use_mm_for_euclid_dist").square().amin(1)
     # The 29 patterns that come without their permutations are the exception.
     assert torch.isclose(found, least, rtol=1e-4).float().mean() > 0.98
@@ -55,7 +55,7 @@ def test_the_nearest_word_is_found_without_a_look_at_all():
 
 def test_the_nearest_word_by_importance_is_nearly_found():
     vectors, importance = gaussian(400, 8), gaussian(400, 8, seed=1).exp()
-    found = values_of(nearest_codes(vectors, importance, bits=2), 2)
+    found = decode_codes(nearest_codes(vectors, importance, bits=2), 2)
     distances = [(h * (v - e8p_words(CPU)).square()).sum(1).min() for v, h in zip(vectors, importance, strict=True)]
     assert (importance * (vectors - found).square()).sum() < 1.01 * sum(distances)
 
@@ -73,7 +73,7 @@ def test_the_coder_says_what_its_codes_decode_to(bits):
     coder = E8Coder(bits, torch.tensor([0.9]))
     codes, decoded = coder.encode(weight, 0, torch.ones(1, 21))
     assert codes.shape == (6, 3)
-    assert torch.equal(decoded, values_of(codes, bits).flatten(1)[:, :21] * 0.9)
+    assert torch.equal(decoded, decode_codes(codes, bits).flatten(1)[:, :21] * 0.9)
 
 
 def test_weights_of_any_size_take_the_same_codes():
@@ -94,7 +94,7 @@ def test_the_scale_is_among_the_best():
 
 def test_error_feedback_lowers_the_error_of_the_outputs():
     inputs = gaussian(600, 64, seed=1) @ gaussian(64, 64, seed=2)
-    objective = Objective.of_outputs(inputs.T @ inputs / 600)
+    objective = Objective.output_error(inputs.T @ inputs / 600)
     weight = gaussian(32, 64)
     rounded, fed = (E8(2).decode(fit(E8(2), weight, given), (32, 64)) for given in (None, objective))
     assert objective.error(weight, fed) < 0.75 * objective.error(weight, rounded)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from reallm.fit import Objective, demand_of, fit, relative_error, train_shared
-from reallm.formats import from_spec, tables_at_hand
+from reallm.fit import Objective, capture_fit_input, fit, relative_error, train_shared_decoder
+from reallm.formats import from_spec, use_shared_decoders
 
 DEVICE = torch.device("meta")
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_")  # indices may come from the CPU
@@ -110,11 +110,15 @@ FORMATS = {
 
 
 def outcome(fmt, weight, objective):
-    tables = {}
-    if fmt.tables():
-        demands = [demand_of(fmt, weight * size, Objective.plain(weight), 0) for size in (1, 2)]
-        tables["x"] = demands[0].fmt.pack_table(train_shared(demands[0].fmt, demands, str(weight.device)))
-    with tables_at_hand({name: {key: t.cpu() for key, t in table.items()} for name, table in tables.items()}):
+    shared_decoders = {}
+    if fmt.shared_decoders():
+        fit_inputs = [capture_fit_input(fmt, weight * size, Objective.plain(weight), 0) for size in (1, 2)]
+        shared_decoders["x"] = fit_inputs[0].fmt.pack_decoder(
+            train_shared_decoder(fit_inputs[0].fmt, fit_inputs, str(weight.device))
+        )
+    with use_shared_decoders(
+        {name: {key: t.cpu() for key, t in table.items()} for name, table in shared_decoders.items()}
+    ):
         tensors = fmt.pack(fit(fmt, weight, objective), SHAPE)
         return tensors, relative_error(weight, fmt.decode(fmt.unpack(tensors, SHAPE), SHAPE))
 
@@ -128,7 +132,9 @@ def test_a_fit_on_another_device_leaves_everything_there_and_finds_the_same(else
     for there in (False, True):
         with torch.no_grad(), elsewhere() if there else contextlib.nullcontext():
             w, x = (tensor.to(DEVICE) if there else tensor for tensor in (weight, inputs))
-            found.append(outcome(fmt, w, Objective.of_outputs(x.T @ x / len(x)) if calibrated else Objective.plain(w)))
+            found.append(
+                outcome(fmt, w, Objective.output_error(x.T @ x / len(x)) if calibrated else Objective.plain(w))
+            )
     (_, here), (tensors, error) = found
     assert all(isinstance(tensor, Elsewhere) for tensor in tensors.values())
     # Hadamard transforms go another way where there is no cache to keep to, and k-means magnifies the last bit.

@@ -3,7 +3,7 @@ import torch
 
 from reallm.errors import FormatError
 from reallm.fit import Objective, fit
-from reallm.fit.feedback import damped_root, feedback, inverse_factor, swept
+from reallm.fit.feedback import coordinate_descent_pass, damped_cholesky, feedback, inverse_cholesky
 from reallm.formats import from_spec
 
 SHAPE = (48, 96)
@@ -39,7 +39,7 @@ def hessian_of(columns=SHAPE[1], tokens=400, rank=24):
 
 @pytest.mark.parametrize("spec", FORMATS)
 def test_feedback_lowers_the_error_of_the_outputs(spec):
-    fmt, objective = from_spec(spec), Objective.of_outputs(hessian_of())
+    fmt, objective = from_spec(spec), Objective.output_error(hessian_of())
     errors = [
         objective.error(weight(), fmt.decode(fit(fmt, weight(), given), SHAPE))
         for given in (objective, Objective(objective.importance))
@@ -49,7 +49,7 @@ def test_feedback_lowers_the_error_of_the_outputs(spec):
 
 @pytest.mark.parametrize("spec", FORMATS[:3])
 def test_levels_span_less_than_their_group_only_where_a_hessian_asks_for_it(spec):
-    fmt, objective = from_spec(spec), Objective.of_outputs(hessian_of())
+    fmt, objective = from_spec(spec), Objective.output_error(hessian_of())
     narrow, whole = (fit(fmt, weight(), given).scales.abs() for given in (objective, Objective(objective.importance)))
     assert torch.equal(whole, fit(fmt, weight()).scales.abs())
     assert narrow.mean() < 0.97 * whole.mean()
@@ -59,10 +59,10 @@ def test_levels_span_less_than_their_group_only_where_a_hessian_asks_for_it(spec
 @pytest.mark.parametrize("dim", [1, 4])
 def test_any_number_of_columns_has_feedback(columns, dim):
     fmt = from_spec({**CODEBOOK, "vector_dim": dim, "index_bits": 5})
-    objective = Objective.of_outputs(hessian_of(columns))
-    parts = fit(fmt, weight((8, columns)), objective)
-    assert parts.codes.shape == (8, -(-columns // dim))
-    assert objective.error(weight((8, columns)), fmt.decode(parts, (8, columns))) < objective.error(
+    objective = Objective.output_error(hessian_of(columns))
+    unpacked = fit(fmt, weight((8, columns)), objective)
+    assert unpacked.codes.shape == (8, -(-columns // dim))
+    assert objective.error(weight((8, columns)), fmt.decode(unpacked, (8, columns))) < objective.error(
         weight((8, columns)), torch.zeros(8, columns)
     )
 
@@ -78,7 +78,7 @@ def test_feedback_is_the_textbook_loop():
         error = (moving[:, j] - moving[:, j].round()) / inverse[j, j]
         moving -= error[:, None] * inverse[j]
         inverse -= inverse[:, j, None] * inverse[j] / inverse[j, j]
-    found = feedback(values, Rounding(), hessian_of(20), falling=False)
+    found = feedback(values, Rounding(), hessian_of(20), act_order=False)
     assert torch.equal(found.float(), expected)
 
 
@@ -94,7 +94,7 @@ def test_blocks_go_by_falling_importance_and_leave_their_codes_in_place():
     values, hessian = weight((8, 20)), hessian_of(20)
     order = hessian.diagonal().argsort(descending=True, stable=True)
     found = feedback(values, Rounding(), hessian)
-    expected = feedback(values[:, order], Rounding(), hessian[order][:, order], falling=False)
+    expected = feedback(values[:, order], Rounding(), hessian[order][:, order], act_order=False)
     assert torch.equal(found[:, order], expected)
 
 
@@ -117,7 +117,7 @@ def test_without_correlation_feedback_is_rounding():
 def test_no_hessian_breaks_a_fit(hessian):
     for spec in FORMATS:
         fmt = from_spec(spec)
-        decoded = fmt.decode(fit(fmt, weight(), Objective.of_outputs(hessian)), SHAPE)
+        decoded = fmt.decode(fit(fmt, weight(), Objective.output_error(hessian)), SHAPE)
         assert torch.isfinite(decoded).all()
         assert (weight() - decoded).square().mean() < 4
 
@@ -126,44 +126,44 @@ def test_a_huge_channel_does_not_spoil_the_others():
     """Damping is a share of the mean diagonal: one channel must not switch feedback off for the rest."""
     hessian = hessian_of()
     hessian[0, 0] = 1e6
-    fmt, others = from_spec(FORMATS[0]), Objective.of_outputs(hessian[1:, 1:].clone())
-    found = fmt.decode(fit(fmt, weight(), Objective.of_outputs(hessian)), SHAPE)
+    fmt, others = from_spec(FORMATS[0]), Objective.output_error(hessian[1:, 1:].clone())
+    found = fmt.decode(fit(fmt, weight(), Objective.output_error(hessian)), SHAPE)
     rounded = fmt.decode(fit(fmt, weight()), SHAPE)
     assert others.error(weight()[:, 1:], found[:, 1:]) < 0.75 * others.error(weight()[:, 1:], rounded[:, 1:])
 
 
 def test_inputs_that_overflowed_are_named():
     with pytest.raises(FormatError, match="calibration inputs"):
-        Objective.of_outputs(torch.full((4, 4), float("inf")))
+        Objective.output_error(torch.full((4, 4), float("inf")))
 
 
 def test_factors_are_those_of_the_damped_hessian():
     hessian = hessian_of(rank=4).double()
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(96)
-    upper, lower = inverse_factor(hessian_of(rank=4)).double(), damped_root(hessian_of(rank=4)).double()
+    upper, lower = inverse_cholesky(hessian_of(rank=4)).double(), damped_cholesky(hessian_of(rank=4)).double()
     torch.testing.assert_close(lower @ lower.T, damped, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(96).double(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_residual_in_closed_form_is_the_best_one():
     """Its error by the hessian is that of the truncated SVD of W·root, which no other factors beat."""
-    objective = Objective.of_outputs(hessian_of())
+    objective = Objective.output_error(hessian_of())
     zeros = {"format": "low_rank_plus", "rank": 4, "base": {"format": "uniform", "bits": 1, "group_size": 0}}
     fmt = from_spec(zeros)
-    parts = fit(fmt, weight(), objective)
-    remainder = weight() - fmt.base.decode(parts.base, SHAPE)
-    root = damped_root(objective.hessian)
+    unpacked = fit(fmt, weight(), objective)
+    remainder = weight() - fmt.base.decode(unpacked.base, SHAPE)
+    root = damped_cholesky(objective.hessian)
     best = torch.linalg.svdvals(remainder @ root)[4:].square().sum()
-    found = ((remainder - parts.left @ parts.right.T) @ root).square().sum()
+    found = ((remainder - unpacked.left @ unpacked.right.T) @ root).square().sum()
     assert found < 1.01 * best
 
 
 def test_sweeps_lower_the_error_of_feedback_until_no_block_can_do_better():
-    values, objective = weight((8, 130)), Objective.of_outputs(hessian_of(130))
+    values, objective = weight((8, 130)), Objective.output_error(hessian_of(130))
     codes = feedback(values, Rounding(), objective.hessian)
     errors = [objective.error(values, codes.float())]
     for _ in range(20):
-        codes, decoded = swept(values, Rounding(), objective.hessian, codes, codes.float())
+        codes, decoded = coordinate_descent_pass(values, Rounding(), objective.hessian, codes, codes.float())
         assert torch.equal(codes.float(), decoded)
         errors.append(objective.error(values, decoded))
     assert errors == sorted(errors, reverse=True)
@@ -171,10 +171,10 @@ def test_sweeps_lower_the_error_of_feedback_until_no_block_can_do_better():
 
 
 def test_a_sweep_ends_where_no_single_code_can_be_changed_for_the_better():
-    values, objective = weight((3, 12)), Objective.of_outputs(hessian_of(12))
+    values, objective = weight((3, 12)), Objective.output_error(hessian_of(12))
     codes = feedback(values, Rounding(), objective.hessian)
     for _ in range(20):
-        codes, _ = swept(values, Rounding(), objective.hessian, codes, codes.float())
+        codes, _ = coordinate_descent_pass(values, Rounding(), objective.hessian, codes, codes.float())
     least = objective.error(values, codes.float())
     for row, column, change in ((r, c, d) for r in range(3) for c in range(12) for d in (-1, 1)):
         other = codes.clone()
@@ -186,9 +186,9 @@ def test_a_sweep_ends_where_no_single_code_can_be_changed_for_the_better():
 def test_a_narrow_last_block_and_tiles_of_rows_are_swept_too(columns):
     """Rows of tiles keep or change their codes together."""
     fmt = from_spec({"format": "trellis", "bits": 2, "state_bits": 6, "table_bits": 4, "tile_columns": 8})
-    values, objective = weight((40, columns)), Objective.of_outputs(hessian_of(columns))
-    parts = fit(fmt, values, objective)
-    assert parts.codes.shape == (2, -(-columns // 8) * 256)
+    values, objective = weight((40, columns)), Objective.output_error(hessian_of(columns))
+    unpacked = fit(fmt, values, objective)
+    assert unpacked.codes.shape == (2, -(-columns // 8) * 256)
     rounded = fit(fmt, values, Objective(objective.importance))
-    errors = [objective.error(values, fmt.decode(some, (40, columns))) for some in (parts, rounded)]
+    errors = [objective.error(values, fmt.decode(some, (40, columns))) for some in (unpacked, rounded)]
     assert errors[0] < errors[1]

@@ -32,8 +32,8 @@ def test_a_gain_never_makes_a_format_worse(base, spread):
 
 
 def test_a_gain_is_positive_where_the_base_has_the_sign_right():
-    parts = fit(Gain(base=BASES[1]), weight(1.0))
-    assert (parts.gain > 0).all()
+    unpacked = fit(Gain(base=BASES[1]), weight(1.0))
+    assert (unpacked.gain > 0).all()
 
 
 def test_zero_rows_stay_zero():
@@ -47,7 +47,7 @@ def test_a_gain_keeps_what_error_feedback_gained():
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(400, 8, generator=generator) @ torch.randn(8, SHAPE[1], generator=generator)
     inputs = inputs + 0.3 * torch.randn(400, SHAPE[1], generator=generator)
-    objective, rows = Objective.of_outputs(inputs.T @ inputs / 400), weight(0.5)
+    objective, rows = Objective.output_error(inputs.T @ inputs / 400), weight(0.5)
     errors = [
         objective.error(rows, fmt.decode(fit(fmt, rows, objective), SHAPE)) for fmt in (BASES[1], Gain(base=BASES[1]))
     ]

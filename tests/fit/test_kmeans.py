@@ -87,7 +87,7 @@ def test_a_warm_start_does_not_lose_much():
     fmt = Codebook(index_bits=5, vector_dim=2)
     cold = fit(fmt, weight)
     warm = fit(fmt, weight, start=cold)
-    errors = [relative_error(weight, fmt.decode(parts, (64, 64))) for parts in (cold, warm)]
+    errors = [relative_error(weight, fmt.decode(unpacked, (64, 64))) for unpacked in (cold, warm)]
     assert errors[1] <= errors[0] * 1.02
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from reallm.errors import FormatError
-from reallm.fit import Objective, demand_of, fit, relative_error, train_shared
+from reallm.fit import Objective, capture_fit_input, fit, relative_error, train_shared_decoder
 from reallm.fit.latent_rate import LatentRate
-from reallm.formats import from_spec, tables_at_hand, to_spec
-from reallm.formats.entropy_coded import EntropyCoded, EntropyCodedParts
+from reallm.formats import from_spec, to_spec, use_shared_decoders
+from reallm.formats.entropy_coded import EntropyCoded, UnpackedEntropyCoded
 
 pytest.importorskip("constriction")
 
@@ -32,8 +32,8 @@ def fitted(weight, objective=None, **more):
 
 
 def error_of(weight, **more):
-    fmt, parts = fitted(weight, **more)
-    return relative_error(weight, fmt.decode(parts, tuple(weight.shape)))
+    fmt, unpacked = fitted(weight, **more)
+    return relative_error(weight, fmt.decode(unpacked, tuple(weight.shape)))
 
 
 @pytest.mark.parametrize("classes", [1, 4])
@@ -41,17 +41,17 @@ def error_of(weight, **more):
 def test_bits_of_codes_are_those_of_the_coded_words(bits, classes):
     weight = drawn(256, 256).pow(3) * torch.logspace(-1, 0, 256)
     fmt = EntropyCoded(bits, classes=classes)
-    parts = fit(fmt, weight)
-    words = len(fmt.coded(parts.codes.numpy())[0])
-    bits = LatentRate.learned(fmt, parts).bits(parts.codes * parts.step).item()
+    unpacked = fit(fmt, weight)
+    words = len(fmt.encode_codes(unpacked.codes.numpy())[0])
+    bits = LatentRate.estimate(fmt, unpacked).bits(unpacked.codes * unpacked.step).item()
     assert bits == pytest.approx(32 * words, rel=0.08)
 
 
 def test_the_density_is_learned_where_codes_are_not_around_zero():
     codes = 8 * torch.ones(64, 64, dtype=torch.int32) + 2 * (drawn(64, 64) > 0).int()
-    fmt, parts = EntropyCoded(2.0), EntropyCodedParts(codes, torch.ones(1))
-    first = LatentRate.learned(fmt, parts)
-    again = LatentRate.learned(fmt, parts, first)
+    fmt, unpacked = EntropyCoded(2.0), UnpackedEntropyCoded(codes, torch.ones(1))
+    first = LatentRate.estimate(fmt, unpacked)
+    again = LatentRate.estimate(fmt, unpacked, first)
     bits = [rate.bits(codes.float()).item() / codes.numel() for rate in (first, again)]
     assert bits[1] < bits[0] < 4
     assert again.bits(codes.float() - 16) > 2 * again.bits(codes.float())
@@ -60,7 +60,7 @@ def test_the_density_is_learned_where_codes_are_not_around_zero():
 def test_bits_pull_latents_towards_what_is_probable():
     weight = drawn(64, 64)
     fmt = EntropyCoded(3.0)
-    rate = LatentRate.learned(fmt, fit(fmt, weight))
+    rate = LatentRate.estimate(fmt, fit(fmt, weight))
     latents = torch.tensor([[-2.0, -0.5, 0.5, 2.0]]).requires_grad_()
     columns = LatentRate(rate.mixtures, torch.zeros(4, dtype=torch.long), rate.step)
     (gradient,) = torch.autograd.grad(columns.bits(latents), latents)
@@ -93,11 +93,11 @@ def test_rows_of_other_sizes_take_other_bits():
 
 def test_a_full_hessian_guides_training_by_rate():
     weight, inputs = of_low_rank(), drawn(500, SHAPE[1], seed=1) @ drawn(SHAPE[1], SHAPE[1], seed=2) / 10
-    objective = Objective.of_outputs(inputs.T @ inputs / 500)
+    objective = Objective.output_error(inputs.T @ inputs / 500)
     errors = []
     for goal in (None, objective):
-        fmt, parts = fitted(weight, goal, rate=1, steps=20)
-        errors.append(objective.error(weight, fmt.decode(parts, SHAPE)))
+        fmt, unpacked = fitted(weight, goal, rate=1, steps=20)
+        errors.append(objective.error(weight, fmt.decode(unpacked, SHAPE)))
     assert errors[1] < 0.97 * errors[0]
 
 
@@ -112,20 +112,20 @@ def test_bits_of_latents_are_in_the_loss(monkeypatch):
 def test_training_by_rate_gives_the_same_bytes_again(method):
     found = []
     for _ in range(2):
-        fmt, parts = fitted(drawn(*SHAPE), rate=1, steps=12, method=method)
-        found.append(fmt.pack(parts, SHAPE))
+        fmt, unpacked = fitted(drawn(*SHAPE), rate=1, steps=12, method=method)
+        found.append(fmt.pack(unpacked, SHAPE))
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 def test_the_rate_changes_no_layout_and_no_decoder():
     weight = drawn(*SHAPE)
-    fmt, parts = fitted(weight, rate=1, steps=4)
+    fmt, unpacked = fitted(weight, rate=1, steps=4)
     plain = from_spec(CONV)
-    tensors = fmt.pack(parts, SHAPE)
+    tensors = fmt.pack(unpacked, SHAPE)
     assert {name: (t.shape, t.dtype) for name, t in tensors.items()} == {
         name: (t.shape, t.dtype) for name, t in plain.layout(SHAPE).items()
     }
-    assert torch.equal(plain.decode(plain.unpack(tensors, SHAPE), SHAPE), fmt.decode(parts, SHAPE))
+    assert torch.equal(plain.decode(plain.unpack(tensors, SHAPE), SHAPE), fmt.decode(unpacked, SHAPE))
 
 
 def test_specs_without_a_rate_are_read_as_before():
@@ -137,8 +137,8 @@ def test_specs_without_a_rate_are_read_as_before():
 def test_a_shared_decoder_is_trained_by_rate():
     fmt = from_spec({**CONV, "shared": "x", "rate": 1, "steps": 12})
     weights = [drawn(*SHAPE, seed=seed) for seed in range(2)]
-    demands = [demand_of(fmt, weight, Objective.plain(weight), 0) for weight in weights]
-    with tables_at_hand({"x": fmt.pack_table(train_shared(fmt, demands, "cpu"))}):
+    fit_inputs = [capture_fit_input(fmt, weight, Objective.plain(weight), 0) for weight in weights]
+    with use_shared_decoders({"x": fmt.pack_decoder(train_shared_decoder(fmt, fit_inputs, "cpu"))}):
         for weight in weights:
             assert relative_error(weight, fmt.decode(fit(fmt, weight), SHAPE)) < 0.08
 
@@ -148,8 +148,8 @@ def test_a_shared_decoder_is_trained_by_rate():
 )
 def test_sizes_that_float16_scales_cannot_hold_stay_finite(size, rate):
     weight = drawn(16, 24) * size
-    fmt, parts = fitted(weight, rate=rate, steps=11)
-    assert torch.isfinite(fmt.decode(parts, (16, 24))).all()
+    fmt, unpacked = fitted(weight, rate=rate, steps=11)
+    assert torch.isfinite(fmt.decode(unpacked, (16, 24))).all()
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_all_coefficients_of_an_orthonormal_transform_lose_nothing():
 
 def test_latents_of_one_row_are_fitted_by_the_error_of_outputs():
     weight, inputs = noise(), noise(1, (500, SHAPE[1])) @ noise(2, (SHAPE[1], SHAPE[1])) / 10
-    objective = Objective.of_outputs(inputs.T @ inputs / 500)
+    objective = Objective.output_error(inputs.T @ inputs / 500)
     fmt = from_spec({"format": "linear_latents", "kept": 4, "base": {"format": "uniform", "bits": 8}})
     decoded = fmt.decode(fit(fmt, weight, objective), SHAPE)
     # The best four coefficients of every patch, by least squares in the metric of the inputs.
@@ -68,7 +68,7 @@ def test_tiles_have_no_seams():
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(net.parameters, generator=generator) * 0.3
     latents = torch.randn(3, 140, 75, generator=generator)
-    whole, tiled = net.whole(flat, latents), net.tiled(flat, latents)
+    whole, tiled = net.decode(flat, latents), net.decode_tiled(flat, latents)
     assert whole.shape == tiled.shape == (560, 300)
     torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-4)
 
@@ -110,7 +110,7 @@ def test_convolutions_are_trained_as_they_are_stored(bits):
 
 def test_a_full_hessian_guides_convolutions():
     weight, inputs = waves(), noise(1, (500, SHAPE[1])) @ noise(2, (SHAPE[1], SHAPE[1])) / 10
-    objective = Objective.of_outputs(inputs.T @ inputs / 500)
+    objective = Objective.output_error(inputs.T @ inputs / 500)
     fmt = from_spec({"format": "conv_latents", "width": 6, "steps": 80, "base": {"format": "uniform", "bits": 2}})
     plain, guided = (fmt.decode(fit(fmt, weight, o), SHAPE) for o in (None, objective))
     assert objective.error(weight, guided) < 0.9 * objective.error(weight, plain)

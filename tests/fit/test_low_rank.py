@@ -81,8 +81,8 @@ def test_the_best_iterate_is_kept(monkeypatch):
     for seed in range(4):
         errors.clear()
         weight, fmt = matrix(64, 96, seed, 0.99), LowRankPlus(base=NormalFloat(bits=2, group_size=32), rank=6)
-        parts = fit(fmt, weight, seed=seed)
-        error = squared_error(weight, fmt.decode(parts, (64, 96)))
+        unpacked = fit(fmt, weight, seed=seed)
+        error = squared_error(weight, fmt.decode(unpacked, (64, 96)))
         assert len(errors) >= 2
         assert error <= min(errors) * (1 + module._LEAST_GAIN) / (1 - module._LEAST_GAIN)
 

@@ -59,6 +59,6 @@ def test_a_gathered_objective_follows_its_columns():
     order = weight.square().sum(0).argsort(descending=True, stable=True)
     fmt, base = from_spec({"format": "permuted", "base": CODEBOOK}), from_spec(CODEBOOK)
     objective = Objective.relative_columns(weight)
-    parts = fit(fmt, weight, objective)
+    unpacked = fit(fmt, weight, objective)
     alone = fit(base, weight[:, order], Objective(objective.importance[:, order]))
-    assert torch.equal(parts.base.codes, alone.codes)
+    assert torch.equal(unpacked.base.codes, alone.codes)

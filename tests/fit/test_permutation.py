@@ -4,7 +4,7 @@ import torch
 from reallm.errors import FormatError
 from reallm.fit import fit, permutation, relative_error
 from reallm.fit.objective import Objective
-from reallm.fit.permutation import column_orders, fiedler_order, greedy_chain, row_order_of
+from reallm.fit.permutation import fiedler_order, find_column_orders, find_row_order, greedy_chain
 from reallm.formats.dense import Dense
 from reallm.formats.permuted import METHODS, Permuted
 from reallm.formats.uniform import Uniform
@@ -46,7 +46,7 @@ def test_chains_of_many_blocks_are_independent():
 @pytest.mark.parametrize("shape", [(20, 48), (7, 3), (1, 30)])
 def test_orders_are_permutations_one_for_each_row_block(method, block_rows, shape):
     fmt = Permuted(base=BASE, block_rows=block_rows, method=method)
-    orders = column_orders(fmt, drawn(*shape))
+    orders = find_column_orders(fmt, drawn(*shape))
     assert orders.shape == (fmt.blocks(shape), shape[1])
     assert all(sorted(order) == list(range(shape[1])) for order in orders.tolist())
 
@@ -58,13 +58,13 @@ def test_orders_are_permutations_one_for_each_row_block(method, block_rows, shap
     ids=["equal", "zero", "duplicates", "huge"],
 )
 def test_duplicate_columns_are_no_problem(method, weight):
-    orders = column_orders(Permuted(base=BASE, method=method), weight)
+    orders = find_column_orders(Permuted(base=BASE, method=method), weight)
     assert sorted(orders[0].tolist()) == list(range(20))
 
 
 def test_sorting_puts_the_largest_columns_first():
     weight = drawn(10, 30)
-    norms = weight.square().sum(0)[column_orders(Permuted(base=BASE), weight)[0].long()]
+    norms = weight.square().sum(0)[find_column_orders(Permuted(base=BASE), weight)[0].long()]
     assert torch.equal(norms, norms.sort(descending=True).values)
 
 
@@ -83,7 +83,7 @@ def test_columns_of_different_size_are_stored_better_in_order(method):
 def test_an_order_is_undone_exactly():
     fmt = Permuted(base=BASE, block_rows=4, method="greedy")
     weight = drawn(10, 24)
-    orders = column_orders(fmt, weight)
+    orders = find_column_orders(fmt, weight)
     assert torch.equal(fmt.gather(fmt.gather(weight, orders), orders.long().argsort(1)), weight)
 
 
@@ -120,7 +120,7 @@ def test_rows_are_ordered_as_the_columns_of_the_transposed_matrix():
     weight = drawn(20, 30).T.contiguous()
     for method in METHODS:
         fmt = Permuted(base=BASE, method=method, rows=True)
-        assert torch.equal(row_order_of(fmt, weight), column_orders(fmt, weight.T.contiguous())[0])
+        assert torch.equal(find_row_order(fmt, weight), find_column_orders(fmt, weight.T.contiguous())[0])
 
 
 @pytest.mark.parametrize("block_rows", [0, 5])
@@ -128,9 +128,9 @@ def test_rows_are_ordered_as_the_columns_of_the_transposed_matrix():
 def test_ordered_rows_and_columns_are_put_back(method, block_rows):
     weight = drawn(12, 24)
     fmt = Permuted(base=Dense("float32"), block_rows=block_rows, method=method, rows=True)
-    parts = fit(fmt, weight)
-    assert parts.row_order.tolist() != list(range(12))
-    assert torch.equal(fmt.decode(parts, (12, 24)), weight)
+    unpacked = fit(fmt, weight)
+    assert unpacked.row_order.tolist() != list(range(12))
+    assert torch.equal(fmt.decode(unpacked, (12, 24)), weight)
 
 
 def test_an_order_of_rows_takes_its_bytes():
@@ -142,10 +142,10 @@ def test_an_objective_by_rows_follows_the_rows():
     weight = drawn(12, 24)
     importance = torch.rand(12, 24, generator=torch.Generator().manual_seed(2)) + 0.1
     fmt = Permuted(base=BASE, rows=True)
-    parts = fit(fmt, weight, Objective(importance))
-    rows, columns = parts.row_order.long(), parts.order[0].long()
+    unpacked = fit(fmt, weight, Objective(importance))
+    rows, columns = unpacked.row_order.long(), unpacked.order[0].long()
     alone = fit(BASE, weight[rows][:, columns], Objective(importance[rows][:, columns]))
-    assert torch.equal(parts.base.codes, alone.codes)
+    assert torch.equal(unpacked.base.codes, alone.codes)
 
 
 def test_a_start_keeps_both_orders():

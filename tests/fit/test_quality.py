@@ -13,7 +13,7 @@ from reallm.fit.quality import gaussian, measured_gaussian_error
 from reallm.formats import example_formats, from_spec, known_formats, to_spec
 from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.scaled import Scaled
-from reallm.formats.shared import shared_as
+from reallm.formats.shared import rename_shared_decoders
 from reallm.report.names import short_name
 
 SHAPE = (64, 512)
@@ -71,7 +71,7 @@ def test_every_candidate_of_a_budget_is_in_the_table():
     calibrated = [f for kind in ("block", "head") for bits in (10, 12, 16) for f in calibrated_candidates(kind, bits)]
     # Scales around a format and a residual beside it change nothing on Gaussian weights: the table does not repeat it.
     plain = [fmt for fmt in calibrated if not isinstance(fmt, Scaled | LowRankPlus)]
-    plain += [shared_as(fmt, "x") for fmt in neural_candidates("block") if not isinstance(fmt, Scaled)]
+    plain += [rename_shared_decoders(fmt, "x") for fmt in neural_candidates("block") if not isinstance(fmt, Scaled)]
     table = json.loads(resources.files("reallm.fit").joinpath("gaussian_errors.json").read_text(encoding="utf-8"))
     known = {json.dumps(row["format"]) for row in table}
     assert {json.dumps(to_spec(fmt)) for fmt in [*data_free_candidates(), *plain]} == known

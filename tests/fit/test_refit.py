@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from reallm.fit import Objective, fit
-from reallm.fit.refit import refitted
+from reallm.fit.refit import refit
 from reallm.formats import from_spec
 
 SHAPE = (24, 64)
@@ -31,7 +31,7 @@ def correlated(rank=8):
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(300, rank, generator=generator) @ torch.randn(rank, SHAPE[1], generator=generator)
     inputs = inputs + torch.randn(300, SHAPE[1], generator=generator)
-    return Objective.of_outputs(inputs.T @ inputs / 300)
+    return Objective.output_error(inputs.T @ inputs / 300)
 
 
 def uneven():
@@ -41,9 +41,9 @@ def uneven():
 def errors_of(spec, names, objective, target):
     """Before and after, from parts that were fitted to another weight by the plain error."""
     fmt = from_spec(spec)
-    parts = fit(fmt, weight())
-    after = refitted(fmt, parts, target, objective, names)
-    return [objective.error(target, fmt.decode(some, SHAPE)) for some in (parts, after)]
+    unpacked = fit(fmt, weight())
+    after = refit(fmt, unpacked, target, objective, names)
+    return [objective.error(target, fmt.decode(some, SHAPE)) for some in (unpacked, after)]
 
 
 @pytest.mark.parametrize(("spec", "names"), CASES)
@@ -56,52 +56,52 @@ def test_a_refit_lowers_the_error_of_what_it_was_not_fitted_to(spec, names, obje
 @pytest.mark.parametrize(("spec", "names"), CASES)
 def test_a_second_refit_never_raises_the_error_and_keeps_what_it_cannot_better(spec, names):
     fmt, objective, target = from_spec(spec), correlated(), weight(7)
-    parts = [refitted(fmt, fit(fmt, weight()), target, objective, names)]
+    unpacked = [refit(fmt, fit(fmt, weight()), target, objective, names)]
     for _ in range(4):
-        parts.append(refitted(fmt, parts[-1], target, objective, names))
-    errors = [objective.error(target, fmt.decode(some, SHAPE)) for some in parts]
+        unpacked.append(refit(fmt, unpacked[-1], target, objective, names))
+    errors = [objective.error(target, fmt.decode(some, SHAPE)) for some in unpacked]
     assert errors == sorted(errors, reverse=True)
 
 
 def test_a_refit_is_the_least_squares_solution():
     """Against a dense solve of the normal equations, column by column of the decoder's matrix."""
     fmt, objective, target = from_spec({**ADDITIVE, "books": 1}), correlated(), weight(7)
-    parts = fit(fmt, weight())
-    size = parts.codebooks.numel()
+    unpacked = fit(fmt, weight())
+    size = unpacked.codebooks.numel()
     columns = [
-        fmt.decode(dataclasses.replace(parts, codebooks=unit.view(parts.codebooks.shape)), SHAPE)
+        fmt.decode(dataclasses.replace(unpacked, codebooks=unit.view(unpacked.codebooks.shape)), SHAPE)
         for unit in torch.eye(size)
     ]
     decoder = torch.stack(columns).double().flatten(1)
     weighted = (decoder.view(size, *SHAPE) @ objective.hessian.double()).flatten(1)
     best = torch.linalg.lstsq(weighted @ decoder.T, weighted @ target.double().flatten()).solution
     least = objective.error(target, (best @ decoder).view(SHAPE).float())
-    found = refitted(fmt, parts, target, objective, ["codebooks"], steps=200)
+    found = refit(fmt, unpacked, target, objective, ["codebooks"], steps=200)
     assert objective.error(target, fmt.decode(found, SHAPE)) < least * (1 + 1e-5)
 
 
 @pytest.mark.parametrize(("spec", "names"), CASES)
 def test_refitted_parts_are_those_of_the_file(spec, names):
     fmt = from_spec(spec)
-    parts = refitted(fmt, fit(fmt, weight()), weight(7), correlated(), names)
-    again = fmt.unpack(fmt.pack(parts, SHAPE), SHAPE)
-    assert torch.equal(fmt.decode(parts, SHAPE), fmt.decode(again, SHAPE))
+    unpacked = refit(fmt, fit(fmt, weight()), weight(7), correlated(), names)
+    again = fmt.unpack(fmt.pack(unpacked, SHAPE), SHAPE)
+    assert torch.equal(fmt.decode(unpacked, SHAPE), fmt.decode(again, SHAPE))
 
 
 def test_entries_that_no_code_uses_stay_where_they_are():
     fmt = from_spec({**CODEBOOK, "index_bits": 3})
-    parts = fit(fmt, weight())
-    parts = dataclasses.replace(parts, codes=parts.codes.clamp(max=4))
-    after = refitted(fmt, parts, weight(), correlated(), ["codebook"])
-    assert torch.equal(after.codebook[5:], parts.codebook[5:])
-    assert not torch.equal(after.codebook[:5], parts.codebook[:5])
+    unpacked = fit(fmt, weight())
+    unpacked = dataclasses.replace(unpacked, codes=unpacked.codes.clamp(max=4))
+    after = refit(fmt, unpacked, weight(), correlated(), ["codebook"])
+    assert torch.equal(after.codebook[5:], unpacked.codebook[5:])
+    assert not torch.equal(after.codebook[:5], unpacked.codebook[:5])
 
 
 def test_a_refit_keeps_the_parts_where_rounding_takes_the_gain():
     fmt = from_spec(CODEBOOK)
-    parts = fit(fmt, weight())
-    target = fmt.decode(parts, SHAPE)
-    assert refitted(fmt, parts, target, correlated(), ["codebook"]) is parts
+    unpacked = fit(fmt, weight())
+    target = fmt.decode(unpacked, SHAPE)
+    assert refit(fmt, unpacked, target, correlated(), ["codebook"]) is unpacked
 
 
 @pytest.mark.parametrize("spec", [CODEBOOK, {**CODEBOOK, "vector_dim": 1}, TABLE, ADDITIVE])
@@ -110,7 +110,7 @@ def test_with_a_hessian_float_parts_and_codes_move_in_turn(spec, monkeypatch):
     fmt, objective = from_spec(spec), correlated()
     errors = [objective.error(weight(), fmt.decode(fit(fmt, weight(), objective), SHAPE))]
     for module in ("kmeans", "trellis", "additive"):
-        monkeypatch.setattr(f"reallm.fit.{module}.alternated", lambda fmt, parts, *_: parts)
+        monkeypatch.setattr(f"reallm.fit.{module}.alternated", lambda fmt, unpacked, *_: unpacked)
     errors.append(objective.error(weight(), fmt.decode(fit(fmt, weight(), objective), SHAPE)))
     assert errors[0] < 0.95 * errors[1]
 

@@ -40,7 +40,7 @@ def test_rows_are_left_alone_when_only_inputs_are_scaled():
 @pytest.mark.parametrize("sides", ["both", "inputs"])
 def test_scales_lower_the_output_error_behind_a_rotation(sides):
     weight = weight_of_unequal_columns()
-    objective = Objective.of_outputs(inputs_that_meet_small_weights(weight))
+    objective = Objective.output_error(inputs_that_meet_small_weights(weight))
     errors = []
     for spec in (ROTATED, {"format": "scaled", "sides": sides, "base": ROTATED}):
         fmt = from_spec(spec)
@@ -51,8 +51,11 @@ def test_scales_lower_the_output_error_behind_a_rotation(sides):
 def test_the_objective_of_scaled_columns_costs_the_same_error_alike():
     weight, sizes = weight_of_unequal_columns(), torch.linspace(0.5, 2, SHAPE[1])
     off = weight + torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
-    for objective in (Objective.of_outputs(inputs_that_meet_small_weights(weight)), Objective.relative_columns(weight)):
-        scaled = objective.with_columns_scaled(sizes)
+    for objective in (
+        Objective.output_error(inputs_that_meet_small_weights(weight)),
+        Objective.relative_columns(weight),
+    ):
+        scaled = objective.divide_columns(sizes)
         assert scaled.error(weight / sizes, off / sizes) == pytest.approx(objective.error(weight, off), rel=1e-4)
 
 
@@ -72,7 +75,7 @@ def test_errors_move_to_the_rows_that_cost_little(sides):
     hessian, losses = inputs_that_meet_small_weights(weight), []
     fmt = from_spec({"format": "scaled", "sides": sides, "base": ROTATED})
     for rows in (None, cost):
-        objective = Objective.of_outputs(hessian, rows)
+        objective = Objective.output_error(hessian, rows)
         decoded = fmt.decode(fit(fmt, weight, objective), SHAPE)
         losses.append((cost * objective.row_errors(weight, decoded)).sum().item())
     assert losses[1] < 0.6 * losses[0]
@@ -83,7 +86,7 @@ def test_the_gain_of_moved_errors_is_foretold():
     cost = torch.exp(torch.randn(len(weight), generator=torch.Generator().manual_seed(3)))
     hessian, losses = inputs_that_meet_small_weights(weight), []
     for spec in (ROTATED, {"format": "scaled", "sides": "outputs", "base": ROTATED}):
-        objective, fmt = Objective.of_outputs(hessian, cost), from_spec(spec)
+        objective, fmt = Objective.output_error(hessian, cost), from_spec(spec)
         decoded = fmt.decode(fit(fmt, weight, objective), weight.shape)
         losses.append((cost * objective.row_errors(weight, decoded)).sum().item())
     assert losses[1] / losses[0] == pytest.approx(moving_gain(weight, cost, cost), rel=0.15)

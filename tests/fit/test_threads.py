@@ -63,7 +63,7 @@ def test_bytes_with_error_feedback_do_not_depend_on_the_number_of_threads(with_t
     fmt, weight = from_spec(example), contract.weight_of(SHAPE)
     inputs = torch.randn(400, SHAPE[1], generator=torch.Generator().manual_seed(1))
     hessian = (inputs.T @ inputs / 400).contiguous()
-    assert same(*with_threads(lambda: fmt.pack(fit(fmt, weight, Objective.of_outputs(hessian), seed=3), SHAPE)))
+    assert same(*with_threads(lambda: fmt.pack(fit(fmt, weight, Objective.output_error(hessian), seed=3), SHAPE)))
 
 
 def test_a_calibrated_artifact_does_not_depend_on_the_number_of_threads(with_threads, tiny_llama, text_file, tmp_path):

@@ -129,8 +129,8 @@ def test_packing_what_was_unpacked_changes_nothing(fitted, fmt, shape):
 
 @each_case
 def test_the_file_decodes_to_what_the_fit_decoded_to(fitted, fmt, shape):
-    parts = fitted(fmt, weight_of(shape))
-    assert torch.equal(fmt.decode(fmt.unpack(fmt.pack(parts, shape), shape), shape), fmt.decode(parts, shape))
+    unpacked = fitted(fmt, weight_of(shape))
+    assert torch.equal(fmt.decode(fmt.unpack(fmt.pack(unpacked, shape), shape), shape), fmt.decode(unpacked, shape))
 
 
 @each_case
@@ -151,8 +151,8 @@ def test_gradients_reach_every_float_part(fitted, fmt):
         floats.append(tensor.clone().requires_grad_())
         return floats[-1]
 
-    parts = map_tensors(trainable, fitted(fmt, weight_of(shape)))
-    fmt.decode(parts, shape).square().sum().backward()
+    unpacked = map_tensors(trainable, fitted(fmt, weight_of(shape)))
+    fmt.decode(unpacked, shape).square().sum().backward()
     assert floats and all(part.grad is not None and part.grad.abs().sum() > 0 for part in floats)
 
 

@@ -42,8 +42,8 @@ def test_words_of_codeword():
         from_spec({"format": "codeword", "index_bits": 7, "vector_dim": 4, "digit_bits": 3, "hidden": 5}),
         (8, 30),
     )
-    parts = fit(fmt, weight_of(shape))
-    tensors = fmt.pack(parts, shape)
+    unpacked = fit(fmt, weight_of(shape))
+    tensors = fmt.pack(unpacked, shape)
     sizes = [(7, 9), (7, 9), (1, 9), (9,), (5, 4)]
     vector = stored_vector(fmt, tensors, sum(math.prod(size) for size in sizes)).astype(np.float64)
     first, second, third, bias, out = cut(vector, *sizes)
@@ -53,15 +53,15 @@ def test_words_of_codeword():
         for table, digit in ((first, index >> 4), (second, index >> 1 & 7), (third, index & 1)):
             total += table[digit - 1] if digit else 0
         words.append(total[:4] + gelu(total[4:]) @ out)
-    decoded = np.array(words)[parts.codes.numpy()].reshape(8, -1)[:, :30] * parts.scales.numpy()
-    np.testing.assert_allclose(fmt.decode(parts, shape).numpy(), decoded, rtol=1e-5, atol=1e-6)
+    decoded = np.array(words)[unpacked.codes.numpy()].reshape(8, -1)[:, :30] * unpacked.scales.numpy()
+    np.testing.assert_allclose(fmt.decode(unpacked, shape).numpy(), decoded, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("transform", ["dct", "hadamard", "learned"])
 def test_bases_of_linear_latents(transform):
     spec = {"format": "linear_latents", "transform": transform, "patch_rows": 2, "patch_columns": 4, "kept": 5}
     fmt, shape = from_spec({**spec, "base": {"format": "dense", "dtype": "float32"}}), (5, 11)
-    parts = fit(fmt, weight_of(shape))
+    unpacked = fit(fmt, weight_of(shape))
 
     def pattern(n, a):
         at = np.arange(n)
@@ -73,15 +73,15 @@ def test_bases_of_linear_latents(transform):
         )
 
     if transform == "learned":
-        basis = stored_vector(fmt, fmt.pack(parts, shape), 40).reshape(5, 8)
+        basis = stored_vector(fmt, fmt.pack(unpacked, shape), 40).reshape(5, 8)
     else:
         order = sorted(((a, b) for a in range(2) for b in range(4)), key=lambda ab: (sum(ab), ab[0]))[:5]
         basis = np.array([np.outer(pattern(2, a), pattern(4, b)).reshape(-1) for a, b in order])
-    base, decoded = parts.base.values.numpy(), np.zeros(shape)
+    base, decoded = unpacked.base.values.numpy(), np.zeros(shape)
     for i, j in np.ndindex(*shape):
         latents = base[i // 2, j // 4 * 5 : j // 4 * 5 + 5]
         decoded[i, j] = latents @ basis[:, i % 2 * 4 + j % 4]
-    np.testing.assert_allclose(fmt.decode(parts, shape).numpy(), decoded, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(fmt.decode(unpacked, shape).numpy(), decoded, rtol=1e-4, atol=1e-5)
 
 
 def correlate(values, kernels, bias):
@@ -98,11 +98,11 @@ def correlate(values, kernels, bias):
 def test_net_of_conv_latents():
     spec = {"format": "conv_latents", "channels": 3, "width": 2, "stages": 2, "steps": 3}
     fmt, shape = from_spec({**spec, "base": {"format": "dense", "dtype": "float32"}}), (9, 14)
-    parts = fit(fmt, weight_of(shape))
+    unpacked = fit(fmt, weight_of(shape))
     sizes = [(16, 3), (2, 3), (2,), (8, 2, 3, 3), (8,), (8, 2, 3, 3), (8,), (1, 2, 3, 3), (1,)]
-    vector = stored_vector(fmt, fmt.pack(parts, shape), fmt.net.parameters)
+    vector = stored_vector(fmt, fmt.pack(unpacked, shape), fmt.net.parameters)
     skip, stem, stem_bias, up0, bias0, up1, bias1, head, bias = cut(vector, *sizes)
-    latents = parts.base.values.numpy().reshape(3, 4, 3).transpose(2, 0, 1)
+    latents = unpacked.base.values.numpy().reshape(3, 4, 3).transpose(2, 0, 1)
     values = np.einsum("oc,chw->ohw", stem, latents) + stem_bias[:, None, None]
     for kernels, shift in ((up0, bias0), (up1, bias1)):
         found = correlate(values, kernels, shift)
@@ -113,8 +113,8 @@ def test_net_of_conv_latents():
     net = correlate(values, head, bias)[0]
     for y, x in np.ndindex(4, 4):
         net[y::4, x::4] += np.einsum("c,chw->hw", skip[4 * y + x], latents)
-    decoded = net[:9, :14] * parts.scales.numpy()
-    np.testing.assert_allclose(fmt.decode(parts, shape).numpy(), decoded, rtol=1e-4, atol=1e-5)
+    decoded = net[:9, :14] * unpacked.scales.numpy()
+    np.testing.assert_allclose(fmt.decode(unpacked, shape).numpy(), decoded, rtol=1e-4, atol=1e-5)
 
 
 def test_parameters_of_16_bits_are_floats():

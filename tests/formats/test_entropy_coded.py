@@ -6,7 +6,7 @@ import torch
 from reallm.errors import FormatError
 from reallm.fit import fit
 from reallm.formats import from_spec
-from reallm.formats.entropy_coded import EntropyCoded, EntropyCodedParts
+from reallm.formats.entropy_coded import EntropyCoded, UnpackedEntropyCoded
 
 SHAPE = (32, 64)
 FMT = EntropyCoded(4.0, largest=31, classes=3)
@@ -44,9 +44,9 @@ def test_a_constant_file_is_refused(tensors, fill):
 def test_codes_that_do_not_fit_the_budget_or_the_lattice_are_refused():
     codes = 4 * torch.randint(-30, 30, SHAPE, dtype=torch.int32)
     with pytest.raises(FormatError, match=r"bits=4.0 leaves"):
-        FMT.pack(EntropyCodedParts(codes, torch.ones(1)), SHAPE)
+        FMT.pack(UnpackedEntropyCoded(codes, torch.ones(1)), SHAPE)
     with pytest.raises(FormatError, match="lattice"):
-        FMT.pack(EntropyCodedParts(torch.eye(32, 64, dtype=torch.int32), torch.ones(1)), SHAPE)
+        FMT.pack(UnpackedEntropyCoded(torch.eye(32, 64, dtype=torch.int32), torch.ones(1)), SHAPE)
 
 
 @pytest.mark.parametrize(

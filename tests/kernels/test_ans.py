@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from reallm.errors import FormatError
-from reallm.kernels.ans import TOTAL, AnsReader, AnsWriter, frequencies_of
-from reallm.kernels.e8_stream import largest_code, on_lattice, read_codes, table_of, write_codes
+from reallm.kernels.ans import TOTAL, AnsReader, AnsWriter, normalize_frequencies
+from reallm.kernels.e8_stream import are_lattice_points, frequency_table, largest_code, read_codes, write_codes
 
 
 class Stack:
@@ -81,26 +81,26 @@ def written(codes, table):
 @pytest.mark.parametrize("levels", [1, 4, 31, 127])
 def test_a_stream_is_read_back_by_the_library_and_by_the_page(rows, columns, levels):
     codes = points(rows, columns, 3.0)
-    assert on_lattice(codes)
-    table = table_of(codes, levels)
+    assert are_lattice_points(codes)
+    table = frequency_table(codes, levels)
     words = written(codes, table)
     reader = AnsReader(np.concatenate([words, np.zeros(3, np.uint32)]))
     np.testing.assert_array_equal(read_codes(reader, rows, columns, table), codes)
-    assert reader.finished
+    assert reader.exhausted
     np.testing.assert_array_equal(read_by_the_page(words, rows, columns, table), codes)
 
 
 def test_the_largest_code_is_written_and_zeros_take_nothing():
     codes = np.zeros((8, 6), np.int64)
-    assert not len(written(codes, table_of(codes, 7)))
+    assert not len(written(codes, frequency_table(codes, 7)))
     codes[0, 0] = codes[1, 1] = 4 * (largest_code(7) // 4)
-    table = table_of(codes, 7)
+    table = frequency_table(codes, 7)
     np.testing.assert_array_equal(read_codes(AnsReader(written(codes, table)), 8, 6, table), codes)
 
 
 def test_a_stream_takes_its_entropy():
     codes = points(64, 1000, 2.0)
-    table = table_of(codes, 31)
+    table = frequency_table(codes, 31)
     shares = np.unique(codes, return_counts=True)[1] / codes.size
     entropy = -(shares * np.log2(shares)).sum() - 1  # all but one bit a weight of the parity is known
     assert 32 * len(written(codes, table)) / codes.size < entropy + 0.01
@@ -108,18 +108,18 @@ def test_a_stream_takes_its_entropy():
 
 def test_damaged_words_end_in_other_codes_or_an_error_and_a_table_without_codes_in_an_error():
     codes = points(16, 50, 3.0)
-    table = table_of(codes, 31)
+    table = frequency_table(codes, 31)
     words = written(codes, table)
     for seed in range(20):
         bad = np.random.default_rng(seed).integers(0, 2**32, len(words) + seed, dtype=np.uint32)
         reader = AnsReader(bad)
         assert read_codes(reader, 16, 50, table).shape == codes.shape
-        assert not reader.finished or len(bad) <= len(words) + 8
+        assert not reader.exhausted or len(bad) <= len(words) + 8
     with pytest.raises(FormatError, match="damaged"):
         read_codes(AnsReader(words), 16, 50, np.zeros_like(table))
 
 
 def test_frequencies_sum_to_the_total_and_keep_every_symbol():
     for weights in ([5], [16, 2**20], [2**21 - 1] * 255, [16] + [31 << 15] * 254, [0, 3, 0]):
-        frequencies = frequencies_of(np.array(weights))
+        frequencies = normalize_frequencies(np.array(weights))
         assert frequencies.sum() == TOTAL and ((frequencies > 0) == (np.array(weights) > 0)).all()

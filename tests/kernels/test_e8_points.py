@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from reallm.kernels.e8_points import _cheapest, cheapest_points
-from reallm.kernels.e8_stream import on_lattice
+from reallm.kernels.e8_stream import are_lattice_points
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(
@@ -38,7 +38,7 @@ def total(codes, targets, importance, costs, parities, classes):
 
 
 def test_points_lie_on_the_lattice_rows_left_over_too():
-    assert on_lattice(cheapest_points(*case(27, 5)).int().numpy())
+    assert are_lattice_points(cheapest_points(*case(27, 5)).int().numpy())
 
 
 def test_no_neighbouring_point_is_cheaper():
@@ -74,18 +74,18 @@ def test_the_kernel_reads_columns_of_a_wider_matrix():
 @needs_triton
 @pytest.mark.parametrize("shape", [(16, 8), (27, 5), (40, 12)])
 def test_a_panel_with_feedback_is_that_of_its_columns_one_after_another(shape):
-    from reallm.kernels.e8_points_triton import with_feedback
+    from reallm.kernels.e8_points_triton import points_with_feedback
 
     targets, importance, costs, parities, classes = (t.to(DEVICE) for t in case(*shape))
     generator = torch.Generator().manual_seed(1)
     factor = torch.triu(0.3 * torch.randn(shape[1], shape[1], generator=generator), 1).to(DEVICE)
     factor += torch.diag(0.5 + torch.rand(shape[1], generator=generator).to(DEVICE))
-    codes, answers = with_feedback(targets, factor, importance[0], costs, parities, classes, 0.75, 6)
+    codes, compensation = points_with_feedback(targets, factor, importance[0], costs, parities, classes, 0.75, 6)
     moving = targets.clone()
     for j in range(shape[1]):
         now = slice(j, j + 1)
         expected = _cheapest((moving[:, now] / 0.75).clamp(-6, 6), importance[:, now], costs, parities, classes[now])
         assert torch.equal(codes[:, now], expected.int())
         answer = (moving[:, now] - 0.75 * expected) / factor[j, j]
-        torch.testing.assert_close(answers[:, now], answer)
+        torch.testing.assert_close(compensation[:, now], answer)
         moving[:, j + 1 :] -= answer @ factor[now, j + 1 :]

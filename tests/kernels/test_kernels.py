@@ -95,8 +95,10 @@ def test_rotating_spreads_an_outlier(n):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_products_with_factors_transform_as_sums_and_differences_do(n, transposed):
     values = torch.randn(3, n, dtype=torch.float64)
-    torch.testing.assert_close(hadamard.by_products(values, transposed), hadamard._mixed(values, transposed))
-    sizes = [len(factor) for factor in hadamard.factors(n, values.device, values.dtype)]
+    torch.testing.assert_close(
+        hadamard.kronecker_transform(values, transposed), hadamard._transform(values, transposed)
+    )
+    sizes = [len(factor) for factor in hadamard.kronecker_factors(n, values.device, values.dtype)]
     assert math.prod(sizes) == n and max(sizes) <= max(64, n // (n & -n))
 
 

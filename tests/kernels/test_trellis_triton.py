@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from reallm.kernels import closest_states, states_of
+from reallm.kernels import closest_states, ring_states
 from reallm.kernels.trellis import _path
 
 pytest.importorskip("triton")
@@ -46,6 +46,6 @@ def test_rings_of_16_state_bits_on_a_gpu_are_as_good_as_on_a_processor():
     errors = []
     for device in ("cuda", "cpu"):
         codes = closest_states(targets.to(device), values.to(device), 2) & 3
-        decoded = values.to(device)[states_of(codes, 2, 16)]
+        decoded = values.to(device)[ring_states(codes, 2, 16)]
         errors.append((decoded - targets.to(device)).square().mean().item())
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)

@@ -87,7 +87,7 @@ def _write_artifact(source_folder: Path, folder: Path) -> Path:
         parts = fit(fmt, read_matrix(source, matrix).float(), seed=0)
         packed = fmt.pack(parts, matrix.shape)
         tensors |= {f"{matrix.name}.{local}": tensor.contiguous() for local, tensor in packed.items()}
-    tensors |= {kept.name: source.read(kept.name).contiguous() for kept in found.kept}
+    tensors |= {unquantized.name: source.read(unquantized.name).contiguous() for unquantized in found.unquantized}
     folder.mkdir()
     write_config(source, Manifest(tuple(stored)), folder)
     save_file(tensors | marker_tensors(found.matrices), folder / "model.safetensors", {"format": "pt"})

@@ -7,9 +7,9 @@ import transformers
 import reallm
 from reallm.artifact import work_folder
 from reallm.errors import SourceError
-from reallm.model.calls import states_of
+from reallm.model.calls import ring_states
 from reallm.model.decoder import decoder_blocks, decoder_of
-from reallm.model.stream import Stream, nbytes_per_token
+from reallm.model.stream import HiddenStateCache, nbytes_per_token
 
 SIZES = {
     "hidden_size": 32,
@@ -79,7 +79,7 @@ def windows(count=5, context=12):
 def plain_states(model, batch, block):
     """What a block puts out in a forward pass of the whole model."""
     found = []
-    hook = block.register_forward_hook(lambda _, __, output: found.append(states_of(output)))
+    hook = block.register_forward_hook(lambda _, __, output: found.append(ring_states(output)))
     with torch.no_grad():
         decoder_of(model)(input_ids=batch, use_cache=False)
     hook.remove()
@@ -101,7 +101,7 @@ def change(block, seed, changed):
 @pytest.mark.parametrize("device", ["cpu", "cpu:0"])  # moved to the second, tensors are copied as to any other device
 def test_a_stream_of_several_batches_is_the_forward_pass_of_the_changed_model(model_of, family, device):
     model, changed = model_of(family), set()
-    stream = Stream(model, windows(), device, batch=2)
+    stream = HiddenStateCache(model, windows(), device, batch=2)
     called = []
     for number, block in enumerate(stream.blocks):
         called += [block] if stream.reached else []
@@ -116,7 +116,7 @@ def test_a_stream_of_several_batches_is_the_forward_pass_of_the_changed_model(mo
 def test_a_pass_that_is_not_kept_leaves_later_blocks_what_the_kept_one_shares(model_of, family):
     """Moments and tuning steps run a block more often than the stream advances, also the original's."""
     model, original = model_of(family), model_of(family)
-    stream = Stream(model, windows(), "cpu", batch=2)
+    stream = HiddenStateCache(model, windows(), "cpu", batch=2)
     for number, block in enumerate(stream.blocks):
         change(block, number, set())
         stream.advance()
@@ -128,15 +128,15 @@ def test_a_pass_that_is_not_kept_leaves_later_blocks_what_the_kept_one_shares(mo
 
 
 def test_what_is_equal_in_all_batches_is_held_once(model_of):
-    few, many = (Stream(model_of("llama"), windows(count), "cpu", batch=2).nbytes for count in (2, 20))
+    few, many = (HiddenStateCache(model_of("llama"), windows(count), "cpu", batch=2).nbytes for count in (2, 20))
     assert many - few == 18 * 12 * 32 * 4  # the hidden states
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3n", "gemma4", "zamba", "bloom"])
 def test_bytes_per_token_are_foretold_without_weights(model_of, family):
     model = model_of(family)
-    stream, most = Stream(model, windows(40), "cpu", batch=2), 0
-    few = Stream(model, windows(2), "cpu", batch=2)
+    stream, most = HiddenStateCache(model, windows(40), "cpu", batch=2), 0
+    few = HiddenStateCache(model, windows(2), "cpu", batch=2)
     for _ in stream.blocks:
         most = max(most, stream.nbytes - few.nbytes)
         stream.advance(), few.advance()
@@ -153,7 +153,7 @@ def test_bytes_per_token_are_foretold_without_weights(model_of, family):
 )
 def test_a_family_whose_blocks_do_more_than_follow_each_other_is_refused(model_of, family, reason):
     with pytest.raises(SourceError, match=f"{reason}; .* without --calibration") as caught:
-        Stream(model_of(family), windows(), "cpu")
+        HiddenStateCache(model_of(family), windows(), "cpu")
     assert "\n" not in str(caught.value)
 
 
@@ -191,7 +191,7 @@ def altered(model, monkeypatch, **how):
 def test_what_a_stream_cannot_carry_is_refused_and_never_calibrated_on(model_of, monkeypatch, how, reason):
     model = altered(model_of("llama"), monkeypatch, **how)
     with pytest.raises(SourceError, match=reason) as caught:
-        Stream(model, windows(), "cpu", batch=2)
+        HiddenStateCache(model, windows(), "cpu", batch=2)
     assert "\n" not in str(caught.value)
     assert all("forward" not in vars(block) for block in model.model.layers)
 
@@ -199,7 +199,7 @@ def test_what_a_stream_cannot_carry_is_refused_and_never_calibrated_on(model_of,
 def test_states_of_an_earlier_block_are_handed_on_as_they_are_in_the_stream(model_of, monkeypatch):
     model = altered(model_of("llama"), monkeypatch, more=lambda states, ids: {"states": states, "ids": ids})
     seen = []
-    stream = Stream(model, windows(), "cpu", batch=2)
+    stream = HiddenStateCache(model, windows(), "cpu", batch=2)
     for block in stream.blocks:
         hook = block.register_forward_pre_hook(lambda _, __, named: seen.append(named["more"]), with_kwargs=True)
         change(block, 0, set())

@@ -98,7 +98,7 @@ def test_a_gguf_file_loads_and_computes_as_the_model(file, tiny_llama):
 
 
 def test_the_tokenizer_of_a_gguf_file_survives_saving(file, tiny_llama, tmp_path):
-    open_source(file).save_companions(tmp_path)
+    open_source(file).save_auxiliary_files(tmp_path)
     assert (tmp_path / "generation_config.json").is_file()
     saved, read, original = load_tokenizer(tmp_path), load_tokenizer(file), load_tokenizer(tiny_llama)
     for text in ("The river sees\nstone.", "<s>user</s> 12 é"):
@@ -112,7 +112,7 @@ def test_a_file_is_parsed_once_and_again_when_it_has_changed(file, tmp_path, mon
     copy.write_bytes(file.read_bytes())
     build = gguf.GGUFReader._build_fields
     monkeypatch.setattr(gguf.GGUFReader, "_build_fields", lambda *a: parsed.append(1) or build(*a))
-    open_source(copy).save_companions(tmp_path)
+    open_source(copy).save_auxiliary_files(tmp_path)
     assert len(parsed) == 1
     copy.write_bytes(file.read_bytes().replace(b"llama.context_length", b"llama.contexT_length"))
     assert open_source(copy).config.max_position_embeddings != open_source(file).config.max_position_embeddings
@@ -121,7 +121,9 @@ def test_a_file_is_parsed_once_and_again_when_it_has_changed(file, tmp_path, mon
 def test_a_model_in_parts_is_read_as_the_one_file_it_was(file, parts, tiny_llama):
     assert [part.name for part in parts] == [f"tiny-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
     source, whole = open_source(parts[0]), open_source(file)
-    assert source.lazy and source.files() == parts and source.nbytes == sum(part.stat().st_size for part in parts)
+    assert (
+        source.reads_lazily and source.files() == parts and source.nbytes == sum(part.stat().st_size for part in parts)
+    )
     assert source.config.tie_word_embeddings and source.names() == whole.names()
     loaded = source.load().state_dict()
     for name in whole.names():
@@ -227,7 +229,7 @@ def write(path, family, build, changed=()):
     writer.add_token_list([str(number) for number in range(256)])
     writer.add_pad_token_id(0)
     rng = np.random.default_rng(0)
-    for name, shape in tensors_of(kind, model).items():
+    for name, shape in artifact_tensors(kind, model).items():
         numbers = rng.normal(size=shape).astype(np.float32)
         if name in changed:
             numbers = numbers[:-1]
@@ -241,7 +243,7 @@ def write(path, family, build, changed=()):
     return path
 
 
-def tensors_of(kind, model):
+def artifact_tensors(kind, model):
     """Shapes by the names of GGUF: Conv1D turned, gate and up of experts apart."""
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
     names, shapes = gguf.get_tensor_name_map(arch, 2), {}
@@ -266,7 +268,7 @@ def tensors_of(kind, model):
 @pytest.mark.parametrize("family", KINDS)
 def test_a_gguf_file_reads_tensor_by_tensor_as_transformers_reads_it_whole(family, build, tmp_path):
     source = open_source(write(tmp_path / "x.gguf", family, build))
-    assert source.lazy and source.loaded_nbytes == 0
+    assert source.reads_lazily and source.loaded_nbytes == 0
     whole = source.load(torch.float32).state_dict()
     assert source.names() == list(whole)
     for name, tensor in whole.items():
@@ -292,7 +294,7 @@ def test_a_gguf_file_whose_tensors_we_cannot_name_one_by_one_is_read_whole_and_s
 
     monkeypatch.setitem(theirs.TENSOR_PROCESSORS, "llama", Unknown)
     source = open_source(file)
-    assert not source.lazy and "llama in GGUF files we do not know" in source.why_whole
+    assert not source.reads_lazily and "llama in GGUF files we do not know" in source.full_load_reason
     assert source.loaded_nbytes == 4 * source.total_parameters
     assert torch.equal(source.read("model.norm.weight"), source.load().state_dict()["model.norm.weight"])
 

@@ -219,7 +219,7 @@ def test_a_saved_tokenizer_of_a_gguf_file_gives_the_same_ids(byte_level, pieces,
     ):
         folder, source = tmp_path / f"out{number}", open_source(path)
         source.config.save_pretrained(folder)
-        source.save_companions(folder)
+        source.save_auxiliary_files(folder)
         saved, read = load_tokenizer(folder), load_tokenizer(path)
         assert saved(TEXT).input_ids == read(TEXT).input_ids and len(saved) == len(read)
         assert (saved.bos_token, saved.eos_token, saved.pad_token) == (read.bos_token, read.eos_token, read.pad_token)

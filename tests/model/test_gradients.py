@@ -5,7 +5,7 @@ from reallm.errors import SourceError
 from reallm.model import gradients, walk
 from reallm.model.gradients import block_gradients, curvatures, fisher, guidance
 from reallm.model.pieces import decoder_blocks
-from reallm.model.stream import Stream
+from reallm.model.stream import HiddenStateCache
 
 
 def windows(count=3, context=12):
@@ -45,7 +45,7 @@ def draws(numbers):
     return [torch.Generator().manual_seed(number) for number in numbers]
 
 
-def gradients_by_autograd(model, ids, counted, generators):
+def gradients_by_autograd(model, ids, loss_mask, generators):
     """(windows, blocks, context, hidden): of the likelihood of tokens drawn from the model where the text's count."""
     outputs = []
 
@@ -59,7 +59,7 @@ def gradients_by_autograd(model, ids, counted, generators):
     for hook in hooks:
         hook.remove()
     loss = 0
-    for own, there, generator in zip(log_probs, counted, generators, strict=True):
+    for own, there, generator in zip(log_probs, loss_mask, generators, strict=True):
         own = own[:-1][there[1:]]
         below = torch.rand(len(own), 1, generator=generator) < own.detach().exp().cumsum(-1)
         loss = loss - own.gather(1, below.int().argmax(1, keepdim=True)).sum()
@@ -67,9 +67,9 @@ def gradients_by_autograd(model, ids, counted, generators):
     return torch.stack([states.grad for states in outputs], 1)
 
 
-def gradients_of_blocks(model, ids, counted, generators):
+def gradients_of_blocks(model, ids, loss_mask, generators):
     found = []
-    block_gradients(model, ids, counted, "cpu", generators, lambda _, own: found.append(own))
+    block_gradients(model, ids, loss_mask, "cpu", generators, lambda _, own: found.append(own))
     return torch.stack(found)
 
 
@@ -128,15 +128,15 @@ def test_weighted_moments_are_sums_of_weighted_tokens(build):
     matrices = [m for m in blocks_of(model) if m.block == 0]
     weights = guidance(model, windows(), matrices, "cpu")
     tokens = {name: own.tokens for name, own in weights.items()}
-    moments = Stream(model, windows(), "cpu").moments(matrices, tokens)
+    second_moments = HiddenStateCache(model, windows(), "cpu").second_moments(matrices, tokens)
     seen = []
     hook = model.get_submodule(matrices[0].name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         model(windows(), use_cache=False)
     hook.remove()
     rows = seen[0].reshape(-1, 64) * tokens[matrices[0].name].reshape(-1, 1).sqrt()
-    torch.testing.assert_close(moments.of(matrices[0].name), rows.T @ rows / len(rows), rtol=1e-3, atol=1e-4)
-    assert moments.leader_of[matrices[1].name] == matrices[1].name  # weights differ, so that nothing is shared
+    torch.testing.assert_close(second_moments.get(matrices[0].name), rows.T @ rows / len(rows), rtol=1e-3, atol=1e-4)
+    assert second_moments.leaders[matrices[1].name] == matrices[1].name  # weights differ, so that nothing is shared
 
 
 def without_gradient(model, name, factor):

@@ -24,13 +24,13 @@ from reallm.errors import ArtifactError, FormatError, ReallmError, SourceError
 from reallm.model import (
     MODES,
     ReallmConfig,
-    expected_resident_nbytes,
+    get_memory_footprint,
     load,
     load_tokenizer,
+    predict_memory_footprint,
     register_with_transformers,
-    resident_nbytes,
 )
-from reallm.model.modules import _Compressed
+from reallm.model.modules import _CompressedModule
 from reallm.model.swap import compressed_modules
 
 FAMILIES = ["llama", "tied", "qwen2", "gemma3", "gpt2", "opt", "phi3", "neox", "mixtral", "qwen3_moe", "gpt_oss"]
@@ -137,7 +137,7 @@ def test_parameters_are_counted_as_the_original_counts_them(artifact, build, fam
     assert model.base_model.num_parameters() == original.base_model.num_parameters()
     trainable = sum(parameter.numel() for parameter in model.parameters())
     assert model.num_parameters(only_trainable=True) == trainable < original.num_parameters()
-    assert model.get_memory_footprint() == resident_nbytes(model)
+    assert model.get_memory_footprint() == get_memory_footprint(model)
     assert copy.deepcopy(model).num_parameters() == original.num_parameters()
     assert model.dequantize().num_parameters() == original.num_parameters()
 
@@ -145,14 +145,14 @@ def test_parameters_are_counted_as_the_original_counts_them(artifact, build, fam
 @pytest.mark.parametrize("family", ["gpt2", "opt", "mixtral"])
 @pytest.mark.parametrize("mode", MODES)
 def test_no_module_decodes_before_loading_has_ended(artifact, family, mode, monkeypatch):
-    decoded = _Compressed.unpacked
+    decoded = _CompressedModule.unpacked
 
     def watched(module):
-        assert all(tensor.device.type != "meta" for tensor in module.stored().values())
+        assert all(tensor.device.type != "meta" for tensor in module.packed_tensors().values())
         assert not module.loading
         return decoded(module)
 
-    monkeypatch.setattr(_Compressed, "unpacked", watched)
+    monkeypatch.setattr(_CompressedModule, "unpacked", watched)
     modules = compressed_modules(load(artifact(family), mode)).values()
     assert not any(module.loading for module in modules)
 
@@ -177,7 +177,7 @@ def test_dtype_sets_what_is_computed_in_and_leaves_stored_tensors(artifact, ids,
     model, stored = load(artifact("tied"), mode, dtype=dtype), load_file(artifact("tied") / "model.safetensors")
     assert logits(model, ids).dtype == dtype
     for path, module in compressed_modules(model).items():
-        assert all(torch.equal(t, stored[f"{path}.{n}"]) for n, t in module.stored().items())
+        assert all(torch.equal(t, stored[f"{path}.{n}"]) for n, t in module.packed_tensors().items())
     error = (logits(model, ids).float() - logits(load(artifact("tied")), ids)).abs().mean()
     assert error < 0.1
 
@@ -187,7 +187,7 @@ def test_moving_and_casting_a_loaded_model_keeps_stored_tensors(artifact, ids):
     model.to(torch.bfloat16)
     assert logits(model, ids).dtype == torch.bfloat16
     for path, module in compressed_modules(model).items():
-        assert all(torch.equal(t, stored[f"{path}.{n}"]) for n, t in module.stored().items())
+        assert all(torch.equal(t, stored[f"{path}.{n}"]) for n, t in module.packed_tensors().items())
 
 
 def test_a_device_map_works(artifact, ids):
@@ -210,12 +210,12 @@ def test_tying_again_breaks_nothing(artifact, ids, mode):
 def test_resident_bytes_are_foretold_exactly(artifact, family, mode):
     model = load(artifact(family), mode)
     formats = model.hf_quantizer.quantization_config.weight_formats()
-    assert expected_resident_nbytes(model.config, formats)[mode] == resident_nbytes(model)
+    assert predict_memory_footprint(model.config, formats)[mode] == get_memory_footprint(model)
 
 
 def test_decoding_per_use_holds_little_more_than_the_file(artifact):
     file = artifact("tied") / "model.safetensors"
-    assert resident_nbytes(load(artifact("tied"), "decode_per_use")) <= file.stat().st_size
+    assert get_memory_footprint(load(artifact("tied"), "decode_per_use")) <= file.stat().st_size
 
 
 @pytest.mark.parametrize("mode", MODES)

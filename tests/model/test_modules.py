@@ -70,9 +70,9 @@ def test_casting_a_module_leaves_the_stored_tensors_alone(cast, decoded):
     module = linear()
     if decoded:
         module.decode_once()
-    before = {name: tensor.clone() for name, tensor in module.stored().items()}
+    before = {name: tensor.clone() for name, tensor in module.packed_tensors().items()}
     module = cast(module)
-    for name, tensor in module.stored().items():
+    for name, tensor in module.packed_tensors().items():
         assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
     dtype = module.bias.dtype
     assert dtype != torch.float32

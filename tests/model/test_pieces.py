@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from reallm.model import open_source
-from reallm.model.pieces import Pieces
-from reallm.model.stream import Stream
+from reallm.model.pieces import BlockLoader
+from reallm.model.stream import HiddenStateCache
 
 FAMILIES = ["llama", "tied", "qwen2", "gemma3", "phi3", "mixtral", "qwen3_moe", "gpt_oss", "gpt2", "opt", "neox"]
 WINDOWS = torch.randint(2, 250, (5, 12), generator=torch.Generator().manual_seed(0))
@@ -18,15 +18,15 @@ def in_memory(module):
     return sum(parameter.nbytes for parameter in module.parameters() if not parameter.is_meta)
 
 
-def states_at(stream, pieces=None):
+def states_at(stream, block_loader=None):
     """The hidden states before each block and behind the last."""
     found = [torch.cat(stream.states)]
     for number in range(len(stream.blocks)):
-        if pieces:
-            pieces.fill(number)
+        if block_loader:
+            block_loader.load_block(number)
         stream.advance()
-        if pieces:
-            pieces.empty(number)
+        if block_loader:
+            block_loader.unload_block(number)
         found.append(torch.cat(stream.states))
     return found
 
@@ -35,9 +35,12 @@ def states_at(stream, pieces=None):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stream_through_pieces_is_that_through_the_whole_model_to_the_bit(original, family, dtype):
     source = open_source(original(family))
-    pieces = Pieces(source, dtype)
-    whole = Stream(source.load(dtype, "cpu").eval(), WINDOWS, "cpu")
-    expected, found = states_at(whole), states_at(Stream(pieces.model, WINDOWS, "cpu", pieces=pieces), pieces)
+    block_loader = BlockLoader(source, dtype)
+    whole = HiddenStateCache(source.load(dtype, "cpu").eval(), WINDOWS, "cpu")
+    expected, found = (
+        states_at(whole),
+        states_at(HiddenStateCache(block_loader.model, WINDOWS, "cpu", block_loader=block_loader), block_loader),
+    )
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
 
 
@@ -45,7 +48,7 @@ def test_a_stream_through_pieces_is_that_through_the_whole_model_to_the_bit(orig
 def test_tables_that_a_model_makes_for_itself_are_those_of_a_loaded_one(original, family):
     source = open_source(original(family))
     loaded = dict(source.load(torch.bfloat16, "cpu").named_buffers())
-    ours = dict(Pieces(source, torch.bfloat16).model.named_buffers())
+    ours = dict(BlockLoader(source, torch.bfloat16).model.named_buffers())
     assert list(ours) == list(loaded)
     persistent = set(source.names())
     for name in set(ours) - persistent:
@@ -54,25 +57,25 @@ def test_tables_that_a_model_makes_for_itself_are_those_of_a_loaded_one(original
 
 def test_one_block_at_a_time_is_in_memory(original):
     source = open_source(original("llama"))
-    pieces = Pieces(source, torch.float32)
-    ends = pieces.model.get_input_embeddings().weight.nbytes + pieces.model.model.norm.weight.nbytes
-    assert in_memory(pieces.model) == ends  # no head: no block needs it
-    blocks = pieces.model.model.layers
-    pieces.fill(1)
+    block_loader = BlockLoader(source, torch.float32)
+    ends = block_loader.model.get_input_embeddings().weight.nbytes + block_loader.model.model.norm.weight.nbytes
+    assert in_memory(block_loader.model) == ends  # no head: no block needs it
+    blocks = block_loader.model.model.layers
+    block_loader.load_block(1)
     assert in_memory(blocks[0]) == 0 and in_memory(blocks[1]) == sum(p.nbytes for p in blocks[1].parameters())
     weight = weakref.ref(blocks[1].mlp.up_proj.weight)
-    pieces.empty(1)
+    block_loader.unload_block(1)
     gc.collect()
-    assert in_memory(pieces.model) == ends and weight() is None
+    assert in_memory(block_loader.model) == ends and weight() is None
 
 
 def test_weights_come_in_the_dtype_that_a_loaded_model_has(original):
     for family in ("llama", "mixtral"):
         source = open_source(original(family))
-        pieces, loaded = Pieces(source, torch.bfloat16), source.load(torch.bfloat16, "cpu")
-        pieces.fill(0)
+        block_loader, loaded = BlockLoader(source, torch.bfloat16), source.load(torch.bfloat16, "cpu")
+        block_loader.load_block(0)
         for name, parameter in loaded.named_parameters():
-            ours = pieces.model.get_parameter(name)
+            ours = block_loader.model.get_parameter(name)
             assert ours.dtype == parameter.dtype and (ours.is_meta or torch.equal(ours, parameter)), name
 
 
@@ -80,22 +83,22 @@ def test_what_several_blocks_share_stays_in_memory_with_what_was_put_there(origi
     """A model whose second block uses a matrix of the first, as families with recurrent depth do."""
     from reallm.model import pieces as room
 
-    hollow = room.hollow_model
+    init_empty = room.init_empty_model
 
     def sharing(config, dtype):
-        model = hollow(config, dtype)
+        model = init_empty(config, dtype)
         model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
         return model
 
-    monkeypatch.setattr(room, "hollow_model", sharing)
+    monkeypatch.setattr(room, "init_empty_model", sharing)
     source = open_source(original("llama"))
-    pieces = Pieces(source, torch.float32)
-    shared = [layer.mlp.up_proj.weight for layer in pieces.model.model.layers]
+    block_loader = BlockLoader(source, torch.float32)
+    shared = [layer.mlp.up_proj.weight for layer in block_loader.model.model.layers]
     assert shared[0] is shared[1] and not shared[0].is_meta
     with torch.no_grad():
         shared[0].mul_(2)
     for number in (0, 1):
-        pieces.fill(number)
-        pieces.empty(number)
-    again = pieces.model.model.layers[1].mlp.up_proj.weight
+        block_loader.load_block(number)
+        block_loader.unload_block(number)
+    again = block_loader.model.model.layers[1].mlp.up_proj.weight
     assert torch.equal(again, 2 * source.read("model.layers.0.mlp.up_proj.weight"))

@@ -71,7 +71,7 @@ def test_a_mixture_saved_expert_by_expert_is_read_part_by_part(family, build, tm
         assert torch.equal(source.read(name), tensor), name
         if tensor.ndim == 3:
             assert all(torch.equal(source.read(name, i), part) for i, part in enumerate(tensor)), name
-    assert source.lazy and "_complete" not in vars(source)
+    assert source.reads_lazily and "_complete" not in vars(source)
 
 
 def test_a_family_that_is_converted_otherwise_is_read_whole_and_says_so(build, tmp_path, monkeypatch):
@@ -80,7 +80,7 @@ def test_a_family_that_is_converted_otherwise_is_read_whole_and_says_so(build, t
     model = mixture("mixtral", build, tmp_path)
     monkeypatch.setattr("transformers.core_model_loading.MergeModulelist", Concatenate)  # none that we know is left
     source = open_source(tmp_path)
-    assert not source.lazy and "converts tensors of this family" in source.why_whole
+    assert not source.reads_lazily and "converts tensors of this family" in source.full_load_reason
     assert all(torch.equal(source.read(name), tensor) for name, tensor in model.state_dict().items())
 
 
@@ -124,7 +124,7 @@ def test_the_fingerprint_changes_with_one_weight(tmp_path, build, save):
 
 
 def test_companions_are_copied_byte_for_byte(tiny_llama, tmp_path):
-    open_source(tiny_llama).save_companions(tmp_path)
+    open_source(tiny_llama).save_auxiliary_files(tmp_path)
     names = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
     assert {file.name for file in tmp_path.iterdir()} == names
     assert all((tmp_path / name).read_bytes() == (tiny_llama / name).read_bytes() for name in names)
@@ -144,7 +144,7 @@ STAYING = (
 )
 
 
-def with_files(original, tmp_path, names):
+def extra_files(original, tmp_path, names):
     folder = copied(original, tmp_path)
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
@@ -158,13 +158,13 @@ def with_files(original, tmp_path, names):
 
 
 def test_auxiliary_files_of_tokenizers_and_processors_travel_and_code_and_pickles_do_not(original, tmp_path):
-    folder, out = with_files(original, tmp_path, TRAVELLING + STAYING), tmp_path / "out"
+    folder, out = extra_files(original, tmp_path, TRAVELLING + STAYING), tmp_path / "out"
     (tmp_path / "x.txt").write_text("outside")
     out.mkdir()
     source = open_source(folder)
-    source.save_companions(out)
+    source.save_auxiliary_files(out)
     found = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
-    assert found == {*TRAVELLING, "tokenizer_config.json", "generation_config.json"} == set(source.companion_bytes)
+    assert found == {*TRAVELLING, "tokenizer_config.json", "generation_config.json"} == set(source.auxiliary_file_bytes)
     assert all((out / name).read_bytes() == (folder / name).read_bytes() for name in found)
 
 
@@ -184,7 +184,7 @@ def test_the_same_files_are_downloaded(tmp_path, monkeypatch):
 
 
 def test_files_that_settings_of_a_hub_model_name_are_fetched_too(original, tmp_path, monkeypatch):
-    folder, asked = with_files(original, tmp_path, ["words/of.mine"]), []
+    folder, asked = extra_files(original, tmp_path, ["words/of.mine"]), []
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: asked.append(how) or str(folder))
     source = open_source("someone/model")
     assert "words/of.mine" in asked[1]["allow_patterns"] and "words/of.pkl" not in asked[1]["allow_patterns"]
@@ -197,7 +197,7 @@ def test_a_file_larger_than_any_tokenizers_stays_and_is_listed(original, tmp_pat
     (folder / "corpus.txt").write_text("x" * 10_001)
     source = open_source(folder)
     assert [(one.name, one.nbytes) for one in source.unused] == [("corpus.txt", 10_001)]
-    assert "corpus.txt" not in source.companion_bytes
+    assert "corpus.txt" not in source.auxiliary_file_bytes
 
 
 def test_a_size_counts_auxiliary_files_of_sub_folders(tiny_llama, tmp_path):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from reallm.model import open_source, walk
-from reallm.model.stream import Stream
+from reallm.model.stream import HiddenStateCache
 
 FAMILIES = ["llama", "tied", "qwen2", "gemma3", "phi3", "mixtral", "qwen3_moe", "gpt_oss", "gpt2", "opt", "neox"]
 
@@ -33,54 +33,59 @@ def inputs_seen(model, name, ids):
 @pytest.mark.parametrize("per_pass", [1 << 20, 24])
 def test_moments_are_those_of_a_plain_forward_pass_in_every_family(dense, per_pass, monkeypatch):
     monkeypatch.setattr("reallm.model.stream.TOKENS_PER_PASS", per_pass)
-    stream = Stream(dense, windows(), "cpu")
+    stream = HiddenStateCache(dense, windows(), "cpu")
     assert len(stream.blocks) == 2
     for number in range(2):
         matrices = block_matrices(dense, number)
-        moments = stream.moments(matrices)
+        second_moments = stream.second_moments(matrices)
         for matrix in matrices:
             if matrix.expert is None:
                 inputs = inputs_seen(dense, matrix.name, windows())
                 torch.testing.assert_close(
-                    moments.of(matrix.name), inputs.T @ inputs / len(inputs), rtol=1e-3, atol=1e-4
+                    second_moments.get(matrix.name), inputs.T @ inputs / len(inputs), rtol=1e-3, atol=1e-4
                 )
             else:
-                assert moments.of(matrix.name) is None
+                assert second_moments.get(matrix.name) is None
         stream.advance()
 
 
 def test_matrices_that_are_fed_the_same_share_one_sum(build):
     dense = build("llama")
-    moments = Stream(dense, windows(), "cpu").moments(block_matrices(dense, 0))
-    assert sorted(name.rpartition(".")[2] for name in moments.sums) == ["down_proj", "gate_proj", "o_proj", "q_proj"]
-    assert len(moments.leader_of) == 7
+    second_moments = HiddenStateCache(dense, windows(), "cpu").second_moments(block_matrices(dense, 0))
+    assert sorted(name.rpartition(".")[2] for name in second_moments.sums) == [
+        "down_proj",
+        "gate_proj",
+        "o_proj",
+        "q_proj",
+    ]
+    assert len(second_moments.leaders) == 7
 
 
 def test_sums_that_are_taken_are_those_that_are_there_and_are_kept_no_longer(build):
     dense = build("llama")
-    moments = Stream(dense, windows(), "cpu").moments(block_matrices(dense, 0))
-    names = list(moments.leader_of)
-    expected = {name: moments.of(name) for name in names}
-    assert all(torch.equal(moments.take(name), expected[name]) for name in names)
-    assert not moments.sums and moments.take(names[0]) is None
+    second_moments = HiddenStateCache(dense, windows(), "cpu").second_moments(block_matrices(dense, 0))
+    names = list(second_moments.leaders)
+    expected = {name: second_moments.get(name) for name in names}
+    assert all(torch.equal(second_moments.pop(name), expected[name]) for name in names)
+    assert not second_moments.sums and second_moments.pop(names[0]) is None
 
 
 def test_a_replaced_block_carries_the_inputs_of_the_next(build):
     dense = build("llama")
-    stream = Stream(dense, windows(), "cpu")
+    stream = HiddenStateCache(dense, windows(), "cpu")
     with torch.no_grad():
         dense.model.layers[0].mlp.down_proj.weight.mul_(0.5)
     stream.advance()
     matrix = block_matrices(dense, 1)[0]
     inputs = inputs_seen(dense, matrix.name, windows())
     torch.testing.assert_close(
-        stream.moments([matrix]).of(matrix.name), inputs.T @ inputs / len(inputs), rtol=1e-3, atol=1e-4
+        stream.second_moments([matrix]).get(matrix.name), inputs.T @ inputs / len(inputs), rtol=1e-3, atol=1e-4
     )
 
 
 def test_a_module_that_was_not_asked_for_has_no_moments(build):
     dense = build("llama")
-    assert Stream(dense, windows(), "cpu").moments([]).of("model.layers.0.mlp.up_proj") is None
+    assert HiddenStateCache(dense, windows(), "cpu").second_moments([]).get("model.layers.0.mlp.up_proj") is None
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -89,19 +94,23 @@ def test_moments_of_a_16_bit_model_are_summed_in_32_bits(build, weighted):
     dense, ids = build("llama", torch.bfloat16), windows(64, 32)
     matrix = next(m for m in block_matrices(dense, 0) if m.role == "down")
     weights = torch.rand(64, 32, generator=torch.Generator().manual_seed(1)) if weighted else torch.ones(64, 32)
-    moments = Stream(dense, ids, "cpu", 4).moments([matrix], {matrix.name: weights} if weighted else None)
+    second_moments = HiddenStateCache(dense, ids, "cpu", 4).second_moments(
+        [matrix], {matrix.name: weights} if weighted else None
+    )
     rows = inputs_seen(dense, matrix.name, ids).double() * weights.reshape(-1, 1).double().sqrt()
-    assert moments.of(matrix.name).dtype == torch.float32
-    torch.testing.assert_close(moments.of(matrix.name).double(), rows.T @ rows / len(rows), rtol=1e-3, atol=1e-5)
+    assert second_moments.get(matrix.name).dtype == torch.float32
+    torch.testing.assert_close(
+        second_moments.get(matrix.name).double(), rows.T @ rows / len(rows), rtol=1e-3, atol=1e-5
+    )
 
 
 def test_autocast_around_a_stream_changes_nothing(build):
     def calibrated():
         dense = build("llama")
-        stream = Stream(dense, windows(), "cpu")
-        first = stream.moments(matrices := block_matrices(dense, 0))
+        stream = HiddenStateCache(dense, windows(), "cpu")
+        first = stream.second_moments(matrices := block_matrices(dense, 0))
         stream.advance()
-        return [*(first.of(matrix.name) for matrix in matrices), *stream.states]
+        return [*(first.get(matrix.name) for matrix in matrices), *stream.states]
 
     expected = calibrated()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -115,4 +124,4 @@ def test_a_model_without_blocks_is_refused(tiny_llama):
     model = open_source(tiny_llama).load(torch.float32, "cpu")
     model.model.layers = torch.nn.Sequential(*model.model.layers)
     with pytest.raises(SourceError, match="no list of decoder blocks"):
-        Stream(model, windows(), "cpu")
+        HiddenStateCache(model, windows(), "cpu")

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reallm
-from reallm.artifact.integrity import checksums_of
+from reallm.artifact.integrity import compute_checksums
 from reallm.errors import ArtifactError, ReallmError, SourceError
 from reallm.formats import from_spec
-from reallm.model import MODES, load, load_tokenizer, open_source, resident_of_artifact, verify_artifact
+from reallm.model import MODES, artifact_memory_footprint, load, load_tokenizer, open_source, verify_artifact
 
 RECIPE = """
 rules:
@@ -46,7 +46,7 @@ def edit(folder, change):
 
 def seal(folder):
     """Checksums as a hostile author would write them: for the tensors that are there."""
-    sums = checksums_of(folder.glob("*.safetensors"))
+    sums = compute_checksums(folder.glob("*.safetensors"))
     edit(folder, lambda config: config["quantization_config"].update(checksums=sums))
 
 
@@ -103,8 +103,8 @@ def test_numbers_that_no_compressor_writes_are_refused_with_right_checksums_too(
 )
 def test_a_config_that_asks_for_anything_is_one_error_in_little_time(folder, change, says):
     edit(folder, lambda config: config.update(change))
-    for opener in (load, resident_of_artifact):
-        if opener is resident_of_artifact and not says:
+    for opener in (load, artifact_memory_footprint):
+        if opener is artifact_memory_footprint and not says:
             continue  # it builds no tensor, and may well say what such a model would take
         start = time.perf_counter()
         with pytest.raises(ReallmError, match=says or None) as caught:

@@ -17,7 +17,7 @@ ONE = torch.ones(64)
 
 
 @pytest.fixture
-def with_tensors(original, tmp_path):
+def replace_tensors(original, tmp_path):
     """folder = with_tensors(family, extra, config=…): a saved tiny model whose file holds some tensors more."""
 
     def make(family, extra, renamed=None, **config):
@@ -50,15 +50,15 @@ LISTED = {
 
 
 @pytest.mark.parametrize("key", LISTED)
-def test_a_tensor_without_a_place_is_listed_with_its_reason(with_tensors, key):
-    (one,) = open_source(with_tensors("llama", {key: ONE})).unused
+def test_a_tensor_without_a_place_is_listed_with_its_reason(replace_tensors, key):
+    (one,) = open_source(replace_tensors("llama", {key: ONE})).unused
     name, reason = LISTED[key]
     assert (one.name, one.tensors, one.nbytes) == (name, 1, 256) and reason in one.reason
 
 
-def test_a_bias_of_zeros_is_listed_and_one_of_other_numbers_refused(with_tensors):
+def test_a_bias_of_zeros_is_listed_and_one_of_other_numbers_refused(replace_tensors):
     key = "model.layers.1.self_attn.o_proj.bias"
-    folder = with_tensors("llama", {key: 0 * ONE})
+    folder = replace_tensors("llama", {key: 0 * ONE})
     (one,) = open_source(folder).unused
     assert one.reason == "zeros, which add nothing"
     save_file(load_file(folder / "model.safetensors") | {key: ONE}, folder / "model.safetensors")
@@ -66,30 +66,30 @@ def test_a_bias_of_zeros_is_listed_and_one_of_other_numbers_refused(with_tensors
         open_source(folder)
 
 
-def test_a_causal_mask_of_an_old_checkpoint_is_listed(with_tensors):
+def test_a_causal_mask_of_an_old_checkpoint_is_listed(replace_tensors):
     mask = torch.ones(1, 1, 128, 128, dtype=torch.bool)
-    folder = with_tensors("gpt2", {"transformer.h.0.attn.bias": mask, "transformer.h.1.attn.masked_bias": ONE[0]})
+    folder = replace_tensors("gpt2", {"transformer.h.0.attn.bias": mask, "transformer.h.1.attn.masked_bias": ONE[0]})
     assert {one.reason for one in open_source(folder).unused} == {"a table that the model makes itself"}
 
 
-def test_blocks_behind_the_last_are_a_prediction_head_or_another_models(with_tensors):
+def test_blocks_behind_the_last_are_a_prediction_head_or_another_models(replace_tensors):
     extra = {f"model.layers.2.{name}": ONE for name in ("mlp.norm.weight", "self_attn.weight")}
     with pytest.raises(SourceError, match="config.json describes 2 blocks; weights and config are of different models"):
-        open_source(with_tensors("llama", extra))
+        open_source(replace_tensors("llama", extra))
 
 
-def test_blocks_that_the_config_counts_as_a_prediction_head_are_listed(with_tensors):
+def test_blocks_that_the_config_counts_as_a_prediction_head_are_listed(replace_tensors):
     extra = {f"model.layers.2.{name}": ONE for name in ("mlp.norm.weight", "self_attn.weight")}
-    (one,) = open_source(with_tensors("llama", extra, num_nextn_predict_layers=1)).unused
+    (one,) = open_source(replace_tensors("llama", extra, num_nextn_predict_layers=1)).unused
     assert (one.name, one.tensors) == ("model.layers.2", 2) and "multi-token prediction" in one.reason
 
 
-def test_what_transformers_says_it_ignores_is_listed(with_tensors, monkeypatch):
+def test_what_transformers_says_it_ignores_is_listed(replace_tensors, monkeypatch):
     from transformers import LlamaForCausalLM
 
     key = "model.layers.0.mlp.post_norm.weight"
     monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"post_norm"])
-    assert [one.tensors for one in open_source(with_tensors("llama", {key: ONE})).unused] == [1]
+    assert [one.tensors for one in open_source(replace_tensors("llama", {key: ONE})).unused] == [1]
 
 
 REFUSED = {
@@ -112,9 +112,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_a_tensor_without_which_the_model_computes_something_else_is_refused_with_the_remedy(with_tensors, key):
+def test_a_tensor_without_which_the_model_computes_something_else_is_refused_with_the_remedy(replace_tensors, key):
     with pytest.raises(SourceError, match=REFUSED[key]) as caught:
-        open_source(with_tensors("llama", {key: ONE}))
+        open_source(replace_tensors("llama", {key: ONE}))
     assert "\n" not in str(caught.value)
 
 
@@ -127,10 +127,10 @@ WRAPPED = {
 
 @pytest.mark.parametrize("family", ["llama", "tied", "mixtral", "gpt2"])
 @pytest.mark.parametrize("how", WRAPPED)
-def test_a_dry_run_refuses_names_of_wrappers_as_the_run_does(with_tensors, family, how, tmp_path, capsys):
+def test_a_dry_run_refuses_names_of_wrappers_as_the_run_does(replace_tensors, family, how, tmp_path, capsys):
     if family == "gpt2" and how == "adapter":
         how = "_orig_mod"
-    folder = with_tensors(family, {}, WRAPPED[how])
+    folder = replace_tensors(family, {}, WRAPPED[how])
     capsys.readouterr()  # what saving printed
     for more in (["--dry-run"], []):
         assert main(["compress", str(folder), "-o", str(tmp_path / "out"), "--recipe", "rtn4", *more]) == 2
@@ -138,8 +138,8 @@ def test_a_dry_run_refuses_names_of_wrappers_as_the_run_does(with_tensors, famil
         assert out == "" and err.count("\n") == 1 and ("wrapper" in err or "adapter" in err)
 
 
-def test_a_tensor_that_a_mixture_lacks_is_missed_before_the_run(with_tensors, tmp_path, capsys):
-    folder = with_tensors("mixtral", {})
+def test_a_tensor_that_a_mixture_lacks_is_missed_before_the_run(replace_tensors, tmp_path, capsys):
+    folder = replace_tensors("mixtral", {})
     held = load_file(folder / "model.safetensors")
     gone = [name for name in held if "layers.1" in name and "experts" in name] + ["model.norm.weight"]
     save_file({name: tensor for name, tensor in held.items() if name not in gone}, folder / "model.safetensors")
@@ -148,8 +148,8 @@ def test_a_tensor_that_a_mixture_lacks_is_missed_before_the_run(with_tensors, tm
 
 
 @pytest.mark.parametrize("change", ["one too many", "one too few", "one of each too many"])
-def test_experts_that_are_not_complete_are_refused_before_the_run(with_tensors, change):
-    folder = with_tensors("mixtral", {})
+def test_experts_that_are_not_complete_are_refused_before_the_run(replace_tensors, change):
+    folder = replace_tensors("mixtral", {})
     held = load_file(folder / "model.safetensors")
     of_one = {name: tensor for name, tensor in held.items() if "layers.1" in name and "experts.3." in name}
     name = next(name for name in of_one if "w1" in name)
@@ -183,9 +183,9 @@ def test_experts_of_a_prediction_block_are_listed_with_the_block(tmp_path):
         open_source(tmp_path)
 
 
-def test_what_is_not_used_is_said_in_the_plan_by_the_run_and_by_info(with_tensors, tmp_path, capsys):
+def test_what_is_not_used_is_said_in_the_plan_by_the_run_and_by_info(replace_tensors, tmp_path, capsys):
     extra = {"mtp.fc.weight": torch.ones(64, 128), "mtp.norm.weight": ONE}
-    folder, out = with_tensors("llama", extra), tmp_path / "out"
+    folder, out = replace_tensors("llama", extra), tmp_path / "out"
     line = "not used: mtp, 2 tensors, 33.02 kB (multi-token prediction, which LlamaForCausalLM does not have)"
     assert main(["compress", str(folder), "-o", str(out), "--recipe", "rtn4", "--dry-run"]) == 0
     assert line in capsys.readouterr().out
@@ -198,8 +198,8 @@ def test_what_is_not_used_is_said_in_the_plan_by_the_run_and_by_info(with_tensor
     assert (row["name"], row["tensors"], row["nbytes"]) == ("mtp", 2, 33024)
 
 
-def test_an_artifact_whose_list_of_unused_tensors_is_nonsense_is_shown_without(with_tensors, tmp_path, capsys):
-    folder, out = with_tensors("llama", {"mtp.norm.weight": ONE}), tmp_path / "out"
+def test_an_artifact_whose_list_of_unused_tensors_is_nonsense_is_shown_without(replace_tensors, tmp_path, capsys):
+    folder, out = replace_tensors("llama", {"mtp.norm.weight": ONE}), tmp_path / "out"
     reallm.compress(folder, out, recipe="rtn4")
     config = json.loads((out / "config.json").read_text())
     config["quantization_config"]["provenance"]["unused"] = [{"name": 1}, "x", {"name": "a\x1b", "reason": "b"}]
@@ -207,12 +207,12 @@ def test_an_artifact_whose_list_of_unused_tensors_is_nonsense_is_shown_without(w
     assert main(["info", str(out)]) == 0 and "not used" not in capsys.readouterr().out
 
 
-def test_what_is_not_used_does_not_count_as_compressed(original, with_tensors):
-    with_more = open_source(with_tensors("llama", {"model.visual.weight": torch.ones(1000, 64)}))
+def test_what_is_not_used_does_not_count_as_compressed(original, replace_tensors):
+    with_more = open_source(replace_tensors("llama", {"model.visual.weight": torch.ones(1000, 64)}))
     assert with_more.nbytes == open_source(original("llama")).nbytes
 
 
-def test_unused_tensors_of_another_dtype_do_not_make_it_the_models(with_tensors, build, save, tmp_path):
+def test_unused_tensors_of_another_dtype_do_not_make_it_the_models(replace_tensors, build, save, tmp_path):
     folder = save(build("llama", torch.bfloat16), tmp_path / "bf16")
     held = load_file(folder / "model.safetensors")
     save_file(held | {"visual.weight": torch.ones(4096, 256)}, folder / "model.safetensors", {"format": "pt"})
@@ -309,10 +309,10 @@ head: {format: dense, dtype: float32}
 
 
 @pytest.mark.parametrize("family", ["tied", "gpt2", "opt", "gemma3"])
-def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_kept(with_tensors, build, family, ids, tmp_path):
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_kept(replace_tensors, build, family, ids, tmp_path):
     shape = build(family).get_input_embeddings().weight.shape
     head = torch.randn(shape, generator=torch.Generator().manual_seed(1)) / 4
-    folder = with_tensors(family, {"lm_head.weight": head})
+    folder = replace_tensors(family, {"lm_head.weight": head})
     source = open_source(folder)
     found = walk(source.skeleton)
     assert [m.kind for m in found.matrices if m.kind != "block"] == ["embedding", "head"] and not found.tied_heads
@@ -326,17 +326,17 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_kept(with_tenso
         assert not theirs.config.tie_word_embeddings and torch.equal(theirs.lm_head.weight, head)
 
 
-def test_a_head_that_is_the_embedding_stays_tied_though_it_is_stored_twice(with_tensors, build):
+def test_a_head_that_is_the_embedding_stays_tied_though_it_is_stored_twice(replace_tensors, build):
     head = build("tied").get_input_embeddings().weight.detach().clone()
-    source = open_source(with_tensors("tied", {"lm_head.weight": head}))
+    source = open_source(replace_tensors("tied", {"lm_head.weight": head}))
     assert walk(source.skeleton).tied_heads == ["lm_head"] and source.config.tie_word_embeddings and not source.unused
 
 
-def test_one_number_of_the_last_row_makes_it_another_head(with_tensors, build, monkeypatch):
+def test_one_number_of_the_last_row_makes_it_another_head(replace_tensors, build, monkeypatch):
     monkeypatch.setattr("reallm.model.headers._CHUNK", 1000)
     head = build("tied").get_input_embeddings().weight.detach().clone()
     head[-1, -1] += 1
-    assert walk(open_source(with_tensors("tied", {"lm_head.weight": head})).skeleton).tied_heads == []
+    assert walk(open_source(replace_tensors("tied", {"lm_head.weight": head})).skeleton).tied_heads == []
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 
 from reallm.allocate.plan import ROLES
 from reallm.model import meta_model, walk
-from reallm.model.families import role_of
+from reallm.model.families import matrix_role
 from reallm.model.walk import experts_transposed
 
 FAMILIES = ["llama", "tied", "qwen2", "gemma3", "phi3", "gpt2", "opt", "neox", "mixtral", "qwen3_moe", "gpt_oss"]
@@ -15,15 +15,15 @@ FAMILIES = ["llama", "tied", "qwen2", "gemma3", "phi3", "gpt2", "opt", "neox", "
 def test_matrices_kept_and_tied_names_are_the_whole_state_dict(family, build):
     model = build(family)
     found = walk(meta_model(model.config))
-    listed = {m.parameter for m in found.matrices} | {k.name for k in found.kept} | set(found.tied)
+    listed = {m.parameter for m in found.matrices} | {k.name for k in found.unquantized} | set(found.tied)
     assert listed == set(model.state_dict())
-    assert all(kept.reason for kept in found.kept)
+    assert all(unquantized.reason for unquantized in found.unquantized)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_big_tensor_is_a_matrix_but_for_positions_and_routers(family, build):
-    kept = walk(meta_model(build(family).config)).kept
-    assert {k.reason for k in kept if len(k.shape) > 1} <= {"position embedding", "router", "bias"}
+    unquantized = walk(meta_model(build(family).config)).unquantized
+    assert {k.reason for k in unquantized if len(k.shape) > 1} <= {"position embedding", "router", "bias"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -63,7 +63,7 @@ def test_every_expert_is_a_matrix_and_the_router_is_kept(build):
     found = walk(meta_model(build("mixtral").config))
     names = [m.name for m in found.matrices if m.expert is not None and m.block == 0]
     assert names == [f"model.layers.0.mlp.experts.{p}.{e}" for p in ("gate_up_proj", "down_proj") for e in range(4)]
-    assert [k.reason for k in found.kept if k.name == "model.layers.0.mlp.gate.weight"] == ["router"]
+    assert [k.reason for k in found.unquantized if k.name == "model.layers.0.mlp.gate.weight"] == ["router"]
 
 
 def test_experts_stored_as_in_out_are_transposed(build):
@@ -78,13 +78,13 @@ def test_a_linear_with_a_forward_of_its_own_is_kept_with_the_reason(build):
 
     model = build("llama")
     model.model.layers[1].mlp.up_proj = Doubled(64, 96)
-    reasons = {k.name: k.reason for k in walk(model).kept}
+    reasons = {k.name: k.reason for k in walk(model).unquantized}
     assert reasons["model.layers.1.mlp.up_proj.weight"] == "2-D parameter of Doubled"
 
 
 def test_an_unknown_linear_has_the_role_other():
-    assert role_of("model.layers.3.mixer.strange") == "other"
-    assert role_of("model.layers.3.experts.gate_up_proj.12") == "gate_up"
+    assert matrix_role("model.layers.3.mixer.strange") == "other"
+    assert matrix_role("model.layers.3.experts.gate_up_proj.12") == "gate_up"
 
 
 def experts_of(kind, **shapes):

@@ -8,9 +8,9 @@ from reallm.fit import Objective, fit
 from reallm.fit.feedback import costs_in_feedback, feedback, importance_in_feedback
 from reallm.formats import from_spec
 from reallm.model import load_tokenizer, open_source, walk
-from reallm.model.calibration import windows_of_files
+from reallm.model.calibration import windows_from_files
 from reallm.model.gradients import curvatures
-from reallm.pipeline.analysis import analysed, entropy_factor, tried
+from reallm.pipeline.analysis import compute_analysis, entropy_factor, measure_format
 
 
 def noise(*shape, seed=0):
@@ -24,7 +24,7 @@ def model(tiny_llama):
 
 @pytest.fixture(scope="module")
 def windows(tiny_llama, text_file):
-    return windows_of_files([text_file], load_tokenizer(tiny_llama), 16, 64)
+    return windows_from_files([text_file], load_tokenizer(tiny_llama), 16, 64)
 
 
 def divergence(model, windows, name, noise_of):
@@ -58,7 +58,7 @@ def test_numbers_of_the_tied_embedding_foretell_its_divergence(model, tiny_llama
     source = open_source(tiny_llama)
     walked = walk(source.skeleton)
     walked.matrices = [m for m in walked.matrices if m.kind == "embedding"]
-    numbers = analysed(source, walked, model, windows, "cpu", 0).numbers["model.embed_tokens"]
+    numbers = compute_analysis(source, walked, model, windows, "cpu", 0).numbers["model.embed_tokens"]
     weight = model.get_input_embeddings().weight
     error = 0.02 * weight.std().item() * noise(*weight.shape)
     predicted = numbers["rotated_1"] * (error.square().sum() / weight.square().sum()).item()
@@ -104,7 +104,7 @@ def test_heavy_tails_take_fewer_bits_at_one_step():
 
 def test_a_trial_on_some_rows_is_near_the_whole():
     weight, fmt = noise(4000, 64) * torch.linspace(0.5, 2, 4000)[:, None], from_spec({"format": "uniform", "bits": 4})
-    found = tried(fmt, weight, 0)
+    found = measure_format(fmt, weight, 0)
     parts = fit(fmt, weight, Objective.relative_columns(weight))
     error = (weight - fmt.decode(parts, (4000, 64))).square().sum() / weight.square().sum()
     assert abs(found.error / error.item() - 1) < 0.1 and 0.8 < found.share < 1
@@ -134,7 +134,7 @@ def test_errors_of_formats_are_of_the_kind_that_they_spread_in(spec, kind):
 def test_an_analysis_survives_its_file(model, tiny_llama, windows, tmp_path):
     source = open_source(tiny_llama)
     fmt = from_spec({"format": "uniform", "bits": 4})
-    found = analysed(source, walk(source.skeleton), model, windows[:2], "cpu", 0, [fmt], {"source": "x"})
+    found = compute_analysis(source, walk(source.skeleton), model, windows[:2], "cpu", 0, [fmt], {"source": "x"})
     assert len(found.numbers) == 15 and all(n > 0 for of in found.numbers.values() for n in of.values())
     found.save(tmp_path / "deep" / "a.json")
     assert Analysis.load(tmp_path / "deep" / "a.json") == found

@@ -4,7 +4,7 @@ import pytest
 
 from reallm.allocate import MatrixInfo
 from reallm.allocate.candidates import data_free_candidates
-from reallm.allocate.options import options_for
+from reallm.allocate.options import matrix_options
 from reallm.allocate.recipe import DEFAULT_EMBEDDING
 from reallm.allocate.sensitivity import sensitivity
 from reallm.errors import RecipeError
@@ -29,7 +29,7 @@ def plan_for_bits(bits, matrices, measure, rank=None, embedding=DEFAULT_EMBEDDIN
         return matrix.weights / same_role * sensitivity(matrix, fmt, 6) * measure(fmt)
 
     ends = {"embedding": embedding}
-    options = options_for(matrices, lambda _: data_free_candidates(), loss, lambda *_: 1.0, rank, ends)
+    options = matrix_options(matrices, lambda _: data_free_candidates(), loss, lambda *_: 1.0, rank, ends)
     return byte_budget.plan_for_bits(matrices, options, bits, f"{bits:g} bits")
 
 

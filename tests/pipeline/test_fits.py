@@ -12,7 +12,7 @@ from reallm.errors import RecipeError
 from reallm.fit import Objective
 from reallm.formats import from_spec
 from reallm.pipeline import fitting
-from reallm.pipeline.fits import key_of
+from reallm.pipeline.fits import fit_key
 
 MATRICES = 15  # of the tiny Llama: 14 in blocks and the embedding
 
@@ -59,7 +59,9 @@ def test_a_second_size_fits_few_matrices(tiny_llama, tmp_path, fitted):
     reallm.compress(tiny_llama, tmp_path / "first", size=100_000, fits=fits)
     fitted.clear()
     reallm.compress(tiny_llama, tmp_path / "second", size=104_000, fits=fits)
-    formats = [{m.name: m.fmt for m in read_ledger(tmp_path / name).compressed} for name in ("first", "second")]
+    formats = [
+        {m.name: m.fmt for m in read_ledger(tmp_path / name).compressed_matrices} for name in ("first", "second")
+    ]
     changed = sum(formats[0][name] != formats[1][name] for name in formats[0])
     assert 0 < len(fitted) <= changed + 4 < MATRICES
 
@@ -97,22 +99,22 @@ def test_whatever_a_fit_depends_on_is_in_its_key():
     first = {
         "fmt": from_spec({"format": "uniform", "bits": 4}),
         "weight": weight,
-        "objective": Objective.of_outputs(moments, torch.ones(6)),
+        "objective": Objective.output_error(moments, torch.ones(6)),
         "seed": 0,
     }
     others = {
         "fmt": [from_spec({"format": "uniform", "bits": 3})],
         "weight": [weight + 1e-6, weight.view(8, 6)],
         "objective": [
-            Objective.of_outputs(moments),
-            Objective.of_outputs(moments + torch.eye(8), torch.ones(6)),
+            Objective.output_error(moments),
+            Objective.output_error(moments + torch.eye(8), torch.ones(6)),
             dataclasses.replace(first["objective"], rows=torch.arange(6.0)),
             Objective.relative_columns(weight),
         ],
         "seed": [1],
     }
-    keys = [key_of(**first), *(key_of(**{**first, name: value}) for name in others for value in others[name])]
-    assert len(set(keys)) == len(keys) and key_of(**first) == keys[0]
+    keys = [fit_key(**first), *(fit_key(**{**first, name: value}) for name in others for value in others[name])]
+    assert len(set(keys)) == len(keys) and fit_key(**first) == keys[0]
 
 
 def test_a_file_in_place_of_the_folder_is_one_line(tiny_llama, tmp_path):

@@ -6,23 +6,23 @@ import pytest
 
 import reallm
 from reallm.errors import RecipeError, TextError
-from reallm.pipeline.settings import settings_from
+from reallm.pipeline.settings import make_settings
 
 
 @pytest.mark.parametrize("size", ["75KB", "75000", 75_000])
 def test_a_size_may_be_text_as_on_the_command_line(size):
-    assert settings_from(size=size).size == 75_000
+    assert make_settings(size=size).size == 75_000
 
 
 @pytest.mark.parametrize("given", ["text.txt", Path("text.txt"), ["text.txt"], (Path("text.txt"),)])
 def test_one_text_or_pattern_is_as_good_as_a_list_of_one(given):
     for name in ("calibration", "include", "exclude"):
-        assert getattr(settings_from(**{name: given}), name) == ("text.txt",)
+        assert getattr(make_settings(**{name: given}), name) == ("text.txt",)
 
 
 def test_recipes_and_folders_may_be_paths():
-    assert settings_from(recipe=Path("a.yaml"), analysis=Path("b")).recipe == "a.yaml"
-    assert settings_from(recipe=None, calibration=None).calibration == ()
+    assert make_settings(recipe=Path("a.yaml"), analysis=Path("b")).recipe == "a.yaml"
+    assert make_settings(recipe=None, calibration=None).calibration == ()
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_recipes_and_folders_may_be_paths():
 )
 def test_what_is_of_another_type_is_named_with_it(values, message):
     with pytest.raises(RecipeError) as caught:
-        settings_from(**values)
+        make_settings(**values)
     assert message in str(caught.value)
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from reallm.errors import ReallmError
-from reallm.report.results import number, table, updated
+from reallm.report.results import number, table, update_page
 
 PAGE = "before\n<!-- results:run -->\nold\n<!-- /results -->\nafter\n"
 
@@ -113,17 +113,17 @@ def test_gaussian_settings_come_nearest_to_the_bound_first():
 
 def test_only_what_stands_between_the_markers_changes(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(sample()), encoding="utf-8")
-    page = updated(PAGE, tmp_path)
+    page = update_page(PAGE, tmp_path)
     assert page.startswith("before\n<!-- results:run -->\n\nTiny on a text") and "old" not in page
     assert page.endswith("<!-- /results -->\nafter\n")
-    assert updated(page, tmp_path) == page
+    assert update_page(page, tmp_path) == page
 
 
 def test_nothing_stands_between_the_markers_while_there_is_no_file(tmp_path):
-    assert updated(PAGE, tmp_path) == "before\n<!-- results:run -->\n<!-- /results -->\nafter\n"
+    assert update_page(PAGE, tmp_path) == "before\n<!-- results:run -->\n<!-- /results -->\nafter\n"
 
 
 def test_a_broken_results_file_is_named(tmp_path):
     (tmp_path / "run.json").write_text('{"arms": []}', encoding="utf-8")
     with pytest.raises(ReallmError, match="run.json"):
-        updated(PAGE, tmp_path)
+        update_page(PAGE, tmp_path)

@@ -115,7 +115,7 @@ def test_a_merged_artifact_answers_as_with_the_adapter_and_counts_its_bytes(adap
     merge(compressed, adapters / "one", tmp_path / "merged")
     torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(model), rtol=1e-4, atol=1e-4)
     factors = sum(2 * (p.left.numel() + p.right.numel()) for p in read_adapter(adapters / "one").values())
-    rows = [read_ledger(folder).by("role")["residual"] for folder in (compressed, tmp_path / "merged")]
+    rows = [read_ledger(folder).sum_bytes("role")["residual"] for folder in (compressed, tmp_path / "merged")]
     assert rows[1] - rows[0] == factors
 
 
@@ -170,7 +170,7 @@ def test_merging_into_an_entropy_coded_artifact_keeps_its_codes(tiny_llama, adap
     several.switch("one")
     merge(tmp_path / "in", adapters / "one", tmp_path / "out")
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(model), rtol=1e-4, atol=1e-4)
-    rows = [read_ledger(tmp_path / name).by("role")["codes"] for name in ("in", "out")]
+    rows = [read_ledger(tmp_path / name).sum_bytes("role")["codes"] for name in ("in", "out")]
     assert rows[0] == rows[1]
 
 
@@ -322,13 +322,13 @@ def test_a_damaged_artifact_gets_no_right_checksums_by_merging(adapters, compres
 @needs_peft
 @pytest.mark.parametrize("how", ["both active", "added up"])
 def test_two_adapters_at_once_in_peft_give_the_logits_of_both_residuals(adapters, compressed, how):
-    from reallm.tune.with_peft import load_into
+    from reallm.tune.with_peft import load_peft_model
 
     several = Adapters(model := load(compressed))
     for name in ("one", "two"):
         several.load(name, adapters / name)
     several.switch("one", "two")
-    theirs = load_into(load_into(load(compressed), adapters / "one", "one"), adapters / "two", "two")
+    theirs = load_peft_model(load_peft_model(load(compressed), adapters / "one", "one"), adapters / "two", "two")
     torch.testing.assert_close(logits(theirs), logits(load(compressed, adapter=adapters / "one")), rtol=1e-4, atol=1e-4)
     if how == "both active":
         theirs.base_model.set_adapter(["one", "two"])
@@ -340,14 +340,14 @@ def test_two_adapters_at_once_in_peft_give_the_logits_of_both_residuals(adapters
 
 @needs_peft
 def test_peft_reads_our_adapter_with_equal_logits(adapters, compressed):
-    from reallm.tune.with_peft import load_into
+    from reallm.tune.with_peft import load_peft_model
 
     model = load(compressed)
     several = Adapters(model)
     several.load("one", adapters / "one")
     several.switch("one")
     ours = logits(model)
-    theirs = logits(load_into(load(compressed), adapters / "one"))
+    theirs = logits(load_peft_model(load(compressed), adapters / "one"))
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
 
 
@@ -449,11 +449,11 @@ def test_an_adapter_whose_start_was_taken_out_of_its_base_is_refused(compressed,
 
 @needs_peft
 def test_our_residual_goes_to_peft_and_back_with_equal_logits(adapters, compressed, tmp_path):
-    from reallm.tune.with_peft import load_into
+    from reallm.tune.with_peft import load_peft_model
 
     merge(compressed, adapters / "two", tmp_path / "with")
     split(tmp_path / "with", tmp_path / "base", tmp_path / "exported")
-    wrapped = load_into(load(tmp_path / "base"), tmp_path / "exported")
+    wrapped = load_peft_model(load(tmp_path / "base"), tmp_path / "exported")
     expected = logits(load(tmp_path / "with"))
     torch.testing.assert_close(logits(wrapped), expected, rtol=1e-4, atol=1e-4)
     wrapped.save_pretrained(tmp_path / "saved")
@@ -468,10 +468,10 @@ def test_our_residual_goes_to_peft_and_back_with_equal_logits(adapters, compress
 def test_peft_trains_lora_on_compressed_modules_without_a_warning_of_them(compressed, tmp_path, recwarn, mode):
     from peft import LoraConfig, get_peft_model
 
-    from reallm.tune.with_peft import knowing_us
+    from reallm.tune.with_peft import accept_compressed_linears
 
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(load(compressed, mode), knowing_us(config))
+    model = get_peft_model(load(compressed, mode), accept_compressed_linears(config))
     adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(8):

@@ -12,12 +12,12 @@ import reallm
 from reallm.artifact import work_folder
 from reallm.errors import ArtifactError, RecipeError, SourceError
 from reallm.model import load, load_tokenizer
-from reallm.model.pieces import Pieces, decoder_blocks
+from reallm.model.pieces import BlockLoader, decoder_blocks
 from reallm.model.source import FolderSource
 from reallm.tune import blockwise
 from reallm.tune.blockwise import cost
-from reallm.tune.data import windows_of
-from reallm.tune.gradients import Gradients, check_room
+from reallm.tune.data import load_windows
+from reallm.tune.gradients import Gradients, check_disk_space
 from reallm.tune.settings import Settings
 
 QUICK = {"context": 32, "batch": 4, "validation_windows": 8, "block_learning_rate": 5e-3, "method": "blockwise"}
@@ -44,10 +44,10 @@ def test_gradients_come_back_from_disk_to_three_per_cent_whatever_their_size(tmp
     gradients[1, 0, 2] = 0  # the last token has none
     kept = Gradients(files)
     for number in (2, 0, 1):
-        kept.put(number, gradients[number])
-    assert kept.missing() == [] and Gradients([*files, tmp_path / "other"]).missing() == [3]
+        kept.write(number, gradients[number])
+    assert kept.missing_windows() == [] and Gradients([*files, tmp_path / "other"]).missing_windows() == [3]
     for block in range(2):
-        found = kept.of(block, slice(1, 3), "cpu")
+        found = kept.read(block, slice(1, 3), "cpu")
         assert (found - gradients[1:, block]).norm(dim=-1).le(0.04 * gradients[1:, block].norm(dim=-1)).all()
     assert sum(file.stat().st_size for file in files) < 1.2 * Gradients.nbytes(3, 2, 5, 64) + 3 * 400
     kept.remove()
@@ -82,7 +82,7 @@ def test_the_cost_of_small_errors_is_the_kl_divergence_in_nats(tiny_llama):
 def test_blocks_that_learn_by_the_end_loss_bring_the_model_nearer(nearby, tiny_llama, tuning_text, tmp_path, target):
     options = {**QUICK, "text": (tuning_text,), "reference": str(tiny_llama), "target": target}
     events = reallm.tune(nearby, tmp_path / "out", **options).events
-    windows = windows_of([tuning_text], load_tokenizer(tiny_llama), 32).ids
+    windows = load_windows([tuning_text], load_tokenizer(tiny_llama), 32).ids
     with torch.no_grad():
         logits = [load(folder)(windows).logits.log_softmax(-1) for folder in (tiny_llama, nearby, tmp_path / "out")]
     before, after = ((logits[0].exp() * (logits[0] - other)).sum(-1).mean() for other in logits[1:])
@@ -111,20 +111,20 @@ def test_what_errors_cost_is_named_in_the_provenance_unless_it_is_the_default(
 def test_one_block_of_the_original_is_in_memory(nearby, tiny_llama, tuning_text, tmp_path, monkeypatch, target):
     made, counts, whole = [], [], []
 
-    class Watched(Pieces):
+    class Watched(BlockLoader):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             made.append(self.model)
 
-    monkeypatch.setattr(blockwise, "Pieces", Watched)
-    through = blockwise.Stream.through
+    monkeypatch.setattr(blockwise, "BlockLoader", Watched)
+    forward_block = blockwise.HiddenStateCache.forward_block
 
     def counting(stream, *arguments):
         full = [any(not p.is_meta for p in own.parameters()) for model in made for own in decoder_blocks(model)]
         counts.append(sum(full))
-        return through(stream, *arguments)
+        return forward_block(stream, *arguments)
 
-    monkeypatch.setattr(blockwise.Stream, "through", counting)
+    monkeypatch.setattr(blockwise.HiddenStateCache, "forward_block", counting)
     monkeypatch.setattr(FolderSource, "load", lambda *a, **k: whole.append(a))
     options = {**SHORT, "text": (tuning_text,), "reference": str(tiny_llama), "target": target}
     reallm.tune(nearby, tmp_path / "out", block_error="outputs", **options)
@@ -165,9 +165,9 @@ def test_gradients_are_kept_for_a_killed_run_and_gone_in_the_end(nearby, tiny_ll
 
 def test_a_disk_without_room_is_named_with_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_500_000_000))
-    check_room(tmp_path, 1_400_000_000)
+    check_disk_space(tmp_path, 1_400_000_000)
     with pytest.raises(RecipeError, match=r"2.5 GB of gradients in .*, where 1.5 GB are free; take fewer --block-win"):
-        check_room(tmp_path, 2_500_000_000)
+        check_disk_space(tmp_path, 2_500_000_000)
 
 
 @pytest.mark.parametrize("kind", ["loss", "outputs"])

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 import reallm
 from reallm.artifact import read_ledger
 from reallm.errors import RecipeError
-from reallm.formats import named_tensors, tables_at_hand, with_tensors
-from reallm.formats.waist import inner
+from reallm.formats import named_tensors, replace_tensors, use_shared_decoders
+from reallm.formats.waist import strip_prefix
 from reallm.model import DECODE_PER_USE, load, walk
 from reallm.model.swap import compressed_modules
 from reallm.model.walk import meta_model
@@ -57,7 +57,7 @@ def shared(tiny_llama, tmp_path_factory):
 def chosen(artifact, train=("decoders",), **how):
     model = load(artifact, DECODE_PER_USE, dtype=torch.float32)
     walked = walk(meta_model(copy.deepcopy(model.config)))
-    dtypes = {kept.name: torch.float32 for kept in walked.kept}
+    dtypes = {unquantized.name: torch.float32 for unquantized in walked.unquantized}
     return choose(model, walked, dtypes, train, **{"rounded": True, "kept_dtype": torch.float32, **how})
 
 
@@ -84,21 +84,21 @@ def test_a_shared_decoder_is_one_set_of_parameters_for_all_its_matrices(shared):
 
 
 @pytest.mark.parametrize("kept_dtype", [torch.float32, None])
-def test_what_is_trained_on_is_what_the_file_will_hold(shared, kept_dtype):
-    live = chosen(shared, kept_dtype=kept_dtype)
+def test_what_is_trained_on_is_what_the_file_will_hold(shared, constant_dtype):
+    live = chosen(shared, constant_dtype=constant_dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in live.parameters.values():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    stored, tensors = live.to_store(), load_file(shared / "model.safetensors")
+    stored, tensors = live.export_tensors(), load_file(shared / "model.safetensors")
     tensors |= {name: tensor for name, tensor in stored.items() if name.startswith("reallm_shared")}
     modules = compressed_modules(load(shared, DECODE_PER_USE))
-    with tables_at_hand({name: inner(f"reallm_shared.{name}", tensors) for name in TABLES}):
+    with use_shared_decoders({name: strip_prefix(f"reallm_shared.{name}", tensors) for name in TABLES}):
         for path, matrix in live.matrices.items():
-            parts = matrix.fmt.unpack(modules[path].stored(), matrix.shape)
-            mine = inner(path, stored)
-            assert set(mine) <= set(named_tensors(parts))
-            written = matrix.fmt.decode(with_tensors(parts, mine), matrix.shape)
+            unpacked = matrix.fmt.unpack(modules[path].packed_tensors(), matrix.shape)
+            mine = strip_prefix(path, stored)
+            assert set(mine) <= set(named_tensors(unpacked))
+            written = matrix.fmt.decode(replace_tensors(unpacked, mine), matrix.shape)
             torch.testing.assert_close(matrix(), written, rtol=1e-4, atol=1e-5)
 
 
@@ -131,9 +131,9 @@ def test_block_by_block_a_shared_decoder_is_refused_and_stays_in_both(shared, ti
     ):
         reallm.tune(shared, tmp_path / "out", method="blockwise", **options)
     live = chosen(shared, ("decoders", "scales"))
-    with live.tables_at_rest():
+    with live.freeze_shared_decoders():
         block = live.model.model.layers[0]
-        assert live.within(block) and all("layers.0" in name for name in live.within(block))
+        assert live.module_parameters(block) and all("layers.0" in name for name in live.module_parameters(block))
         live.model(torch.arange(24)[None]).logits.sum().backward()
     table = [p for name, p in live.parameters.items() if name.startswith("reallm_shared")]
     assert all(parameter.grad is None and parameter.requires_grad for parameter in table)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from reallm.tune.descent import Descent
-from reallm.tune.processes import Processes
+from reallm.tune.descent import Optimizer
+from reallm.tune.processes import ProcessGroup
 
 
 def descent(steps=16, warm_up=0.0, clip=1.0):
     parameters = {"one": nn.Parameter(torch.tensor([4.0])), "other": nn.Parameter(torch.tensor([4.0]))}
-    return Descent(parameters, steps, 0.1, warm_up, clip, Processes())
+    return Optimizer(parameters, steps, 0.1, warm_up, clip, ProcessGroup())
 
 
 def step(descent, *gradients):

@@ -8,7 +8,7 @@ import pytest
 from reallm.cli import main
 from reallm.errors import TextError
 from reallm.model import load_tokenizer
-from reallm.tune.data import windows_of
+from reallm.tune.data import load_windows
 from reallm.tune.examples import load_examples
 
 USER, BOT = {"role": "user", "content": "River?"}, {"role": "assistant", "content": "Stone."}
@@ -41,7 +41,7 @@ def array_of(folder, *rows):
 def read(path, tokenizer):
     """(whole text, the texts that count) of each example."""
     examples = load_examples(path, tokenizer)
-    return [("".join(p.text for p in e), [p.text for p in e if p.counted]) for e in examples]
+    return [("".join(p.text for p in e), [p.text for p in e if p.loss_mask]) for e in examples]
 
 
 @pytest.mark.parametrize("row", [DOLLY, ALPACA])
@@ -110,7 +110,7 @@ def test_a_template_that_renders_the_last_answer_otherwise_gives_an_example_for_
 def test_tokens_that_the_template_wrote_do_not_come_twice(tokenizer, tmp_path):
     tokenizer.chat_template = "<s>{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     path = written(tmp_path, *[{"messages": [USER, BOT]}] * 9)
-    flat = windows_of([path], tokenizer, 4).ids.flatten().tolist()
+    flat = load_windows([path], tokenizer, 4).ids.flatten().tolist()
     end = tokenizer.eos_token_id
     assert end in flat and [end, end] not in [flat[n : n + 2] for n in range(len(flat))]
     calls = types.SimpleNamespace(
@@ -171,7 +171,7 @@ def test_an_array_of_texts_is_no_task_data(tokenizer, tmp_path):
 @pytest.mark.parametrize("rows", [[], ["River?"], [[DOLLY]], [{}], [None, DOLLY]])
 def test_an_array_without_fields_in_its_first_element_is_refused(tokenizer, tmp_path, rows):
     with pytest.raises(TextError, match=r"task.json(: there is no text|, element 1: no \"text\" field)"):
-        windows_of([array_of(tmp_path, *rows)], tokenizer, 4)
+        load_windows([array_of(tmp_path, *rows)], tokenizer, 4)
 
 
 def test_a_template_that_refuses_messages_names_the_line(tokenizer, tmp_path):

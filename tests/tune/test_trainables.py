@@ -7,10 +7,10 @@ import torch
 
 import reallm
 from reallm.errors import RecipeError
-from reallm.formats import as_stored, example_formats, from_spec, known_formats, named_tensors, with_tensors
+from reallm.formats import example_formats, fake_quantize, from_spec, known_formats, named_tensors, replace_tensors
 from reallm.model import DECODE_PER_USE, load, walk
 from reallm.model.walk import meta_model
-from reallm.tune.trainables import LiveMatrix, choose, part_roles, unit_of
+from reallm.tune.trainables import TrainableWeight, choose, part_roles, power_of_two_unit
 
 TRELLIS = {"format": "trellis", "bits": 2, "state_bits": 8}
 SHAPE = (40, 64)
@@ -46,21 +46,21 @@ def stored_of(fitted):
     return lambda fmt: fmt.pack(fitted(fmt, weight), SHAPE)
 
 
-def live_of(fmt, stored, chosen=None, kept_dtype=torch.float32):
+def live_of(fmt, stored, chosen=None, constant_dtype=torch.float32):
     names = list(part_roles(fmt, stored, SHAPE)) if chosen is None else chosen
-    return LiveMatrix(fmt, SHAPE, stored, names, True, kept_dtype)
+    return TrainableWeight(fmt, SHAPE, stored, names, True, constant_dtype)
 
 
-def shaken(live, size=0.05):
+def shaken(trainable_weight, size=0.05):
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for parameter in live.parameters():
+        for parameter in trainable_weight.parameters():
             parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    return live
+    return trainable_weight
 
 
-def packed(fmt, stored, live):
-    return fmt.pack(with_tensors(fmt.unpack(stored, SHAPE), live.parts_to_store()), SHAPE)
+def packed(fmt, stored, trainable_weight):
+    return fmt.pack(replace_tensors(fmt.unpack(stored, SHAPE), trainable_weight.export_parts()), SHAPE)
 
 
 def test_every_format_is_tried():
@@ -74,78 +74,80 @@ def test_every_float_part_has_the_name_and_the_role_it_is_stored_under(stored_of
 
 @each_format
 @pytest.mark.parametrize("kept_dtype", [torch.float32, None])
-def test_before_training_it_decodes_to_the_same_matrix_and_packs_to_the_same_bytes(stored_of, fmt, kept_dtype):
+def test_before_training_it_decodes_to_the_same_matrix_and_packs_to_the_same_bytes(stored_of, fmt, constant_dtype):
     stored = stored_of(fmt)
-    live = live_of(fmt, stored, kept_dtype=kept_dtype)
-    torch.testing.assert_close(live(), fmt.decode(fmt.unpack(stored, SHAPE), SHAPE), rtol=1e-5, atol=1e-7)
-    again = packed(fmt, stored, live)
+    trainable_weight = live_of(fmt, stored, constant_dtype=constant_dtype)
+    torch.testing.assert_close(trainable_weight(), fmt.decode(fmt.unpack(stored, SHAPE), SHAPE), rtol=1e-5, atol=1e-7)
+    again = packed(fmt, stored, trainable_weight)
     assert all(torch.equal(again[name], tensor) for name, tensor in stored.items())
 
 
 @each_format
 def test_every_chosen_part_has_a_gradient(stored_of, fmt):
-    live = live_of(fmt, stored_of(fmt))
-    live().square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in live.parameters())
+    trainable_weight = live_of(fmt, stored_of(fmt))
+    trainable_weight().square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trainable_weight.parameters())
 
 
 @each_format
 def test_what_is_trained_on_is_what_the_file_decodes_to_and_it_is_no_larger(stored_of, fmt):
     stored = stored_of(fmt)
-    live = shaken(live_of(fmt, stored))
-    written = packed(fmt, stored, live)
+    trainable_weight = shaken(live_of(fmt, stored))
+    written = packed(fmt, stored, trainable_weight)
     assert {n: (t.shape, t.dtype) for n, t in written.items()} == {n: (t.shape, t.dtype) for n, t in stored.items()}
-    torch.testing.assert_close(live(), fmt.decode(fmt.unpack(written, SHAPE), SHAPE), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(trainable_weight(), fmt.decode(fmt.unpack(written, SHAPE), SHAPE), rtol=1e-5, atol=1e-6)
 
 
 @each_format
 def test_rounding_alone_does_what_packing_does(stored_of, fmt):
     stored = stored_of(fmt)
-    live = shaken(live_of(fmt, stored), size=1.0)  # large enough that scales without a sign go below 0
-    back = named_tensors(fmt.unpack(packed(fmt, stored, live), SHAPE))
-    for name in live.units:
-        assert torch.equal(as_stored(fmt, name, live.part(name), SHAPE), back[name].float())
+    trainable_weight = shaken(live_of(fmt, stored), size=1.0)  # large enough that scales without a sign go below 0
+    back = named_tensors(fmt.unpack(packed(fmt, stored, trainable_weight), SHAPE))
+    for name in trainable_weight.units:
+        assert torch.equal(fake_quantize(fmt, name, trainable_weight.part(name), SHAPE), back[name].float())
 
 
 @each_format
 def test_parts_that_grew_beyond_what_is_stored_come_back_as_finite_numbers(stored_of, fmt):
     stored = stored_of(fmt)
-    live = shaken(live_of(fmt, stored), size=1e30)
-    parts = named_tensors(fmt.unpack(packed(fmt, stored, live), SHAPE))
-    assert all(torch.isfinite(part).all() for part in parts.values())
+    trainable_weight = shaken(live_of(fmt, stored), size=1e30)
+    unpacked = named_tensors(fmt.unpack(packed(fmt, stored, trainable_weight), SHAPE))
+    assert all(torch.isfinite(part).all() for part in unpacked.values())
 
 
 @each_format
 def test_one_part_alone_trains_and_the_rest_stays(stored_of, fmt):
     stored = stored_of(fmt)
     first, *others = part_roles(fmt, stored, SHAPE)
-    live = shaken(live_of(fmt, stored, chosen=[first]), size=0.5)  # a number of 3 bits must find another level
-    written = fmt.unpack(packed(fmt, stored, live), SHAPE)
+    trainable_weight = shaken(
+        live_of(fmt, stored, chosen=[first]), size=0.5
+    )  # a number of 3 bits must find another level
+    written = fmt.unpack(packed(fmt, stored, trainable_weight), SHAPE)
     before, after = named_tensors(fmt.unpack(stored, SHAPE)), named_tensors(written)
     assert not torch.equal(before[first], after[first])
     assert all(torch.equal(before[name], after[name]) for name in others)
-    torch.testing.assert_close(live(), fmt.decode(written, SHAPE), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(trainable_weight(), fmt.decode(written, SHAPE), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", COMPOSED[:3])
 def test_what_no_trained_part_changes_is_decoded_once(stored_of, spec, monkeypatch):
     fmt = from_spec(spec)
-    live = live_of(fmt, stored_of(fmt))
+    trainable_weight = live_of(fmt, stored_of(fmt))
     base = fmt.base.base if fmt.base.name == "rotated" else fmt.base
     monkeypatch.setattr(type(base), "decode", lambda *_: pytest.fail("decoded again"))
-    live().sum().backward()
+    trainable_weight().sum().backward()
 
 
 def test_units_are_powers_of_two_near_the_size():
-    assert unit_of(torch.full((3,), 0.3)) == 0.25 and unit_of(torch.tensor([-7.0])) == 8.0
-    assert unit_of(torch.zeros(4)) > 0
+    assert power_of_two_unit(torch.full((3,), 0.3)) == 0.25 and power_of_two_unit(torch.tensor([-7.0])) == 8.0
+    assert power_of_two_unit(torch.zeros(4)) > 0
 
 
 def parts_of(compressed, train):
     model = load(compressed, DECODE_PER_USE, dtype=torch.float32)
     walked = walk(meta_model(copy.deepcopy(model.config)))
-    dtypes = {kept.name: torch.float32 for kept in walked.kept}
-    return choose(model, walked, dtypes, train, rounded=True, kept_dtype=torch.float32)
+    dtypes = {unquantized.name: torch.float32 for unquantized in walked.unquantized}
+    return choose(model, walked, dtypes, train, rounded=True, constant_dtype=torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from reallm.cli import main
 from reallm.errors import ArtifactError, RecipeError, SourceError, TextError
 from reallm.model import load, load_tokenizer
 from reallm.tune import blockwise, end_to_end
-from reallm.tune.data import drawn, split, windows_of
+from reallm.tune.data import draw_batch, load_windows, split_windows
 from reallm.tune.descent import Diverged
-from reallm.tune.processes import Processes
+from reallm.tune.processes import ProcessGroup
 
 RATES = {"learning_rate": 5e-3, "block_learning_rate": 5e-3}
 QUICK = {"context": 32, "batch": 4, "validation_windows": 8, "validate_every": 20, **RATES}
@@ -39,7 +39,7 @@ def same(one, other, files=("model.safetensors", "config.json")):
 
 
 def divergence(original, compressed, text):
-    windows = windows_of([text], load_tokenizer(original), 32)[:16].ids
+    windows = load_windows([text], load_tokenizer(original), 32)[:16].ids
     with torch.no_grad():
         logits = [load(folder)(windows).logits.log_softmax(-1) for folder in (original, compressed)]
     return (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean().item()
@@ -99,7 +99,7 @@ def test_of_an_entropy_coded_artifact_the_codes_keep_their_bytes(tiny_llama, tun
     reallm.tune(tmp_path / "in", tmp_path / "out", text=(tuning_text,), **options)
     ledgers = [read_ledger(tmp_path / side) for side in ("in", "out")]
     rows = [{row.name: row.nbytes for row in ledger.rows if row.role == "codes"} for ledger in ledgers]
-    assert rows[0] == rows[1] and any(matrix.coded for matrix in ledgers[0].compressed)
+    assert rows[0] == rows[1] and any(matrix.coded for matrix in ledgers[0].compressed_matrices)
     assert divergence(tiny_llama, tmp_path / "out", tuning_text) < divergence(tiny_llama, tmp_path / "in", tuning_text)
 
 
@@ -280,7 +280,7 @@ def test_what_validation_sees_is_what_the_file_holds_unless_rounding_waits(
         options = {**QUICK, "method": "end-to-end", "reference": str(tiny_llama), "round_at_end": late}
         out = tmp_path / f"{late}"
         seen = reallm.tune(compressed, out, text=(tuning_text,), **options).end_to_end["after"]["kl"]
-        windows = split(windows_of([tuning_text], load_tokenizer(tiny_llama), 32), 8, 0)[1].ids
+        windows = split_windows(load_windows([tuning_text], load_tokenizer(tiny_llama), 32), 8, 0)[1].ids
         with torch.no_grad():
             logits = [load(folder)(windows).logits[:, :-1].log_softmax(-1) for folder in (tiny_llama, out)]
         held = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean().item()
@@ -302,13 +302,13 @@ def test_blocks_end_no_worse_than_they_began(compressed, tiny_llama, tuning_text
 def test_a_loss_that_is_not_finite_ends_with_the_last_good_parameters(
     compressed, tiny_llama, tuning_text, tmp_path, monkeypatch
 ):
-    step, calls = end_to_end._Scored.sums, iter(range(1000))
+    step, calls = end_to_end._LossEvaluator.sums, iter(range(1000))
 
     def poisoned(self, windows, rows, kind):
         loss, sums = step(self, windows, rows, kind)
         return (loss * float("nan") if kind == "training" and next(calls) == 6 else loss), sums
 
-    monkeypatch.setattr(end_to_end._Scored, "sums", poisoned)
+    monkeypatch.setattr(end_to_end._LossEvaluator, "sums", poisoned)
     options = {**SHORT, "method": "end-to-end", "reference": str(tiny_llama)}
     figures = reallm.tune(compressed, tmp_path / "out", text=(tuning_text,), **options).end_to_end
     assert figures["stopped"] == "loss or gradient not finite at step 7" and figures["best_step"] == 4
@@ -317,7 +317,7 @@ def test_a_loss_that_is_not_finite_ends_with_the_last_good_parameters(
 
 
 def test_a_loss_that_is_never_finite_is_an_error(compressed, tiny_llama, tuning_text, tmp_path, monkeypatch):
-    monkeypatch.setattr(end_to_end.Descent, "step", diverge)
+    monkeypatch.setattr(end_to_end.Optimizer, "step", diverge)
     options = {**SHORT, "method": "end-to-end", "reference": str(tiny_llama)}
     with pytest.raises(SourceError, match=f"not finite before the first step.*the original .{tiny_llama}. and in the"):
         reallm.tune(compressed, tmp_path / "out", text=(tuning_text,), **options)
@@ -325,7 +325,7 @@ def test_a_loss_that_is_never_finite_is_an_error(compressed, tiny_llama, tuning_
 
 
 def test_a_block_that_diverges_keeps_its_best_parameters(compressed, tiny_llama, tuning_text, tmp_path, monkeypatch):
-    monkeypatch.setattr(blockwise.Descent, "step", diverge)
+    monkeypatch.setattr(blockwise.Optimizer, "step", diverge)
     options = {**SHORT, "method": "blockwise"}
     reallm.tune(compressed, tmp_path / "out", text=(tuning_text,), reference=str(tiny_llama), **options)
     assert same(compressed, tmp_path / "out", ["model.safetensors"])
@@ -364,18 +364,18 @@ def test_two_processes_give_the_loss_curve_of_one(compressed, tiny_llama, tuning
 
 def test_a_batch_that_processes_cannot_share_is_refused():
     with pytest.raises(RecipeError, match="--batch 4 cannot be shared by 3 processes"):
-        Processes(0, 3).check_batch("--batch", 4)
+        ProcessGroup(0, 3).check_batch("--batch", 4)
 
 
 def test_windows_are_drawn_once_each_and_then_again():
-    steps = torch.cat([drawn(10, 4, step, seed=0) for step in range(5)])
+    steps = torch.cat([draw_batch(10, 4, step, seed=0) for step in range(5)])
     assert steps[:10].sort().values.tolist() == steps[10:].sort().values.tolist() == list(range(10))
     assert steps[:10].tolist() != steps[10:].tolist()
 
 
 def test_validation_windows_do_not_train(tiny_llama, tuning_text):
-    windows = windows_of([tuning_text], load_tokenizer(tiny_llama), 32)
-    training, validation = split(windows, 8, seed=0)
+    windows = load_windows([tuning_text], load_tokenizer(tiny_llama), 32)
+    training, validation = split_windows(windows, 8, seed=0)
     assert len(validation) == 8 and len(training) + 8 == len(windows)
     rows = {tuple(row) for row in training.ids.tolist()}
     assert not rows & {tuple(row) for row in validation.ids.tolist()}
@@ -385,18 +385,18 @@ def test_of_prompts_and_responses_the_responses_count(tiny_llama, tmp_path):
     tokenizer = load_tokenizer(tiny_llama)
     rows = [{"prompt": "What does the river hold?\n", "response": " Stone and light."}] * 20
     (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    windows = windows_of([tmp_path / "task.jsonl"], tokenizer, 24)
-    flat, counted = windows.ids.flatten(), windows.counted.flatten()
+    windows = load_windows([tmp_path / "task.jsonl"], tokenizer, 24)
+    flat, counted = windows.ids.flatten(), windows.loss_mask.flatten()
     text = tokenizer.decode(flat[counted])
     assert "light" in text and "river" not in text and (flat[counted] == tokenizer.eos_token_id).any()
-    assert not windows.counted[:, 0].any()
+    assert not windows.loss_mask[:, 0].any()
 
 
 def test_windows_inside_a_long_prompt_are_left_out(compressed, tiny_llama, tmp_path):
     path, words = tmp_path / "long.jsonl", "the river holds stone " * 30
     path.write_text("\n".join(json.dumps({"prompt": words, "response": " Light."}) for _ in range(8)))
-    windows = windows_of([path], load_tokenizer(tiny_llama), 32)
-    assert 2 <= len(windows) <= 16 and windows.counted.any(1).all()
+    windows = load_windows([path], load_tokenizer(tiny_llama), 32)
+    assert 2 <= len(windows) <= 16 and windows.loss_mask.any(1).all()
     done = reallm.tune(compressed, tmp_path / "out", text=(str(path),), loss="ce", context=32, batch=1, tokens=640)
     assert done.end_to_end["steps"] == 20  # one without a gradient would have raised
 
@@ -405,7 +405,7 @@ def test_responses_too_rare_for_two_windows_say_so(tiny_llama, tmp_path):
     path = tmp_path / "rare.jsonl"
     path.write_text(json.dumps({"prompt": "the river holds stone " * 99, "response": ""}))
     with pytest.raises(TextError, match=r"rare.jsonl: [01] of \d+ windows of 32 hold a token of a response"):
-        windows_of([path], load_tokenizer(tiny_llama), 32)
+        load_windows([path], load_tokenizer(tiny_llama), 32)
 
 
 @pytest.mark.parametrize(
@@ -422,13 +422,13 @@ def test_of_prompts_and_responses_the_line_that_is_not_one_is_named(tiny_llama, 
     good, path = json.dumps({"prompt": "What?", "response": " Stone."}), tmp_path / "task.jsonl"
     path.write_text("\n".join([good, good, line, good]))
     with pytest.raises(TextError, match=f"task.jsonl, {says}"):
-        windows_of([path], load_tokenizer(tiny_llama), 4)
+        load_windows([path], load_tokenizer(tiny_llama), 4)
 
 
 def test_prompts_and_responses_may_begin_with_a_byte_order_mark(tiny_llama, tmp_path):
     path = tmp_path / "task.jsonl"
     path.write_text(json.dumps({"prompt": "What?", "response": " Stone and light." * 9}), encoding="utf-8-sig")
-    assert len(windows_of([path], load_tokenizer(tiny_llama), 4)) > 2
+    assert len(load_windows([path], load_tokenizer(tiny_llama), 4)) > 2
 
 
 @pytest.mark.parametrize(

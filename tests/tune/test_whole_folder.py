@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import reallm
-from reallm.artifact import code_within_size, read_ledger, read_manifest
-from reallm.artifact.coding import LEARNING
+from reallm.artifact import encode_untrained_tensors, read_ledger, read_manifest
+from reallm.artifact.coding import TRAINED_ROLES
 from reallm.cli import main
 from reallm.errors import RecipeError
 from reallm.formats import from_spec
 from reallm.model import load
-from reallm.pipeline.job import KEPT_FOR_TUNING
+from reallm.pipeline.job import RESERVED_FOR_TUNING
 from reallm.pipeline.whole import nbytes_by_file
 from reallm.tune import DEFAULT_TRAIN
 from reallm.tune.writing import write_tuned
@@ -57,11 +57,11 @@ def test_scales_that_would_code_stay_as_they_are_under_a_size(tiny_llama, tuning
     recipe = str(tmp_path / "mine.yaml")
     (tmp_path / "mine.yaml").write_text('rules: [{match: "*", format: {format: uniform, bits: 3, group_size: 8}}]')
     reallm.compress(tiny_llama, tmp_path / "plain", recipe=recipe)
-    size = total(tmp_path / "plain") + KEPT_FOR_TUNING + 100
+    size = total(tmp_path / "plain") + RESERVED_FOR_TUNING + 100
     reallm.compress(tiny_llama, tmp_path / "coded", recipe=recipe, coding=True)
     reallm.compress(tiny_llama, tmp_path / "sized", recipe=recipe, size=size)
     roles = [{row.role for row in read_ledger(tmp_path / name).coded} for name in ("coded", "sized")]
-    assert "scales" in roles[0] and not roles[1] & LEARNING
+    assert "scales" in roles[0] and not roles[1] & TRAINED_ROLES
     loud = {**QUICK, "train": ("scales",), "learning_rate": 0.3, "tokens": 12 * 4 * 32}  # values that code worse
     for before, after in (("coded", "grown"), ("sized", "one"), ("one", "two")):
         reallm.tune(tmp_path / before, tmp_path / after, text=(tuning_text,), **loud)
@@ -75,10 +75,10 @@ def test_scales_that_would_code_stay_as_they_are_under_a_size(tiny_llama, tuning
 def test_what_tuning_changes_is_coded_only_without_a_size():
     fmt, names = from_spec({"format": "uniform", "bits": 4, "group_size": 16}), {}
     parts = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in fmt.layout((512, 512)).items()}
-    stored, names = code_within_size(fmt, parts)
+    stored, names = encode_untrained_tensors(fmt, parts)
     assert "codes" in names and stored["codes"].nbytes < parts["codes"].nbytes
     assert "scales" not in names and torch.equal(stored["scales"], parts["scales"])
-    assert set(DEFAULT_TRAIN) - {"norms"} == LEARNING  # norms are never coded
+    assert set(DEFAULT_TRAIN) - {"norms"} == TRAINED_ROLES  # norms are never coded
 
 
 def made_for(folder, out, size):
@@ -145,7 +145,7 @@ def test_what_is_left_for_tuning_takes_any_usual_note(sized, tuning_text, tiny_l
     reallm.tune(
         sized, tmp_path / "out", text=(tuning_text,) * 2, **(QUICK | words | reference), block_learning_rate=1e-4
     )
-    assert 190 < total(tmp_path / "out") - total(sized) < KEPT_FOR_TUNING
+    assert 190 < total(tmp_path / "out") - total(sized) < RESERVED_FOR_TUNING
     assert provenance(tmp_path / "out")["tuned"][0]["train"] == "scales,norms"
 
 

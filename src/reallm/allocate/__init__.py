@@ -1,6 +1,6 @@
 """Which matrix gets which format: recipes by rule, and the choice under a budget of bytes."""
 
-from reallm.allocate.plan import MatrixInfo, Plan, Planned
+from reallm.allocate.plan import MatrixInfo, Plan, PlanEntry
 from reallm.allocate.problem import Choice, Problem
 from reallm.allocate.recipe import Recipe, load_recipe, plan_from_recipe, recipe_of_plan, shipped_recipes
 
@@ -8,7 +8,7 @@ __all__ = [
     "Choice",
     "MatrixInfo",
     "Plan",
-    "Planned",
+    "PlanEntry",
     "Problem",
     "Recipe",
     "load_recipe",

@@ -36,9 +36,9 @@ from reallm.formats.scaled import Scaled
 
 ROTATED_WIDTHS = (1, 8, 16)
 # Relative squared error of a format on Gaussian weights.
-ErrorOf = Callable[[WeightFormat], float]
+ErrorFn = Callable[[WeightFormat], float]
 VERSION = 3
-BESIDE_RANK_ONE = "beside_rank_1_"
+PLUS_RANK_ONE = "beside_rank_1_"
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class Analysis:
         """Whether calibration reached the matrix."""
         return name in self.numbers
 
-    def loss(self, name: str, fmt: WeightFormat, error_of: ErrorOf) -> float:
+    def loss(self, name: str, fmt: WeightFormat, error_fn: ErrorFn) -> float:
         """Predicted KL to the original, nats a token, if this matrix alone is stored so."""
         measured = self.measured.get(name, {}).get(spec_key(fmt))
         numbers, kind = self.numbers[name], kind_of_error(fmt)
-        if isinstance(fmt, LowRankPlus) and BESIDE_RANK_ONE + kind in numbers:
-            fmt, kind = fmt.base, BESIDE_RANK_ONE + kind
-        return numbers[kind] * (measured.error if measured else error_of(fmt))
+        if isinstance(fmt, LowRankPlus) and PLUS_RANK_ONE + kind in numbers:
+            fmt, kind = fmt.base, PLUS_RANK_ONE + kind
+        return numbers[kind] * (measured.error if measured else error_fn(fmt))
 
     def share(self, name: str, fmt: WeightFormat) -> float | None:
         """Measured stored bytes / bytes before entropy coding; None for what was not tried."""
@@ -146,7 +146,7 @@ class Corrections(BaseModel):
     losses: list[LossRow] = []
     candidates: dict[str, list[dict[str, Any]]] = {}
 
-    def corrected(self, matrix: MatrixInfo, fmt: WeightFormat, loss: float) -> float:
+    def correct_loss(self, matrix: MatrixInfo, fmt: WeightFormat, loss: float) -> float:
         """The loss of a matrix in a format: a row of `losses` that fits, or `loss` times the factors."""
         for row in self.losses:
             if from_spec(row.format) == fmt and fnmatch.fnmatchcase(matrix.name, row.match):
@@ -156,7 +156,7 @@ class Corrections(BaseModel):
             loss *= self.factors.get(key, 1.0)
         return loss
 
-    def candidates_of(self, kind: str, otherwise: Sequence[WeightFormat]) -> list[WeightFormat]:
+    def select_candidates(self, kind: str, otherwise: Sequence[WeightFormat]) -> list[WeightFormat]:
         """The candidate formats for matrices of a kind."""
         specs = self.candidates.get(kind)
         return list(otherwise) if specs is None else [from_spec(spec) for spec in specs]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 
-from reallm.errors import install
+from reallm.errors import install_hint
 from reallm.formats import WeightFormat
 from reallm.formats.codebook import Codebook
-from reallm.formats.codeword import Codeword
+from reallm.formats.codeword import NeuralCodebook
 from reallm.formats.dense import Dense
 from reallm.formats.e8 import E8
 from reallm.formats.entropy_coded import EntropyCoded
@@ -19,10 +19,9 @@ from reallm.formats.scaled import BOTH, INPUTS, OUTPUTS, Scaled
 from reallm.formats.trellis import Trellis
 from reallm.formats.uniform import Uniform
 
-BLOCK, ENDS = "block", ("embedding", "head")
+BLOCK, EMBEDDING_AND_HEAD = "block", ("embedding", "head")
 # Rates of entropy-coded candidates: a quarter of a bit is a step of 40 % in error.
 _QUARTERS = tuple(quarters / 4 for quarters in range(4, 25))
-
 
 
 @functools.cache
@@ -57,7 +56,7 @@ def neural_candidates(kind: str, largest: int = 16) -> tuple[WeightFormat, ...]:
     if kind != BLOCK:
         return ()
     found = [
-        Rotated(Codeword(index_bits=bits, vector_dim=dim, shared=f"codeword_{bits}_{dim}"))
+        Rotated(NeuralCodebook(index_bits=bits, vector_dim=dim, shared=f"codeword_{bits}_{dim}"))
         for bits, dim in _CODEWORDS
         if bits <= largest
     ]
@@ -75,23 +74,28 @@ def calibrated_candidates(kind: str, state_bits: int, entropy: bool | None = Non
     """
     entropy = _has_entropy_coder() if entropy is None else entropy
     if kind == BLOCK:
-        return (*_block(state_bits), *(_entropy_coded() if entropy else ()), Dense())
+        return (*_block_candidates(state_bits), *(_entropy_coded() if entropy else ()), Dense())
     lattice = _plain_entropy_coded(_QUARTERS[4::2]) if entropy else []
-    return (*_end(), *lattice, *(_beside_rank_one(fmt) for fmt in (*_end(groups=(64,)), *lattice)), Dense())
+    return (
+        *_embedding_candidates(),
+        *lattice,
+        *(_add_rank_one(fmt) for fmt in (*_embedding_candidates(groups=(64,)), *lattice)),
+        Dense(),
+    )
 
 
-def left_out() -> str | None:
+def missing_candidates() -> str | None:
     """What budgets do not choose from because its package is missing, in a line; None if nothing is left out."""
     if _has_entropy_coder():
         return None
-    return f"no entropy_coded among the candidates: it needs the package 'constriction': {install('entropy')}"
+    return f"no entropy_coded among the candidates: it needs the package 'constriction': {install_hint('entropy')}"
 
 
 def _has_entropy_coder() -> bool:
     return importlib.util.find_spec("constriction") is not None
 
 
-def _block(state_bits: int) -> list[WeightFormat]:
+def _block_candidates(state_bits: int) -> list[WeightFormat]:
     trellis = [Rotated(Trellis(bits=b, state_bits=state_bits)) for b in (1, 2, 3, 4)] if state_bits else []
     trellis += [Scaled(fmt, sides) for sides in (INPUTS, OUTPUTS, BOTH) for fmt in trellis]
     lattice = [Rotated(E8(bits=b)) for b in (2, 3, 4)]
@@ -112,7 +116,7 @@ def _plain_entropy_coded(rates: tuple[float, ...]) -> list[WeightFormat]:
     return [EntropyCoded(bits=rate, largest=31 if rate < 4 else 127) for rate in rates]
 
 
-def _beside_rank_one(fmt: WeightFormat) -> WeightFormat:
+def _add_rank_one(fmt: WeightFormat) -> WeightFormat:
     """The mean of all tokens is half of an embedding's energy, and a code that need not hold it is 0.4 bits ahead.
 
     A rank of 2, 4 or 8 is within 0.02 bits of that (docs/log.md, 2026-11-28).
@@ -120,6 +124,6 @@ def _beside_rank_one(fmt: WeightFormat) -> WeightFormat:
     return LowRankPlus(base=fmt, rank=1, factors=INT8)
 
 
-def _end(groups: tuple[int, ...] = (32, 64, 0)) -> list[WeightFormat]:
+def _embedding_candidates(groups: tuple[int, ...] = (32, 64, 0)) -> list[WeightFormat]:
     scalars = [Uniform(bits=b, group_size=g, symmetric=True) for b in (3, 4, 5, 6, 7, 8) for g in groups]
     return [*scalars, *(NormalFloat(bits=b) for b in (2, 3, 4, 5, 6))]

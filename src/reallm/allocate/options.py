@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from reallm.allocate.plan import MatrixInfo, Plan, Planned, tables_nbytes
+from reallm.allocate.plan import MatrixInfo, Plan, PlanEntry, shared_decoder_nbytes
 from reallm.allocate.problem import Choice, Problem
-from reallm.allocate.recipe import KEEP, FormatSpec, with_rank
+from reallm.allocate.recipe import KEEP, FormatSpec, set_rank
 from reallm.errors import FormatError, RecipeError
-from reallm.formats import Shape, WeightFormat, from_spec, tables_of
+from reallm.formats import Shape, WeightFormat, collect_shared_decoders, from_spec
 
 # The whole file is at least this share of its budget.
 LEAST_SHARE = 0.995
@@ -30,7 +30,7 @@ class Option:
 
 
 Options = Mapping[str, Sequence[Option]]  # by matrix name
-BytesOf = Callable[[MatrixInfo, Option], int]  # what an option of a matrix takes in the file
+NbytesFn = Callable[[MatrixInfo, Option], int]  # what an option of a matrix takes in the file
 
 
 def parse_size(text: str) -> int:
@@ -44,33 +44,33 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def options_for(
+def matrix_options(
     matrices: Sequence[MatrixInfo],
     candidates: Callable[[MatrixInfo], Sequence[WeightFormat]],
     loss: Callable[[MatrixInfo, WeightFormat], float],
     share: Callable[[MatrixInfo, WeightFormat], float],
     rank: int | None = None,
-    ends: Mapping[str, FormatSpec | None] | None = None,
+    end_formats: Mapping[str, FormatSpec | None] | None = None,
     always: Mapping[str, WeightFormat] | None = None,
 ) -> dict[str, list[Option]]:
-    """What each matrix can be stored as. `ends` fixes the format of embedding or head; one that is kept has no options.
+    """What each matrix can be stored as. `end_formats` fixes the format of embedding or head; one that is kept has no options.
 
     `share`: stored bytes / bytes before entropy coding. `rank` puts a residual around every block format, which takes
     bytes and is credited with no gain. `always` names a format by matrix that is among its options whatever it loses.
     Errors: RecipeError for a matrix that no candidate can store.
     """
     found = {}
-    size_of = functools.cache(_size)  # 30 matrices of a role have one shape
+    cached_size = functools.cache(_size)  # 30 matrices of a role have one shape
     for matrix in matrices:
-        fixed = (ends or {}).get(matrix.kind)
+        fixed = (end_formats or {}).get(matrix.kind)
         if fixed == KEEP:
             continue
         rows = []
         given = (always or {}).get(matrix.name)
         bases = candidates(matrix) if fixed is None else [from_spec(fixed)]
         for base in bases if given is None else [given, *bases]:
-            fmt = with_rank(base, rank) if matrix.kind == "block" and base is not given else base
-            if (full := size_of(fmt, matrix.shape)) is not None:
+            fmt = set_rank(base, rank) if matrix.kind == "block" and base is not given else base
+            if (full := cached_size(fmt, matrix.shape)) is not None:
                 nbytes = min(full, round(full * share(matrix, fmt)) + _CODED_TABLES)
                 rows.append(Option(fmt, nbytes, loss(matrix, base)))
         if not rows:
@@ -87,41 +87,41 @@ def solve_plan(
     name: str = "budget",
     overhead: int = 0,
     base: Plan | None = None,
-    nbytes_of: BytesOf | None = None,
+    nbytes_fn: NbytesFn | None = None,
     shared_text: Callable[[MatrixInfo, WeightFormat], Mapping[str, int]] | None = None,
     max_changes: int | None = None,
     swap_penalty: float = 0.0,
 ) -> Plan:
     """Return the plan of least predicted loss that takes `least` to `most` bytes.
 
-    Bytes are `overhead`, those of the matrices by `nbytes_of` (default: as predicted), those of the decoders they
+    Bytes are `overhead`, those of the matrices by `nbytes_fn` (default: as predicted), those of the decoders they
     share, and by key those of `shared_text`, once for all matrices whose format has the key. With a `base` plan, a
     matrix that has another format costs `swap_penalty` in addition, and at most `max_changes` have one.
     Errors: RecipeError if there is no such plan.
     """
     named = [matrix for matrix in matrices if matrix.name in options]
-    tables = tables_of(option.fmt for matrix in named for option in options[matrix.name])
-    shared = {f"decoder {table}": tables_nbytes({table: tables[table]}) for table in tables}
+    shared_decoders = collect_shared_decoders(option.fmt for matrix in named for option in options[matrix.name])
+    shared = {f"decoder {table}": shared_decoder_nbytes({table: shared_decoders[table]}) for table in shared_decoders}
 
     def choice(matrix: MatrixInfo, option: Option) -> Choice:
         text = shared_text(matrix, option.fmt) if shared_text else {}
         shared.update(text)
-        needs = frozenset([*text, *(f"decoder {table}" for table in option.fmt.tables())])
-        return Choice(option.nbytes if nbytes_of is None else nbytes_of(matrix, option), option.loss, needs)
+        needs = frozenset([*text, *(f"decoder {table}" for table in option.fmt.shared_decoders())])
+        return Choice(option.nbytes if nbytes_fn is None else nbytes_fn(matrix, option), option.loss, needs)
 
-    begun = {entry.matrix.name: entry.fmt for entry in base.entries} if base else {}
+    base_formats = {entry.matrix.name: entry.fmt for entry in base.entries} if base else {}
     problem = Problem(
         options=[[choice(matrix, option) for option in options[matrix.name]] for matrix in named],
         most=most,
         least=least,
         overhead=overhead,
         shared=shared,
-        base=[_index(options[matrix.name], begun[matrix.name]) for matrix in named] if base else None,
+        base=[_index(options[matrix.name], base_formats[matrix.name]) for matrix in named] if base else None,
         max_changes=max_changes,
         swap_penalty=swap_penalty,
     )
     picked = problem.solve()
-    entries = [Planned(matrix, options[matrix.name][place].fmt) for matrix, place in zip(named, picked, strict=True)]
+    entries = [PlanEntry(matrix, options[matrix.name][place].fmt) for matrix, place in zip(named, picked, strict=True)]
     return Plan(tuple(entries), name)
 
 
@@ -134,20 +134,20 @@ def extreme_plan(
 ) -> Plan:
     """Return the plan in which each matrix has the option that is least by `key`."""
     named = [matrix for matrix in matrices if matrix.name in options]
-    return Plan(tuple(Planned(matrix, min(options[matrix.name], key=key).fmt) for matrix in named), name)
+    return Plan(tuple(PlanEntry(matrix, min(options[matrix.name], key=key).fmt) for matrix in named), name)
 
 
 def predicted_bytes(plan: Plan, options: Options) -> int:
     """Bytes that the matrices of a plan will about take."""
-    return sum(option_of(entry, options).nbytes for entry in plan.entries)
+    return sum(find_option(entry, options).nbytes for entry in plan.entries)
 
 
 def predicted_loss(plan: Plan, options: Options) -> float:
     """Predicted KL to the original, nats a token: losses of single matrices add up as long as they are small."""
-    return sum(option_of(entry, options).loss for entry in plan.entries)
+    return sum(find_option(entry, options).loss for entry in plan.entries)
 
 
-def option_of(entry: Planned, options: Options) -> Option:
+def find_option(entry: PlanEntry, options: Options) -> Option:
     """The option that a planned matrix is."""
     return next(option for option in options[entry.matrix.name] if option.fmt == entry.fmt)
 

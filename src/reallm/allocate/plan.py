@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from reallm.errors import FormatError
-from reallm.formats import Shape, Table, WeightFormat, tables_of
+from reallm.formats import Shape, SharedDecoder, WeightFormat, collect_shared_decoders
 
 # What a matrix does in a block, in the order a block uses them; recipes and reports speak of these words.
 ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "fc1", "fc2", "embedding", "head", "other")
@@ -32,7 +32,7 @@ class MatrixInfo:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlanEntry:
     """A matrix and the format it gets."""
 
     matrix: MatrixInfo
@@ -48,30 +48,30 @@ class Planned:
 class Plan:
     """Every matrix that is compressed, in model order; matrices left out are kept as they are."""
 
-    entries: tuple[Planned, ...]
+    entries: tuple[PlanEntry, ...]
     recipe: str
 
     @property
-    def tables(self) -> dict[str, Table]:
+    def shared_decoders(self) -> dict[str, SharedDecoder]:
         """Decoders that matrices share, by name. Errors: FormatError if one name stands for two."""
-        return tables_of(entry.fmt for entry in self.entries)
+        return collect_shared_decoders(entry.fmt for entry in self.entries)
 
     @property
     def block_bits(self) -> float:
         """Stored bits per weight of the block matrices and the decoders they share; 0 when there are none."""
         blocks = [entry for entry in self.entries if entry.matrix.kind == "block"]
         weights = sum(entry.matrix.weights for entry in blocks)
-        shared = tables_nbytes(tables_of(entry.fmt for entry in blocks))
+        shared = shared_decoder_nbytes(collect_shared_decoders(entry.fmt for entry in blocks))
         return 8 * (sum(entry.nbytes for entry in blocks) + shared) / weights if weights else 0.0
 
     @property
     def nbytes(self) -> int:
         """Stored bytes of all planned matrices, and of the decoders they share."""
-        return sum(entry.nbytes for entry in self.entries) + tables_nbytes(self.tables)
+        return sum(entry.nbytes for entry in self.entries) + shared_decoder_nbytes(self.shared_decoders)
 
     def check(self) -> None:
         """Raise FormatError naming the matrix whose shape its format cannot store, or a name of two shared decoders."""
-        tables_of(entry.fmt for entry in self.entries)
+        collect_shared_decoders(entry.fmt for entry in self.entries)
         for entry in self.entries:
             try:
                 entry.fmt.check(entry.matrix.shape)
@@ -79,6 +79,6 @@ class Plan:
                 raise FormatError(f"{entry.matrix.name}: {error}") from error
 
 
-def tables_nbytes(tables: Mapping[str, Table]) -> int:
+def shared_decoder_nbytes(shared_decoders: Mapping[str, SharedDecoder]) -> int:
     """Stored bytes of shared decoders: each counts once."""
-    return sum(tensor.nbytes for table in tables.values() for tensor in table.layout.values())
+    return sum(tensor.nbytes for table in shared_decoders.values() for tensor in table.layout.values())

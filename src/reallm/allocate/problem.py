@@ -188,4 +188,3 @@ class _Program:
             places = np.flatnonzero(self.row == i)
             chosen.append(few[int(taken[places].argmax())])
         return chosen
-

@@ -30,7 +30,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from reallm.allocate.plan import PER_LAYER, ROLES, MatrixInfo, Plan, Planned
+from reallm.allocate.plan import PER_LAYER, ROLES, MatrixInfo, Plan, PlanEntry
 from reallm.errors import RecipeError
 from reallm.formats import WeightFormat, from_spec, to_spec
 from reallm.formats.low_rank_plus import LowRankPlus
@@ -45,7 +45,7 @@ DEFAULT_EMBEDDING = to_spec(Uniform(bits=8, group_size=64, symmetric=True))
 FormatSpec = dict[str, Any] | Literal["keep"]
 
 
-def _as_list(value: Any) -> Any:
+def _wrap_in_list(value: Any) -> Any:
     return [value] if isinstance(value, str | int) else value
 
 
@@ -61,15 +61,15 @@ class Rule(BaseModel):
     block: list[int] | None = None
     format: FormatSpec
 
-    _lists = field_validator("match", "role", "block", mode="before")(_as_list)
+    _lists = field_validator("match", "role", "block", mode="before")(_wrap_in_list)
 
-    def fits(self, matrix: MatrixInfo, depth: int) -> bool:
+    def matches(self, matrix: MatrixInfo, depth: int) -> bool:
         """Every condition that is given holds; `depth` is the number of decoder blocks."""
         named = self.match is None or any(fnmatch.fnmatchcase(matrix.name, pattern) for pattern in self.match)
         placed = self.block is None or bool({matrix.block, (matrix.block or 0) - depth} & set(self.block))
         return named and placed and (self.role is None or matrix.role in self.role)
 
-    def unmatched(self, matrices: Sequence[MatrixInfo]) -> list[str]:
+    def unmatched_patterns(self, matrices: Sequence[MatrixInfo]) -> list[str]:
         """Name patterns that fit no matrix at all."""
         names = [matrix.name for matrix in matrices]
         return [pattern for pattern in self.match or [] if not fnmatch.filter(names, pattern)]
@@ -130,7 +130,7 @@ def _check_extent(values: Any, origin: str) -> None:
     """Errors: RecipeError for depth, or for what a few aliases of aliases stand for."""
     level, left = [values], LARGEST_YAML
     for _ in range(DEEPEST_YAML):
-        level = [v for holder in level if isinstance(holder, dict | list | set) for v in _held(holder)]
+        level = [v for holder in level if isinstance(holder, dict | list | set) for v in _children(holder)]
         left -= len(level)
         if left < 0:
             raise RecipeError(f"{origin}: aliases (*) make more than {LARGEST_YAML:,} values of it")
@@ -139,7 +139,7 @@ def _check_extent(values: Any, origin: str) -> None:
     raise RecipeError(f"{origin}: nested more than {DEEPEST_YAML} deep")
 
 
-def _held(holder: Any) -> list[Any]:
+def _children(holder: Any) -> list[Any]:
     return [*holder, *holder.values()] if isinstance(holder, dict) else list(holder)
 
 
@@ -186,22 +186,24 @@ def plan_from_recipe(
     blocks = [matrix for matrix in model or matrices if matrix.kind == "block"]
     nameable = [matrix for matrix in model or matrices if matrix.kind == "block" or matrix.role == PER_LAYER]
     for rule in recipe.rules:
-        if unmatched := rule.unmatched(nameable):
+        if unmatched_patterns := rule.unmatched_patterns(nameable):
             example = blocks[0].name if blocks else "none"
-            raise RecipeError(f"recipe {recipe.name}: pattern {unmatched[0]!r} fits no matrix (one is {example})")
+            raise RecipeError(
+                f"recipe {recipe.name}: pattern {unmatched_patterns[0]!r} fits no matrix (one is {example})"
+            )
     entries = []
     depth = 1 + max((matrix.block for matrix in blocks if matrix.block is not None), default=0)
     for matrix in matrices:
-        spec = _spec_for(recipe, matrix, depth)
+        spec = _find_spec(recipe, matrix, depth)
         fmt = _format(spec, recipe.name)
         if fmt is not None:
-            entries.append(Planned(matrix, with_rank(fmt, rank) if matrix.kind == "block" else fmt))
+            entries.append(PlanEntry(matrix, set_rank(fmt, rank) if matrix.kind == "block" else fmt))
     plan = Plan(tuple(entries), recipe.name)
     plan.check()
     return plan
 
 
-def with_rank(fmt: WeightFormat, rank: int | None) -> WeightFormat:
+def set_rank(fmt: WeightFormat, rank: int | None) -> WeightFormat:
     """`fmt` with its residual, if any, replaced by one of `rank`; None leaves the format alone, 0 removes it."""
     if rank is None:
         return fmt
@@ -215,17 +217,17 @@ def recipe_of_plan(
     """The plan as run, written as a recipe that names every matrix: running it again gives the same plan."""
     formats = {entry.matrix.name: to_spec(entry.fmt) for entry in plan.entries}
     matrices = list(matrices)
-    ends = {m.kind: formats.get(m.name, KEEP) for m in matrices if m.kind != "block" and m.role != PER_LAYER}
+    end_formats = {m.kind: formats.get(m.name, KEEP) for m in matrices if m.kind != "block" and m.role != PER_LAYER}
     blocks = [matrix for matrix in matrices if matrix.kind == "block"]
     # A table of its own is named only where it is stored in another way than the embedding.
-    like = ends.get("embedding", DEFAULT_EMBEDDING)
+    like = end_formats.get("embedding", DEFAULT_EMBEDDING)
     blocks += [m for m in matrices if m.role == PER_LAYER and formats.get(m.name, KEEP) != like]
     grouped: dict[str, tuple[FormatSpec, list[str]]] = {}
     for matrix in blocks:
         spec = formats.get(matrix.name, KEEP)
         grouped.setdefault(repr(spec), (spec, []))[1].append(matrix.name)
     rules = [Rule(match=names, format=spec) for spec, names in grouped.values()]
-    more = {"coding": coding, "objective": objective, **ends}
+    more = {"coding": coding, "objective": objective, **end_formats}
     return Recipe(name=plan.recipe, description="the plan as run", rules=rules, **more)
 
 
@@ -237,14 +239,14 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(values, sort_keys=False, width=120)
 
 
-def _spec_for(recipe: Recipe, matrix: MatrixInfo, depth: int) -> FormatSpec:
+def _find_spec(recipe: Recipe, matrix: MatrixInfo, depth: int) -> FormatSpec:
     if matrix.role == PER_LAYER:
         named = (rule.format for rule in recipe.rules if matrix.name in (rule.match or ()))
         return next(named, recipe.embedding)
     if matrix.kind != "block":
         return recipe.embedding if matrix.kind == "embedding" else recipe.head
     for rule in recipe.rules:
-        if rule.fits(matrix, depth):
+        if rule.matches(matrix, depth):
             return rule.format
     raise RecipeError(
         f'recipe {recipe.name}: no rule for {matrix.name} (role {matrix.role}); end with a rule for match: "*"'

@@ -21,7 +21,7 @@ _ALIKE = {"qkv": "v", "gate_up": "up", "fc1": "up", "fc2": "down"}
 
 
 @functools.cache
-def table() -> dict[str, Any]:
+def load_table() -> dict[str, Any]:
     """`roles`: figure by family of codes and role; `first_block`, `last_block`: factors against a middle one."""
     file = resources.files("reallm.allocate") / "sensitivity.json"
     return json.loads(file.read_text(encoding="utf-8"))
@@ -32,12 +32,12 @@ def sensitivity(matrix: MatrixInfo, fmt: WeightFormat, depth: int) -> float:
 
     `depth` is the number of decoder blocks.
     """
-    roles = table()["roles"][_family(fmt)]
+    roles = load_table()["roles"][_family(fmt)]
     role = _ALIKE.get(matrix.role, matrix.role)
     figure = roles.get(role, sum(roles.values()) / len(roles))
     if matrix.block == depth - 1:
-        return figure * table()["last_block"]
-    return figure * (table()["first_block"] if matrix.block == 0 else 1.0)
+        return figure * load_table()["last_block"]
+    return figure * (load_table()["first_block"] if matrix.block == 0 else 1.0)
 
 
 def _family(fmt: WeightFormat) -> str:

@@ -4,12 +4,12 @@
 matrix alone; `control` fits codecs to it, to a shuffled copy and to that noise.
 """
 
-from reallm.analyze.control import DEFAULT_CODECS, CodecErrors, codec_errors, shuffled
+from reallm.analyze.control import DEFAULT_CODECS, CodecErrors, codec_errors, shuffle
 from reallm.analyze.locality import Autocorrelation, autocorrelation, predictable_bits
-from reallm.analyze.matrix import Structure, structure_of
-from reallm.analyze.orders import View, look, views
-from reallm.analyze.running import Scope, Work, analyze, prepare, seconds
-from reallm.analyze.scales import kurtosis, noise_like, scale_bits, unscaled
+from reallm.analyze.matrix import Structure, analyze_matrix
+from reallm.analyze.orders import View, describe_view, views
+from reallm.analyze.running import AnalysisJob, Scope, analyze, estimate_seconds, prepare
+from reallm.analyze.scales import kurtosis, noise_like, remove_scales, scale_bits
 from reallm.analyze.shifts import Shift, Shifts, shifts
 from reallm.analyze.spectrum import Spectrum, marchenko_pastur, spectrum, top_share
 
@@ -23,23 +23,23 @@ __all__ = [
     "Spectrum",
     "Structure",
     "View",
-    "Work",
+    "AnalysisJob",
     "analyze",
     "autocorrelation",
     "codec_errors",
     "kurtosis",
-    "look",
+    "describe_view",
     "marchenko_pastur",
     "noise_like",
     "predictable_bits",
     "prepare",
     "scale_bits",
-    "seconds",
+    "estimate_seconds",
     "shifts",
-    "shuffled",
+    "shuffle",
     "spectrum",
-    "structure_of",
+    "analyze_matrix",
     "top_share",
-    "unscaled",
+    "remove_scales",
     "views",
 ]

@@ -46,7 +46,7 @@ class CodecErrors:
         return 0.5 * math.log2(self.shuffled / self.real) if self.real and self.shuffled else 0.0
 
 
-def shuffled(weight: Float[Tensor, "out in"], seed: int = 0) -> Float[Tensor, "out in"]:
+def shuffle(weight: Float[Tensor, "out in"], seed: int = 0) -> Float[Tensor, "out in"]:
     """The matrix with its rows and its columns in random orders."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = (torch.randperm(size, generator=generator).to(weight.device) for size in weight.shape)
@@ -63,7 +63,7 @@ def codec_errors(
 
     Errors: FormatError if a codec cannot store the shape.
     """
-    copies = (weight, shuffled(weight, seed), noise)
+    copies = (weight, shuffle(weight, seed), noise)
     shape = (weight.shape[0], weight.shape[1])
     found = []
     for fmt in codecs:

@@ -27,7 +27,7 @@ def autocorrelation(weight: Float[Tensor, "out in"]) -> Autocorrelation:
     The error is √Σ (w_ij w_i,j+1)² / Σ w²: it holds for heavy tails and unequal scales too, where 1/√weights is too
     small.
     """
-    moved = _centred(weight)
+    moved = _center(weight)
     products = moved[:, 1:] * moved[:, :-1]
     energy = total(moved.square()).item()
     if energy == 0:
@@ -48,7 +48,7 @@ def predictable_bits(weight: Float[Tensor, "out in"]) -> float:
     ½ log2 of the variance over that of the prediction's error (Yule-Walker). Positive by chance too: about
     0.7 · 16 / weights for noise.
     """
-    moved = _centred(weight)
+    moved = _center(weight)
     lags = min(_LAGS, weight.shape[1] - 1)
     sums = [total(moved[:, lag:] * moved[:, : moved.shape[1] - lag]) for lag in range(lags + 1)]
     covariances = torch.stack(sums)
@@ -63,7 +63,7 @@ def predictable_bits(weight: Float[Tensor, "out in"]) -> float:
     return max(0.0, -left.log2().item() / 2)
 
 
-def _centred(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+def _center(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
     values = weight.double()
     largest = values.abs().max()
     values = values / torch.where(largest > 0, largest, 1.0)

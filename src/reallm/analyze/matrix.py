@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reallm.analyze.control import CodecErrors, codec_errors
 from reallm.analyze.orders import View, views
-from reallm.analyze.scales import ScaleBits, kurtosis, noise_like, scale_bits, unscaled
+from reallm.analyze.scales import ScaleBits, kurtosis, noise_like, remove_scales, scale_bits
 from reallm.analyze.shifts import Shifts, shifts
 from reallm.analyze.spectrum import Spectrum, spectrum
 from reallm.formats import Shape, WeightFormat
@@ -35,7 +35,7 @@ class Structure:
     codecs: list[CodecErrors]
 
 
-def structure_of(weight: Float[Tensor, "out in"], codecs: Sequence[WeightFormat] = (), seed: int = 0) -> Structure:
+def analyze_matrix(weight: Float[Tensor, "out in"], codecs: Sequence[WeightFormat] = (), seed: int = 0) -> Structure:
     """Look at a float32 matrix that is finite and not all zero; what is drawn comes from `seed`."""
     noise = noise_like(weight, seed + _NOISE)
     return Structure(
@@ -45,7 +45,7 @@ def structure_of(weight: Float[Tensor, "out in"], codecs: Sequence[WeightFormat]
         noise_scales=scale_bits(noise),
         shifts=shifts(weight),
         kurtosis=kurtosis(weight),
-        unscaled_kurtosis=kurtosis(unscaled(weight)),
+        unscaled_kurtosis=kurtosis(remove_scales(weight)),
         orders=list(views(weight)),
         noise_orders=list(views(noise)),
         codecs=codec_errors(codecs, weight, noise, seed),

@@ -12,7 +12,7 @@ from torch import Tensor
 from reallm.analyze.locality import Autocorrelation, autocorrelation, magnitudes, predictable_bits
 from reallm.analyze.scales import kurtosis, scale_bits
 from reallm.errors import FormatError
-from reallm.fit.permutation import column_orders, row_order_of
+from reallm.fit.permutation import find_column_orders, find_row_order
 from reallm.formats.dense import Dense
 from reallm.formats.low_rank_plus import INT8, LowRankPlus
 from reallm.formats.permuted import METHODS, Permuted, order_nbytes
@@ -74,24 +74,24 @@ def views(weight: Float[Tensor, "out in"]) -> Iterator[View]:
     compared.
     """
     rows, columns = weight.shape
-    yield look(RAW, weight)
+    yield describe_view(RAW, weight)
     for method in METHODS:
         fmt = Permuted(base=Dense(), method=method, rows=True)
         try:
-            moved = fmt.gather(weight[row_order_of(fmt, weight).long()], column_orders(fmt, weight))
+            moved = fmt.gather(weight[find_row_order(fmt, weight).long()], find_column_orders(fmt, weight))
         except FormatError:
             continue
-        yield look(method, moved, (order_nbytes(columns), order_nbytes(rows)))
-    yield look(SINGULAR, in_singular_basis(weight), basis_nbytes=basis_nbytes(min(rows, columns)))
+        yield describe_view(method, moved, (order_nbytes(columns), order_nbytes(rows)))
+    yield describe_view(SINGULAR, rotate_to_singular_basis(weight), basis_nbytes=basis_nbytes(min(rows, columns)))
     turn = Rotated(base=Dense())
     try:
         turn.check((rows, columns))
     except FormatError:
         return
-    yield look(HADAMARD, turn.transformed(weight))
+    yield describe_view(HADAMARD, turn.rotate_weight(weight))
 
 
-def look(
+def describe_view(
     name: str, weight: Float[Tensor, "out in"], order_bytes: tuple[int, int] = (0, 0), basis_nbytes: int = 0
 ) -> View:
     """What a matrix that is already in its order looks like; `order_bytes`: of the columns' order and of the rows'."""
@@ -105,13 +105,13 @@ def look(
     )
 
 
-def in_singular_basis(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+def rotate_to_singular_basis(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
     """W V, or Uᵀ W where there are fewer rows than columns: the smaller side in the singular basis, largest first.
 
     In both bases at once nothing but the diagonal is left, and their factors are larger than the matrix.
     """
     if weight.shape[0] < weight.shape[1]:
-        return in_singular_basis(weight.T).T.contiguous()
+        return rotate_to_singular_basis(weight.T).T.contiguous()
     values = weight.double()
     with one_thread():
         basis = torch.linalg.eigh(values.T @ values).eigenvectors.flip(1)

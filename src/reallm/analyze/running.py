@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reallm.analyze.control import DEFAULT_CODECS
-from reallm.analyze.matrix import Structure, structure_of
+from reallm.analyze.matrix import Structure, analyze_matrix
 from reallm.analyze.orders import View
 from reallm.errors import FormatError, RecipeError
 from reallm.fit.quality import gaussian
@@ -56,7 +56,7 @@ class Scope:
 
 
 @dataclass(frozen=True)
-class Work:
+class AnalysisJob:
     """A model and the matrices of it that will be looked at; nothing is read yet."""
 
     source: Source
@@ -74,7 +74,7 @@ class Work:
         return sampled_shape(matrix.shape, self.scope.sample)
 
 
-def prepare(model: str | Path, scope: Scope) -> Work:
+def prepare(model: str | Path, scope: Scope) -> AnalysisJob:
     """Open a model and choose its matrices.
 
     Errors: SourceError for a model that cannot be read; RecipeError for a scope that fits nothing; FormatError naming a
@@ -85,7 +85,7 @@ def prepare(model: str | Path, scope: Scope) -> Work:
         raise RecipeError(f"--sample {scope.sample} is below 2: a matrix needs neighbours")
     source = open_source(model)
     found = walk(source.skeleton).matrices
-    work = Work(source, scope, tuple(_chosen(found, scope)), len(found))
+    work = AnalysisJob(source, scope, tuple(_select_matrices(found, scope)), len(found))
     for matrix in work.matrices:
         for fmt in scope.codecs:
             try:
@@ -95,13 +95,13 @@ def prepare(model: str | Path, scope: Scope) -> Work:
     return work
 
 
-def seconds(work: Work) -> float:
+def estimate_seconds(work: AnalysisJob) -> float:
     """About how long `analyze` will take, by timing codecs on samples and one look on noise; some seconds itself."""
     cost = {fmt: fitting_cost(fmt, work.scope.device) for fmt in work.scope.codecs}
     noise = gaussian((_TIMED, _TIMED)).to(work.scope.device)
     begun = time.perf_counter()
     with torch.no_grad():
-        structure_of(noise)
+        analyze_matrix(noise)
     look = (time.perf_counter() - begun) / (2 * _TIMED**3)
     estimated = 0.0
     for shape in map(work.shape, work.matrices):
@@ -110,7 +110,7 @@ def seconds(work: Work) -> float:
     return estimated
 
 
-def analyze(work: Work, progress: Progress | None = None) -> dict[str, Any]:
+def analyze(work: AnalysisJob, progress: Progress | None = None) -> dict[str, Any]:
     """Look at every matrix of the work; JSON values.
 
     Errors: SourceError for weights that are not finite.
@@ -118,13 +118,13 @@ def analyze(work: Work, progress: Progress | None = None) -> dict[str, Any]:
     rows, done = [], 0
     for matrix in work.matrices:
         row = {"name": matrix.name, "role": matrix.role, "block": matrix.block, "full_shape": list(matrix.shape)}
-        weight = sampled(read_matrix(work.source, matrix), work.scope.sample).to(work.scope.device, torch.float32)
+        weight = sample_matrix(read_matrix(work.source, matrix), work.scope.sample).to(work.scope.device, torch.float32)
         check_finite(matrix.parameter, weight)
         # Every matrix has its own seed, so that none depends on which were looked at before it.
         seed = (work.scope.seed + zlib.crc32(matrix.name.encode())) % (1 << 32)
         if weight.any():  # of nothing there is nothing to say
             with torch.no_grad():
-                rows.append(row | as_json(structure_of(weight, work.scope.codecs, seed)))
+                rows.append(row | structure_to_json(analyze_matrix(weight, work.scope.codecs, seed)))
         done += weight.numel()
         if progress:
             progress(matrix.name, done, work.weights)
@@ -137,7 +137,7 @@ def analyze(work: Work, progress: Progress | None = None) -> dict[str, Any]:
     }
 
 
-def as_json(structure: Structure) -> dict[str, Any]:
+def structure_to_json(structure: Structure) -> dict[str, Any]:
     """A structure as JSON values, with what follows from its fields."""
     weights = math.prod(structure.shape)
     views = functools.partial(_views, weights=weights)
@@ -150,11 +150,11 @@ def as_json(structure: Structure) -> dict[str, Any]:
 
 
 def sampled_shape(shape: Shape, most: int) -> Shape:
-    """Shape of `sampled`."""
+    """Shape of `sample_matrix`."""
     return min(shape[0], most), min(shape[1], most)
 
 
-def sampled(weight: Float[Tensor, "out in"], most: int) -> Float[Tensor, "rows columns"]:
+def sample_matrix(weight: Float[Tensor, "out in"], most: int) -> Float[Tensor, "rows columns"]:
     """At most `most` rows and columns, in runs of neighbours spread over the matrix."""
     rows, columns = (_places(size, most) for size in weight.shape)
     return weight[rows][:, columns].contiguous()
@@ -176,7 +176,7 @@ def _views(views: Sequence[View], weights: int) -> list[dict[str, Any]]:
     ]
 
 
-def _chosen(matrices: Sequence[Matrix], scope: Scope) -> list[Matrix]:
+def _select_matrices(matrices: Sequence[Matrix], scope: Scope) -> list[Matrix]:
     """The matrices of a scope; those narrower than 2 are left out, and of experts all but the first if none is named.
 
     Errors: RecipeError for a pattern, block or role that fits nothing.
@@ -190,7 +190,7 @@ def _chosen(matrices: Sequence[Matrix], scope: Scope) -> list[Matrix]:
     else:
         blocks = {0, min(1, depth - 1), depth // 2, depth - 1}
 
-    def wanted(matrix: Matrix) -> bool:
+    def is_selected(matrix: Matrix) -> bool:
         named = any(fnmatch.fnmatchcase(matrix.name, pattern) for pattern in scope.matrices)
         if (scope.matrices and not named) or (scope.roles and matrix.role not in scope.roles):
             return False
@@ -198,7 +198,7 @@ def _chosen(matrices: Sequence[Matrix], scope: Scope) -> list[Matrix]:
             return bool(named or scope.roles or not scope.blocks)
         return matrix.block in blocks and (named or not matrix.expert)
 
-    found = [matrix for matrix in matrices if wanted(matrix) and min(matrix.shape) > 1]
+    found = [matrix for matrix in matrices if is_selected(matrix) and min(matrix.shape) > 1]
     if not found:
         raise RecipeError("no matrix has the block, role and name asked for together; ask for less")
     return found

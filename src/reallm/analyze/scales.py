@@ -36,7 +36,7 @@ def scale_bits(weight: Float[Tensor, "out in"]) -> ScaleBits:
     return ScaleBits(_worth(rows), _worth(columns))
 
 
-def unscaled(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+def remove_scales(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
     """The matrix with all rows and all columns brought to one size."""
     rows, columns = balancing_scales(weight)
     return weight / rows / columns

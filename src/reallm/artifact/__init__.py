@@ -1,6 +1,6 @@
 """The compressed model on disk: manifest, writer, reader, ledger. Specified in docs/artifact.md."""
 
-from reallm.artifact.coding import code, code_within_size, coded_tensor, decoded_tensor
+from reallm.artifact.coding import decode_tensor, encode_tensor, encode_tensors, encode_untrained_tensors
 from reallm.artifact.decoding import DecoderCost, decoder_costs
 from reallm.artifact.ledger import Ledger, Row, decoding_seconds, read_ledger
 from reallm.artifact.manifest import VERSION, Manifest, StoredMatrix, read_manifest
@@ -11,12 +11,12 @@ from reallm.artifact.work import (
     check_new_file,
     check_output,
     finished_file,
-    opened,
-    read_kept,
-    remove,
+    open_work_folder,
+    read_work_tensors,
+    remove_work_folder,
     work_folder,
 )
-from reallm.artifact.writer import foretold_files, foretold_nbytes, save_tensors, write_shards
+from reallm.artifact.writer import predict_files, predict_nbytes, save_tensors, write_shards
 
 __all__ = [
     "STAGING",
@@ -30,20 +30,20 @@ __all__ = [
     "check_finished_output",
     "check_new_file",
     "check_output",
-    "code",
-    "code_within_size",
-    "coded_tensor",
-    "decoded_tensor",
+    "encode_tensors",
+    "encode_untrained_tensors",
+    "encode_tensor",
+    "decode_tensor",
     "decoder_costs",
     "decoding_seconds",
     "finished_file",
-    "foretold_files",
-    "foretold_nbytes",
-    "opened",
-    "read_kept",
+    "predict_files",
+    "predict_nbytes",
+    "open_work_folder",
+    "read_work_tensors",
     "read_ledger",
     "read_manifest",
-    "remove",
+    "remove_work_folder",
     "save_tensors",
     "work_folder",
     "write_shards",

@@ -75,7 +75,7 @@ def _entries(header: bytes, offset: int) -> dict[str, Entry]:
     """Errors: ValueError."""
     if (header.count(b"{") + header.count(b"[")) * _LEAST_PER_CONTAINER > len(header) + 100:
         raise ValueError("a header of brackets")
-    values = json.loads(header, object_pairs_hook=_without_twins, parse_constant=_no_constant)
+    values = json.loads(header, object_pairs_hook=_reject_duplicate_keys, parse_constant=_reject_constant)
     if not isinstance(values, dict):
         raise ValueError("a header that is not an object")
     metadata = values.pop("__metadata__", {})
@@ -123,7 +123,7 @@ def read_json(path: Path, error: type[ReallmError] = ArtifactError) -> Any:
     if (size := regular_file(path, error).st_size) > LARGEST_JSON:
         raise error(f"{path}: {size:,} bytes of JSON, more than {LARGEST_JSON:,}; no model needs that")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_reject_duplicate_keys)
         count_values(values)
     except (ValueError, RecursionError) as problem:
         raise error(f"{path}: is not JSON that can be read ({_short(problem)}); copy or download it again") from problem
@@ -142,7 +142,7 @@ def count_values(values: Any) -> int:
     raise ValueError(f"nested more than {DEEPEST_JSON} deep")
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Of two equal keys, one reader takes the first and another the last."""
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -150,7 +150,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_constant(word: str) -> Any:
+def _reject_constant(word: str) -> Any:
     raise ValueError(f"{word} in a header")
 
 

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reallm.artifact.coding import decoded_tensor
+from reallm.artifact.coding import decode_tensor
 from reallm.artifact.ledger import Ledger
 from reallm.artifact.manifest import StoredMatrix
-from reallm.formats import Shape, Tensors, WeightFormat, tables_at_hand, tables_of, to_spec
+from reallm.formats import Shape, Tensors, WeightFormat, collect_shared_decoders, to_spec, use_shared_decoders
 from reallm.formats.shared import PREFIX
 
 
@@ -44,7 +44,7 @@ def decoder_costs(folder: Path, ledger: Ledger) -> list[DecoderCost]:
     after loading.
     """
     alike: dict[WeightFormat, dict[Shape, list[StoredMatrix]]] = defaultdict(lambda: defaultdict(list))
-    for matrix in ledger.compressed:
+    for matrix in ledger.compressed_matrices:
         if matrix.fmt.multiply_adds(matrix.shape):
             alike[matrix.fmt][matrix.shape].append(matrix)
     return [_cost(folder, ledger, fmt, by_shape) for fmt, by_shape in alike.items()]
@@ -53,7 +53,7 @@ def decoder_costs(folder: Path, ledger: Ledger) -> list[DecoderCost]:
 def _cost(folder: Path, ledger: Ledger, fmt: WeightFormat, by_shape: dict[Shape, list[StoredMatrix]]) -> DecoderCost:
     seconds, peak = 0.0, 0
     for matrices in by_shape.values():
-        once, most = _measured(folder, ledger, matrices[0])
+        once, most = _measure(folder, ledger, matrices[0])
         seconds, peak = seconds + len(matrices) * once, max(peak, most)
     weights = sum(matrix.weights for matrices in by_shape.values() for matrix in matrices)
     products = sum(len(matrices) * fmt.multiply_adds(shape) for shape, matrices in by_shape.items())
@@ -61,14 +61,14 @@ def _cost(folder: Path, ledger: Ledger, fmt: WeightFormat, by_shape: dict[Shape,
 
 
 @torch.no_grad()
-def _measured(folder: Path, ledger: Ledger, matrix: StoredMatrix) -> tuple[float, int]:
+def _measure(folder: Path, ledger: Ledger, matrix: StoredMatrix) -> tuple[float, int]:
     """(seconds, bytes of tensors at their most) of decoding one matrix."""
-    tables = {
+    shared_decoders = {
         name: _read(folder, ledger, f"{PREFIX}.{name}", table.layout, ())
-        for name, table in tables_of([matrix.fmt]).items()
+        for name, table in collect_shared_decoders([matrix.fmt]).items()
     }
     tensors = _read(folder, ledger, matrix.name, matrix.fmt.layout(matrix.shape), matrix.coded)
-    with tables_at_hand(tables):
+    with use_shared_decoders(shared_decoders):
         begun = time.perf_counter()
         matrix.fmt.decode(matrix.fmt.unpack(tensors, matrix.shape), matrix.shape)
         seconds = time.perf_counter() - begun
@@ -83,7 +83,7 @@ def _read(folder: Path, ledger: Ledger, owner: str, layout: Tensors, coded: tupl
     for local, like in layout.items():
         with safe_open(Path(folder) / files[f"{owner}.{local}"], framework="pt") as file:
             tensor = file.get_tensor(f"{owner}.{local}")
-        found[local] = decoded_tensor(tensor, like) if local in coded else tensor
+        found[local] = decode_tensor(tensor, like) if local in coded else tensor
     return found
 
 

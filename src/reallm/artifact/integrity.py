@@ -19,15 +19,15 @@ DIGITS = 32  # of sha256, in hex: 128 bits a tensor, 0.03 % of a 135M model at 3
 _CHUNK = 1 << 22
 
 
-def checksums_of(files: Iterable[Path]) -> dict[str, str]:
+def compute_checksums(files: Iterable[Path]) -> dict[str, str]:
     """The manifest's checksums by name of file, read from the disk.
 
     Errors: ArtifactError for a file that is not safetensors.
     """
-    return {file.name: "".join(checksum for _, checksum in _of_tensors(file)) for file in sorted(files)}
+    return {file.name: "".join(checksum for _, checksum in _tensor_checksums(file)) for file in sorted(files)}
 
 
-def foretold_checksums(files: Mapping[str, int]) -> dict[str, str]:
+def placeholder_checksums(files: Mapping[str, int]) -> dict[str, str]:
     """As long as the checksums of files with so many tensors will be."""
     return {name: "0" * (DIGITS * count) for name, count in files.items()}
 
@@ -44,7 +44,7 @@ def verify(files: Iterable[Path], checksums: Mapping[str, str]) -> None:
         odd = sorted({file.name for file in files} ^ set(checksums))[0]
         raise ArtifactError(f"{odd!r:.200} is a weight file of another artifact, or missing; copy the artifact again")
     for file in files:
-        word, found = checksums[file.name], _of_tensors(file)
+        word, found = checksums[file.name], _tensor_checksums(file)
         if len(word) != DIGITS * len(found):
             raise ArtifactError(f"{file}: holds {len(found)} tensors, config.json has other checksums; copy it again")
         for place, (name, checksum) in enumerate(found):
@@ -55,7 +55,7 @@ def verify(files: Iterable[Path], checksums: Mapping[str, str]) -> None:
                 )
 
 
-def _of_tensors(file: Path) -> list[tuple[str, str]]:
+def _tensor_checksums(file: Path) -> list[tuple[str, str]]:
     """(name, checksum) of every tensor, sorted by name; hashing in threads, it leaves the interpreter's lock."""
     entries, _ = read_header(file)
     names = sorted(entries)

@@ -13,10 +13,10 @@ from typing import Any
 from safetensors import safe_open
 
 from reallm.artifact.checks import check_inside, read_header
-from reallm.artifact.coding import decoded_tensor
+from reallm.artifact.coding import decode_tensor
 from reallm.artifact.manifest import Manifest, StoredMatrix, read_manifest
 from reallm.errors import ArtifactError
-from reallm.formats import Shape, WeightFormat, table_tensors, tables_of
+from reallm.formats import Shape, WeightFormat, collect_shared_decoders, shared_decoder_layout
 from reallm.formats.parameters import ROLE
 
 _TOKENIZER_WORDS = ("token", "vocab", "merges", "chat_template", "spiece", ".model", ".bpe", ".spm", ".codes", "tekken")
@@ -45,12 +45,12 @@ class Row:
 class Ledger:
     """All rows of an artifact; they sum to the bytes on disk.
 
-    `compressed` are the manifest's matrices; `kept_weights` counts the elements of tensors left as they were.
+    `compressed_matrices` are the manifest's matrices; `unquantized_weights` counts the elements of tensors left as they were.
     """
 
     rows: tuple[Row, ...]
-    compressed: tuple[StoredMatrix, ...]
-    kept_weights: int
+    compressed_matrices: tuple[StoredMatrix, ...]
+    unquantized_weights: int
 
     @property
     def total_bytes(self) -> int:
@@ -60,12 +60,12 @@ class Ledger:
     @property
     def block_weights(self) -> int:
         """Weights of the compressed block matrices."""
-        return sum(m.weights for m in self.compressed if m.kind == "block")
+        return sum(m.weights for m in self.compressed_matrices if m.kind == "block")
 
     @property
     def parameters(self) -> int:
         """Parameters of the whole model; tied matrices count once."""
-        return sum(m.weights for m in self.compressed) + self.kept_weights
+        return sum(m.weights for m in self.compressed_matrices) + self.unquantized_weights
 
     @property
     def bits_per_weight(self) -> float:
@@ -79,11 +79,11 @@ class Ledger:
         return 8 * self.total_bytes / self.parameters if self.parameters else math.nan
 
     @property
-    def coded(self) -> tuple[Row, ...]:
+    def entropy_coded_rows(self) -> tuple[Row, ...]:
         """Rows of entropy-coded tensors."""
         return tuple(row for row in self.rows if row.raw_nbytes is not None)
 
-    def by(self, field: str) -> dict[str, int]:
+    def sum_bytes(self, field: str) -> dict[str, int]:
         """Bytes summed by a field of the rows (`role`, `kind`, `matrix`, `file`), largest first."""
         sums: dict[str, int] = defaultdict(int)
         for row in self.rows:
@@ -100,12 +100,12 @@ class Ledger:
             "block_weights": self.block_weights,
             "parameters": self.parameters,
             "entropy_coded": {
-                "tensors": len(self.coded),
-                "bytes": sum(row.nbytes for row in self.coded),
-                "raw_bytes": sum(row.raw_nbytes or 0 for row in self.coded),
+                "tensors": len(self.entropy_coded_rows),
+                "bytes": sum(row.nbytes for row in self.entropy_coded_rows),
+                "raw_bytes": sum(row.raw_nbytes or 0 for row in self.entropy_coded_rows),
             },
-            "by_role": self.by("role"),
-            "by_kind": self.by("kind"),
+            "by_role": self.sum_bytes("role"),
+            "by_kind": self.sum_bytes("kind"),
             "rows": [asdict(row) for row in self.rows],
         }
 
@@ -118,23 +118,23 @@ def read_ledger(folder: Path) -> Ledger:
     folder = Path(folder)
     manifest = read_manifest(folder)
     rows: list[Row] = []
-    kept_weights = 0
+    unquantized_weights = 0
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         check_inside(path, folder)
         if path.suffix == ".safetensors":
             tensors, kept = _tensor_rows(path, folder, manifest)
             rows += tensors
-            kept_weights += kept
+            unquantized_weights += kept
         else:
             rows.append(_file_row(path, folder))
     _check_complete(folder, rows, manifest)
-    return Ledger(tuple(rows), manifest.matrices, kept_weights)
+    return Ledger(tuple(rows), manifest.matrices, unquantized_weights)
 
 
 def _check_complete(folder: Path, rows: list[Row], manifest: Manifest) -> None:
     """Every tensor that the manifest leads to is there, with the bytes it should have."""
     found = {row.name: row.nbytes for row in rows if row.kind not in ("file", "kept")}
-    for name, tensor in table_tensors(manifest.tables).items():
+    for name, tensor in shared_decoder_layout(manifest.shared_decoders).items():
         if found.get(name) != tensor.nbytes:
             raise ArtifactError(f"{folder}: tensor {name!r} is missing or has another size; copy the artifact again")
     for matrix in manifest.matrices:
@@ -162,7 +162,7 @@ def _tensor_rows(path: Path, folder: Path, manifest: Manifest) -> tuple[list[Row
     owners = {matrix.name: matrix for matrix in manifest.matrices}
     shared = _kinds_of_shared(manifest)
     rows = [Row(file, "header", None, "file", "headers", header_bytes)]
-    kept_weights = 0
+    unquantized_weights = 0
     for name, entry in header.items():
         if name in shared:
             rows.append(Row(file, name, None, shared[name], ROLE, entry.nbytes))
@@ -171,19 +171,19 @@ def _tensor_rows(path: Path, folder: Path, manifest: Manifest) -> tuple[list[Row
         role = _role(matrix, name) if matrix else None
         if matrix is None or role is None:
             rows.append(Row(file, name, None, "kept", "kept", entry.nbytes))
-            kept_weights += math.prod(entry.shape)
+            unquantized_weights += math.prod(entry.shape)
         else:
             raw = _raw_nbytes(matrix, name)
             rows.append(Row(file, name, matrix.name, matrix.kind, role, entry.nbytes, raw))
-    return rows, kept_weights
+    return rows, unquantized_weights
 
 
 def _kinds_of_shared(manifest: Manifest) -> dict[str, str]:
     """The kind of every tensor of a shared decoder, by full name: what all matrices are that use it, or `block`."""
     found: dict[str, str] = {}
     for kind in sorted({matrix.kind for matrix in manifest.matrices}, key=lambda kind: kind == "block"):
-        tables = tables_of(matrix.fmt for matrix in manifest.matrices if matrix.kind == kind)
-        found |= dict.fromkeys(table_tensors(tables), kind)
+        shared_decoders = collect_shared_decoders(matrix.fmt for matrix in manifest.matrices if matrix.kind == kind)
+        found |= dict.fromkeys(shared_decoder_layout(shared_decoders), kind)
     return found
 
 
@@ -214,15 +214,15 @@ _TIMED_BYTES = 4_000_000
 
 def decoding_seconds(folder: Path, ledger: Ledger) -> float:
     """How long entropy decoding takes at load, here: timed on some of the tensors."""
-    layouts = {f"{m.name}.{local}": t for m in ledger.compressed for local, t in m.fmt.layout(m.shape).items()}
+    layouts = {f"{m.name}.{local}": t for m in ledger.compressed_matrices for local, t in m.fmt.layout(m.shape).items()}
     done, begun = 0, time.perf_counter()
-    for row in ledger.coded:
+    for row in ledger.entropy_coded_rows:
         with safe_open(Path(folder) / row.file, framework="pt") as file:
-            decoded_tensor(file.get_tensor(row.name), layouts[row.name])
+            decode_tensor(file.get_tensor(row.name), layouts[row.name])
         done += row.nbytes
         if done >= _TIMED_BYTES:
             break
-    return (time.perf_counter() - begun) * sum(row.nbytes for row in ledger.coded) / max(done, 1)
+    return (time.perf_counter() - begun) * sum(row.nbytes for row in ledger.entropy_coded_rows) / max(done, 1)
 
 
 def _raw_nbytes(matrix: StoredMatrix, tensor: str) -> int | None:

@@ -8,7 +8,15 @@ from typing import Any
 
 from reallm.artifact.checks import check_folder, check_name, read_json
 from reallm.errors import ArtifactError, FormatError
-from reallm.formats import Shape, Table, WeightFormat, from_spec, table_tensors, tables_of, to_spec
+from reallm.formats import (
+    Shape,
+    SharedDecoder,
+    WeightFormat,
+    collect_shared_decoders,
+    from_spec,
+    shared_decoder_layout,
+    to_spec,
+)
 from reallm.formats.shared import PREFIX as SHARED
 
 QUANT_METHOD = "reallm"
@@ -57,9 +65,9 @@ class Manifest:
     checksums: dict[str, str] = field(default_factory=dict)
 
     @property
-    def tables(self) -> dict[str, Table]:
+    def shared_decoders(self) -> dict[str, SharedDecoder]:
         """Decoders that matrices share, by name: they follow from the formats."""
-        return tables_of(matrix.fmt for matrix in self.matrices)
+        return collect_shared_decoders(matrix.fmt for matrix in self.matrices)
 
     @property
     def size(self) -> int | None:
@@ -74,10 +82,10 @@ class Manifest:
         rows = found if isinstance(found, list) else []
         return [row for row in rows if isinstance(row, dict) and _is_unused(row)]
 
-    def check_tables(self) -> None:
+    def check_shared_decoders(self) -> None:
         """Errors: ArtifactError if one name stands for two shared decoders, or the name of a matrix for one."""
         try:
-            names = table_tensors(self.tables)
+            names = shared_decoder_layout(self.shared_decoders)
         except FormatError as error:
             raise ArtifactError(f"config.json: {error}; it is damaged") from error
         if taken := [m.name for m in self.matrices if names and f"{m.name}.".startswith(f"{SHARED}.")]:
@@ -127,7 +135,7 @@ class Manifest:
         built = {index: _stored_matrix(name, *layouts[index]) for name, index in named.items()}
         matrices = tuple(replace(built[index], name=name) for name, index in named.items())
         manifest = Manifest(matrices, provenance, version, checksums)
-        manifest.check_tables()
+        manifest.check_shared_decoders()
         return manifest
 
 

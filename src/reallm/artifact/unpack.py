@@ -21,8 +21,17 @@ MAGIC = b"RLM1"
 DTYPES = {"U8": "u1", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "BOOL": "?"}
 # Bytes of the JSON; bytes of code that a byte of the file stands for, and weights that a byte of a matrix does.
 MOST_JSON, MOST, MOST_WEIGHTS = 32_000_000, 4096, 128
-STRANGE = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
-STRANGE += (lzma.LZMAError, zlib.error)
+READ_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+READ_ERRORS += (lzma.LZMAError, zlib.error)
 DTYPES |= {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
 
 
@@ -39,7 +48,7 @@ def files(path):
     return _read(path, _files)
 
 
-def _read(path, parts):
+def _read(path, parse):
     if Path(path).is_dir():
         raise ValueError(f"{path}: is a folder; give the file that reallm pack wrote")
     data = Path(path).read_bytes()
@@ -47,9 +56,9 @@ def _read(path, parts):
         raise ValueError(f"{path}: not a file of reallm pack, or damaged")
     try:
         size = int.from_bytes(data[4:8], "little")
-        header = json.loads(_within(zlib.decompressobj(), data[12 : 12 + size], MOST_JSON))
-        return parts(header, data, 12 + size)
-    except STRANGE as problem:
+        header = json.loads(_decompress(zlib.decompressobj(), data[12 : 12 + size], MOST_JSON))
+        return parse(header, data, 12 + size)
+    except READ_ERRORS as problem:
         raise ValueError(f"{path}: damaged or forged ({type(problem).__name__}: {problem})") from problem
 
 
@@ -73,12 +82,12 @@ def _files(header, data, at):
     at += sum(_size(item[3]) for entry in header["tensors"] for item in entry["stored"])
     found = {}
     for name, size in header["files"]:
-        found[name] = _within(lzma.LZMADecompressor(), data[at : at + _size(size)], MOST * len(data))
+        found[name] = _decompress(lzma.LZMADecompressor(), data[at : at + _size(size)], MOST * len(data))
         at += size
     return found
 
 
-def _within(decompressor, data, most):
+def _decompress(decompressor, data, most):
     """What is decompressed, if it is all and no more than `most` bytes."""
     found = decompressor.decompress(data, most)
     if not decompressor.eof:
@@ -95,7 +104,7 @@ def _size(number):
 def _array(data, dtype, shape, coded):
     kind = np.dtype(DTYPES[dtype])
     nbytes = math.prod(map(_size, shape)) * kind.itemsize
-    return np.frombuffer(_decoded(data, nbytes) if coded else data, kind).reshape(shape)
+    return np.frombuffer(_decode_entropy(data, nbytes) if coded else data, kind).reshape(shape)
 
 
 def _floats(array, dtype):
@@ -127,7 +136,7 @@ def _uniform(fmt, stored, rows, columns):
         zero = np.float32(2 ** (bits - 1) if bits > 1 else 0.5)
     else:
         groups = math.ceil(columns / (fmt["group_size"] or columns))
-        zero = _by_column(
+        zero = _expand_groups(
             _codes(stored["zeros"], bits, rows * groups).astype(np.float32).reshape(rows, groups), fmt, columns
         )
     return (codes - zero) * _scales(fmt, stored, rows, columns)
@@ -163,10 +172,10 @@ def _scales(fmt, stored, rows, columns):
     if fmt["scales"] == "two_level":
         ratio = scales / np.float32(np.iinfo(stored["scales"].dtype).max)
         scales = ratio * np.abs(ratio) * np.repeat(stored["scales_max"], 256)[: len(scales)]
-    return _by_column(scales.reshape(rows, -1), fmt, columns)
+    return _expand_groups(scales.reshape(rows, -1), fmt, columns)
 
 
-def _by_column(groups, fmt, columns):
+def _expand_groups(groups, fmt, columns):
     return np.repeat(groups, min(fmt["group_size"] or columns, columns), axis=1)[:, :columns]
 
 
@@ -187,7 +196,7 @@ def _weights(table):
     return np.where(table > 0, (16 + table % 16) << (table // 16), 0)
 
 
-def _decoded(data, nbytes):
+def _decode_entropy(data, nbytes):
     """A coded tensor's bytes."""
     width = data[0]
     # The packer codes with LZMA up to 256 KB, and takes at most 2,048 steps in each lane of four bytes.

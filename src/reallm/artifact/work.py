@@ -42,7 +42,7 @@ def check_output(out: Path, resume: bool = False, read: Callable[[Path], Any] = 
         raise ArtifactError(f"{out} exists; give another --output or remove it")
     if not out.absolute().parent.is_dir():
         raise ArtifactError(f"{out}: the folder {out.absolute().parent} does not exist; make it first")
-    if (around := _artifact_around(out)) is not None:
+    if (around := _enclosing_artifact(out)) is not None:
         raise ArtifactError(f"{out} would lie in {around} and count as its bytes; give an --output beside it")
     work = work_folder(out)
     if not os.path.lexists(work):
@@ -76,7 +76,7 @@ def _may_be_finished(out: Path, read: Callable[[Path], Any]) -> bool:
     return not (work_folder(out) / STAGING).exists()
 
 
-def _artifact_around(out: Path) -> Path | None:
+def _enclosing_artifact(out: Path) -> Path | None:
     """The compressed model that a new folder would lie in, if there is one."""
     for folder in out.absolute().parents:
         with contextlib.suppress(ArtifactError, FormatError, OSError):  # a config.json of anything else
@@ -103,7 +103,7 @@ def check_finished_output(out: Path, state: dict[str, Any], formats_may_differ: 
             raise ArtifactError(f"{out} exists and is of another {key}; give another --output or remove it")
 
 
-def remove(work: Path) -> None:
+def remove_work_folder(work: Path) -> None:
     """Remove a work folder, its state last: killed on the way, it still is known for one."""
     for path in work.iterdir():
         if path.name != STATE_FILE:
@@ -112,7 +112,7 @@ def remove(work: Path) -> None:
 
 
 @contextlib.contextmanager
-def opened(work: Path, state: dict[str, Any]) -> Iterator[None]:
+def open_work_folder(work: Path, state: dict[str, Any]) -> Iterator[None]:
     """Make the work folder, or go on in one whose `state` (source, seed, device, plan) is the same.
 
     A run that fails leaves it for --resume, unless its own input is at fault, when nothing in it is of use, or nothing
@@ -152,7 +152,7 @@ def check_finished(path: Path, layout: Tensors) -> None:
         raise ArtifactError(f"{path}: holds other tensors than the plan says; remove this file and add --resume")
 
 
-def read_kept(path: Path, like: Tensors) -> Tensors:
+def read_work_tensors(path: Path, like: Tensors) -> Tensors:
     """The tensors of a file of the work folder: of the names, shapes and dtypes of `like`.
 
     Errors: ArtifactError naming the damaged file.
@@ -206,15 +206,15 @@ def _changes(name: str, old: Any, new: Any) -> Iterator[str]:
         for key in old | new:
             yield from _changes(key.replace("_", " "), old.get(key), new.get(key))
     elif old != new:
-        yield f"{name} was {_in_words(old)} and is now {_in_words(new)}"
+        yield f"{name} was {_describe(old)} and is now {_describe(new)}"
 
 
-def _in_words(value: Any) -> str:
+def _describe(value: Any) -> str:
     """A setting as a user would say it; of a sha256, which stands for a text or a model, the beginning."""
     if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_in_words(inner)}" for key, inner in value.items())
+        return ", ".join(f"{key.replace('_', ' ')} {_describe(inner)}" for key, inner in value.items())
     if isinstance(value, list | tuple):
-        return " + ".join(map(_in_words, value)) or "none"
+        return " + ".join(map(_describe, value)) or "none"
     if isinstance(value, str) and len(value) == 64:
         return f"the one of sha256 {value[:12]}…"
     return str(value)

@@ -60,9 +60,9 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def foretold_nbytes(tensors: Iterable[tuple[str, Tensor]], max_bytes: int = MAX_SHARD_BYTES) -> int:
+def predict_nbytes(tensors: Iterable[tuple[str, Tensor]], max_bytes: int = MAX_SHARD_BYTES) -> int:
     """Bytes of the files that `write_shards` makes of tensors, which may be on the meta device."""
-    shards = _foretold_shards(tensors, max_bytes)
+    shards = _predict_shards(tensors, max_bytes)
     files = sum(_file_nbytes(shard) for shard in shards)
     if len(shards) == 1:
         return files
@@ -70,14 +70,14 @@ def foretold_nbytes(tensors: Iterable[tuple[str, Tensor]], max_bytes: int = MAX_
     return files + len(_index([list(shard) for shard in shards], total)[1])
 
 
-def foretold_files(tensors: Iterable[tuple[str, Tensor]], max_bytes: int = MAX_SHARD_BYTES) -> dict[str, int]:
+def predict_files(tensors: Iterable[tuple[str, Tensor]], max_bytes: int = MAX_SHARD_BYTES) -> dict[str, int]:
     """Name of every safetensors file that `write_shards` makes, and how many tensors it holds."""
-    shards = _foretold_shards(tensors, max_bytes)
+    shards = _predict_shards(tensors, max_bytes)
     names = [SINGLE] if len(shards) == 1 else _index([list(shard) for shard in shards], 0)[0]
     return {name: len(shard) for name, shard in zip(names, shards, strict=True)}
 
 
-def _foretold_shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> list[Tensors]:
+def _predict_shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> list[Tensors]:
     shards: list[Tensors] = [{}]
     size = 0
     for name, tensor in tensors:
@@ -104,21 +104,21 @@ def _file_nbytes(tensors: Tensors) -> int:
 
 def _flush(held: Tensors, shards: list[list[str]], folder: Path) -> None:
     shards.append(list(held))
-    save_tensors(held, folder / _unnumbered(len(shards)))
+    save_tensors(held, folder / _temporary_name(len(shards)))
 
 
-def _unnumbered(number: int) -> str:
+def _temporary_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
 def _name_shards(shards: list[list[str]], folder: Path, total: int) -> None:
     """Give shards the names that the Hugging Face libraries expect: only now their number is known."""
     if len(shards) == 1:
-        os.replace(folder / _unnumbered(1), folder / SINGLE)
+        os.replace(folder / _temporary_name(1), folder / SINGLE)
         return
     names, index = _index(shards, total)
     for number, name in enumerate(names, 1):
-        os.replace(folder / _unnumbered(number), folder / name)
+        os.replace(folder / _temporary_name(number), folder / name)
     (folder / INDEX).write_text(index, encoding="utf-8")
 
 

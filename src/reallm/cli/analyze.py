@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from reallm.cli.options import Model, Seed, formats_of
+from reallm.cli.options import Model, Seed, parse_formats
 from reallm.cli.progress import progress_bar
 
 
@@ -64,7 +64,7 @@ def command(
 
     Everything stands beside Gaussian noise with the same scales of rows and columns, so that chance can be told apart.
     """
-    from reallm.analyze import DEFAULT_CODECS, Scope, analyze, prepare, seconds
+    from reallm.analyze import DEFAULT_CODECS, Scope, analyze, estimate_seconds, prepare
     from reallm.report.structure import check_writable, structure_text, work_line, write_structure
 
     scope = Scope(
@@ -73,13 +73,13 @@ def command(
         roles=tuple(role or ()),
         every_block=every_block,
         sample=sample,
-        codecs=DEFAULT_CODECS if codec is None else () if codec == ["none"] else formats_of(codec, "--codec"),
+        codecs=DEFAULT_CODECS if codec is None else () if codec == ["none"] else parse_formats(codec, "--codec"),
         seed=seed,
         device=device,
     )
     check_writable(json_file, output)
     work = prepare(model, scope)
-    print(work_line(work, seconds(work)), file=sys.stderr)
+    print(work_line(work, estimate_seconds(work)), file=sys.stderr)
     with progress_bar() as progress:
         found = analyze(work, progress)
     written = write_structure(found, json_file, output)  # before the tables: `| head` ends the command at the first

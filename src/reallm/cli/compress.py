@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reallm.cli.options import Candidates, Corrections, Exclude, Include, Model, Seed, note_left_out
+from reallm.cli.options import Candidates, Corrections, Exclude, Include, Model, Seed, note_missing_formats
 from reallm.cli.progress import progress_bar
 
 DEFAULT_RECIPE = "mixed"
@@ -156,7 +156,7 @@ def command(
     from reallm.report.cost import analysis_line, calibration_line, cost_table, plan_table
     from reallm.report.ledger import summary
     from reallm.report.names import model_name
-    from reallm.report.predicted import realised_line
+    from reallm.report.predicted import loss_line
     from reallm.report.text import size as in_units
 
     if not dry_run:
@@ -172,8 +172,8 @@ def command(
         device=device,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
-        embedding=end_format("--embedding", embedding),
-        head=end_format("--head", head),
+        embedding=embedding_format("--embedding", embedding),
+        head=embedding_format("--head", head),
         calibration=tuple(calibration or ()),
         calibration_windows=calibration_windows,
         objective=objective,
@@ -190,13 +190,15 @@ def command(
     if job.settings.calibration:
         print(f"calibration: {calibration_line(job, calibration_windows)}", file=sys.stderr)
     if job.forecast is not None:
-        note_left_out()
+        note_missing_formats()
     if dry_run:
         print(*filter(None, (plan_table(job), cost_table(job), analysis_line(job))), sep="\n\n")
         return
     print(f"work folder: {work_folder(output)}, up to {in_units(work_bytes(job))}, removed at the end", file=sys.stderr)
-    if job.source.why_whole:
-        print(f"{model_name(job.source)} is read into memory as a whole: {job.source.why_whole}", file=sys.stderr)
+    if job.source.full_load_reason:
+        print(
+            f"{model_name(job.source)} is read into memory as a whole: {job.source.full_load_reason}", file=sys.stderr
+        )
     try:
         with progress_bar() as progress:
             run(job, output, resume, progress)
@@ -207,10 +209,10 @@ def command(
     if recipe is not None and (changes := changes_table(job, output)):
         print(changes)
     if check and job.forecast is not None and job.forecast.calibrated:
-        print(realised_line(job, output))
+        print(loss_line(job, output))
 
 
-def end_format(option: str, bits: str | None) -> Any:
+def embedding_format(option: str, bits: str | None) -> Any:
     """The format an option's value stands for.
 
     Errors: RecipeError for anything but 1 to 8 and keep.

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from reallm.cli.options import Adapter
-from reallm.errors import ReallmError, install
+from reallm.errors import ReallmError, install_hint
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Compressed model, Hugging Face folder, hub id or GGUF file.")
@@ -35,7 +35,7 @@ def command(
             "--tasks",
             metavar="NAMES",
             help="Zero-shot tasks of lm-eval, such as arc_easy,piqa,lambada (lambada_openai). "
-            f"Needs lm-eval: {install('tasks')}.",
+            f"Needs lm-eval: {install_hint('tasks')}.",
         ),
     ] = None,
     tasks_data: Annotated[
@@ -106,13 +106,13 @@ def command(
 
         result = score_tasks(model, names, data=tasks_data, limit=limit, batch_size=batch_size or 16, **options)
     if text is not None:
-        result = _with_text(result, _measured(model, text, context, windows, batch_size or 1, options))
+        result = _merge_results(result, _measure_text(model, text, context, windows, batch_size or 1, options))
     if output is not None:
         output.write_text(to_json(result) + "\n", encoding="utf-8")
     print(to_json(result)) if as_json else _print_table(result)
 
 
-def _measured(
+def _measure_text(
     model: str, text: Path, context: int, windows: int | None, batch_size: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     from reallm.evaluate.measure import measure
@@ -123,7 +123,7 @@ def _measured(
         )
 
 
-def _with_text(tasks: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+def _merge_results(tasks: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
     """Both results in one; times add up."""
     seconds = tasks.get("seconds", 0.0) + text["seconds"]
     return tasks | text | {"seconds": round(seconds, 3), "versions": tasks.get("versions", {}) | text["versions"]}

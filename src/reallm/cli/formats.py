@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from reallm.cli.options import formats_of
+from reallm.cli.options import parse_formats
 
 
 def command(
@@ -36,13 +36,13 @@ def command(
     with as many bits, and the seconds to fit and to decode.
     """
     from reallm.model.devices import check_device
-    from reallm.report.formats import formats_dict, formats_text, measured_formats
+    from reallm.report.formats import formats_dict, formats_text, measure_formats
 
-    more = formats_of(spec or [], "--spec")
+    more = parse_formats(spec or [], "--spec")
     check_device(device)
     names = names or []
     if measure:
-        found = measured_formats(names, device=device, progress=_progress, more=more)
+        found = measure_formats(names, device=device, progress=_progress, more=more)
     else:
         found = formats_dict(names, more=more)
     print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) if as_json else formats_text(found))

@@ -48,15 +48,15 @@ Candidates: TypeAlias = Annotated[
 ]
 
 
-def note_left_out() -> None:
+def note_missing_formats() -> None:
     """Tell on stderr what a budget cannot choose from, and what to install."""
-    from reallm.allocate.candidates import left_out
+    from reallm.allocate.candidates import missing_candidates
 
-    if line := left_out():
+    if line := missing_candidates():
         print(line, file=sys.stderr)
 
 
-def formats_of(specs: Sequence[str], option: str) -> tuple[Any, ...]:
+def parse_formats(specs: Sequence[str], option: str) -> tuple[Any, ...]:
     """Formats in the words of a recipe.
 
     Errors: RecipeError for what is no YAML, FormatError for no format.

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from reallm.cli.options import Seed, note_left_out
+from reallm.cli.options import Seed, note_missing_formats
 
 
 def command(
@@ -15,7 +15,7 @@ def command(
         str,
         typer.Option("--max-bytes", metavar="SIZE", help="Hard cap of the file: bytes, or 16MB (decimal), 15MiB, …"),
     ],
-    with_files: Annotated[
+    extra_files: Annotated[
         list[Path] | None,
         typer.Option("--with", metavar="FILE", help="Code file to pack too, compressed; may be repeated."),
     ] = None,
@@ -30,6 +30,6 @@ def command(
     from reallm.pipeline.packing import pack
     from reallm.report.packed import packed_text
 
-    note_left_out()
-    report = pack(state, output, parse_size(max_bytes), with_files or (), seed, device)
+    note_missing_formats()
+    report = pack(state, output, parse_size(max_bytes), extra_files or (), seed, device)
     print(packed_text(report, output, matrices))

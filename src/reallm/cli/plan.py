@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from reallm.cli.compress import end_format
-from reallm.cli.options import Candidates, Corrections, Exclude, Include, Model, Seed, note_left_out
+from reallm.cli.compress import embedding_format
+from reallm.cli.options import Candidates, Corrections, Exclude, Include, Model, Seed, note_missing_formats
 from reallm.cli.progress import progress_bar
 
 
@@ -123,8 +123,8 @@ def command(
             device=device,
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
-            embedding=end_format("--embedding", embedding),
-            head=end_format("--head", head),
+            embedding=embedding_format("--embedding", embedding),
+            head=embedding_format("--head", head),
             calibration=tuple(calibration or ()),
             objective=objective,
             analysis_windows=analysis_windows,
@@ -139,14 +139,14 @@ def command(
         with progress_bar() as progress:
             job = prepare(model, settings(None if size is None else parse_size(size)), progress)
         if job.forecast is not None:
-            note_left_out()
+            note_missing_formats()
         output.write_text(plan_file(job), encoding="utf-8")
         print(plan_table(job), budget_table(job), f"written: {output}", sep="\n\n")
         return
     source = open_source(model)
     with progress_bar() as progress:
         jobs = [prepare(source, settings(parse_size(word)), progress) for word in sizes.split(",")]
-    note_left_out()
+    note_missing_formats()
     points = frontier(jobs)
     output.write_text(json.dumps(points, indent=1) + "\n", encoding="utf-8")
     for job in jobs:

@@ -228,7 +228,7 @@ def command(
     except KeyboardInterrupt:
         print(f"stopped; what is learned is in {work_folder(output)}: add --resume to go on", file=sys.stderr)
         raise
-    if tuned.first:
+    if tuned.is_main_process:
         print(tuned_text(tuned, artifact, output))
 
 

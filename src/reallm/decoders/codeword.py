@@ -19,7 +19,7 @@ from reallm.decoders.parameters import Shapes, count, split
 
 
 @dataclass(frozen=True)
-class CodewordNet:
+class CodebookNet:
     """2^index_bits codewords of `vector_dim` numbers; digits have `digit_bits` bits, the last one what is left."""
 
     index_bits: int
@@ -50,7 +50,7 @@ class CodewordNet:
         """Of the whole table: it is made once."""
         return 2**self.index_bits * self.hidden * self.vector_dim
 
-    def table(self, flat: Float[Tensor, " parameters"]) -> Float[Tensor, "codewords vector_dim"]:
+    def codebook(self, flat: Float[Tensor, " parameters"]) -> Float[Tensor, "codewords vector_dim"]:
         """All codewords in the order of their index.
 
         Sums of tables go digit by digit, so that gradients are sums along an axis: the same in every run.

@@ -66,7 +66,7 @@ class ConvNet:
         """Places of latents along both sides of a matrix; the last may reach beyond it."""
         return -(-out_features // self.factor), -(-in_features // self.factor)
 
-    def whole(
+    def decode(
         self, flat: Float[Tensor, " parameters"], latents: Float[Tensor, "channels down across"]
     ) -> Float[Tensor, "out in"]:
         """All weights at once: what training needs."""
@@ -79,7 +79,7 @@ class ConvNet:
             values = F.gelu(F.pixel_shuffle(values, 2))
         return (skip + F.conv2d(values, named["head"], named["bias"], padding=1))[0, 0]
 
-    def tiled(
+    def decode_tiled(
         self, flat: Float[Tensor, " parameters"], latents: Float[Tensor, "channels down across"]
     ) -> Float[Tensor, "out in"]:
         """The same tile by tile, each with the latents around it that it depends on: no seams, and little memory."""
@@ -93,7 +93,7 @@ class ConvNet:
     def _tile(self, flat: Tensor, latents: Tensor, top: int, left: int, side: int) -> Float[Tensor, "out in"]:
         first = [max(0, start - _HALO) for start in (top, left)]
         part = latents[:, first[0] : top + side + _HALO, first[1] : left + side + _HALO]
-        found = self.whole(flat, part)
+        found = self.decode(flat, part)
         cut = [(start - begin) * self.factor for start, begin in zip((top, left), first, strict=True)]
         length = side * self.factor
         return found[cut[0] : cut[0] + length, cut[1] : cut[1] + length]

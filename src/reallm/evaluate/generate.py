@@ -12,7 +12,7 @@ from torch import Tensor
 from reallm.errors import ReallmError, SourceError, TextError
 
 # Tokens that are decoded anew for each piece: without a limit the cost of a piece would grow with the answer.
-DECODED_AGAIN = 64
+REDECODED_TOKENS = 64
 
 
 def generate_stream(
@@ -40,9 +40,9 @@ def generate_stream(
     SourceError if a chat template is asked for and missing; TextError if the prompt is empty or too long.
     """
     input_ids = encode_prompt(tokenizer, prompt, chat=chat, system=system)
-    settings = _sampling(temperature, top_p, repetition_penalty) | {
-        "max_new_tokens": _room_left(model, input_ids.shape[1], max_new_tokens),
-        "pad_token_id": _padding(model, tokenizer),
+    settings = _sampling_options(temperature, top_p, repetition_penalty) | {
+        "max_new_tokens": _remaining_tokens(model, input_ids.shape[1], max_new_tokens),
+        "pad_token_id": _pad_token_id(model, tokenizer),
     }
     return _run(model, tokenizer, input_ids, settings, seed)
 
@@ -76,7 +76,7 @@ def _chat_text(tokenizer: Any, prompt: str, system: str | None) -> str:
         raise SourceError(f"the model's chat template refuses this prompt ({error}): use --raw") from error
 
 
-def _sampling(temperature: float, top_p: float, repetition_penalty: float) -> dict[str, Any]:
+def _sampling_options(temperature: float, top_p: float, repetition_penalty: float) -> dict[str, Any]:
     """What `model.generate` is told. Every field is given, so that the defaults which a model brings along
     in its own generation settings do not change the answer between it and its compressed twin."""
     if temperature < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0:
@@ -94,7 +94,7 @@ def _sampling(temperature: float, top_p: float, repetition_penalty: float) -> di
     }
 
 
-def _room_left(model: Any, used: int, wanted: int) -> int:
+def _remaining_tokens(model: Any, used: int, wanted: int) -> int:
     if wanted < 1:
         raise TextError(f"max_new_tokens {wanted}: at least 1 is needed")
     config = model.config.get_text_config()
@@ -106,7 +106,7 @@ def _room_left(model: Any, used: int, wanted: int) -> int:
     return min(wanted, limit - used)
 
 
-def _padding(model: Any, tokenizer: Any) -> int | None:
+def _pad_token_id(model: Any, tokenizer: Any) -> int | None:
     """Any id does, since one prompt is never padded; without one, transformers prints a notice each time."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, model.generation_config.eos_token_id):
         if token is not None:
@@ -114,11 +114,11 @@ def _padding(model: Any, tokenizer: Any) -> int | None:
     return None
 
 
-class _Stopped(Exception):
+class _StopGeneration(Exception):
     """Raised inside the generating thread when nobody reads any more."""
 
 
-class _Tokens:
+class _QueueStreamer:
     """What `model.generate` calls a streamer: hands new token ids from its thread to the reader."""
 
     def __init__(self):
@@ -128,7 +128,7 @@ class _Tokens:
 
     def put(self, ids) -> None:
         if self.stopped.is_set():
-            raise _Stopped
+            raise _StopGeneration
         if self.prompt_seen:
             self.queue.put(ids.flatten().tolist())
         self.prompt_seen = True  # the first call brings the prompt
@@ -138,17 +138,17 @@ class _Tokens:
 
 
 def _run(model: Any, tokenizer: Any, input_ids: Tensor, settings: dict, seed: int) -> Iterator[str]:
-    tokens = _Tokens()
+    tokens = _QueueStreamer()
     thread = threading.Thread(target=_generate, args=(model, input_ids, settings, seed, tokens), daemon=True)
     thread.start()
     try:
-        yield from _pieces(tokenizer, _received(tokens.queue))
+        yield from _decode_stream(tokenizer, _receive(tokens.queue))
     finally:
         tokens.stopped.set()
         thread.join()
 
 
-def _generate(model: Any, input_ids: Tensor, settings: dict, seed: int, tokens: _Tokens) -> None:
+def _generate(model: Any, input_ids: Tensor, settings: dict, seed: int, tokens: _QueueStreamer) -> None:
     """The thread's work. Last into the queue goes None, or the error that ended it."""
     try:
         torch.manual_seed(seed)
@@ -167,7 +167,7 @@ def _device(model: Any) -> torch.device:
     return tensors[0].device
 
 
-def _received(tokens: queue.Queue) -> Iterator[list[int]]:
+def _receive(tokens: queue.Queue) -> Iterator[list[int]]:
     while (item := tokens.get()) is not None:
         if isinstance(item, ReallmError):
             raise item
@@ -176,7 +176,7 @@ def _received(tokens: queue.Queue) -> Iterator[list[int]]:
         yield item
 
 
-def _pieces(tokenizer: Any, batches: Iterator[list[int]]) -> Iterator[str]:
+def _decode_stream(tokenizer: Any, batches: Iterator[list[int]]) -> Iterator[str]:
     """Decode as tokens come. One character may be several tokens: its bytes are held back until complete."""
     ids: list[int] = []
     shown = ""  # what of the text of `ids` was yielded
@@ -187,7 +187,7 @@ def _pieces(tokenizer: Any, batches: Iterator[list[int]]) -> Iterator[str]:
         if len(whole) > len(shown):
             yield whole[len(shown) :]
             shown = whole
-        if len(ids) > DECODED_AGAIN and whole == text:
+        if len(ids) > REDECODED_TOKENS and whole == text:
             # The tokens kept are context: many tokenizers drop the space before the first word they decode.
             ids = ids[-8:]
             shown = _decode(tokenizer, ids)

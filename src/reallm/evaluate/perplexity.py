@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.errors import SourceError, TextError
-from reallm.model.devices import device_of
+from reallm.model.devices import module_device
 
 # Log-probabilities are made for so many values at a time (64 MiB in float32). The logits of one window
 # are 2,048 × 49,152 values, 400 MB; a log-softmax of all of them at once would double that, KL triple it.
@@ -74,7 +74,7 @@ def evaluate(
         _check_vocabularies(_text_config(model).vocab_size, _text_config(reference).vocab_size)
     sums = torch.zeros(3, dtype=torch.float64)  # nll, KL, agreement
     done = 0
-    with _evaluating(model), _evaluating(reference):
+    with _eval_mode(model), _eval_mode(reference):
         for batch in batches.split(batch_size):
             sums += _score(model, reference, batch)
             done += len(batch)
@@ -130,7 +130,7 @@ def _log_softmax(logits: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:
 
 def _logits(model: Any, batch: Int[Tensor, "batch context"]) -> Float[Tensor, "n vocab"]:
     """Logits of every position that has a next token, windows one after the other."""
-    logits = model(input_ids=batch.to(device_of(model)), use_cache=False).logits[:, :-1]
+    logits = model(input_ids=batch.to(module_device(model)), use_cache=False).logits[:, :-1]
     return logits.reshape(-1, logits.shape[-1])
 
 
@@ -139,7 +139,7 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def _eval_mode(model: Any) -> Iterator[None]:
     """Dropout off inside, and the model's mode as it was afterwards."""
     if model is None:
         yield

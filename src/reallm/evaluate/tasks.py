@@ -1,7 +1,7 @@
 """Multiple-choice and last-word tasks through lm-eval, on local files where there are any.
 
 Prompts, scoring and figures are those of lm-eval (EleutherAI's lm-evaluation-harness); a local file only takes the
-place of the hub's data set. Needs `pip install ".[tasks]"`.
+place of the hub's data set. Needs `pip install_hint ".[tasks]"`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from reallm import model as models
-from reallm.errors import SourceError, TextError, install
+from reallm.errors import SourceError, TextError, install_hint
 from reallm.evaluate.loading import load_options
 from reallm.evaluate.measure import versions
 
@@ -36,7 +36,7 @@ _SPLIT = "test"
 
 
 @dataclass(frozen=True)
-class _Local:
+class _LocalTask:
     """A task that can read local files: its name in lm-eval, and how files become the rows of the hub's data set."""
 
     task: str
@@ -71,11 +71,11 @@ def score_tasks(
     options = load_options(device, dtype) | {"mode": mode, "verify": verify}
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        local = _written(names, None if data is None else Path(data), Path(folder))
-        specs = list(dict.fromkeys(local[name].task if name in local else _called(name) for name in names))
+        local = _write_rows(names, None if data is None else Path(data), Path(folder))
+        specs = list(dict.fromkeys(local[name].task if name in local else _lm_eval_name(name) for name in names))
         tasks = _manager(specs, Path(folder), [found.task for found in local.values()])
-        results, computed = _evaluated(model, specs, tasks, limit, batch_size, options | {"adapter": adapter})
-        others = None if reference is None else _evaluated(reference, specs, tasks, limit, batch_size, options)[0]
+        results, computed = _run_tasks(model, specs, tasks, limit, batch_size, options | {"adapter": adapter})
+        others = None if reference is None else _run_tasks(reference, specs, tasks, limit, batch_size, options)[0]
     return {
         "model": str(model),
         "adapter": None if adapter is None else str(adapter),
@@ -90,14 +90,14 @@ def score_tasks(
 
 
 @dataclass(frozen=True)
-class _Found:
+class _LocalFiles:
     """A task whose local files are there."""
 
     task: str
     sha256: dict[str, str]
 
 
-def _written(names: Sequence[str], data: Path | None, folder: Path) -> dict[str, _Found]:
+def _write_rows(names: Sequence[str], data: Path | None, folder: Path) -> dict[str, _LocalFiles]:
     """Write rows and a config into `folder` for every name with local files; lm-eval's own config is included."""
     if data is None:
         return {}
@@ -109,10 +109,10 @@ def _written(names: Sequence[str], data: Path | None, folder: Path) -> dict[str,
         if local is None or not _file(data, local.files[0]).is_file():
             continue
         paths = [_file(data, file) for file in local.files]
-        rows = _read(local, paths)
+        rows = _read_rows(local, paths)
         (folder / f"{local.task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         config = {
-            "include": str(_config_of(local.task)),
+            "include": str(_task_config(local.task)),
             "task": local.task,
             "dataset_path": "json",
             "dataset_name": None,
@@ -125,7 +125,9 @@ def _written(names: Sequence[str], data: Path | None, folder: Path) -> dict[str,
             "test_split": _SPLIT,
         }
         (folder / f"{local.task}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-        found[name] = _Found(local.task, {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths})
+        found[name] = _LocalFiles(
+            local.task, {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+        )
     return found
 
 
@@ -135,7 +137,7 @@ def _file(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_file() else next(alike, folder / name)
 
 
-def _read(local: _Local, paths: Sequence[Path]) -> Rows:
+def _read_rows(local: _LocalTask, paths: Sequence[Path]) -> Rows:
     """Errors: TextError naming the file that is missing, or the files that are not what the task reads."""
     texts = []
     for path in paths:
@@ -183,23 +185,23 @@ def _passages(text: str) -> Rows:
     return [{"text": row["text"] + ""} for row in _lines(text)]
 
 
-_LAMBADA = _Local("lambada_openai", ("lambada_test.jsonl",), _passages)
+_LAMBADA = _LocalTask("lambada_openai", ("lambada_test.jsonl",), _passages)
 # Name -> the files, as their authors publish them, that stand in for the hub's data set.
 LOCAL = {
-    "arc_easy": _Local("arc_easy", ("ARC-Easy-Test.jsonl",), _arc),
-    "arc_challenge": _Local("arc_challenge", ("ARC-Challenge-Test.jsonl",), _arc),
-    "piqa": _Local("piqa", ("piqa-valid.jsonl", "piqa-valid-labels.lst"), _piqa),
+    "arc_easy": _LocalTask("arc_easy", ("ARC-Easy-Test.jsonl",), _arc),
+    "arc_challenge": _LocalTask("arc_challenge", ("ARC-Challenge-Test.jsonl",), _arc),
+    "piqa": _LocalTask("piqa", ("piqa-valid.jsonl", "piqa-valid-labels.lst"), _piqa),
     "lambada": _LAMBADA,
     "lambada_openai": _LAMBADA,
 }
 
 
-def _called(name: str) -> str:
+def _lm_eval_name(name: str) -> str:
     """What lm-eval calls a task: its `lambada` would be two data sets."""
     return LOCAL[name].task if name in LOCAL else name
 
 
-def _config_of(task: str) -> Path:
+def _task_config(task: str) -> Path:
     """lm-eval's own config of a task, which says how it is asked and scored."""
     import lm_eval.tasks
 
@@ -217,7 +219,7 @@ def _manager(specs: Sequence[str], folder: Path, local: Sequence[str]) -> Any:
     """
     from lm_eval.tasks import TaskManager
 
-    with _hushed():
+    with _silence_lm_eval():
         manager = TaskManager(include_path=str(folder), include_defaults=not set(specs) <= set(local))
     for name in specs:
         if name not in manager.all_tasks:
@@ -225,7 +227,7 @@ def _manager(specs: Sequence[str], folder: Path, local: Sequence[str]) -> Any:
     return manager
 
 
-def _evaluated(
+def _run_tasks(
     path: str, specs: list[str], tasks: Any, limit: int | None, batch_size: int, options: dict[str, Any]
 ) -> tuple[dict[str, Any], str]:
     """(what lm-eval finds, dtype). One model is in memory at a time."""
@@ -233,14 +235,14 @@ def _evaluated(
     from lm_eval.models.huggingface import HFLM
 
     tokenizer, loaded = models.load_tokenizer(path), models.load(path, **options)
-    with _hushed():
+    with _silence_lm_eval():
         scorer = HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
         try:
             found = simple_evaluate(
                 scorer, tasks=specs, task_manager=tasks, limit=limit, bootstrap_iters=_DRAWS, log_samples=False
             )
         except (OSError, ValueError) as error:  # data sets that are not there, each kind in its own way
-            if not _of_datasets(error):
+            if not _is_dataset_error(error):
                 raise
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise TextError(
@@ -250,7 +252,7 @@ def _evaluated(
     return found, str(getattr(loaded, "dtype", "unknown")).removeprefix("torch.")
 
 
-def _of_datasets(error: BaseException) -> bool:
+def _is_dataset_error(error: BaseException) -> bool:
     """Whether an error was raised while a data set was loaded, by what stands on its stack."""
     trace, files = error.__traceback__, []
     while trace is not None:
@@ -289,7 +291,7 @@ def _metrics(figures: dict[str, Any]) -> dict[str, dict[str, float | None]]:
 
 
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
+def _silence_lm_eval() -> Iterator[None]:
     """lm-eval's bars only where they are seen, nothing on stdout, no log below errors, no processes of its own."""
     logger = logging.getLogger("lm_eval")
     level, before = logger.level, os.environ.get("DISABLE_MULTIPROC")
@@ -319,4 +321,4 @@ def _version(package: str) -> str:
 
 def _require_lm_eval() -> None:
     if importlib.util.find_spec("lm_eval") is None:
-        raise SourceError(f"tasks need lm-eval: {install('tasks')}")
+        raise SourceError(f"tasks need lm-eval: {install_hint('tasks')}")

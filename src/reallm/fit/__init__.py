@@ -6,7 +6,7 @@ import pkgutil
 from reallm.fit.dispatch import fit, relative_error, squared_error
 from reallm.fit.objective import Objective
 from reallm.fit.quality import Quality, gaussian_error, gaussian_quality, gaussian_share
-from reallm.fit.shared import demand_of, train_shared
+from reallm.fit.shared import capture_fit_input, train_shared_decoder
 
 # Every file of this folder registers its ways of fitting when imported.
 for _module in pkgutil.iter_modules(__path__):
@@ -15,12 +15,12 @@ for _module in pkgutil.iter_modules(__path__):
 __all__ = [
     "Objective",
     "Quality",
-    "demand_of",
+    "capture_fit_input",
     "fit",
     "gaussian_error",
     "gaussian_quality",
     "gaussian_share",
     "relative_error",
     "squared_error",
-    "train_shared",
+    "train_shared_decoder",
 ]

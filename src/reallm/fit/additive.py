@@ -11,15 +11,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.fit.dispatch import fit
-from reallm.fit.feedback import coded
-from reallm.fit.kmeans import kmeans, vectors_of
+from reallm.fit.feedback import assign_codes
+from reallm.fit.kmeans import kmeans, split_vectors
 from reallm.fit.objective import Objective
-from reallm.fit.refit import alternated
-from reallm.fit.rounding import ByGroups, normalised
-from reallm.formats import Parts
+from reallm.fit.refit import alternate
+from reallm.fit.rounding import GroupScaledCoder, normalize
+from reallm.formats import Unpacked
 from reallm.formats import scales as scale_store
-from reallm.formats.additive import Additive, AdditiveParts, sum_of_entries
-from reallm.formats.codeword import Codeword
+from reallm.formats.additive import Additive, UnpackedAdditive, sum_of_entries
+from reallm.formats.codeword import NeuralCodebook
 
 _BEAM = 8
 _ROUNDS = 4
@@ -33,37 +33,39 @@ _NAMES = (("codebooks",), ("scales",))
 
 @fit.register
 def fit_additive(
-    fmt: Additive, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Parts | None = None
-) -> AdditiveParts:
+    fmt: Additive, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Unpacked | None = None
+) -> UnpackedAdditive:
     """AQLM's alternation: codes by beam search, codebooks and scales by least squares; error feedback if there is data.
 
     Scales begin as root mean squares of their groups.
     """
     objective = objective or Objective.plain(weight)
-    if isinstance(start, AdditiveParts):
+    if isinstance(start, UnpackedAdditive):
         codebooks, scales = start.codebooks, start.scales
     else:
-        codebooks, scales = _first(fmt, weight, objective, seed)
+        codebooks, scales = _initialize(fmt, weight, objective, seed)
 
-    def coder_of(parts: AdditiveParts) -> AdditiveCoder:
-        return AdditiveCoder(fmt, parts.codebooks, parts.scales)
+    def make_coder(unpacked: UnpackedAdditive) -> AdditiveCoder:
+        return AdditiveCoder(fmt, unpacked.codebooks, unpacked.scales)
 
-    parts = AdditiveParts(coded(weight, AdditiveCoder(fmt, codebooks, scales), objective), codebooks, scales)
-    return alternated(fmt, parts, weight, objective, _NAMES, coder_of, _ROUNDS if start is None else 1)
+    unpacked = UnpackedAdditive(
+        assign_codes(weight, AdditiveCoder(fmt, codebooks, scales), objective), codebooks, scales
+    )
+    return alternate(fmt, unpacked, weight, objective, _NAMES, make_coder, _ROUNDS if start is None else 1)
 
 
-def _first(fmt: Additive, weight: Tensor, objective: Objective, seed: int) -> tuple[Tensor, Tensor]:
+def _initialize(fmt: Additive, weight: Tensor, objective: Objective, seed: int) -> tuple[Tensor, Tensor]:
     """(codebooks, scales) by residual k-means: each codebook for what those before it leave."""
-    sizes = scale_store.grouped(weight, fmt.group_size).square()
-    counts = scale_store.grouped(torch.ones_like(weight[:1]), fmt.group_size).sum(2)
-    scales = scale_store.stored(fmt.scales, (sizes.sum(2) / counts).sqrt())
-    importance = scale_store.spread(scales.square(), weight.shape[1], fmt.group_size) * objective.importance
+    sizes = scale_store.split_groups(weight, fmt.group_size).square()
+    counts = scale_store.split_groups(torch.ones_like(weight[:1]), fmt.group_size).sum(2)
+    scales = scale_store.fake_quantize(fmt.scales, (sizes.sum(2) / counts).sqrt())
+    importance = scale_store.expand_groups(scales.square(), weight.shape[1], fmt.group_size) * objective.importance
     remainders, importance = (
-        vectors_of(values, fmt.vector_dim) for values in (normalised(weight, scales, fmt.group_size), importance)
+        split_vectors(values, fmt.vector_dim) for values in (normalize(weight, scales, fmt.group_size), importance)
     )
     codebooks = []
     for book in range(fmt.books):
-        entries = kmeans(remainders, importance, 2**fmt.index_bits, seed + book, anchored=False)
+        entries = kmeans(remainders, importance, 2**fmt.index_bits, seed + book, pin_entries=False)
         codebooks.append(entries.to(torch.float16).to(torch.float32))
         if book + 1 < fmt.books:
             codes = beam_search(remainders, codebooks[-1:], importance, width=1)
@@ -72,10 +74,10 @@ def _first(fmt: Additive, weight: Tensor, objective: Objective, seed: int) -> tu
 
 
 @dataclass(frozen=True)
-class AdditiveCoder(ByGroups):
+class AdditiveCoder(GroupScaledCoder):
     """Beam search for vectors of neighbouring columns; a codebook made by a net is one of one book."""
 
-    fmt: Additive | Codeword
+    fmt: Additive | NeuralCodebook
     codebooks: Float[Tensor, "books entries dim"]
     scales: Float[Tensor, "out groups"]
     beam: int = _BEAM
@@ -95,13 +97,13 @@ class AdditiveCoder(ByGroups):
     ) -> tuple[Int[Tensor, "out codes"], Float[Tensor, "out columns"]]:
         """Codes of small error of the weights themselves: coordinates weighted by squared scale and importance."""
         count = columns.shape[1]
-        vectors = vectors_of(columns / self.of_columns(self.divisors, start, count), self.width)
+        vectors = split_vectors(columns / self.expand_columns(self.divisors, start, count), self.width)
         if not self._one_scale:
-            importance = importance * self.of_columns(self.squares, start, count)
-        weights = vectors_of(importance.expand_as(columns), self.width)
-        return self._found(beam_search(vectors, self.tables, weights, self.beam), start, count)
+            importance = importance * self.expand_columns(self.squares, start, count)
+        weights = split_vectors(importance.expand_as(columns), self.width)
+        return self._split_and_decode(beam_search(vectors, self.tables, weights, self.beam), start, count)
 
-    def encode_by(
+    def encode_with_metric(
         self, columns: Float[Tensor, "out columns"], start: int, root: Float[Tensor, "columns columns"]
     ) -> tuple[Int[Tensor, "out codes"], Float[Tensor, "out columns"]]:
         """The same for one vector a row, its errors weighed together: in space turned by `root` distance is plain."""
@@ -109,21 +111,21 @@ class AdditiveCoder(ByGroups):
             return self.encode(columns, start, root.square().sum(1)[None])
         count = columns.shape[1]
         turned = [table[:, : len(root)] @ root for table in self.tables]
-        vectors = (columns / self.of_columns(self.divisors, start, count)) @ root
-        return self._found(beam_search(vectors, turned, None, self.beam), start, count)
+        vectors = (columns / self.expand_columns(self.divisors, start, count)) @ root
+        return self._split_and_decode(beam_search(vectors, turned, None, self.beam), start, count)
 
     @property
     def _one_scale(self) -> bool:
         """Whether all of a vector has one scale: it is a factor of all distances then, and no matter."""
         return self.fmt.group_size % self.width == 0
 
-    def _found(self, codes: Int[Tensor, "n tables"], start: int, count: int) -> tuple[Tensor, Tensor]:
+    def _split_and_decode(self, codes: Int[Tensor, "n tables"], start: int, count: int) -> tuple[Tensor, Tensor]:
         """Codes of single codebooks and decoded values, by rows."""
-        codes = self._apart(codes)
+        codes = self._split_codes(codes)
         vectors = sum_of_entries(codes, self.codebooks).view(len(self.scales), -1)
-        return codes.view(len(self.scales), -1), vectors[:, :count] * self.of_columns(self.scales, start, count)
+        return codes.view(len(self.scales), -1), vectors[:, :count] * self.expand_columns(self.scales, start, count)
 
-    def _apart(self, codes: Int[Tensor, "n tables"]) -> Int[Tensor, "n books"]:
+    def _split_codes(self, codes: Int[Tensor, "n tables"]) -> Int[Tensor, "n books"]:
         bits, joined = self.fmt.index_bits, _books_at_once(self.fmt.index_bits)
         if joined == 1:
             return codes
@@ -149,13 +151,13 @@ def beam_search(
     scores = _SCORES_PER_CHUNK.get(vectors.device.type, _SCORES_PER_CHUNK_ELSEWHERE)
     chunk = max(1, scores // (width * max(len(table) for table in tables)))
     if len(vectors) <= chunk:
-        return _searched(vectors, tables, importance, width).to(torch.int32)
+        return _search_chunk(vectors, tables, importance, width).to(torch.int32)
     weights = [None] * -(-len(vectors) // chunk) if importance is None else importance.split(chunk)
     pairs = zip(vectors.split(chunk), weights, strict=True)
-    return torch.cat([_searched(part, tables, weight, width) for part, weight in pairs]).to(torch.int32)
+    return torch.cat([_search_chunk(part, tables, weight, width) for part, weight in pairs]).to(torch.int32)
 
 
-def _searched(
+def _search_chunk(
     vectors: Tensor, tables: Sequence[Tensor], importance: Tensor | None, width: int
 ) -> Int[Tensor, "n tables"]:
     if importance is None:

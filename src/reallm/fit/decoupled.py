@@ -10,36 +10,36 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from reallm.fit.dispatch import decoded, fit, shape_of
+from reallm.fit.dispatch import decode_unpacked, fit, matrix_shape
 from reallm.fit.feedback import importance_in_feedback
-from reallm.fit.objective import ANSWER_DAMPING, Objective
-from reallm.formats import Parts
-from reallm.formats.decoupled import COLUMNS, ENTRIES, Decoupled, DecoupledParts, others
+from reallm.fit.objective import COMPENSATION_DAMPING, Objective
+from reallm.formats import Unpacked
+from reallm.formats.decoupled import COLUMNS, ENTRIES, Decoupled, UnpackedDecoupled, remaining_positions
 
 _STEPS = 20
 
 
 @fit.register
 def fit_decoupled(
-    fmt: Decoupled, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Parts | None = None
-) -> DecoupledParts:
+    fmt: Decoupled, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Unpacked | None = None
+) -> UnpackedDecoupled:
     """Choose what costs most, fit the base to the rest, then the values to what the base left; a `start` keeps places.
 
     A base without its outliers has finer steps, and where there is a hessian the kept values make up for its errors.
     """
     objective = objective or Objective.plain(weight)
-    if isinstance(start, DecoupledParts):
+    if isinstance(start, UnpackedDecoupled):
         positions, base_start = start.positions, start.base
     else:
         costs = _costs(fmt, weight, objective, seed)
-        positions, base_start = costs.topk(fmt.kept(shape_of(weight))).indices.sort().values, None
+        positions, base_start = costs.topk(fmt.num_outliers(matrix_shape(weight))).indices.sort().values, None
     if fmt.kind == ENTRIES:
-        return _with_entries(fmt, weight, positions, objective, seed, base_start)
+        return _fit_entries(fmt, weight, positions, objective, seed, base_start)
     if fmt.kind == COLUMNS:
-        return _with_columns(fmt, weight, positions, objective, seed, base_start)
-    rest = others(positions, len(weight))
-    base = fit(fmt.base, weight[rest], objective.with_rows(rest), seed, base_start)
-    return DecoupledParts(positions, fmt.stored_values(weight[positions]), base)
+        return _fit_columns(fmt, weight, positions, objective, seed, base_start)
+    rest = remaining_positions(positions, len(weight))
+    base = fit(fmt.base, weight[rest], objective.select_rows(rest), seed, base_start)
+    return UnpackedDecoupled(positions, fmt.fake_quantize_values(weight[positions]), base)
 
 
 def _costs(fmt: Decoupled, weight: Tensor, objective: Objective, seed: int) -> Float[Tensor, " places"]:
@@ -58,38 +58,38 @@ def _costs(fmt: Decoupled, weight: Tensor, objective: Objective, seed: int) -> F
         return ((weight / largest).square() * left).flatten()  # squares of tiny weights would be 0
     if fmt.kind == COLUMNS and objective.hessian is not None:
         return left.mean(0)
-    error = weight - decoded(fmt.base, fit(fmt.base, weight, objective, seed), weight)
+    error = weight - decode_unpacked(fmt.base, fit(fmt.base, weight, objective, seed), weight)
     if objective.hessian is not None:
         return ((error @ objective.hessian) * error).sum(1)
     return (error.square() * left).sum(0 if fmt.kind == COLUMNS else 1)
 
 
-def _with_columns(
+def _fit_columns(
     fmt: Decoupled,
     weight: Tensor,
     positions: Int[Tensor, " kept"],
     objective: Objective,
     seed: int,
-    start: Parts | None,
-) -> DecoupledParts:
+    start: Unpacked | None,
+) -> UnpackedDecoupled:
     """The base is fitted by what errors cost once the kept columns answer; then these do, as well as they can."""
-    rest = others(positions, weight.shape[1])
-    base = fit(fmt.base, weight[:, rest], objective.answered(positions, rest), seed, start)
+    rest = remaining_positions(positions, weight.shape[1])
+    base = fit(fmt.base, weight[:, rest], objective.schur_complement(positions, rest), seed, start)
     values = weight[:, positions]
     if objective.hessian is not None:
-        error = weight[:, rest] - decoded(fmt.base, base, weight[:, rest])
-        values = values + (error.double() @ objective.answers(positions, rest)).float()
-    return DecoupledParts(positions, fmt.stored_values(values.T), base)
+        error = weight[:, rest] - decode_unpacked(fmt.base, base, weight[:, rest])
+        values = values + (error.double() @ objective.compensation(positions, rest)).float()
+    return UnpackedDecoupled(positions, fmt.fake_quantize_values(values.T), base)
 
 
-def _with_entries(
+def _fit_entries(
     fmt: Decoupled,
     weight: Tensor,
     positions: Int[Tensor, " kept"],
     objective: Objective,
     seed: int,
-    start: Parts | None,
-) -> DecoupledParts:
+    start: Unpacked | None,
+) -> UnpackedDecoupled:
     """The base sees zeros in the places of kept entries; methods that tell rows apart know that they cost nothing."""
     kept = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
     kept[positions] = True
@@ -99,12 +99,12 @@ def _with_entries(
     base = fit(fmt.base, rest, Objective(importance, objective.hessian), seed, start)
     values = weight
     if objective.hessian is not None:
-        error = (rest - decoded(fmt.base, base, weight)).masked_fill(kept, 0)
-        values = weight + best_answer(error, kept, objective.hessian)
-    return DecoupledParts(positions, fmt.stored_values(values[kept][:, None]), base)
+        error = (rest - decode_unpacked(fmt.base, base, weight)).masked_fill(kept, 0)
+        values = weight + optimal_compensation(error, kept, objective.hessian)
+    return UnpackedDecoupled(positions, fmt.fake_quantize_values(values[kept][:, None]), base)
 
 
-def best_answer(
+def optimal_compensation(
     error: Float[Tensor, "out in"], free: Bool[Tensor, "out in"], hessian: Float[Tensor, "in in"]
 ) -> Float[Tensor, "out in"]:
     """What weights that are `free` best add when the others err by `error`, which is 0 where they are free.
@@ -113,7 +113,7 @@ def best_answer(
     """
     scale = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     hessian = hessian / scale
-    hessian = hessian + ANSWER_DAMPING * torch.eye(len(hessian), device=hessian.device)
+    hessian = hessian + COMPENSATION_DAMPING * torch.eye(len(hessian), device=hessian.device)
     answer, residual = torch.zeros_like(error), (error @ hessian).masked_fill(~free, 0)
     towards = residual / hessian.diagonal()
     direction, strength = towards, _dot(residual, towards)

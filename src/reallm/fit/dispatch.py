@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reallm.fit.objective import Objective
-from reallm.formats import Parts, Shape, WeightFormat
+from reallm.formats import Shape, Unpacked, WeightFormat
 from reallm.kernels import total
 
 
@@ -18,8 +18,8 @@ def fit(
     weight: Float[Tensor, "out in"],
     objective: Objective | None = None,
     seed: int = 0,
-    start: Parts | None = None,
-) -> Parts:
+    start: Unpacked | None = None,
+) -> Unpacked:
     """Parts whose decoding is close to `weight` by `objective`, or in squared error; float32, on its device.
 
     They are *stored* parts: scales and factors are already rounded to what the file keeps, and codes are
@@ -29,14 +29,14 @@ def fit(
     raise NotImplementedError(f"no way to fit {type(fmt).__name__} is registered")
 
 
-def shape_of(weight: Float[Tensor, "out in"]) -> Shape:
+def matrix_shape(weight: Float[Tensor, "out in"]) -> Shape:
     """(out_features, in_features)."""
     return weight.shape[0], weight.shape[1]
 
 
-def decoded(fmt: WeightFormat, parts: Parts, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-    """The matrix that `parts` of `weight` stand for."""
-    return fmt.decode(parts, shape_of(weight))
+def decode_unpacked(fmt: WeightFormat, unpacked: Unpacked, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    """The matrix that `unpacked` of `weight` stand for."""
+    return fmt.decode(unpacked, matrix_shape(weight))
 
 
 def squared_error(weight: Float[Tensor, "out in"], approximation: Float[Tensor, "out in"]) -> float:

@@ -11,22 +11,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.fit.dispatch import fit
-from reallm.fit.feedback import coded
-from reallm.fit.kmeans import vectors_of
+from reallm.fit.feedback import assign_codes
+from reallm.fit.kmeans import split_vectors
 from reallm.fit.objective import Objective
-from reallm.fit.refit import alternated
-from reallm.formats import Parts
+from reallm.fit.refit import alternate
+from reallm.formats import Unpacked
 from reallm.formats.e8 import (
     E8,
     FIRST_BITS,
     RATIOS,
     SHIFT,
     VECTOR_DIM,
-    E8Parts,
+    UnpackedE8,
+    decode_codes,
     e8p_patterns,
     e8p_words,
     short_words,
-    values_of,
 )
 from reallm.kernels import average, nearest_entry
 
@@ -43,21 +43,21 @@ _VECTORS_PER_CHUNK_ELSEWHERE = 1 << 17
 
 @fit.register
 def fit_e8(
-    fmt: E8, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Parts | None = None
-) -> E8Parts:
+    fmt: E8, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Unpacked | None = None
+) -> UnpackedE8:
     """The scale that serves a sample best and the nearest words; with a hessian error feedback, a sweep and a refit."""
     objective = objective or Objective.plain(weight)
     scale = best_scale(weight, objective, fmt.bits, seed)
-    parts = E8Parts(coded(weight, E8Coder(fmt.bits, scale), objective), scale)
+    unpacked = UnpackedE8(assign_codes(weight, E8Coder(fmt.bits, scale), objective), scale)
     if objective.hessian is None:
-        return parts
-    return alternated(fmt, parts, weight, objective, (("scales",),), lambda p: E8Coder(fmt.bits, p.scales), _ROUNDS)
+        return unpacked
+    return alternate(fmt, unpacked, weight, objective, (("scales",),), lambda p: E8Coder(fmt.bits, p.scales), _ROUNDS)
 
 
 def best_scale(weight: Float[Tensor, "out in"], objective: Objective, bits: int, seed: int = 0) -> Float[Tensor, " 1"]:
     """The multiple of the root mean square with the least importance-weighted error on vectors drawn by `seed`."""
-    vectors = vectors_of(weight, VECTOR_DIM)
-    importance = vectors_of(objective.importance.expand_as(weight), VECTOR_DIM)
+    vectors = split_vectors(weight, VECTOR_DIM)
+    importance = split_vectors(objective.importance.expand_as(weight), VECTOR_DIM)
     if len(vectors) > _SAMPLES:
         generator = torch.Generator(device=weight.device).manual_seed(seed)
         chosen = torch.randint(len(vectors), (_SAMPLES,), generator=generator, device=weight.device)
@@ -83,12 +83,12 @@ class E8Coder:
     ) -> tuple[Int[Tensor, "out vectors"], Float[Tensor, "out columns"]]:
         """Codes and decoded values; what fills a short vector has no importance, and so costs nothing."""
         # A zero matrix has the scale 0.
-        vectors = vectors_of(columns / torch.where(self.scale > 0, self.scale, 1.0), VECTOR_DIM)
-        importance = vectors_of(importance.expand_as(columns), VECTOR_DIM)
+        vectors = split_vectors(columns / torch.where(self.scale > 0, self.scale, 1.0), VECTOR_DIM)
+        importance = split_vectors(importance.expand_as(columns), VECTOR_DIM)
         chunk = _VECTORS_PER_CHUNK.get(columns.device.type, _VECTORS_PER_CHUNK_ELSEWHERE)
         pairs = zip(vectors.split(chunk), importance.split(chunk), strict=True)
         codes = torch.cat([nearest_codes(*pair, self.bits) for pair in pairs]).view(len(columns), -1)
-        return codes, values_of(codes, self.bits).flatten(1)[:, : columns.shape[1]] * self.scale
+        return codes, decode_codes(codes, self.bits).flatten(1)[:, : columns.shape[1]] * self.scale
 
 
 def nearest_codes(vectors: Float[Tensor, "n 8"], importance: Float[Tensor, "n 8"], bits: int) -> Int[Tensor, " n"]:
@@ -100,9 +100,9 @@ def nearest_codes(vectors: Float[Tensor, "n 8"], importance: Float[Tensor, "n 8"
     importance = importance[:, None].expand_as(remainders)
     codes = first
     if bits > 2:
-        second = _second(remainders.flatten(0, 1) / RATIOS[bits], importance.flatten(0, 1), bits).view_as(first)
+        second = _second_stage(remainders.flatten(0, 1) / RATIOS[bits], importance.flatten(0, 1), bits).view_as(first)
         codes = first | second << FIRST_BITS
-        remainders = vectors[:, None] - values_of(codes, bits)
+        remainders = vectors[:, None] - decode_codes(codes, bits)
     best = (importance * remainders.square()).sum(2).argmin(1, keepdim=True)
     return codes.gather(1, best)[:, 0]
 
@@ -123,15 +123,15 @@ def finalists(vectors: Float[Tensor, "n 8"], importance: Float[Tensor, "n 8"]) -
         for parity in (False, True):
             signs = minus ^ (cheapest & (odd != parity))
             aligned = torch.where(signs, -moved, moved)
-            table, patterns = _patterns_of(parity, vectors.device)
+            table, patterns = _parity_patterns(parity, vectors.device)
             # Σ h (a - p)² / 2 without the term of h a², which is the same for all patterns p.
             pattern = patterns[(torch.cat([importance, importance * aligned], 1) @ table).argmin(1)]
-            found.append(pattern | _packed(signs[:, :7]) << 8 | shift_bit << 15)
+            found.append(pattern | _pack_signs(signs[:, :7]) << 8 | shift_bit << 15)
     return torch.stack(found, 1)
 
 
 @functools.cache
-def _patterns_of(odd: bool, device: torch.device) -> tuple[Float[Tensor, "16 n"], Int[Tensor, " n"]]:
+def _parity_patterns(odd: bool, device: torch.device) -> tuple[Float[Tensor, "16 n"], Int[Tensor, " n"]]:
     """Patterns of odd or even sum as columns (p² / 2, -p), and their numbers."""
     with torch.inference_mode(False):
         patterns = e8p_patterns(device)
@@ -140,12 +140,12 @@ def _patterns_of(odd: bool, device: torch.device) -> tuple[Float[Tensor, "16 n"]
         return torch.cat([patterns.square() / 2, -patterns], 1).T.contiguous(), numbers
 
 
-def _packed(bits: Tensor) -> Int[Tensor, " n"]:
+def _pack_signs(bits: Tensor) -> Int[Tensor, " n"]:
     """Numbers whose bit i is column i."""
     return (bits.long() << torch.arange(bits.shape[1], device=bits.device)).sum(1)
 
 
-def _second(vectors: Float[Tensor, "n 8"], importance: Float[Tensor, "n 8"], bits: int) -> Int[Tensor, " n"]:
+def _second_stage(vectors: Float[Tensor, "n 8"], importance: Float[Tensor, "n 8"], bits: int) -> Int[Tensor, " n"]:
     if bits == 3:
         return nearest_entry(vectors, short_words(vectors.device), importance).long()
     return nearest_codes(vectors, importance, bits=2)

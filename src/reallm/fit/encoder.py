@@ -13,7 +13,7 @@ from reallm.decoders.parameters import Shapes, count, split
 _BLOCKS, _WIDTH = 2, 32
 
 
-def shapes_of(net: ConvNet) -> Shapes:
+def encoder_shapes(net: ConvNet) -> Shapes:
     """Parameters of the encoder that belongs to a decoder."""
     found: Shapes = {"stem": (_WIDTH, net.factor**2), "skip": (net.channels, net.factor**2)}
     for k in range(_BLOCKS):
@@ -25,10 +25,10 @@ def shapes_of(net: ConvNet) -> Shapes:
     return {**found, "out": (net.channels, _WIDTH)}
 
 
-def first_parameters(net: ConvNet, skip: Float[Tensor, "channels patch"], seed: int) -> Float[Tensor, " parameters"]:
+def initial_parameters(net: ConvNet, skip: Float[Tensor, "channels patch"], seed: int) -> Float[Tensor, " parameters"]:
     """Random ones; what the blocks add is nothing at first, so that the encoder begins as the linear map `skip`."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = shapes_of(net)
+    shapes = encoder_shapes(net)
     flat = torch.randn(count(shapes), generator=generator)
     named = split(flat, shapes)
     for name, tensor in named.items():
@@ -37,11 +37,11 @@ def first_parameters(net: ConvNet, skip: Float[Tensor, "channels patch"], seed: 
     return flat.to(skip.device)
 
 
-def encoded(
+def encode(
     net: ConvNet, flat: Float[Tensor, " parameters"], matrix: Float[Tensor, "out in"]
 ) -> Float[Tensor, "channels down across"]:
     """Latents of a matrix whose sides are multiples of the patch."""
-    named = split(flat, shapes_of(net))
+    named = split(flat, encoder_shapes(net))
     patches = F.pixel_unshuffle(matrix[None, None], net.factor)
     values = F.conv2d(patches, named["stem"][:, :, None, None])
     for k in range(_BLOCKS):

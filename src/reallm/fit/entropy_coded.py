@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reallm.fit.dispatch import fit, shape_of
-from reallm.fit.feedback import coded, importance_in_feedback
+from reallm.fit.dispatch import fit, matrix_shape
+from reallm.fit.feedback import assign_codes, importance_in_feedback
 from reallm.fit.objective import Objective
-from reallm.formats import Parts
-from reallm.formats.entropy_coded import EntropyCoded, EntropyCodedParts
+from reallm.formats import Unpacked
+from reallm.formats.entropy_coded import EntropyCoded, UnpackedEntropyCoded
 from reallm.kernels import average
 from reallm.kernels.ans import RAW_BITS
 from reallm.kernels.backend import has_triton
@@ -103,18 +103,18 @@ class _Coder:
 
 @fit.register
 def fit_entropy_coded(
-    fmt: EntropyCoded, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Parts | None = None
-) -> EntropyCodedParts:
+    fmt: EntropyCoded, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Unpacked | None = None
+) -> UnpackedEntropyCoded:
     """The smallest step found whose codes fit the budget; a sample of the matrix tells about where it lies."""
     objective = objective or Objective.plain(weight)
     largest = weight.abs().max().item()
     if largest < torch.finfo(torch.float32).tiny * 2**20:  # a step could be 0
-        return EntropyCodedParts(torch.zeros_like(weight, dtype=torch.int32), weight.new_zeros(1))
-    sample = _Sample.of(fmt, weight, objective, largest)
+        return UnpackedEntropyCoded(torch.zeros_like(weight, dtype=torch.int32), weight.new_zeros(1))
+    sample = _Sample.draw(fmt, weight, objective, largest)
     # Squares of tiny weights would be 0.
     size = largest * average((weight / largest).square()).sqrt().item()
     exponent, costs = sample.search(math.log2(size) + 1 - sample.budget)
-    return _filled(weight, objective, sample, exponent, costs)
+    return _fill_budget(weight, objective, sample, exponent, costs)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class _Sample:
     least_step: float  # a finer one would clip the largest weight
 
     @staticmethod
-    def of(fmt: EntropyCoded, weight: Tensor, objective: Objective, largest: float) -> _Sample:
+    def draw(fmt: EntropyCoded, weight: Tensor, objective: Objective, largest: float) -> _Sample:
         importance = objective.importance
         if objective.hessian is not None:
             # What error feedback will weigh errors by.
@@ -140,7 +140,7 @@ class _Sample:
         rows = rows[rows < len(weight)]
         if len(importance) > 1:
             importance = importance[rows]
-        budget = 32 * fmt.words(shape_of(weight)) / weight.numel()
+        budget = 32 * fmt.words(matrix_shape(weight)) / weight.numel()
         return _Sample(fmt, weight[rows], importance, budget, largest / (largest_code(fmt.largest) - 2 * DIM))
 
     def step(self, exponent: float) -> float:
@@ -156,7 +156,7 @@ class _Sample:
         if codes is None:
             zeros = self.weight.new_zeros
             return _Costs(zeros(classes, size), zeros(2, classes), zeros(columns, dtype=torch.int64))
-        column_classes = torch.from_numpy(self.fmt.classes_of(codes.cpu().numpy())).to(codes.device).long()
+        column_classes = torch.from_numpy(self.fmt.assign_classes(codes.cpu().numpy())).to(codes.device).long()
         place = codes.clamp(-self.fmt.largest, self.fmt.largest) + self.fmt.largest + column_classes * size
         counts = torch.bincount(place.view(-1), minlength=classes * size).view(classes, size) + 0.5
         share = counts / counts.sum(1, keepdim=True)
@@ -189,16 +189,18 @@ class _Sample:
         return exponent, costs
 
 
-def _filled(weight: Tensor, objective: Objective, sample: _Sample, exponent: float, costs: _Costs) -> EntropyCodedParts:
+def _fill_budget(
+    weight: Tensor, objective: Objective, sample: _Sample, exponent: float, costs: _Costs
+) -> UnpackedEntropyCoded:
     """Codes of the whole matrix that fill the budget: a few steps near `exponent`, the smallest that fits."""
     passes = _PASSES if objective.hessian is None else _FEEDBACK_PASSES
     best, best_exponent, number, tried = None, float("inf"), 0, None
     while number < passes or best is None:
         step = sample.step(exponent)
-        codes = coded(weight, sample.coder(step, costs), objective)
+        codes = assign_codes(weight, sample.coder(step, costs), objective)
         missed = _rate(sample.fmt, codes) - sample.budget
         if missed <= 0 and exponent < best_exponent:
-            best, best_exponent = EntropyCodedParts(codes, weight.new_tensor([step])), exponent
+            best, best_exponent = UnpackedEntropyCoded(codes, weight.new_tensor([step])), exponent
             if missed > -_SLACK * sample.budget:
                 break
         number += 1
@@ -220,4 +222,4 @@ def _slope(before: tuple[float, float] | None, now: tuple[float, float]) -> floa
 
 def _rate(fmt: EntropyCoded, codes: Int[Tensor, "rows in"]) -> float:
     """Bits a weight of the coded words."""
-    return 32 * len(fmt.coded(codes.cpu().numpy())[0]) / codes.numel()
+    return 32 * len(fmt.encode_codes(codes.cpu().numpy())[0]) / codes.numel()

@@ -46,7 +46,7 @@ class Coder(Protocol):
 class MetricCoder(Coder, Protocol):
     """A coder that can also weigh the errors of a block's columns against one another, not only each by itself."""
 
-    def encode_by(
+    def encode_with_metric(
         self, columns: Float[Tensor, "out columns"], start: int, root: Float[Tensor, "columns columns"]
     ) -> tuple[Int[Tensor, "coded codes"], Float[Tensor, "out columns"]]:
         """As `encode` for one block, at a small |(columns - decoded) · root|²."""
@@ -68,7 +68,9 @@ class PanelCoder(Coder, Protocol):
         """(codes, errors / U_jj) of the matrix's `columns`, each rounded after it has answered for those before it."""
 
 
-def coded(weight: Float[Tensor, "out in"], coder: Coder, objective: Objective | None) -> Int[Tensor, "coded codes"]:
+def assign_codes(
+    weight: Float[Tensor, "out in"], coder: Coder, objective: Objective | None
+) -> Int[Tensor, "coded codes"]:
     """The coder's codes of `weight`: by rounding, or by error feedback where the objective has a hessian."""
     objective = objective or Objective.plain(weight)
     if objective.hessian is None:
@@ -77,27 +79,27 @@ def coded(weight: Float[Tensor, "out in"], coder: Coder, objective: Objective | 
 
 
 def feedback(
-    weight: Float[Tensor, "out in"], coder: Coder, hessian: Float[Tensor, "in in"], *, falling: bool = True
+    weight: Float[Tensor, "out in"], coder: Coder, hessian: Float[Tensor, "in in"], *, act_order: bool = True
 ) -> Int[Tensor, "coded codes"]:
     """Codes whose decoding nearly minimises tr(D H Dᵀ), block by block.
 
     After a block J is rounded, the columns that are still to come move by -(error of J) · U_JJ⁻¹ U_J, U the upper
-    Cholesky factor of H⁻¹: the best answer to that error as long as they can still move. With `falling` the
+    Cholesky factor of H⁻¹: the best answer to that error as long as they can still move. With `act_order` the
     blocks go by falling diagonal of H, so that the inputs that matter most are rounded before errors pile up; else
     from left to right. The order leaves no trace in the codes.
     """
-    blocks = _blocks(hessian.diagonal(), coder.width, falling)
-    order = _columns_of(blocks, weight.device)
-    factor = inverse_factor(hessian[order][:, order])
+    blocks = _blocks(hessian.diagonal(), coder.width, act_order)
+    order = _column_order(blocks, weight.device)
+    factor = inverse_cholesky(hessian[order][:, order])
     moving = weight[:, order]
     codes: dict[int, Tensor] = {}
     by_panel = _panel_at_once if isinstance(coder, PanelCoder) and coder.has_panels(weight.device) else _panel_by_blocks
     left = 0
     for panel in _panels(blocks):
         right = left + sum(end - start for start, end in panel)
-        found, answers = by_panel(coder, moving[:, left:right], panel, factor[left:right, left:right])
+        found, compensation = by_panel(coder, moving[:, left:right], panel, factor[left:right, left:right])
         codes |= found
-        moving[:, right:].addmm_(answers, factor[left:right, right:], alpha=-1)
+        moving[:, right:].addmm_(compensation, factor[left:right, right:], alpha=-1)
         left = right
     return torch.cat([codes[start] for start in sorted(codes)], 1)
 
@@ -106,18 +108,18 @@ def _panel_by_blocks(
     coder: Coder, moving: Float[Tensor, "out panel"], blocks: Blocks, factor: Float[Tensor, "panel panel"]
 ) -> tuple[dict[int, Tensor], Float[Tensor, "out panel"]]:
     """(codes by the first column of their block, answers: errors · U_JJ⁻¹) of a panel, block after block."""
-    moving, answers = moving.clone(), torch.zeros_like(moving)
+    moving, compensation = moving.clone(), torch.zeros_like(moving)
     codes, at = {}, 0
-    encoded = _encoding_of(coder)
+    encoded = _block_encoder(coder)
     for (start, end), (inverse, weights) in zip(blocks, _inverses(factor, blocks), strict=True):
         to = at + end - start
         # Least cost once all later blocks have answered: |errors · own⁻¹|², or its diagonal.
         codes[start], decoded = encoded(moving[:, at:to], start, inverse, weights)
-        answers[:, at:to] = answer = (moving[:, at:to] - decoded) @ inverse
+        compensation[:, at:to] = answer = (moving[:, at:to] - decoded) @ inverse
         if to < len(factor):
             moving[:, to:].addmm_(answer, factor[at:to, to:], alpha=-1)
         at = to
-    return codes, answers
+    return codes, compensation
 
 
 @one_thread()
@@ -150,11 +152,11 @@ def _panel_at_once(
     """The same by a coder that goes through the columns of a panel itself."""
     starts = [start for start, _ in blocks]
     columns = torch.tensor(starts, device=moving.device)
-    codes, answers = coder.encode_panel(moving.contiguous(), columns, factor.contiguous())
-    return dict(zip(starts, codes.split(1, 1), strict=True)), answers
+    codes, compensation = coder.encode_panel(moving.contiguous(), columns, factor.contiguous())
+    return dict(zip(starts, codes.split(1, 1), strict=True)), compensation
 
 
-def swept(
+def coordinate_descent_pass(
     weight: Float[Tensor, "out in"],
     coder: Coder,
     hessian: Float[Tensor, "in in"],
@@ -167,13 +169,13 @@ def swept(
     D_J - (D H)_J H_JJ⁻¹ in H_JJ. Rows of codes take a block's new codes only where they lower tr(D H Dᵀ), so that it
     never rises. The search by blocks of AQLM (Egiazarian et al., arXiv:2401.06118).
     """
-    blocks = _blocks(hessian.diagonal(), coder.width, falling=True)
+    blocks = _blocks(hessian.diagonal(), coder.width, act_order=True)
     codes, decoded = codes.clone(), decoded.clone()
     per_block = codes.shape[1] // len(blocks)
     rows_per_code = -(-len(weight) // len(codes))
-    roots, inverses = _own_roots(hessian, coder.width)
+    roots, inverses = _block_cholesky(hessian, coder.width)
     weights = roots.square().sum(2)
-    slopes, encoded = (weight - decoded) @ hessian, _encoding_of(coder)
+    slopes, encoded = (weight - decoded) @ hessian, _block_encoder(coder)
     for start, end in blocks:
         number, span = start // coder.width, slice(0, end - start)
         slope, present = slopes[:, start:end], decoded[:, start:end]
@@ -181,7 +183,7 @@ def swept(
         found, rounded = encoded(target, start, roots[number, span, span], weights[number, span])
         step = rounded - present
         twice = torch.addmm(slope, step, hessian[start:end, start:end], beta=2, alpha=-1)
-        gains = by_code_row((twice * step).sum(1), len(codes))
+        gains = sum_code_rows((twice * step).sum(1), len(codes))
         place = slice(number * per_block, (number + 1) * per_block)
         better = gains[:, None] > 0
         codes[:, place] = torch.where(better, found, codes[:, place])
@@ -193,7 +195,7 @@ def swept(
 
 
 @one_thread()
-def _own_roots(hessian: Tensor, width: int) -> tuple[Float[Tensor, "blocks w w"], Float[Tensor, "blocks w w"]]:
+def _block_cholesky(hessian: Tensor, width: int) -> tuple[Float[Tensor, "blocks w w"], Float[Tensor, "blocks w w"]]:
     """Lower Cholesky factors and inverses of all diagonal blocks of H + damping, filled up with ones.
 
     In a few calls for all: on a GPU each block by itself would have to wait for the answer whether it can be factored.
@@ -217,7 +219,7 @@ def _diagonal_blocks(matrix: Float[Tensor, "n n"], width: int) -> Float[Tensor, 
     return matrix.reshape(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-def by_code_row(values: Float[Tensor, " out"], count: int) -> Float[Tensor, " coded"]:
+def sum_code_rows(values: Float[Tensor, " out"], count: int) -> Float[Tensor, " coded"]:
     """Sums over the output rows that share one of `count` rows of codes (rows of tiles)."""
     rows = -(-len(values) // count)
     if rows == 1:
@@ -227,10 +229,10 @@ def by_code_row(values: Float[Tensor, " out"], count: int) -> Float[Tensor, " co
 
 def importance_in_feedback(hessian: Float[Tensor, "in in"], width: int) -> Float[Tensor, " in"]:
     """What an error in each column costs once all columns that come after it have answered: U_jj⁻²."""
-    blocks = _blocks(hessian.diagonal(), width, falling=True)
-    order = _columns_of(blocks, hessian.device)
+    blocks = _blocks(hessian.diagonal(), width, act_order=True)
+    order = _column_order(blocks, hessian.device)
     found = torch.empty_like(hessian[0])
-    found[order] = inverse_factor(hessian[order][:, order]).diagonal().reciprocal().square()
+    found[order] = inverse_cholesky(hessian[order][:, order]).diagonal().reciprocal().square()
     return found
 
 
@@ -245,8 +247,8 @@ def costs_in_feedback(
     needed, and one product makes them for all widths.
     """
     widest = max(widths)
-    blocks = _blocks(hessian.diagonal(), widest, falling=True)
-    order = _columns_of(blocks, hessian.device)
+    blocks = _blocks(hessian.diagonal(), widest, act_order=True)
+    order = _column_order(blocks, hessian.device)
     factor, tested = _rough_inverse_factor(hessian[order][:, order]), tested[order][:, order]
     count, found = len(factor), {}
     size = -(-count // widest) * widest
@@ -263,7 +265,7 @@ def costs_in_feedback(
 
 
 def _rough_inverse_factor(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    """`inverse_factor` in a third of the time, in float32: for predictions, not for fits.
+    """`inverse_cholesky` in a third of the time, in float32: for predictions, not for fits.
 
     H = R Rᵀ with R upper triangular, the factor of H in the opposite order, so that U = R⁻¹. Damping of 1 % is far
     above what rounding does to a hessian of thousands of inputs; where it is not, float64 has more of it.
@@ -273,7 +275,7 @@ def _rough_inverse_factor(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in 
     with one_thread():
         root, failed = torch.linalg.cholesky_ex(turned)
     if failed or not torch.isfinite(root).all():
-        root = damped_root(hessian.flip(0, 1))
+        root = damped_cholesky(hessian.flip(0, 1))
     return _inverse_of_upper(root.flip(0, 1))
 
 
@@ -315,21 +317,21 @@ def _diagonal_blocks_of_each(blocks: Float[Tensor, "blocks widest widest"], widt
     return parts.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, width, width)
 
 
-def _encoding_of(coder: Coder) -> Callable[[Tensor, int, Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _block_encoder(coder: Coder) -> Callable[[Tensor, int, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Codes a block (columns, start, root, weights) at a small |(columns - decoded) · root|².
 
     Coders that take no root are given the weights of the columns.
     """
     if isinstance(coder, MetricCoder):
-        return lambda columns, start, root, weights: coder.encode_by(columns, start, root)
+        return lambda columns, start, root, weights: coder.encode_with_metric(columns, start, root)
     return lambda columns, start, root, weights: coder.encode(columns, start, weights[None])
 
 
-def _blocks(importance: Float[Tensor, " in"], width: int, falling: bool) -> Blocks:
+def _blocks(importance: Float[Tensor, " in"], width: int, act_order: bool) -> Blocks:
     """(first column, one past the last) of every block, in the order of rounding."""
     columns = len(importance)
     blocks = [(start, min(start + width, columns)) for start in range(0, columns, width)]
-    if not falling:
+    if not act_order:
         return blocks
     means = importance[: columns // width * width].view(-1, width).mean(1)
     if columns % width:
@@ -337,7 +339,7 @@ def _blocks(importance: Float[Tensor, " in"], width: int, falling: bool) -> Bloc
     return [blocks[i] for i in means.argsort(descending=True, stable=True).tolist()]
 
 
-def _columns_of(blocks: Blocks, device: torch.device) -> Int[Tensor, " in"]:
+def _column_order(blocks: Blocks, device: torch.device) -> Int[Tensor, " in"]:
     """All columns, in the order of rounding."""
     return torch.tensor([column for start, end in blocks for column in range(start, end)]).to(device)
 
@@ -354,17 +356,17 @@ def _panels(blocks: Blocks) -> Iterator[Blocks]:
         yield panel
 
 
-def inverse_factor(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+def inverse_cholesky(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
     """Upper triangular U with UᵀU = (H + damping)⁻¹."""
-    return _damped(hessian, inverse=True)
+    return _damped_cholesky(hessian, inverse=True)
 
 
-def damped_root(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+def damped_cholesky(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
     """Lower triangular L with LLᵀ = H + damping."""
-    return _damped(hessian, inverse=False)
+    return _damped_cholesky(hessian, inverse=False)
 
 
-def _damped(hessian: Tensor, inverse: bool) -> Tensor:
+def _damped_cholesky(hessian: Tensor, inverse: bool) -> Tensor:
     """The lower Cholesky factor of H + damping or the upper of its inverse; damping grows tenfold until it exists.
 
     One name for all steps: each is 0.5 GB in float64 for 8,192 inputs, and no more than three are held at once.

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reallm.fit.training import Adam, descend
-from reallm.formats.entropy_coded import EntropyCoded, EntropyCodedParts
+from reallm.fit.training import Adam, gradient_step
+from reallm.formats.entropy_coded import EntropyCoded, UnpackedEntropyCoded
 
 # Sizes of the components over a class's root mean square at first: a peak, the body, a tail.
 _FIRST_SIZES = (0.15, 0.4, 1.0)
@@ -36,14 +36,16 @@ class LatentRate:
     step: float
 
     @staticmethod
-    def learned(fmt: EntropyCoded, parts: EntropyCodedParts, start: LatentRate | None = None) -> LatentRate:
+    def estimate(fmt: EntropyCoded, unpacked: UnpackedEntropyCoded, start: LatentRate | None = None) -> LatentRate:
         """The densities under which the codes of a matrix take the fewest bits; goes on from `start`."""
-        column_classes = torch.from_numpy(fmt.classes_of(parts.codes.cpu().numpy())).to(parts.codes.device).long()
-        values, shares = _histogram(parts.codes, column_classes, fmt.classes)
-        adam = Adam(_first(values, shares) if start is None else start.mixtures, _RATE)
+        column_classes = (
+            torch.from_numpy(fmt.assign_classes(unpacked.codes.cpu().numpy())).to(unpacked.codes.device).long()
+        )
+        values, shares = _histogram(unpacked.codes, column_classes, fmt.classes)
+        adam = Adam(_initialize(values, shares) if start is None else start.mixtures, _RATE)
         for _ in range(_STEPS):
-            descend([adam], lambda mixtures: (shares * _bits(values, mixtures[..., None])).sum(), 1.0)
-        return LatentRate(adam.tensor.detach(), column_classes, parts.step.item())
+            gradient_step([adam], lambda mixtures: (shares * _bits(values, mixtures[..., None])).sum(), 1.0)
+        return LatentRate(adam.tensor.detach(), column_classes, unpacked.step.item())
 
     def bits(self, latents: Float[Tensor, "rows columns"]) -> Float[Tensor, ""]:
         """Of all latents together."""
@@ -75,7 +77,7 @@ def _histogram(
     return values, counts.view(classes, size) / codes.numel()
 
 
-def _first(
+def _initialize(
     values: Float[Tensor, " values"], shares: Float[Tensor, "classes values"]
 ) -> Float[Tensor, "3 components classes"]:
     """Components around 0, as large as the codes of a class are."""

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reallm.fit.dispatch import fit, shape_of
+from reallm.fit.dispatch import fit, matrix_shape
 from reallm.fit.objective import Objective
-from reallm.fit.shared import Demand, note_demand, train_shared
-from reallm.fit.training import stored_parameters
-from reallm.formats import Parts, parameters
-from reallm.formats.linear_latents import LinearLatents, LinearLatentsParts
+from reallm.fit.shared import FitInput, record_fit_input, train_shared_decoder
+from reallm.fit.training import quantize_parameters
+from reallm.formats import Unpacked, parameters
+from reallm.formats.linear_latents import LinearLatents, UnpackedLinearLatents
 from reallm.kernels import average, one_thread
 
 # Share of the mean diagonal that keeps the latents' hessian invertible where columns are dead.
@@ -22,8 +22,8 @@ _DAMPING = 1e-6
 
 @fit.register
 def fit_linear_latents(
-    fmt: LinearLatents, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Parts | None = None
-) -> LinearLatentsParts:
+    fmt: LinearLatents, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Unpacked | None = None
+) -> UnpackedLinearLatents:
     """A learned basis are the leading directions of all patches by importance; latents are the best ones for the basis.
 
     With patches of one row and a hessian H the error of latents Z is tr((W - Z B) H (W - Z B)ᵀ), which is that of the
@@ -32,32 +32,32 @@ def fit_linear_latents(
     """
     objective = objective or Objective.plain(weight)
     if fmt.shared:
-        note_demand(fmt, weight, objective)
+        record_fit_input(fmt, weight, objective)
         decoder = fmt.decoder({}, weight.device)
-    elif isinstance(start, LinearLatentsParts):
+    elif isinstance(start, UnpackedLinearLatents):
         decoder = start.decoder
     else:
-        decoder = _learned(fmt, [(weight, objective)]) if fmt.transform == "learned" else None
+        decoder = _learn_basis(fmt, [(weight, objective)]) if fmt.transform == "learned" else None
     basis = fmt.basis(decoder, weight)
     if objective.hessian is not None and fmt.patch_rows == 1:
-        latents, inner = _with_hessian(fmt, weight, objective, basis)
+        latents, inner = _latents_by_hessian(fmt, weight, objective, basis)
     else:
-        latents, inner = _with_importance(fmt, weight, objective, basis)
-    before = start.base if isinstance(start, LinearLatentsParts) else None
-    return LinearLatentsParts(decoder, fit(fmt.base, latents.contiguous(), inner, seed, before))
+        latents, inner = _latents_by_importance(fmt, weight, objective, basis)
+    before = start.base if isinstance(start, UnpackedLinearLatents) else None
+    return UnpackedLinearLatents(decoder, fit(fmt.base, latents.contiguous(), inner, seed, before))
 
 
-@train_shared.register
+@train_shared_decoder.register
 def train_linear_latents(
-    fmt: LinearLatents, demands: Sequence[Demand], device: str, seed: int = 0
-) -> parameters.Stored:
+    fmt: LinearLatents, fit_inputs: Sequence[FitInput], device: str, seed: int = 0
+) -> parameters.UnpackedParameters:
     """The leading directions of the patches of all matrices, each matrix counted alike."""
-    pairs = [(demand.weight.to(device), demand.objective.to(torch.device(device))) for demand in demands]
-    return _learned(fmt, pairs)
+    pairs = [(fit_input.weight.to(device), fit_input.objective.to(torch.device(device))) for fit_input in fit_inputs]
+    return _learn_basis(fmt, pairs)
 
 
 @one_thread()
-def _learned(fmt: LinearLatents, pairs: Sequence[tuple[Tensor, Objective]]) -> parameters.Stored:
+def _learn_basis(fmt: LinearLatents, pairs: Sequence[tuple[Tensor, Objective]]) -> parameters.UnpackedParameters:
     covariance = torch.zeros(fmt.patch, fmt.patch, dtype=torch.float64, device=pairs[0][0].device)
     for weight, objective in pairs:
         largest = weight.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
@@ -68,10 +68,10 @@ def _learned(fmt: LinearLatents, pairs: Sequence[tuple[Tensor, Objective]]) -> p
     directions = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, : fmt.kept].T
     # A direction and its negative are the same; its largest number is positive, so that every machine finds one.
     signs = directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
-    return stored_parameters(fmt.decoder_bits, (directions * signs).float().reshape(-1))
+    return quantize_parameters(fmt.decoder_bits, (directions * signs).float().reshape(-1))
 
 
-def _with_hessian(
+def _latents_by_hessian(
     fmt: LinearLatents, weight: Tensor, objective: Objective, basis: Float[Tensor, "kept patch"]
 ) -> tuple[Tensor, Objective]:
     """(the best latents, the objective of errors in them) for patches of one row."""
@@ -91,13 +91,13 @@ def _with_hessian(
     return latents.float(), Objective(inner.diagonal()[None].float(), inner.float())
 
 
-def _with_importance(
+def _latents_by_importance(
     fmt: LinearLatents, weight: Tensor, objective: Objective, basis: Float[Tensor, "kept patch"]
 ) -> tuple[Tensor, Objective]:
     """(least-squares latents, what errors in them cost if the weights' errors are independent)."""
     inverse = torch.linalg.pinv(basis.double().cpu()).to(basis)
     latents = fmt.patches(weight) @ inverse
-    importance = fmt.patches(objective.importance.expand(shape_of(weight)))
+    importance = fmt.patches(objective.importance.expand(matrix_shape(weight)))
     costs = importance @ basis.square().T
     if len(objective.importance) == 1 and fmt.patch_rows == 1:
         costs = costs[:1]  # one row for all, for methods that treat rows alike

@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reallm.fit.dispatch import decoded, fit
-from reallm.fit.feedback import damped_root
+from reallm.fit.dispatch import decode_unpacked, fit
+from reallm.fit.feedback import damped_cholesky
 from reallm.fit.objective import Objective
-from reallm.formats import Parts
-from reallm.formats.low_rank_plus import LowRankPlus, LowRankPlusParts
+from reallm.formats import Unpacked
+from reallm.formats.low_rank_plus import LowRankPlus, UnpackedLowRankPlus
 from reallm.kernels import one_thread
 
 _ALTERNATIONS = 10
@@ -23,8 +23,8 @@ _OVERSAMPLING = 8
 
 @fit.register
 def fit_low_rank_plus(
-    fmt: LowRankPlus, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Parts | None = None
-) -> LowRankPlusParts:
+    fmt: LowRankPlus, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Unpacked | None = None
+) -> UnpackedLowRankPlus:
     """Alternate base ← codec(W - left·rightᵀ), residual ← SVD(W - base); keep the best iterate.
 
     LQ-LoRA's loop (Guo et al., arXiv:2311.12023), begun with the residual of W itself. It stops when the
@@ -36,12 +36,12 @@ def fit_low_rank_plus(
     left, right = _residual(fmt, weight, objective, seed, None)
     for _ in range(_ALTERNATIONS):
         base = fit(fmt.base, weight - _product(left, right), objective, seed, base)
-        approximation = decoded(fmt.base, base, weight)
+        approximation = decode_unpacked(fmt.base, base, weight)
         left, right = _residual(fmt, weight - approximation, objective, seed, right)
         error = objective.error(weight, approximation + _product(left, right))
         if best is not None and error > least * (1 - _LEAST_GAIN):
             break
-        best, least = LowRankPlusParts(left, right, base), error
+        best, least = UnpackedLowRankPlus(left, right, base), error
     assert best is not None
     return best
 
@@ -97,13 +97,13 @@ def _residual(
     The root is the Cholesky factor of the hessian, tr(D H Dᵀ) = |D root|², or the root of the importance.
     """
     if objective.hessian is not None:
-        root = damped_root(objective.hessian)
+        root = damped_cholesky(objective.hessian)
         start = start if start is None else root.T @ start
         left, right = low_rank(matrix @ root, fmt.rank, seed, start)
         right = torch.linalg.solve_triangular(root.T, right, upper=True)
     else:
-        roots = objective.by_column.sqrt()[:, None]
+        roots = objective.column_importance.sqrt()[:, None]
         start = start if start is None else start * roots
         left, right = low_rank(matrix * roots.T, fmt.rank, seed, start)
         right = right / roots
-    return fmt.stored_factor(left), fmt.stored_factor(right)
+    return fmt.fake_quantize_factor(left), fmt.fake_quantize_factor(right)

@@ -27,7 +27,7 @@ _LEAST_ENERGY = 1e-3
 _LEAST_INPUT = 1e-6
 # Share of the mean diagonal that is added where exact weights answer for the errors of others. With 1e-4 the error on
 # text not calibrated on is 1 % higher (docs/log.md, 2026-11-24).
-ANSWER_DAMPING = 1e-2
+COMPENSATION_DAMPING = 1e-2
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Objective:
         return Objective(importance / average(importance))
 
     @staticmethod
-    def of_outputs(hessian: Float[Tensor, "in in"], rows: Float[Tensor, " out"] | None = None) -> Objective:
+    def output_error(hessian: Float[Tensor, "in in"], rows: Float[Tensor, " out"] | None = None) -> Objective:
         """The squared error of the layer's outputs; `hessian` is XᵀX / n_tokens, symmetric, any rank, float32.
 
         `rows`: what errors of each output cost, in any unit.
@@ -99,25 +99,25 @@ class Objective:
             return (difference.square() * self.importance).sum(1, dtype=torch.float64)
         return ((difference @ self.hessian) * difference).sum(1, dtype=torch.float64)
 
-    def with_columns(self, order: Int[Tensor, " in"]) -> Objective:
+    def select_columns(self, order: Int[Tensor, " in"]) -> Objective:
         """The objective of the matrix whose columns are reordered: column j is the old column order[j]."""
         hessian = None if self.hessian is None else self.hessian[order][:, order]
         return Objective(self.importance[:, order], hessian, self.rows)
 
-    def with_rows(self, rows: Int[Tensor, " rest"]) -> Objective:
+    def select_rows(self, rows: Int[Tensor, " rest"]) -> Objective:
         """The objective of the matrix that consists of these rows."""
         importance = self.importance if len(self.importance) == 1 else self.importance[rows]
         return dataclasses.replace(self, importance=importance, rows=None if self.rows is None else self.rows[rows])
 
-    def answered(self, kept: Int[Tensor, " kept"], rest: Int[Tensor, " rest"]) -> Objective:
+    def schur_complement(self, kept: Int[Tensor, " kept"], rest: Int[Tensor, " rest"]) -> Objective:
         """The objective of the columns `rest` when the columns `kept` answer every error as well as they can.
 
         With a hessian that is its Schur complement, H_RR - H_RK H_KK⁻¹ H_KR.
         """
         if self.hessian is None:
-            return self.with_columns(rest)
+            return self.select_columns(rest)
         before = self.hessian[rest][:, rest]
-        explained = self.answers(kept, rest) @ self.hessian[kept][:, rest].double()
+        explained = self.compensation(kept, rest) @ self.hessian[kept][:, rest].double()
         hessian = (before - (explained + explained.T) / 2).float()
         # What is explained in full still counts a little, as inputs do that were never seen.
         diagonal = hessian.diagonal()
@@ -126,25 +126,25 @@ class Objective:
         share = hessian.diagonal() / before.diagonal().clamp(min=torch.finfo(torch.float32).tiny)
         return Objective(self.importance[:, rest] * share, hessian, self.rows)
 
-    def answers(self, kept: Int[Tensor, " kept"], rest: Int[Tensor, " rest"]) -> Float[Tensor, "rest kept"]:
+    def compensation(self, kept: Int[Tensor, " kept"], rest: Int[Tensor, " rest"]) -> Float[Tensor, "rest kept"]:
         """What the columns `kept` best add for errors of the columns `rest`: H_RK H_KK⁻¹, float64; needs a hessian."""
         assert self.hessian is not None
         own = self.hessian[kept][:, kept].double()
-        own.diagonal().add_(ANSWER_DAMPING * own.diagonal().mean())
+        own.diagonal().add_(COMPENSATION_DAMPING * own.diagonal().mean())
         with one_thread():
             return torch.linalg.solve(own, self.hessian[kept][:, rest].double()).T
 
-    def with_rows_scaled(self, sizes: Float[Tensor, " out"]) -> Objective:
+    def divide_rows(self, sizes: Float[Tensor, " out"]) -> Objective:
         """The objective of the matrix whose rows were divided by `sizes`. The hessian is the same for every row."""
         rows = None if self.rows is None else self.rows * sizes.square()
         return dataclasses.replace(self, importance=self.importance * sizes.square()[:, None], rows=rows)
 
-    def with_columns_scaled(self, sizes: Float[Tensor, " in"]) -> Objective:
+    def divide_columns(self, sizes: Float[Tensor, " in"]) -> Objective:
         """The objective of the matrix whose columns were divided by `sizes`."""
         hessian = None if self.hessian is None else sizes[:, None] * self.hessian * sizes
         return dataclasses.replace(self, importance=self.importance * sizes.square(), hessian=hessian)
 
-    def rotated(self, rotate: Callable[[Tensor], Tensor]) -> Objective:
+    def rotate(self, rotate: Callable[[Tensor], Tensor]) -> Objective:
         """The objective of the matrix whose rows `rotate` (orthogonal, on the last axis) has turned.
 
         What importance says beside the hessian is lost: behind a rotation every input is a mixture of all.
@@ -162,6 +162,6 @@ class Objective:
         return Objective(self.importance.to(device), hessian, rows)
 
     @property
-    def by_column(self) -> Float[Tensor, " in"]:
+    def column_importance(self) -> Float[Tensor, " in"]:
         """One importance a column, for methods that cannot tell rows apart."""
         return self.importance.mean(0)

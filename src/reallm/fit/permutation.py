@@ -9,8 +9,8 @@ from torch import Tensor
 from reallm.errors import FormatError
 from reallm.fit.dispatch import fit
 from reallm.fit.objective import Objective
-from reallm.formats import Parts
-from reallm.formats.permuted import Permuted, PermutedParts
+from reallm.formats import Unpacked
+from reallm.formats.permuted import Permuted, UnpackedPermuted
 from reallm.kernels import one_thread
 
 # The greedy chain's memory of ReALLM: the next column is the nearest to the mean of the last 16.
@@ -23,41 +23,41 @@ _MOST_COMPARED = 1 << 14
 
 @fit.register
 def fit_permuted(
-    fmt: Permuted, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Parts | None = None
-) -> PermutedParts:
+    fmt: Permuted, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Unpacked | None = None
+) -> UnpackedPermuted:
     """Order once, then fit the base to the reordered weight; a `start` keeps its orders.
 
     Distances of rows do not depend on the order of columns, so that neither side waits for the other.
     """
     base_start, row_order, order = None, None, None
-    if isinstance(start, PermutedParts):
+    if isinstance(start, UnpackedPermuted):
         order, row_order, base_start = start.order, start.row_order, start.base
     elif fmt.rows:
-        row_order = row_order_of(fmt, weight)
+        row_order = find_row_order(fmt, weight)
     if row_order is not None:
-        weight, objective = weight[row_order.long()], objective and objective.with_rows(row_order.long())
+        weight, objective = weight[row_order.long()], objective and objective.select_rows(row_order.long())
     if order is None:
-        order = column_orders(fmt, weight)
-    inner = objective and _rearranged(fmt, objective, weight, order)
-    return PermutedParts(order, fit(fmt.base, fmt.gather(weight, order), inner, seed, base_start), row_order)
+        order = find_column_orders(fmt, weight)
+    inner = objective and _permute_objective(fmt, objective, weight, order)
+    return UnpackedPermuted(order, fit(fmt.base, fmt.gather(weight, order), inner, seed, base_start), row_order)
 
 
-def _rearranged(fmt: Permuted, objective: Objective, weight: Tensor, order: Tensor) -> Objective:
+def _permute_objective(fmt: Permuted, objective: Objective, weight: Tensor, order: Tensor) -> Objective:
     """The objective in the new order; where row blocks have orders of their own only its importance is left.
 
     One hessian serves rows that share an order: feedback for every block would need a codebook for every block.
     """
     if len(order) == 1:
-        return objective.with_columns(order[0].long())
+        return objective.select_columns(order[0].long())
     return Objective(fmt.gather(objective.importance.expand_as(weight), order))
 
 
-def column_orders(fmt: Permuted, weight: Float[Tensor, "out in"]) -> Int[Tensor, "blocks in"]:
+def find_column_orders(fmt: Permuted, weight: Float[Tensor, "out in"]) -> Int[Tensor, "blocks in"]:
     """One order a row block, as `fmt.method` says."""
     return _orders(fmt.method, _row_blocks(weight, fmt.block_rows))
 
 
-def row_order_of(fmt: Permuted, weight: Float[Tensor, "out in"]) -> Int[Tensor, " out"]:
+def find_row_order(fmt: Permuted, weight: Float[Tensor, "out in"]) -> Int[Tensor, " out"]:
     """One order of all rows, as `fmt.method` says.
 
     Errors: FormatError for more than 16,384 rows that would have to be compared in pairs.

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from reallm.fit.dispatch import fit, relative_error
 from reallm.fit.objective import Objective
-from reallm.fit.shared import demand_of, train_shared
-from reallm.formats import Shape, WeightFormat, tables_at_hand, to_spec
+from reallm.fit.shared import capture_fit_input, train_shared_decoder
+from reallm.formats import Shape, WeightFormat, to_spec, use_shared_decoders
 from reallm.formats.scaled import Scaled
-from reallm.formats.shared import shared_as
+from reallm.formats.shared import rename_shared_decoders
 
 Result = TypeVar("Result")
 
@@ -68,10 +68,10 @@ def gaussian_quality(fmt: WeightFormat, shape: Shape, device: str | torch.device
     weight = gaussian(shape, seed).to(device)
     millions = weight.numel() / 1e6
     with torch.no_grad():
-        parts, fit_seconds = _timed(lambda: fit(fmt, weight, seed=seed), weight.device)
-        tensors = fmt.pack(parts, shape)
+        unpacked, fit_seconds = _time_call(lambda: fit(fmt, weight, seed=seed), weight.device)
+        tensors = fmt.pack(unpacked, shape)
         decodings = [
-            _timed(lambda: fmt.decode(fmt.unpack(tensors, shape), shape), weight.device) for _ in range(_DECODINGS)
+            _time_call(lambda: fmt.decode(fmt.unpack(tensors, shape), shape), weight.device) for _ in range(_DECODINGS)
         ]
     return Quality(
         bits_per_weight=fmt.bits_per_weight(shape),
@@ -98,7 +98,7 @@ def gaussian_share(fmt: WeightFormat) -> float:
 
 def _key(fmt: WeightFormat) -> str:
     """The format's spec, whatever the name of a decoder that it shares."""
-    return json.dumps(to_spec(shared_as(fmt, _ANY)))
+    return json.dumps(to_spec(rename_shared_decoders(fmt, _ANY)))
 
 
 @functools.cache
@@ -110,9 +110,9 @@ def _table() -> dict[str, dict[str, Any]]:
 
 def measured_gaussian_error(fmt: WeightFormat) -> float:
     """Relative squared error on a seeded Gaussian matrix, large enough that no codebook learns it by heart."""
-    if fmt.tables() and "codeword" in json.dumps(to_spec(fmt)):
-        return _error_of_others(fmt)
-    fmt = shared_as(fmt, "")
+    if fmt.shared_decoders() and "codeword" in json.dumps(to_spec(fmt)):
+        return _held_out_error(fmt)
+    fmt = rename_shared_decoders(fmt, "")
     # The tables of an entropy coder, which a real matrix hardly feels, would be 6 % of the bytes of 16,384 weights.
     shape = (512, 1024) if "entropy_coded" in json.dumps(to_spec(fmt)) else (32, 512)
     roles = {"codebooks": 1, "decoders": _SAMPLES_PER_PARAMETER}
@@ -123,15 +123,15 @@ def measured_gaussian_error(fmt: WeightFormat) -> float:
     return relative_error(sample, fmt.decode(fit(fmt, sample), shape))
 
 
-def _error_of_others(fmt: WeightFormat) -> float:
+def _held_out_error(fmt: WeightFormat) -> float:
     """Relative squared error of a shared codeword decoder on weights that it was not trained on: as on most of its own.
 
     At 16 bits and vectors of 8 it is 0.087 on the 41,000 vectors that a decoder was trained on by itself.
     """
     seen, sample = gaussian(_SEEN, seed=1), gaussian((64, 512))
-    demand = demand_of(fmt, seen, Objective.plain(seen), 0)
-    decoder = demand.fmt.pack_table(train_shared(demand.fmt, [demand], "cpu"))
-    with tables_at_hand(dict.fromkeys(fmt.tables(), decoder)):
+    fit_input = capture_fit_input(fmt, seen, Objective.plain(seen), 0)
+    decoder = fit_input.fmt.pack_decoder(train_shared_decoder(fit_input.fmt, [fit_input], "cpu"))
+    with use_shared_decoders(dict.fromkeys(fmt.shared_decoders(), decoder)):
         return relative_error(sample, fmt.decode(fit(fmt, sample), (64, 512)))
 
 
@@ -140,7 +140,7 @@ def gaussian(shape: Shape, seed: int = 0) -> Float[Tensor, "out in"]:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _timed(work: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+def _time_call(work: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
     """What `work` gives and the seconds until the device has done it."""
     _wait(device)
     start = time.perf_counter()

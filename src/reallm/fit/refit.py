@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reallm.fit.dispatch import decoded, shape_of
-from reallm.fit.feedback import Coder, by_code_row, swept
+from reallm.fit.dispatch import decode_unpacked, matrix_shape
+from reallm.fit.feedback import Coder, coordinate_descent_pass, sum_code_rows
 from reallm.fit.objective import Objective
-from reallm.formats import Parts, WeightFormat, map_tensors
+from reallm.formats import Unpacked, WeightFormat, map_tensors
 from reallm.kernels import average, total
 
 _STEPS = 30
@@ -28,15 +28,15 @@ _SOLVED = 1e-8
 _LEAST_GAIN = 5e-3
 
 
-def refitted(
+def refit(
     fmt: WeightFormat,
-    parts: Parts,
+    unpacked: Unpacked,
     weight: Float[Tensor, "out in"],
     objective: Objective,
     names: Sequence[str],
     steps: int = _STEPS,
-) -> Parts:
-    """`parts` with the float parts `names` at their best for the codes, as stored; never worse by the objective.
+) -> Unpacked:
+    """`unpacked` with the float parts `names` at their best for the codes, as stored; never worse by the objective.
 
     `names` are fields of the parts, those of an inner format as "base.codebook". The decoded matrix must be linear
     in them together (or affine, beside a residual). At most `steps` of conjugate gradients from the present
@@ -44,23 +44,23 @@ def refitted(
     where what the file would keep of the solution has no smaller error.
     """
     with torch.enable_grad():
-        moved = _solved(fmt, parts, weight, objective, names, steps)
-    shape = shape_of(weight)
+        moved = _solve(fmt, unpacked, weight, objective, names, steps)
+    shape = matrix_shape(weight)
     stored = fmt.unpack(fmt.pack(moved, shape), shape)
-    kept = _with(parts, {name: _at(stored, name) for name in names})
-    errors = [objective.error(weight, decoded(fmt, some, weight)) for some in (kept, parts)]
-    return kept if errors[0] < errors[1] else parts
+    kept = _replace_tensors(unpacked, {name: _get_tensor(stored, name) for name in names})
+    errors = [objective.error(weight, decode_unpacked(fmt, some, weight)) for some in (kept, unpacked)]
+    return kept if errors[0] < errors[1] else unpacked
 
 
-def alternated(
+def alternate(
     fmt: WeightFormat,
-    parts: Parts,
+    unpacked: Unpacked,
     weight: Float[Tensor, "out in"],
     objective: Objective,
     names: Sequence[Sequence[str]],
-    coder_of: Callable[[Parts], Coder],
+    make_coder: Callable[[Unpacked], Coder],
     rounds: int,
-) -> Parts:
+) -> Unpacked:
     """Refits of each group of `names` and new codes in turn, from codes that are there; the error never rises.
 
     New codes come from a sweep over the blocks if the objective has a hessian, else from rounding, and each row takes
@@ -70,36 +70,38 @@ def alternated(
     error = None
     for number in range(rounds + 1):
         for group in names:
-            parts = refitted(fmt, parts, weight, objective, group)
-        approximation = decoded(fmt, parts, weight)
+            unpacked = refit(fmt, unpacked, weight, objective, group)
+        approximation = decode_unpacked(fmt, unpacked, weight)
         before, error = error, objective.error(weight, approximation)
         if number == rounds or (before is not None and error > before * (1 - _LEAST_GAIN)):
             break
         if objective.hessian is None:
-            codes = coder_of(parts).encode(weight, 0, objective.importance)[0]
-            parts = _better_rows(fmt, weight, objective, parts, dataclasses.replace(parts, codes=codes))
+            codes = make_coder(unpacked).encode(weight, 0, objective.importance)[0]
+            unpacked = _better_rows(fmt, weight, objective, unpacked, dataclasses.replace(unpacked, codes=codes))
         else:
-            codes, _ = swept(weight, coder_of(parts), objective.hessian, parts.codes, approximation)
-            parts = dataclasses.replace(parts, codes=codes)
-    return parts
+            codes, _ = coordinate_descent_pass(
+                weight, make_coder(unpacked), objective.hessian, unpacked.codes, approximation
+            )
+            unpacked = dataclasses.replace(unpacked, codes=codes)
+    return unpacked
 
 
 def _better_rows(
-    fmt: WeightFormat, weight: Float[Tensor, "out in"], objective: Objective, one: Parts, other: Parts
-) -> Parts:
+    fmt: WeightFormat, weight: Float[Tensor, "out in"], objective: Objective, one: Unpacked, other: Unpacked
+) -> Unpacked:
     """`one` with the codes of `other` in those rows of codes where they have the smaller error."""
-    errors = [objective.row_errors(weight, decoded(fmt, parts, weight)) for parts in (one, other)]
-    better = by_code_row(errors[0] - errors[1], len(one.codes)) > 0
+    errors = [objective.row_errors(weight, decode_unpacked(fmt, unpacked, weight)) for unpacked in (one, other)]
+    better = sum_code_rows(errors[0] - errors[1], len(one.codes)) > 0
     return dataclasses.replace(one, codes=torch.where(better[:, None], other.codes, one.codes))
 
 
-def _solved(
-    fmt: WeightFormat, parts: Parts, weight: Tensor, objective: Objective, names: Sequence[str], steps: int
-) -> Parts:
+def _solve(
+    fmt: WeightFormat, unpacked: Unpacked, weight: Tensor, objective: Objective, names: Sequence[str], steps: int
+) -> Unpacked:
     """Preconditioned conjugate gradients on Lᵀ H L x = Lᵀ H (weight - decoded), L the decoder's linear part."""
-    shape = shape_of(weight)
-    exact = map_tensors(lambda t: t.detach().double() if t.is_floating_point() else t, parts)
-    leaves = [_at(exact, name).requires_grad_() for name in names]
+    shape = matrix_shape(weight)
+    exact = map_tensors(lambda t: t.detach().double() if t.is_floating_point() else t, unpacked)
+    leaves = [_get_tensor(exact, name).requires_grad_() for name in names]
     image = fmt.decode(exact, shape)
     seed = torch.zeros_like(image, requires_grad=True)
     pulled = torch.autograd.grad(image, leaves, seed, create_graph=True)
@@ -111,7 +113,7 @@ def _solved(
         return list(torch.autograd.grad(image, leaves, errors, retain_graph=True))
 
     importance = objective.importance.double()
-    weighted = (lambda d: d * importance) if objective.hessian is None else _product_with(objective.hessian)
+    weighted = (lambda d: d * importance) if objective.hessian is None else _hessian_product(objective.hessian)
     scale = [_positive(d) for d in backward(importance * forward([torch.ones_like(leaf) for leaf in leaves]))]
     residual = backward(weighted(weight - image.detach()))
     found = [torch.zeros_like(leaf) for leaf in leaves]
@@ -128,10 +130,10 @@ def _solved(
         before, size = size, _dot(residual, preconditioned)
         direction = [p + size / before * d for p, d in zip(preconditioned, direction, strict=True)]
     moved = {n: (leaf.detach() + f).float() for n, leaf, f in zip(names, leaves, found, strict=True)}
-    return _with(parts, moved)
+    return _replace_tensors(unpacked, moved)
 
 
-def _product_with(hessian: Tensor) -> Callable[[Tensor], Tensor]:
+def _hessian_product(hessian: Tensor) -> Callable[[Tensor], Tensor]:
     """D -> D H in float32: an error of 1e-7 only slows the steps, and many GPUs are slow in float64."""
     return lambda errors: (errors.float() @ hessian).double()
 
@@ -148,16 +150,18 @@ def _dot(one: list[Tensor], other: list[Tensor]) -> Tensor:
     return torch.stack([total(a * b) for a, b in zip(one, other, strict=True)]).sum()
 
 
-def _at(parts: Parts, name: str) -> Tensor:
+def _get_tensor(unpacked: Unpacked, name: str) -> Tensor:
     """A part by its name, "base.codebook" for one of an inner format."""
     for step in name.split("."):
-        parts = getattr(parts, step)
-    return parts
+        unpacked = getattr(unpacked, step)
+    return unpacked
 
 
-def _with(parts: Parts, values: dict[str, Tensor]) -> Parts:
-    """Parts with some replaced, by the names of `_at`."""
+def _replace_tensors(unpacked: Unpacked, values: dict[str, Tensor]) -> Unpacked:
+    """Parts with some replaced, by the names of `_get_tensor`."""
     for name, value in values.items():
         head, _, rest = name.partition(".")
-        parts = dataclasses.replace(parts, **{head: _with(getattr(parts, head), {rest: value}) if rest else value})
-    return parts
+        unpacked = dataclasses.replace(
+            unpacked, **{head: _replace_tensors(getattr(unpacked, head), {rest: value}) if rest else value}
+        )
+    return unpacked

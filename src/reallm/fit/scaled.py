@@ -9,9 +9,9 @@ from torch import Tensor
 from reallm.fit.dispatch import fit
 from reallm.fit.objective import Objective
 from reallm.fit.rounding import divisors
-from reallm.formats import Parts
+from reallm.formats import Unpacked
 from reallm.formats import scales as scale_store
-from reallm.formats.scaled import BOTH, INPUTS, Scaled, ScaledParts
+from reallm.formats.scaled import BOTH, INPUTS, Scaled, UnpackedScaled
 from reallm.kernels import average
 
 _ROUNDS = 10
@@ -23,8 +23,8 @@ _LEAST_SCALE = 1.5 / 255**2
 
 @fit.register
 def fit_scaled(
-    fmt: Scaled, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Parts | None = None
-) -> ScaledParts:
+    fmt: Scaled, weight: Tensor, objective: Objective | None = None, seed: int = 0, start: Unpacked | None = None
+) -> UnpackedScaled:
     """Balance, then fit the base to the balanced matrix by the objective seen from there.
 
     A code of one rate loses a share of the mean square of what it codes, and error feedback the mean of what the
@@ -33,20 +33,20 @@ def fit_scaled(
     (`moving_scales`), and need to know what errors of rows cost.
     """
     objective = objective or Objective.plain(weight)
-    rows, columns = scales_of(weight, objective.rows, fmt.sides)
-    rows, columns = (None if s is None else scale_store.stored(fmt.scales, s) for s in (rows, columns))
+    rows, columns = axis_scales(weight, objective.rows, fmt.sides)
+    rows, columns = (None if s is None else scale_store.fake_quantize(fmt.scales, s) for s in (rows, columns))
     inner, balanced = objective, weight
     if columns is not None:
-        inner, balanced = inner.with_columns_scaled(columns[0]), balanced / divisors(columns)
+        inner, balanced = inner.divide_columns(columns[0]), balanced / divisors(columns)
     if rows is not None:
         # Only ratios matter; squares of tiny ones would be 0.
-        inner = inner.with_rows_scaled(rows[:, 0] / divisors(rows.amax(0, keepdim=True))[0])
+        inner = inner.divide_rows(rows[:, 0] / divisors(rows.amax(0, keepdim=True))[0])
         balanced = balanced / divisors(rows)
-    base = fit(fmt.base, balanced, inner, seed, start.base if isinstance(start, ScaledParts) else None)
-    return ScaledParts(rows, columns, base)
+    base = fit(fmt.base, balanced, inner, seed, start.base if isinstance(start, UnpackedScaled) else None)
+    return UnpackedScaled(rows, columns, base)
 
 
-def scales_of(
+def axis_scales(
     weight: Float[Tensor, "out in"], importance: Float[Tensor, " out"] | None, sides: str
 ) -> tuple[Float[Tensor, "out 1"] | None, Float[Tensor, "1 in"] | None]:
     """(rows, columns) that a matrix is divided by; None for a side that is not asked for.

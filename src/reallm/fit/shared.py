@@ -15,11 +15,11 @@ from reallm.fit.dispatch import fit
 from reallm.fit.objective import Objective
 from reallm.formats import WeightFormat, parameters
 
-_asking: contextvars.ContextVar[bool] = contextvars.ContextVar("asking", default=False)
+_capturing: contextvars.ContextVar[bool] = contextvars.ContextVar("asking", default=False)
 
 
 @dataclass
-class Demand(Exception):
+class FitInput(Exception):
     """What a format with a shared decoder was asked to fit, inside whatever formats there are around it."""
 
     fmt: WeightFormat
@@ -27,38 +27,40 @@ class Demand(Exception):
     objective: Objective
 
 
-def demand_of(fmt: WeightFormat, weight: Tensor, objective: Objective, seed: int) -> Demand:
+def capture_fit_input(fmt: WeightFormat, weight: Tensor, objective: Objective, seed: int) -> FitInput:
     """What the first fit of the inner format would see: permuted, rotated, without the first residual.
 
     The fit is broken off there. Errors: AssertionError if no format in `fmt` names a shared decoder.
     """
-    token = _asking.set(True)
+    token = _capturing.set(True)
     try:
         fit(fmt, weight, objective, seed)
-    except Demand as found:
-        return Demand(found.fmt, found.weight.cpu(), found.objective.to(torch.device("cpu")))
+    except FitInput as found:
+        return FitInput(found.fmt, found.weight.cpu(), found.objective.to(torch.device("cpu")))
     finally:
-        _asking.reset(token)
+        _capturing.reset(token)
     raise AssertionError(f"{fmt.name}: names no shared decoder")
 
 
-def note_demand(fmt: WeightFormat, weight: Tensor, objective: Objective) -> None:
+def record_fit_input(fmt: WeightFormat, weight: Tensor, objective: Objective) -> None:
     """To be called by the fit of a format with a shared decoder, before it looks for that."""
-    if _asking.get():
-        raise Demand(fmt, weight, objective)
+    if _capturing.get():
+        raise FitInput(fmt, weight, objective)
 
 
 @contextlib.contextmanager
-def not_asking() -> Iterator[None]:
+def disable_capture() -> Iterator[None]:
     """Fits in here are real ones."""
-    token = _asking.set(False)
+    token = _capturing.set(False)
     try:
         yield
     finally:
-        _asking.reset(token)
+        _capturing.reset(token)
 
 
 @singledispatch
-def train_shared(fmt: WeightFormat, demands: Sequence[Demand], device: str, seed: int = 0) -> parameters.Stored:
+def train_shared_decoder(
+    fmt: WeightFormat, fit_inputs: Sequence[FitInput], device: str, seed: int = 0
+) -> parameters.UnpackedParameters:
     """The decoder that serves all demands, whose formats differ from `fmt` at most in what is not the decoder's."""
     raise NotImplementedError(f"no way to train a decoder for {type(fmt).__name__} is registered")

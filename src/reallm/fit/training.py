@@ -17,15 +17,15 @@ _BETAS = (0.9, 0.99)
 _EPSILON = 1e-8
 
 
-def stored_parameters(bits: int, flat: Float[Tensor, " parameters"]) -> parameters.Stored:
+def quantize_parameters(bits: int, flat: Float[Tensor, " parameters"]) -> parameters.UnpackedParameters:
     """A flat vector as it is stored."""
     with torch.no_grad():
         return fit(parameters.storage(bits), flat.detach()[None])
 
 
-def quantised(bits: int, flat: Float[Tensor, " parameters"]) -> Float[Tensor, " parameters"]:
+def fake_quantize_parameters(bits: int, flat: Float[Tensor, " parameters"]) -> Float[Tensor, " parameters"]:
     """The vector as it comes back from the file; gradients pass as if it were the vector itself."""
-    return straight_through(flat, parameters.values(bits, stored_parameters(bits, flat), len(flat)).detach())
+    return straight_through(flat, parameters.values(bits, quantize_parameters(bits, flat), len(flat)).detach())
 
 
 class Adam:
@@ -38,7 +38,7 @@ class Adam:
         self._steps = 0
 
     @torch.no_grad()
-    def move(self, gradient: Tensor, share: float) -> None:
+    def update(self, gradient: Tensor, share: float) -> None:
         """One step of `share` of the rate."""
         self._steps += 1
         self._mean.lerp_(gradient, 1 - _BETAS[0])
@@ -47,20 +47,20 @@ class Adam:
         self.tensor.sub_(share * self._rate * mean / (square.sqrt() + _EPSILON))
 
 
-def descend(adams: Sequence[Adam], loss_of: Callable[..., Tensor], share: float) -> None:
-    """One step of all tensors along the gradient of `loss_of(*tensors)`."""
-    gradients = gradients_of([adam.tensor for adam in adams], loss_of)
+def gradient_step(adams: Sequence[Adam], loss_fn: Callable[..., Tensor], share: float) -> None:
+    """One step of all tensors along the gradient of `loss_fn(*tensors)`."""
+    gradients = compute_gradients([adam.tensor for adam in adams], loss_fn)
     for adam, gradient in zip(adams, gradients, strict=True):
-        adam.move(gradient, share)
+        adam.update(gradient, share)
 
 
-def gradients_of(tensors: Sequence[Tensor], loss_of: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-    """Of `loss_of(*tensors)`, by each tensor."""
+def compute_gradients(tensors: Sequence[Tensor], loss_fn: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    """Of `loss_fn(*tensors)`, by each tensor."""
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]
     with torch.enable_grad(), one_thread():
-        return torch.autograd.grad(loss_of(*tensors), tensors)
+        return torch.autograd.grad(loss_fn(*tensors), tensors)
 
 
-def falling(step: int, steps: int) -> float:
+def cosine_decay(step: int, steps: int) -> float:
     """Share of the rate at a step: a half cosine from 1 to 0."""
     return (1 + math.cos(math.pi * step / steps)) / 2

@@ -3,14 +3,19 @@
 import importlib
 import pkgutil
 
-from reallm.formats.rounding import as_stored, rounding_of, table_of, zero_of
+from reallm.formats.rounding import fake_quantize, fake_quantizer, shared_decoder_name, zero_value
 from reallm.formats.rows import decode_rows
-from reallm.formats.shared import table_at_hand, table_tensors, tables_at_hand, tables_of
+from reallm.formats.shared import (
+    collect_shared_decoders,
+    shared_decoder_layout,
+    shared_decoder_tensors,
+    use_shared_decoders,
+)
 from reallm.formats.waist import (
-    Parts,
     Shape,
-    Table,
+    SharedDecoder,
     Tensors,
+    Unpacked,
     WeightFormat,
     example_formats,
     from_spec,
@@ -19,8 +24,8 @@ from reallm.formats.waist import (
     map_tensors,
     named_tensors,
     register,
+    replace_tensors,
     to_spec,
-    with_tensors,
 )
 
 # Every file of this folder is a format or serves one: importing them registers all.
@@ -28,12 +33,12 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
-    "Parts",
+    "Unpacked",
     "Shape",
-    "Table",
+    "SharedDecoder",
     "Tensors",
     "WeightFormat",
-    "as_stored",
+    "fake_quantize",
     "decode_rows",
     "example_formats",
     "from_spec",
@@ -42,13 +47,13 @@ __all__ = [
     "map_tensors",
     "named_tensors",
     "register",
-    "rounding_of",
-    "table_of",
-    "table_at_hand",
-    "table_tensors",
-    "tables_at_hand",
-    "tables_of",
+    "fake_quantizer",
+    "shared_decoder_name",
+    "shared_decoder_tensors",
+    "shared_decoder_layout",
+    "use_shared_decoders",
+    "collect_shared_decoders",
     "to_spec",
-    "zero_of",
-    "with_tensors",
+    "zero_value",
+    "replace_tensors",
 ]

@@ -30,7 +30,7 @@ MAX_CODEBOOKS = 16
 
 
 @dataclass(frozen=True)
-class AdditiveParts:
+class UnpackedAdditive:
     """vector = sum of its entries · scale of each weight's group; codes of a vector lie side by side."""
 
     codes: Int[Tensor, "out codes"]
@@ -83,25 +83,25 @@ class Additive(WeightFormat):
             **scale_store.layout(self.scales, rows * groups),
         }
 
-    def pack(self, parts: AdditiveParts, shape: Shape) -> Tensors:
+    def pack(self, unpacked: UnpackedAdditive, shape: Shape) -> Tensors:
         """Pack indices, codebooks and scales."""
         return {
-            "codes": pack_bits(parts.codes, self.index_bits),
-            "codebooks": parts.codebooks.detach().to(torch.float16),
-            **scale_store.pack(self.scales, parts.scales),
+            "codes": pack_bits(unpacked.codes, self.index_bits),
+            "codebooks": unpacked.codebooks.detach().to(torch.float16),
+            **scale_store.pack(self.scales, unpacked.scales),
         }
 
-    def unpack(self, tensors: Tensors, shape: Shape) -> AdditiveParts:
+    def unpack(self, tensors: Tensors, shape: Shape) -> UnpackedAdditive:
         """The inverse of `pack`."""
         count = self.codes_per_row(shape[1])
         codes = unpack_bits(tensors["codes"], self.index_bits, shape[0] * count).view(shape[0], count)
         scales = scale_store.unpack(self.scales, tensors, scale_store.grid(shape, self.group_size))
-        return AdditiveParts(codes, tensors["codebooks"].to(torch.float32), scales)
+        return UnpackedAdditive(codes, tensors["codebooks"].to(torch.float32), scales)
 
-    def decode(self, parts: AdditiveParts, shape: Shape) -> Float[Tensor, "out in"]:
+    def decode(self, unpacked: UnpackedAdditive, shape: Shape) -> Float[Tensor, "out in"]:
         """Σ codebooks[m, code_m] · scale."""
-        vectors = sum_of_entries(parts.codes.unflatten(1, (-1, self.books)), parts.codebooks)
-        return scale_store.scaled(vectors.flatten(1)[:, : shape[1]], parts.scales, self.group_size)
+        vectors = sum_of_entries(unpacked.codes.unflatten(1, (-1, self.books)), unpacked.codebooks)
+        return scale_store.apply_scales(vectors.flatten(1)[:, : shape[1]], unpacked.scales, self.group_size)
 
 
 def sum_of_entries(

@@ -22,7 +22,7 @@ VECTOR_DIMS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
-class CodebookParts:
+class UnpackedCodebook:
     """vector = codebook[code] · scale of each weight's group; scales are signed."""
 
     codes: Int[Tensor, "out vectors"]
@@ -81,23 +81,23 @@ class Codebook(WeightFormat):
             **scale_store.layout(self.scales, rows * groups, signed=True),
         }
 
-    def pack(self, parts: CodebookParts, shape: Shape) -> Tensors:
+    def pack(self, unpacked: UnpackedCodebook, shape: Shape) -> Tensors:
         """Pack indices, codebook and scales."""
         return {
-            "codes": pack_bits(parts.codes, self.index_bits),
-            "codebook": parts.codebook.detach().to(torch.float16),
-            **scale_store.pack(self.scales, parts.scales, signed=True),
+            "codes": pack_bits(unpacked.codes, self.index_bits),
+            "codebook": unpacked.codebook.detach().to(torch.float16),
+            **scale_store.pack(self.scales, unpacked.scales, signed=True),
         }
 
-    def unpack(self, tensors: Tensors, shape: Shape) -> CodebookParts:
+    def unpack(self, tensors: Tensors, shape: Shape) -> UnpackedCodebook:
         """The inverse of `pack`."""
         vectors = self.vectors_per_row(shape[1])
         codes = unpack_bits(tensors["codes"], self.index_bits, shape[0] * vectors).view(shape[0], vectors)
         grid = scale_store.grid(shape, self.group_size)
         scales = scale_store.unpack(self.scales, tensors, grid)
-        return CodebookParts(codes, tensors["codebook"].to(torch.float32), scales)
+        return UnpackedCodebook(codes, tensors["codebook"].to(torch.float32), scales)
 
-    def decode(self, parts: CodebookParts, shape: Shape) -> Float[Tensor, "out in"]:
+    def decode(self, unpacked: UnpackedCodebook, shape: Shape) -> Float[Tensor, "out in"]:
         """codebook[code] · scale."""
-        normalised = entries(parts.codebook, parts.codes).flatten(1)[:, : shape[1]]
-        return scale_store.scaled(normalised, parts.scales, self.group_size)
+        normalised = entries(unpacked.codebook, unpacked.codes).flatten(1)[:, : shape[1]]
+        return scale_store.apply_scales(normalised, unpacked.scales, self.group_size)

@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reallm.decoders import CodewordNet
+from reallm.decoders import CodebookNet
 from reallm.errors import FormatError
 from reallm.formats import parameters
 from reallm.formats import scales as scale_store
-from reallm.formats.shared import check_table_name, table_at_hand
-from reallm.formats.waist import Shape, Table, Tensors, WeightFormat, empty, register
+from reallm.formats.shared import check_shared_name, shared_decoder_tensors
+from reallm.formats.waist import Shape, SharedDecoder, Tensors, WeightFormat, empty, register
 from reallm.kernels import entries, pack_bits, packed_nbytes, unpack_bits
 
 VECTOR_DIMS = (2, 4, 8, 16, 32)
@@ -30,17 +30,17 @@ MAX_HIDDEN = 128
 
 
 @dataclass(frozen=True)
-class CodewordParts:
+class UnpackedNeuralCodebook:
     """vector = net(decoder)[code] · scale of each weight's group."""
 
     codes: Int[Tensor, "out vectors"]
-    decoder: parameters.Stored
+    decoder: parameters.UnpackedParameters
     scales: Float[Tensor, "out groups"]
 
 
 @register
 @dataclass(frozen=True)
-class Codeword(WeightFormat):
+class NeuralCodebook(WeightFormat):
     """`index_bits` bits a vector of `vector_dim` weights; the codebook is a net of the index, not a stored table.
 
     The index is cut into digits of `digit_bits` bits, each with a table of its own; `hidden` numbers beside the sum of
@@ -73,16 +73,16 @@ class Codeword(WeightFormat):
         if not 0 <= self.hidden <= MAX_HIDDEN:
             raise FormatError(f"codeword: hidden={self.hidden} is not in 0 … {MAX_HIDDEN}")
         parameters.check_bits(self.name, self.decoder_bits)
-        check_table_name(self.name, self.shared)
+        check_shared_name(self.name, self.shared)
         scale_store.check_groups(self.name, self.group_size, self.scales)
 
     @property
-    def net(self) -> CodewordNet:
+    def net(self) -> CodebookNet:
         """The decoder."""
-        return CodewordNet(self.index_bits, self.vector_dim, self.digit_bits, self.hidden)
+        return CodebookNet(self.index_bits, self.vector_dim, self.digit_bits, self.hidden)
 
     @property
-    def decoder_numbers(self) -> int:
+    def num_decoder_parameters(self) -> int:
         """Parameters of a stored decoder, scales apart."""
         return self.net.parameters
 
@@ -95,12 +95,12 @@ class Codeword(WeightFormat):
         codes = packed_nbytes(shape[0] * self.vectors_per_row(shape[1]), self.index_bits)
         parameters.check_rate(self.name, codes, shape)
 
-    def own_tables(self) -> dict[str, Table]:
+    def own_shared_decoders(self) -> dict[str, SharedDecoder]:
         """The decoder, if it is shared."""
         if not self.shared:
             return {}
         decoder: tuple[Any, ...] = (self.name, *vars(self.net).values(), self.decoder_bits)
-        return {self.shared: Table(decoder, parameters.layout(self.decoder_bits, self.decoder_numbers))}
+        return {self.shared: SharedDecoder(decoder, parameters.layout(self.decoder_bits, self.num_decoder_parameters))}
 
     def own_multiply_adds(self, shape: Shape) -> int:
         """Those of the whole table: it is made once a matrix."""
@@ -110,47 +110,51 @@ class Codeword(WeightFormat):
         """`codes` packed row-major, the parameters under `decoder.` unless they are shared, scales."""
         rows, groups = scale_store.grid(shape, self.group_size)
         count = rows * self.vectors_per_row(shape[1])
-        own = {} if self.shared else parameters.layout(self.decoder_bits, self.decoder_numbers)
+        own = {} if self.shared else parameters.layout(self.decoder_bits, self.num_decoder_parameters)
         return {
             "codes": empty((packed_nbytes(count, self.index_bits),), torch.uint8),
             **own,
             **scale_store.layout(self.scales, rows * groups),
         }
 
-    def pack(self, parts: CodewordParts, shape: Shape) -> Tensors:
+    def pack(self, unpacked: UnpackedNeuralCodebook, shape: Shape) -> Tensors:
         """Pack indices, the decoder if it is the matrix's own, and scales."""
-        own = {} if self.shared else parameters.pack(self.decoder_bits, parts.decoder, self.decoder_numbers)
+        own = {} if self.shared else parameters.pack(self.decoder_bits, unpacked.decoder, self.num_decoder_parameters)
         return {
-            "codes": pack_bits(parts.codes, self.index_bits),
+            "codes": pack_bits(unpacked.codes, self.index_bits),
             **own,
-            **scale_store.pack(self.scales, parts.scales),
+            **scale_store.pack(self.scales, unpacked.scales),
         }
 
-    def unpack(self, tensors: Tensors, shape: Shape) -> CodewordParts:
+    def unpack(self, tensors: Tensors, shape: Shape) -> UnpackedNeuralCodebook:
         """The inverse of `pack`. Errors: FormatError if a shared decoder is not at hand."""
         vectors = self.vectors_per_row(shape[1])
         codes = unpack_bits(tensors["codes"], self.index_bits, shape[0] * vectors).view(shape[0], vectors)
         scales = scale_store.unpack(self.scales, tensors, scale_store.grid(shape, self.group_size))
-        return CodewordParts(codes, self.decoder(tensors), scales)
+        return UnpackedNeuralCodebook(codes, self.decoder(tensors), scales)
 
-    def pack_table(self, decoder: parameters.Stored) -> Tensors:
+    def pack_decoder(self, decoder: parameters.UnpackedParameters) -> Tensors:
         """A shared decoder's tensors."""
-        return parameters.pack(self.decoder_bits, decoder, self.decoder_numbers)
+        return parameters.pack(self.decoder_bits, decoder, self.num_decoder_parameters)
 
-    def decoder(self, tensors: Tensors) -> parameters.Stored:
+    def decoder(self, tensors: Tensors) -> parameters.UnpackedParameters:
         """The decoder's parts, on the device of the codes."""
         if self.shared:
             device = tensors["codes"].device
-            tensors = {name: tensor.to(device) for name, tensor in table_at_hand(self.shared).items()}
-        return parameters.unpack(self.decoder_bits, tensors, self.decoder_numbers)
+            tensors = {name: tensor.to(device) for name, tensor in shared_decoder_tensors(self.shared).items()}
+        return parameters.unpack(self.decoder_bits, tensors, self.num_decoder_parameters)
 
-    def decode(self, parts: CodewordParts, shape: Shape) -> Float[Tensor, "out in"]:
+    def decode(self, unpacked: UnpackedNeuralCodebook, shape: Shape) -> Float[Tensor, "out in"]:
         """net(code) · scale."""
-        vectors = entries(self.table(parts.decoder, parts.scales.dtype), parts.codes).flatten(1)[:, : shape[1]]
-        return scale_store.scaled(vectors, parts.scales, self.group_size)
+        vectors = entries(self.codebook(unpacked.decoder, unpacked.scales.dtype), unpacked.codes).flatten(1)[
+            :, : shape[1]
+        ]
+        return scale_store.apply_scales(vectors, unpacked.scales, self.group_size)
 
-    def table(
-        self, decoder: parameters.Stored, dtype: torch.dtype = torch.float32
+    def codebook(
+        self, decoder: parameters.UnpackedParameters, dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "codewords vector_dim"]:
         """All codewords, computed in float64: rounded to float32 they are the same on all devices but for rare ties."""
-        return self.net.table(parameters.values(self.decoder_bits, decoder, self.decoder_numbers).double()).to(dtype)
+        return self.net.codebook(
+            parameters.values(self.decoder_bits, decoder, self.num_decoder_parameters).double()
+        ).to(dtype)

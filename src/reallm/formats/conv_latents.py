@@ -21,8 +21,17 @@ from reallm.errors import FormatError
 from reallm.formats import parameters
 from reallm.formats import scales as scale_store
 from reallm.formats.entropy_coded import EntropyCoded
-from reallm.formats.shared import check_table_name, table_at_hand
-from reallm.formats.waist import Parts, Shape, Table, Tensors, WeightFormat, inner, register, under
+from reallm.formats.shared import check_shared_name, shared_decoder_tensors
+from reallm.formats.waist import (
+    Shape,
+    SharedDecoder,
+    Tensors,
+    Unpacked,
+    WeightFormat,
+    add_prefix,
+    register,
+    strip_prefix,
+)
 from reallm.kernels import one_thread
 
 MAX_CHANNELS, MAX_WIDTH, MAX_STAGES = 256, 256, 4
@@ -34,12 +43,12 @@ _MAX_RATE = 100
 
 
 @dataclass(frozen=True)
-class ConvLatentsParts:
+class UnpackedConvLatents:
     """weight = net(base) · scale of the row; row i of the base holds all channels of row i of the grid."""
 
-    decoder: parameters.Stored
+    decoder: parameters.UnpackedParameters
     scales: Float[Tensor, "out 1"]
-    base: Parts
+    base: Unpacked
 
 
 @register
@@ -72,9 +81,9 @@ class ConvLatents(WeightFormat):
         for name, most in (("channels", MAX_CHANNELS), ("width", MAX_WIDTH), ("stages", MAX_STAGES)):
             if not 1 <= getattr(self, name) <= most:
                 raise FormatError(f"conv_latents: {name}={getattr(self, name)} is not in 1 … {most}")
-        if (dear := self.net.multiply_adds_per_weight) > MAX_MULTIPLY_ADDS:
+        if (multiply_adds := self.net.multiply_adds_per_weight) > MAX_MULTIPLY_ADDS:
             raise FormatError(
-                f"conv_latents: width={self.width} and stages={self.stages} take {dear:,.0f} multiply-adds a weight, "
+                f"conv_latents: width={self.width} and stages={self.stages} take {multiply_adds:,.0f} multiply-adds a weight, "
                 f"more than {MAX_MULTIPLY_ADDS:,}"
             )
         if not 0 <= self.steps <= _MAX_STEPS:
@@ -89,7 +98,7 @@ class ConvLatents(WeightFormat):
                 "on how probable its codes are"
             )
         parameters.check_bits(self.name, self.decoder_bits)
-        check_table_name(self.name, self.shared)
+        check_shared_name(self.name, self.shared)
 
     @property
     def net(self) -> ConvNet:
@@ -97,7 +106,7 @@ class ConvLatents(WeightFormat):
         return ConvNet(self.channels, self.width, self.stages)
 
     @property
-    def decoder_numbers(self) -> int:
+    def num_decoder_parameters(self) -> int:
         """Parameters of a stored decoder, scales apart."""
         return self.net.parameters
 
@@ -111,12 +120,12 @@ class ConvLatents(WeightFormat):
         self.base.check(self.inner_shape(shape))
         parameters.check_rate(self.name, self.base.nbytes(self.inner_shape(shape)), shape)
 
-    def own_tables(self) -> dict[str, Table]:
+    def own_shared_decoders(self) -> dict[str, SharedDecoder]:
         """The net, if it is shared."""
         if not self.shared:
             return {}
         decoder: tuple[Any, ...] = (self.name, *vars(self.net).values(), self.decoder_bits)
-        return {self.shared: Table(decoder, self._decoder_layout())}
+        return {self.shared: SharedDecoder(decoder, self._decoder_layout())}
 
     def own_multiply_adds(self, shape: Shape) -> int:
         """Those of all weights."""
@@ -126,48 +135,48 @@ class ConvLatents(WeightFormat):
         """The net under `decoder.` if it is the matrix's own, `scales` (out,) float16, the base under `base.`"""
         own = {} if self.shared else self._decoder_layout()
         scales = scale_store.layout(scale_store.FLOAT16, shape[0])
-        return {**own, **scales, **under("base", self.base.layout(self.inner_shape(shape)))}
+        return {**own, **scales, **add_prefix("base", self.base.layout(self.inner_shape(shape)))}
 
-    def pack(self, parts: ConvLatentsParts, shape: Shape) -> Tensors:
+    def pack(self, unpacked: UnpackedConvLatents, shape: Shape) -> Tensors:
         """Pack net, scales and base."""
-        own = {} if self.shared else self.pack_table(parts.decoder)
-        scales = scale_store.pack(scale_store.FLOAT16, parts.scales)
-        return {**own, **scales, **under("base", self.base.pack(parts.base, self.inner_shape(shape)))}
+        own = {} if self.shared else self.pack_decoder(unpacked.decoder)
+        scales = scale_store.pack(scale_store.FLOAT16, unpacked.scales)
+        return {**own, **scales, **add_prefix("base", self.base.pack(unpacked.base, self.inner_shape(shape)))}
 
-    def pack_table(self, decoder: parameters.Stored) -> Tensors:
+    def pack_decoder(self, decoder: parameters.UnpackedParameters) -> Tensors:
         """The tensors of a net."""
-        return parameters.pack(self.decoder_bits, decoder, self.decoder_numbers)
+        return parameters.pack(self.decoder_bits, decoder, self.num_decoder_parameters)
 
-    def unpack(self, tensors: Tensors, shape: Shape) -> ConvLatentsParts:
+    def unpack(self, tensors: Tensors, shape: Shape) -> UnpackedConvLatents:
         """The inverse of `pack`. Errors: FormatError if a shared net is not at hand."""
-        base = self.base.unpack(inner("base", tensors), self.inner_shape(shape))
+        base = self.base.unpack(strip_prefix("base", tensors), self.inner_shape(shape))
         scales = scale_store.unpack(scale_store.FLOAT16, tensors, (shape[0], 1))
-        return ConvLatentsParts(self.decoder(tensors, scales.device), scales, base)
+        return UnpackedConvLatents(self.decoder(tensors, scales.device), scales, base)
 
-    def decoder(self, tensors: Tensors, device: torch.device) -> parameters.Stored:
+    def decoder(self, tensors: Tensors, device: torch.device) -> parameters.UnpackedParameters:
         """The stored net."""
         if self.shared:
-            tensors = {name: tensor.to(device) for name, tensor in table_at_hand(self.shared).items()}
-        return parameters.unpack(self.decoder_bits, tensors, self.decoder_numbers)
+            tensors = {name: tensor.to(device) for name, tensor in shared_decoder_tensors(self.shared).items()}
+        return parameters.unpack(self.decoder_bits, tensors, self.num_decoder_parameters)
 
-    def decode(self, parts: ConvLatentsParts, shape: Shape) -> Float[Tensor, "out in"]:
+    def decode(self, unpacked: UnpackedConvLatents, shape: Shape) -> Float[Tensor, "out in"]:
         """net(latents) · scale of the row, tile by tile."""
-        latents = self.as_grid(self.base.decode(parts.base, self.inner_shape(shape)))
-        flat = parameters.values(self.decoder_bits, parts.decoder, self.decoder_numbers).to(latents.dtype)
+        latents = self.matrix_to_grid(self.base.decode(unpacked.base, self.inner_shape(shape)))
+        flat = parameters.values(self.decoder_bits, unpacked.decoder, self.num_decoder_parameters).to(latents.dtype)
         with one_thread(), plain_convolutions():  # else bits depend on threads, and on what a GPU chooses
-            found = self.net.tiled(flat, latents)
-        return found[: shape[0], : shape[1]] * parts.scales
+            found = self.net.decode_tiled(flat, latents)
+        return found[: shape[0], : shape[1]] * unpacked.scales
 
-    def as_grid(self, matrix: Float[Tensor, "rows all"]) -> Float[Tensor, "channels down across"]:
+    def matrix_to_grid(self, matrix: Float[Tensor, "rows all"]) -> Float[Tensor, "channels down across"]:
         """The base's matrix as a grid."""
         return matrix.unflatten(1, (-1, self.channels)).permute(2, 0, 1)
 
-    def as_matrix(self, grid: Float[Tensor, "channels down across"]) -> Float[Tensor, "rows all"]:
-        """The inverse of `as_grid`."""
+    def grid_to_matrix(self, grid: Float[Tensor, "channels down across"]) -> Float[Tensor, "rows all"]:
+        """The inverse of `matrix_to_grid`."""
         return grid.permute(1, 2, 0).flatten(1)
 
     def _decoder_layout(self) -> Tensors:
-        return parameters.layout(self.decoder_bits, self.decoder_numbers)
+        return parameters.layout(self.decoder_bits, self.num_decoder_parameters)
 
 
 def plain_convolutions(tf32: bool = False) -> Any:

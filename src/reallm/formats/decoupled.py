@@ -18,7 +18,7 @@ from torch import Tensor
 
 from reallm.errors import FormatError
 from reallm.formats import scales as scale_store
-from reallm.formats.waist import Parts, Shape, Tensors, WeightFormat, empty, inner, register, under
+from reallm.formats.waist import Shape, Tensors, Unpacked, WeightFormat, add_prefix, empty, register, strip_prefix
 from reallm.kernels.positions import pack_positions, positions_nbytes, unpack_positions
 
 COLUMNS, ROWS, ENTRIES = "columns", "rows", "entries"
@@ -27,12 +27,12 @@ INT8, BFLOAT16 = "int8", "bfloat16"
 
 
 @dataclass(frozen=True)
-class DecoupledParts:
+class UnpackedDecoupled:
     """`values[k]` is the column or row `positions[k]`; of entries, the one at that place in row-major order."""
 
     positions: Int[Tensor, " kept"]  # rising
     values: Float[Tensor, "kept length"]  # entries have length 1
-    base: Parts  # of the matrix without the kept columns or rows; entries cover those of the whole matrix
+    base: Unpacked  # of the matrix without the kept columns or rows; entries cover those of the whole matrix
 
 
 @register
@@ -65,26 +65,26 @@ class Decoupled(WeightFormat):
         if self.precision not in (INT8, BFLOAT16):
             raise FormatError(f"decoupled: precision={self.precision!r} is not one of {INT8}, {BFLOAT16}")
 
-    def places(self, shape: Shape) -> int:
+    def num_positions(self, shape: Shape) -> int:
         """How many columns, rows or entries there are."""
         return {COLUMNS: shape[1], ROWS: shape[0], ENTRIES: shape[0] * shape[1]}[self.kind]
 
-    def kept(self, shape: Shape) -> int:
+    def num_outliers(self, shape: Shape) -> int:
         """How many of them are kept: the share, rounded, but at least one, and not all.
 
         Columns and rows are rounded to eights if that leaves any: 570 columns would fill the words of `e8` as 576 do.
         """
-        places = self.places(shape)
-        wanted = self.share * places
+        num_positions = self.num_positions(shape)
+        wanted = self.share * num_positions
         eights = 0 if self.kind == ENTRIES else 8 * int(wanted / 8 + 0.5)
-        return min(eights or max(1, int(wanted + 0.5)), places - 1)
+        return min(eights or max(1, int(wanted + 0.5)), num_positions - 1)
 
     def rest_shape(self, shape: Shape) -> Shape:
         """Shape of the base."""
-        kept = self.kept(shape)
+        num_outliers = self.num_outliers(shape)
         return {
-            COLUMNS: (shape[0], shape[1] - kept),
-            ROWS: (shape[0] - kept, shape[1]),
+            COLUMNS: (shape[0], shape[1] - num_outliers),
+            ROWS: (shape[0] - num_outliers, shape[1]),
             ENTRIES: shape,
         }[self.kind]
 
@@ -94,50 +94,50 @@ class Decoupled(WeightFormat):
 
     def values_shape(self, shape: Shape) -> Shape:
         """(kept, numbers of each)."""
-        return self.kept(shape), {COLUMNS: shape[0], ROWS: shape[1], ENTRIES: 1}[self.kind]
+        return self.num_outliers(shape), {COLUMNS: shape[0], ROWS: shape[1], ENTRIES: 1}[self.kind]
 
     def check(self, shape: Shape) -> None:
         """Something must be left for the base, and fit it."""
-        if self.places(shape) < 2:
+        if self.num_positions(shape) < 2:
             raise FormatError(f"decoupled: kind={self.kind!r} leaves nothing of a {shape} matrix to the base")
         self.base.check(self.rest_shape(shape))
 
     def layout(self, shape: Shape) -> Tensors:
         """`positions`; `values` (kept · length,) bfloat16, or int8 with their largest; the base under `base.`"""
-        positions = empty((positions_nbytes(self.kept(shape), self.places(shape)),), torch.uint8)
-        kept, length = self.values_shape(shape)
+        positions = empty((positions_nbytes(self.num_outliers(shape), self.num_positions(shape)),), torch.uint8)
+        num_outliers, length = self.values_shape(shape)
         if self.precision == INT8:
-            values = _renamed(scale_store.layout(scale_store.TWO_LEVEL, kept * length, signed=True))
+            values = _rename_scales(scale_store.layout(scale_store.TWO_LEVEL, num_outliers * length, signed=True))
         else:
-            values = {"values": empty((kept * length,), torch.bfloat16)}
-        return {"positions": positions, **values, **under("base", self.base.layout(self.rest_shape(shape)))}
+            values = {"values": empty((num_outliers * length,), torch.bfloat16)}
+        return {"positions": positions, **values, **add_prefix("base", self.base.layout(self.rest_shape(shape)))}
 
-    def pack(self, parts: DecoupledParts, shape: Shape) -> Tensors:
+    def pack(self, unpacked: UnpackedDecoupled, shape: Shape) -> Tensors:
         """Pack positions, values and base."""
-        positions = pack_positions(parts.positions, self.places(shape))
-        base = under("base", self.base.pack(parts.base, self.rest_shape(shape)))
-        return {"positions": positions, **self.pack_values(parts.values), **base}
+        positions = pack_positions(unpacked.positions, self.num_positions(shape))
+        base = add_prefix("base", self.base.pack(unpacked.base, self.rest_shape(shape)))
+        return {"positions": positions, **self.pack_values(unpacked.values), **base}
 
-    def unpack(self, tensors: Tensors, shape: Shape) -> DecoupledParts:
+    def unpack(self, tensors: Tensors, shape: Shape) -> UnpackedDecoupled:
         """The inverse of `pack`."""
-        positions = unpack_positions(tensors["positions"], self.kept(shape), self.places(shape))
-        base = self.base.unpack(inner("base", tensors), self.rest_shape(shape))
-        return DecoupledParts(positions, self.unpack_values(tensors, self.values_shape(shape)), base)
+        positions = unpack_positions(tensors["positions"], self.num_outliers(shape), self.num_positions(shape))
+        base = self.base.unpack(strip_prefix("base", tensors), self.rest_shape(shape))
+        return UnpackedDecoupled(positions, self.unpack_values(tensors, self.values_shape(shape)), base)
 
-    def decode(self, parts: DecoupledParts, shape: Shape) -> Float[Tensor, "out in"]:
+    def decode(self, unpacked: UnpackedDecoupled, shape: Shape) -> Float[Tensor, "out in"]:
         """The base, with the kept columns, rows or entries in their places."""
-        base = self.base.decode(parts.base, self.rest_shape(shape))
+        base = self.base.decode(unpacked.base, self.rest_shape(shape))
         if self.kind == ENTRIES:
-            return base.flatten().index_copy(0, parts.positions, parts.values[:, 0]).view(shape)
+            return base.flatten().index_copy(0, unpacked.positions, unpacked.values[:, 0]).view(shape)
         dim = 1 if self.kind == COLUMNS else 0
-        values = parts.values.T if self.kind == COLUMNS else parts.values
-        rest = others(parts.positions, shape[dim])
-        return base.new_zeros(shape).index_copy(dim, rest, base).index_copy(dim, parts.positions, values)
+        values = unpacked.values.T if self.kind == COLUMNS else unpacked.values
+        rest = remaining_positions(unpacked.positions, shape[dim])
+        return base.new_zeros(shape).index_copy(dim, rest, base).index_copy(dim, unpacked.positions, values)
 
     def pack_values(self, values: Float[Tensor, "kept length"]) -> Tensors:
         """Values as stored."""
         if self.precision == INT8:
-            return _renamed(scale_store.pack(scale_store.TWO_LEVEL, values, signed=True))
+            return _rename_scales(scale_store.pack(scale_store.TWO_LEVEL, values, signed=True))
         return {"values": values.detach().to(torch.bfloat16).reshape(-1)}
 
     def unpack_values(self, tensors: Tensors, shape: Shape) -> Float[Tensor, "kept length"]:
@@ -147,17 +147,17 @@ class Decoupled(WeightFormat):
             return scale_store.unpack(scale_store.TWO_LEVEL, stored, shape)
         return tensors["values"].to(torch.float32).view(shape)
 
-    def stored_values(self, values: Float[Tensor, "kept length"]) -> Float[Tensor, "kept length"]:
+    def fake_quantize_values(self, values: Float[Tensor, "kept length"]) -> Float[Tensor, "kept length"]:
         """Values as they come back from the file."""
         return self.unpack_values(self.pack_values(values), (values.shape[0], values.shape[1]))
 
 
-def others(positions: Int[Tensor, " kept"], places: int) -> Int[Tensor, " rest"]:
+def remaining_positions(positions: Int[Tensor, " kept"], num_positions: int) -> Int[Tensor, " rest"]:
     """The places that are not in `positions`, rising."""
-    free = torch.ones(places, dtype=torch.bool, device=positions.device)
+    free = torch.ones(num_positions, dtype=torch.bool, device=positions.device)
     free[positions] = False
     return free.nonzero()[:, 0]
 
 
-def _renamed(scales: Tensors) -> Tensors:
+def _rename_scales(scales: Tensors) -> Tensors:
     return {name.replace("scales", "values"): tensor for name, tensor in scales.items()}

@@ -16,7 +16,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 @dataclass(frozen=True)
-class DenseParts:
+class UnpackedDense:
     """`values` in float32, already rounded to the stored dtype."""
 
     values: Float[Tensor, "out in"]
@@ -49,14 +49,14 @@ class Dense(WeightFormat):
         """`values` (out, in) in `dtype`."""
         return {"values": empty(shape, self.torch_dtype)}
 
-    def pack(self, parts: DenseParts, shape: Shape) -> Tensors:
+    def pack(self, unpacked: UnpackedDense, shape: Shape) -> Tensors:
         """Cast to the stored dtype."""
-        return {"values": parts.values.detach().to(self.torch_dtype)}
+        return {"values": unpacked.values.detach().to(self.torch_dtype)}
 
-    def unpack(self, tensors: Tensors, shape: Shape) -> DenseParts:
+    def unpack(self, tensors: Tensors, shape: Shape) -> UnpackedDense:
         """Cast back to float32."""
-        return DenseParts(tensors["values"].to(torch.float32))
+        return UnpackedDense(tensors["values"].to(torch.float32))
 
-    def decode(self, parts: DenseParts, shape: Shape) -> Float[Tensor, "out in"]:
+    def decode(self, unpacked: UnpackedDense, shape: Shape) -> Float[Tensor, "out in"]:
         """The values."""
-        return parts.values
+        return unpacked.values

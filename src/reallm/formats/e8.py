@@ -31,7 +31,7 @@ RATIOS = {3: 0.5625, 4: 0.2734375}
 
 
 @dataclass(frozen=True)
-class E8Parts:
+class UnpackedE8:
     """weight = value(code) · scale: bits 0 … 15 of a code are the first stage's, those above the second's."""
 
     codes: Int[Tensor, "out vectors"]
@@ -69,22 +69,22 @@ class E8(WeightFormat):
         count = shape[0] * self.vectors_per_row(shape[1])
         return {"codes": empty((count * self.bits,), torch.uint8), "scales": empty((1,), torch.float32)}
 
-    def pack(self, parts: E8Parts, shape: Shape) -> Tensors:
+    def pack(self, unpacked: UnpackedE8, shape: Shape) -> Tensors:
         """Eight weights of `bits` bits are `bits` whole bytes."""
-        planes = [(parts.codes >> 8 * i & 0xFF).to(torch.uint8) for i in range(self.bits)]
-        return {"codes": torch.stack(planes, -1).reshape(-1), "scales": parts.scales.detach()}
+        planes = [(unpacked.codes >> 8 * i & 0xFF).to(torch.uint8) for i in range(self.bits)]
+        return {"codes": torch.stack(planes, -1).reshape(-1), "scales": unpacked.scales.detach()}
 
-    def unpack(self, tensors: Tensors, shape: Shape) -> E8Parts:
+    def unpack(self, tensors: Tensors, shape: Shape) -> UnpackedE8:
         """The inverse of `pack`; codes as int64."""
         planes = tensors["codes"].view(shape[0], self.vectors_per_row(shape[1]), self.bits).to(torch.int64)
-        return E8Parts(sum(planes[..., i] << 8 * i for i in range(self.bits)), tensors["scales"])
+        return UnpackedE8(sum(planes[..., i] << 8 * i for i in range(self.bits)), tensors["scales"])
 
-    def decode(self, parts: E8Parts, shape: Shape) -> Float[Tensor, "out in"]:
+    def decode(self, unpacked: UnpackedE8, shape: Shape) -> Float[Tensor, "out in"]:
         """value(code) · scale."""
-        return values_of(parts.codes, self.bits).flatten(1)[:, : shape[1]] * parts.scales
+        return decode_codes(unpacked.codes, self.bits).flatten(1)[:, : shape[1]] * unpacked.scales
 
 
-def values_of(codes: Int[Tensor, "..."], bits: int) -> Float[Tensor, "... 8"]:
+def decode_codes(codes: Int[Tensor, "..."], bits: int) -> Float[Tensor, "... 8"]:
     """The vectors that codes of 8 · `bits` bits stand for, before the scale."""
     values = e8p_words(codes.device)[codes & 0xFFFF]
     if bits == 2:
@@ -118,7 +118,7 @@ def e8p_patterns(device: torch.device) -> Float[Tensor, "256 8"]:
     with torch.inference_mode(False):
         doubled = _grid([1, 3, 5])
         norms = doubled.square().sum(1)
-        patterns = torch.cat([doubled[norms <= 40], _far_apart(doubled[norms == 48], 29)])
+        patterns = torch.cat([doubled[norms <= 40], _farthest_point_sampling(doubled[norms == 48], 29)])
         return (patterns / 2).to(device)
 
 
@@ -129,8 +129,8 @@ def short_words(device: torch.device) -> Float[Tensor, "256 8"]:
         doubled = torch.cat([_grid([-4, -2, 0, 2, 4]), _grid([-3, -1, 1, 3])])
         doubled = doubled[doubled.sum(1) % 4 == 0]
         norms = doubled.square().sum(1)
-        zero, shortest, longer = (_sorted(doubled[norms == norm]) for norm in (0, 8, 16))
-        return (torch.cat([zero, shortest, _far_apart(longer, 15)]) / 2).to(device)
+        zero, shortest, longer = (_sort_points(doubled[norms == norm]) for norm in (0, 8, 16))
+        return (torch.cat([zero, shortest, _farthest_point_sampling(longer, 15)]) / 2).to(device)
 
 
 def _grid(values: list[int]) -> Int[Tensor, "n 8"]:
@@ -138,12 +138,12 @@ def _grid(values: list[int]) -> Int[Tensor, "n 8"]:
     return torch.cartesian_prod(*[torch.tensor(values, device="cpu")] * VECTOR_DIM)
 
 
-def _sorted(points: Int[Tensor, "n 8"]) -> Int[Tensor, "n 8"]:
+def _sort_points(points: Int[Tensor, "n 8"]) -> Int[Tensor, "n 8"]:
     """In lexicographic order."""
     return points.unique(dim=0)
 
 
-def _far_apart(points: Int[Tensor, "n 8"], count: int) -> Int[Tensor, "count 8"]:
+def _farthest_point_sampling(points: Int[Tensor, "n 8"], count: int) -> Int[Tensor, "count 8"]:
     """`count` of the points: the first, then always the one farthest from its nearest chosen one, the first of equals.
 
     Of 29 patterns the choice matters little: errors at 2 bits are 0.09109 so, 0.09132 with the first 29 of five 3/2,

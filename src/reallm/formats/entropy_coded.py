@@ -22,13 +22,13 @@ from reallm.errors import FormatError
 from reallm.formats.waist import Shape, Tensors, WeightFormat, empty, register
 from reallm.kernels import pack_bits, packed_nbytes, unpack_bits
 from reallm.kernels.ans import AnsReader, AnsWriter
-from reallm.kernels.e8_stream import largest_code, on_lattice, read_codes, table_of, write_codes
+from reallm.kernels.e8_stream import are_lattice_points, frequency_table, largest_code, read_codes, write_codes
 
 _WORD_BYTES = 4
 
 
 @dataclass(frozen=True)
-class EntropyCodedParts:
+class UnpackedEntropyCoded:
     """weight = code · step; eight neighbouring rows of a column are all even or all odd and sum to a multiple of 4."""
 
     codes: Int[Tensor, "out in"]
@@ -69,11 +69,11 @@ class EntropyCoded(WeightFormat):
 
     def words(self, shape: Shape) -> int:
         """32-bit words for codes: what the budget leaves beside tables and step; may be negative."""
-        return (math.floor(self.bits * shape[0] * shape[1] / 8) - self._side_nbytes(shape)) // _WORD_BYTES
+        return (math.floor(self.bits * shape[0] * shape[1] / 8) - self._overhead_nbytes(shape)) // _WORD_BYTES
 
     def check(self, shape: Shape) -> None:
         """Tables may take half of the bytes."""
-        least = 2 * self._side_nbytes(shape)
+        least = 2 * self._overhead_nbytes(shape)
         budget = math.floor(self.bits * shape[0] * shape[1] / 8)
         if budget < least:
             raise FormatError(
@@ -90,27 +90,27 @@ class EntropyCoded(WeightFormat):
             "step": empty((1,), torch.float32),
         }
 
-    def pack(self, parts: EntropyCodedParts, shape: Shape) -> Tensors:
+    def pack(self, unpacked: UnpackedEntropyCoded, shape: Shape) -> Tensors:
         """Code the codes.
 
         Errors: FormatError if they take more than the budget or are no points of the lattice.
         """
-        codes = parts.codes.cpu().numpy()
-        if not on_lattice(codes) or np.abs(codes).max(initial=0) > largest_code(self.largest):
+        codes = unpacked.codes.cpu().numpy()
+        if not are_lattice_points(codes) or np.abs(codes).max(initial=0) > largest_code(self.largest):
             raise FormatError("entropy_coded: codes are not points of the lattice E8, or too large to be written")
-        words, tables, column_classes = self.coded(codes)
-        room = self.words(shape)
-        if len(words) > room:
-            raise FormatError(f"entropy_coded: codes take {len(words)} words, bits={self.bits} leaves {room}")
-        stream = np.concatenate([words, np.zeros(room - len(words), np.uint32)]).astype("<u4").view(np.uint8)
+        words, tables, column_classes = self.encode_codes(codes)
+        capacity = self.words(shape)
+        if len(words) > capacity:
+            raise FormatError(f"entropy_coded: codes take {len(words)} words, bits={self.bits} leaves {capacity}")
+        stream = np.concatenate([words, np.zeros(capacity - len(words), np.uint32)]).astype("<u4").view(np.uint8)
         tensors = {"codes": torch.from_numpy(stream), "frequencies": torch.from_numpy(tables)}
         if self.classes > 1:
             tensors["column_classes"] = pack_bits(torch.from_numpy(column_classes), self._class_bits)
-        device = parts.codes.device
+        device = unpacked.codes.device
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        return tensors | {"step": parts.step.detach().to(torch.float32)}
+        return tensors | {"step": unpacked.step.detach().to(torch.float32)}
 
-    def unpack(self, tensors: Tensors, shape: Shape) -> EntropyCodedParts:
+    def unpack(self, tensors: Tensors, shape: Shape) -> UnpackedEntropyCoded:
         """The inverse of `pack`.
 
         Errors: FormatError if the words do not end where the codes do: the stream is damaged.
@@ -126,25 +126,25 @@ class EntropyCoded(WeightFormat):
             columns = np.flatnonzero(column_classes == number)
             codes[:, columns] = read_codes(reader, shape[0], len(columns), table)
             done += len(columns)
-        if not reader.finished or done != shape[1]:
+        if not reader.exhausted or done != shape[1]:
             raise FormatError("entropy_coded: the stream of codes is damaged; copy the artifact again")
-        return EntropyCodedParts(torch.from_numpy(codes).to(tensors["codes"].device), tensors["step"])
+        return UnpackedEntropyCoded(torch.from_numpy(codes).to(tensors["codes"].device), tensors["step"])
 
-    def decode(self, parts: EntropyCodedParts, shape: Shape) -> Float[Tensor, "out in"]:
+    def decode(self, unpacked: UnpackedEntropyCoded, shape: Shape) -> Float[Tensor, "out in"]:
         """code · step."""
-        return parts.codes * parts.step
+        return unpacked.codes * unpacked.step
 
-    def coded(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def encode_codes(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(words, uint8 tables (classes, 2 · largest + 1), class of each column) of lattice codes (out, in)."""
-        column_classes = self.classes_of(codes)
+        column_classes = self.assign_classes(codes)
         groups = [codes[:, column_classes == number] for number in range(self.classes)]
-        tables = [table_of(group, self.largest) for group in groups]
+        tables = [frequency_table(group, self.largest) for group in groups]
         writer = AnsWriter()
         for group, table in zip(groups[::-1], tables[::-1], strict=True):
             write_codes(writer, group, table)
         return writer.words(), np.stack(tables), column_classes
 
-    def classes_of(self, codes: np.ndarray) -> np.ndarray:
+    def assign_classes(self, codes: np.ndarray) -> np.ndarray:
         """Class of each column: columns in order of their mean magnitude, cut into classes of equal number."""
         order = np.abs(codes).sum(0, dtype=np.int64).argsort(kind="stable")
         classes = np.empty(len(order), np.int32)
@@ -160,6 +160,6 @@ class EntropyCoded(WeightFormat):
             return {}
         return {"column_classes": empty((packed_nbytes(shape[1], self._class_bits),), torch.uint8)}
 
-    def _side_nbytes(self, shape: Shape) -> int:
+    def _overhead_nbytes(self, shape: Shape) -> int:
         classes = sum(tensor.nbytes for tensor in self._classes_layout(shape).values())
         return self.classes * (2 * self.largest + 1) + classes + 4

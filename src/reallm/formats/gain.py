@@ -9,15 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reallm.formats.waist import Parts, Shape, Tensors, WeightFormat, empty, inner, register, under
+from reallm.formats.waist import Shape, Tensors, Unpacked, WeightFormat, add_prefix, empty, register, strip_prefix
 
 
 @dataclass(frozen=True)
-class GainParts:
+class UnpackedGain:
     """weight = gain of the row · base."""
 
     gain: Float[Tensor, " out"]
-    base: Parts
+    base: Unpacked
 
 
 @register
@@ -37,17 +37,17 @@ class Gain(WeightFormat):
 
     def layout(self, shape: Shape) -> Tensors:
         """`gain` (out,) bfloat16; the base under `base.`"""
-        return {"gain": empty((shape[0],), torch.bfloat16), **under("base", self.base.layout(shape))}
+        return {"gain": empty((shape[0],), torch.bfloat16), **add_prefix("base", self.base.layout(shape))}
 
-    def pack(self, parts: GainParts, shape: Shape) -> Tensors:
+    def pack(self, unpacked: UnpackedGain, shape: Shape) -> Tensors:
         """Pack gain and base."""
-        gain = parts.gain.detach().to(torch.bfloat16)
-        return {"gain": gain, **under("base", self.base.pack(parts.base, shape))}
+        gain = unpacked.gain.detach().to(torch.bfloat16)
+        return {"gain": gain, **add_prefix("base", self.base.pack(unpacked.base, shape))}
 
-    def unpack(self, tensors: Tensors, shape: Shape) -> GainParts:
+    def unpack(self, tensors: Tensors, shape: Shape) -> UnpackedGain:
         """The inverse of `pack`."""
-        return GainParts(tensors["gain"].to(torch.float32), self.base.unpack(inner("base", tensors), shape))
+        return UnpackedGain(tensors["gain"].to(torch.float32), self.base.unpack(strip_prefix("base", tensors), shape))
 
-    def decode(self, parts: GainParts, shape: Shape) -> Float[Tensor, "out in"]:
+    def decode(self, unpacked: UnpackedGain, shape: Shape) -> Float[Tensor, "out in"]:
         """gain · base, row by row."""
-        return parts.gain[:, None] * self.base.decode(parts.base, shape)
+        return unpacked.gain[:, None] * self.base.decode(unpacked.base, shape)

@@ -18,18 +18,27 @@ from torch import Tensor
 from reallm.decoders.linear import DCT, HADAMARD, LEARNED, TRANSFORMS, fixed_basis
 from reallm.errors import FormatError
 from reallm.formats import parameters
-from reallm.formats.shared import check_table_name, table_at_hand
-from reallm.formats.waist import Parts, Shape, Table, Tensors, WeightFormat, inner, register, under
+from reallm.formats.shared import check_shared_name, shared_decoder_tensors
+from reallm.formats.waist import (
+    Shape,
+    SharedDecoder,
+    Tensors,
+    Unpacked,
+    WeightFormat,
+    add_prefix,
+    register,
+    strip_prefix,
+)
 
 MAX_PATCH = 256  # weights; a learned basis has 65,536 numbers then
 
 
 @dataclass(frozen=True)
-class LinearLatentsParts:
+class UnpackedLinearLatents:
     """Patch (i, j) is base[i, j · kept … (j + 1) · kept - 1] times the basis; a fixed transform has no `decoder`."""
 
-    decoder: parameters.Stored | None
-    base: Parts
+    decoder: parameters.UnpackedParameters | None
+    base: Unpacked
 
 
 @register
@@ -64,7 +73,7 @@ class LinearLatents(WeightFormat):
         if not 1 <= self.kept <= self.patch:
             raise FormatError(f"linear_latents: kept={self.kept} is not in 1 … {self.patch}, the weights of a patch")
         parameters.check_bits(self.name, self.decoder_bits)
-        check_table_name(self.name, self.shared)
+        check_shared_name(self.name, self.shared)
         if self.shared and self.transform != LEARNED:
             raise FormatError(
                 f"linear_latents: shared={self.shared!r} needs transform=learned; {self.transform} is free"
@@ -76,7 +85,7 @@ class LinearLatents(WeightFormat):
         return self.patch_rows * self.patch_columns
 
     @property
-    def decoder_numbers(self) -> int:
+    def num_decoder_parameters(self) -> int:
         """Parameters of a stored decoder, scales apart."""
         return self.kept * self.patch
 
@@ -89,12 +98,12 @@ class LinearLatents(WeightFormat):
         self.base.check(self.inner_shape(shape))
         parameters.check_rate(self.name, self.base.nbytes(self.inner_shape(shape)), shape)
 
-    def own_tables(self) -> dict[str, Table]:
+    def own_shared_decoders(self) -> dict[str, SharedDecoder]:
         """The basis, if it is shared."""
         if not self.shared:
             return {}
         decoder = (self.name, self.patch_rows, self.patch_columns, self.kept, self.decoder_bits)
-        return {self.shared: Table(decoder, parameters.layout(self.decoder_bits, self.decoder_numbers))}
+        return {self.shared: SharedDecoder(decoder, parameters.layout(self.decoder_bits, self.num_decoder_parameters))}
 
     def own_multiply_adds(self, shape: Shape) -> int:
         """`kept` for each weight."""
@@ -102,43 +111,43 @@ class LinearLatents(WeightFormat):
 
     def layout(self, shape: Shape) -> Tensors:
         """The basis under `decoder.` if it is learned and the matrix's own; the base under `base.`"""
-        own = parameters.layout(self.decoder_bits, self.decoder_numbers) if self._has_own else {}
-        return {**own, **under("base", self.base.layout(self.inner_shape(shape)))}
+        own = parameters.layout(self.decoder_bits, self.num_decoder_parameters) if self._has_own else {}
+        return {**own, **add_prefix("base", self.base.layout(self.inner_shape(shape)))}
 
-    def pack(self, parts: LinearLatentsParts, shape: Shape) -> Tensors:
+    def pack(self, unpacked: UnpackedLinearLatents, shape: Shape) -> Tensors:
         """Pack basis and base."""
-        own = self.pack_table(parts.decoder) if self._has_own else {}
-        return {**own, **under("base", self.base.pack(parts.base, self.inner_shape(shape)))}
+        own = self.pack_decoder(unpacked.decoder) if self._has_own else {}
+        return {**own, **add_prefix("base", self.base.pack(unpacked.base, self.inner_shape(shape)))}
 
-    def pack_table(self, decoder: parameters.Stored | None) -> Tensors:
+    def pack_decoder(self, decoder: parameters.UnpackedParameters | None) -> Tensors:
         """The tensors of a learned basis."""
         assert decoder is not None
-        return parameters.pack(self.decoder_bits, decoder, self.decoder_numbers)
+        return parameters.pack(self.decoder_bits, decoder, self.num_decoder_parameters)
 
-    def unpack(self, tensors: Tensors, shape: Shape) -> LinearLatentsParts:
+    def unpack(self, tensors: Tensors, shape: Shape) -> UnpackedLinearLatents:
         """The inverse of `pack`. Errors: FormatError if a shared basis is not at hand."""
-        base = self.base.unpack(inner("base", tensors), self.inner_shape(shape))
-        return LinearLatentsParts(self.decoder(tensors, next(iter(tensors.values())).device), base)
+        base = self.base.unpack(strip_prefix("base", tensors), self.inner_shape(shape))
+        return UnpackedLinearLatents(self.decoder(tensors, next(iter(tensors.values())).device), base)
 
-    def decoder(self, tensors: Tensors, device: torch.device) -> parameters.Stored | None:
+    def decoder(self, tensors: Tensors, device: torch.device) -> parameters.UnpackedParameters | None:
         """The stored basis, None for a fixed transform."""
         if self.transform != LEARNED:
             return None
         if self.shared:
-            tensors = {name: tensor.to(device) for name, tensor in table_at_hand(self.shared).items()}
-        return parameters.unpack(self.decoder_bits, tensors, self.decoder_numbers)
+            tensors = {name: tensor.to(device) for name, tensor in shared_decoder_tensors(self.shared).items()}
+        return parameters.unpack(self.decoder_bits, tensors, self.num_decoder_parameters)
 
-    def decode(self, parts: LinearLatentsParts, shape: Shape) -> Float[Tensor, "out in"]:
+    def decode(self, unpacked: UnpackedLinearLatents, shape: Shape) -> Float[Tensor, "out in"]:
         """latents · basis, patch by patch."""
-        latents = self.base.decode(parts.base, self.inner_shape(shape))
-        patches = latents.unflatten(1, (-1, self.kept)) @ self.basis(parts.decoder, latents)
-        return self.joined(patches, shape)
+        latents = self.base.decode(unpacked.base, self.inner_shape(shape))
+        patches = latents.unflatten(1, (-1, self.kept)) @ self.basis(unpacked.decoder, latents)
+        return self.join_patches(patches, shape)
 
-    def basis(self, decoder: parameters.Stored | None, like: Tensor) -> Float[Tensor, "kept patch"]:
+    def basis(self, decoder: parameters.UnpackedParameters | None, like: Tensor) -> Float[Tensor, "kept patch"]:
         """The map, of the dtype and on the device of `like`."""
         if decoder is None:
             return fixed_basis(self.transform, self.patch_rows, self.patch_columns, self.kept).to(like)
-        flat = parameters.values(self.decoder_bits, decoder, self.decoder_numbers)
+        flat = parameters.values(self.decoder_bits, decoder, self.num_decoder_parameters)
         return flat.view(self.kept, self.patch).to(like)
 
     def patches(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "rows columns patch"]:
@@ -147,7 +156,7 @@ class LinearLatents(WeightFormat):
         filled = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % w, 0, -matrix.shape[0] % h))
         return filled.unflatten(0, (-1, h)).unflatten(2, (-1, w)).transpose(1, 2).flatten(2)
 
-    def joined(self, patches: Float[Tensor, "rows columns patch"], shape: Shape) -> Float[Tensor, "out in"]:
+    def join_patches(self, patches: Float[Tensor, "rows columns patch"], shape: Shape) -> Float[Tensor, "out in"]:
         """The inverse of `patches`."""
         h, w = self.patch_rows, self.patch_columns
         matrix = patches.unflatten(2, (h, w)).transpose(1, 2).flatten(2).flatten(0, 1)

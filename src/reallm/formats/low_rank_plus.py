@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reallm.errors import FormatError
-from reallm.formats.waist import Parts, Shape, Tensors, WeightFormat, empty, inner, register, under
+from reallm.formats.waist import Shape, Tensors, Unpacked, WeightFormat, add_prefix, empty, register, strip_prefix
 
 BFLOAT16 = "bfloat16"
 INT8 = "int8"
@@ -22,12 +22,12 @@ _INT8_LARGEST = 127
 
 
 @dataclass(frozen=True)
-class LowRankPlusParts:
+class UnpackedLowRankPlus:
     """weight = base + left · rightᵀ."""
 
     left: Float[Tensor, "out rank"]
     right: Float[Tensor, "in rank"]
-    base: Parts
+    base: Unpacked
 
 
 @register
@@ -66,21 +66,21 @@ class LowRankPlus(WeightFormat):
             tensors[side] = empty((rows, self.rank), dtype)
             if self.factors == INT8:
                 tensors[f"{side}_scales"] = empty((self.rank,), torch.float16)
-        return tensors | under("base", self.base.layout(shape))
+        return tensors | add_prefix("base", self.base.layout(shape))
 
-    def pack(self, parts: LowRankPlusParts, shape: Shape) -> Tensors:
+    def pack(self, unpacked: UnpackedLowRankPlus, shape: Shape) -> Tensors:
         """Pack both factors and the base."""
-        factors = self.pack_factor("left", parts.left) | self.pack_factor("right", parts.right)
-        return factors | under("base", self.base.pack(parts.base, shape))
+        factors = self.pack_factor("left", unpacked.left) | self.pack_factor("right", unpacked.right)
+        return factors | add_prefix("base", self.base.pack(unpacked.base, shape))
 
-    def unpack(self, tensors: Tensors, shape: Shape) -> LowRankPlusParts:
+    def unpack(self, tensors: Tensors, shape: Shape) -> UnpackedLowRankPlus:
         """The inverse of `pack`."""
-        base = self.base.unpack(inner("base", tensors), shape)
-        return LowRankPlusParts(self.unpack_factor("left", tensors), self.unpack_factor("right", tensors), base)
+        base = self.base.unpack(strip_prefix("base", tensors), shape)
+        return UnpackedLowRankPlus(self.unpack_factor("left", tensors), self.unpack_factor("right", tensors), base)
 
-    def decode(self, parts: LowRankPlusParts, shape: Shape) -> Float[Tensor, "out in"]:
+    def decode(self, unpacked: UnpackedLowRankPlus, shape: Shape) -> Float[Tensor, "out in"]:
         """base + left · rightᵀ."""
-        return self.base.decode(parts.base, shape) + parts.left @ parts.right.T
+        return self.base.decode(unpacked.base, shape) + unpacked.left @ unpacked.right.T
 
     def pack_factor(self, side: str, factor: Float[Tensor, "rows rank"]) -> Tensors:
         """One factor as stored."""
@@ -100,6 +100,6 @@ class LowRankPlus(WeightFormat):
         factor = tensors[side].to(torch.float32)
         return factor if self.factors == BFLOAT16 else factor * tensors[f"{side}_scales"].to(torch.float32)
 
-    def stored_factor(self, factor: Float[Tensor, "rows rank"]) -> Float[Tensor, "rows rank"]:
+    def fake_quantize_factor(self, factor: Float[Tensor, "rows rank"]) -> Float[Tensor, "rows rank"]:
         """A factor as it comes back from the file."""
         return self.unpack_factor("left", self.pack_factor("left", factor))

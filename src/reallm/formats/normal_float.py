@@ -44,7 +44,7 @@ def _quantiles(tail: float, count: int) -> list[float]:
 
 
 @dataclass(frozen=True)
-class NormalFloatParts:
+class UnpackedNormalFloat:
     """weight = levels[code] · scale."""
 
     codes: Int[Tensor, "out in"]
@@ -82,18 +82,18 @@ class NormalFloat(WeightFormat):
         codes = empty((packed_nbytes(shape[0] * shape[1], self.bits),), torch.uint8)
         return {"codes": codes, **scale_store.layout(self.scales, rows * groups)}
 
-    def pack(self, parts: NormalFloatParts, shape: Shape) -> Tensors:
+    def pack(self, unpacked: UnpackedNormalFloat, shape: Shape) -> Tensors:
         """Pack codes and scales."""
-        return {"codes": pack_bits(parts.codes, self.bits), **scale_store.pack(self.scales, parts.scales)}
+        return {"codes": pack_bits(unpacked.codes, self.bits), **scale_store.pack(self.scales, unpacked.scales)}
 
-    def unpack(self, tensors: Tensors, shape: Shape) -> NormalFloatParts:
+    def unpack(self, tensors: Tensors, shape: Shape) -> UnpackedNormalFloat:
         """The inverse of `pack`."""
         codes = unpack_bits(tensors["codes"], self.bits, shape[0] * shape[1]).view(shape)
-        return NormalFloatParts(
+        return UnpackedNormalFloat(
             codes, scale_store.unpack(self.scales, tensors, scale_store.grid(shape, self.group_size))
         )
 
-    def decode(self, parts: NormalFloatParts, shape: Shape) -> Float[Tensor, "out in"]:
+    def decode(self, unpacked: UnpackedNormalFloat, shape: Shape) -> Float[Tensor, "out in"]:
         """levels[code] · scale."""
-        levels = self.levels(parts.scales.device)
-        return scale_store.scaled(levels[parts.codes], parts.scales, self.group_size)
+        levels = self.levels(unpacked.scales.device)
+        return scale_store.apply_scales(levels[unpacked.codes], unpacked.scales, self.group_size)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from reallm.errors import FormatError
 from reallm.formats import scales as scale_store
-from reallm.formats.dense import Dense, DenseParts
-from reallm.formats.uniform import Uniform, UniformParts
-from reallm.formats.waist import Shape, Tensors, WeightFormat, inner, under
+from reallm.formats.dense import Dense, UnpackedDense
+from reallm.formats.uniform import Uniform, UnpackedUniform
+from reallm.formats.waist import Shape, Tensors, WeightFormat, add_prefix, strip_prefix
 
 PREFIX = "decoder"
 BITS = (3, 4, 6, 8, 16)
@@ -21,7 +21,7 @@ GROUP = 32
 ROLE = "decoders"
 ROLES = {f"{PREFIX}.{name}": ROLE for name in ("codes", "scales", "scales_max", "values")}
 
-Stored = UniformParts | DenseParts
+UnpackedParameters = UnpackedUniform | UnpackedDense
 
 
 def check_bits(owner: str, bits: int) -> None:
@@ -45,19 +45,19 @@ def storage(bits: int) -> WeightFormat:
 
 def layout(bits: int, count: int) -> Tensors:
     """What `pack` writes for `count` parameters, on the meta device."""
-    return under(PREFIX, storage(bits).layout((1, count)))
+    return add_prefix(PREFIX, storage(bits).layout((1, count)))
 
 
-def pack(bits: int, stored: Stored, count: int) -> Tensors:
+def pack(bits: int, stored: UnpackedParameters, count: int) -> Tensors:
     """Stored parameters -> tensors."""
-    return under(PREFIX, storage(bits).pack(stored, (1, count)))
+    return add_prefix(PREFIX, storage(bits).pack(stored, (1, count)))
 
 
-def unpack(bits: int, tensors: Tensors, count: int) -> Stored:
+def unpack(bits: int, tensors: Tensors, count: int) -> UnpackedParameters:
     """The inverse of `pack`."""
-    return storage(bits).unpack(inner(PREFIX, tensors), (1, count))
+    return storage(bits).unpack(strip_prefix(PREFIX, tensors), (1, count))
 
 
-def values(bits: int, stored: Stored, count: int) -> Float[Tensor, " parameters"]:
+def values(bits: int, stored: UnpackedParameters, count: int) -> Float[Tensor, " parameters"]:
     """The flat vector, differentiable in its scales (or values)."""
     return storage(bits).decode(stored, (1, count))[0]

@@ -10,21 +10,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.errors import FormatError
-from reallm.formats.waist import Parts, Shape, Tensors, WeightFormat, empty, inner, register, under
+from reallm.formats.waist import Shape, Tensors, Unpacked, WeightFormat, add_prefix, empty, register, strip_prefix
 from reallm.kernels import pack_bits, packed_nbytes, unpack_bits
 
 METHODS = ("sort", "greedy", "spectral")
 
 
 @dataclass(frozen=True)
-class PermutedParts:
+class UnpackedPermuted:
     """Row i of the base holds row row_order[i] of the weight, all in their own places if that is None.
 
     Position j of row block b of the base holds column order[b, j] of the weight.
     """
 
     order: Int[Tensor, "blocks in"]
-    base: Parts
+    base: Unpacked
     row_order: Int[Tensor, " out"] | None = None
 
 
@@ -67,28 +67,28 @@ class Permuted(WeightFormat):
         tensors = {"order": _empty_orders(self.blocks(shape), shape[1])}
         if self.rows:
             tensors["row_order"] = _empty_orders(1, shape[0])
-        return tensors | under("base", self.base.layout(shape))
+        return tensors | add_prefix("base", self.base.layout(shape))
 
-    def pack(self, parts: PermutedParts, shape: Shape) -> Tensors:
+    def pack(self, unpacked: UnpackedPermuted, shape: Shape) -> Tensors:
         """Pack orders and base."""
-        tensors = {"order": pack_bits(parts.order, _index_bits(shape[1]))}
-        if parts.row_order is not None:
-            tensors["row_order"] = pack_bits(parts.row_order, _index_bits(shape[0]))
-        return tensors | under("base", self.base.pack(parts.base, shape))
+        tensors = {"order": pack_bits(unpacked.order, _index_bits(shape[1]))}
+        if unpacked.row_order is not None:
+            tensors["row_order"] = pack_bits(unpacked.row_order, _index_bits(shape[0]))
+        return tensors | add_prefix("base", self.base.pack(unpacked.base, shape))
 
-    def unpack(self, tensors: Tensors, shape: Shape) -> PermutedParts:
+    def unpack(self, tensors: Tensors, shape: Shape) -> UnpackedPermuted:
         """The inverse of `pack`.
 
         Errors: FormatError if an order does not name every column, or row, once: it is damaged.
         """
-        order = _unpacked(tensors["order"], self.blocks(shape), shape[1], "columns")
-        row_order = _unpacked(tensors["row_order"], 1, shape[0], "rows")[0] if self.rows else None
-        return PermutedParts(order, self.base.unpack(inner("base", tensors), shape), row_order)
+        order = _unpack_order(tensors["order"], self.blocks(shape), shape[1], "columns")
+        row_order = _unpack_order(tensors["row_order"], 1, shape[0], "rows")[0] if self.rows else None
+        return UnpackedPermuted(order, self.base.unpack(strip_prefix("base", tensors), shape), row_order)
 
-    def decode(self, parts: PermutedParts, shape: Shape) -> Float[Tensor, "out in"]:
+    def decode(self, unpacked: UnpackedPermuted, shape: Shape) -> Float[Tensor, "out in"]:
         """The base with its columns, and its rows, put back."""
-        weight = self.gather(self.base.decode(parts.base, shape), parts.order.long().argsort(1))
-        return weight if parts.row_order is None else weight[parts.row_order.long().argsort()]
+        weight = self.gather(self.base.decode(unpacked.base, shape), unpacked.order.long().argsort(1))
+        return weight if unpacked.row_order is None else weight[unpacked.row_order.long().argsort()]
 
     def gather(self, matrix: Float[Tensor, "out in"], order: Int[Tensor, "blocks in"]) -> Float[Tensor, "out in"]:
         """Reorder columns: result[i, j] = matrix[i, order[block of i, j]]."""
@@ -110,7 +110,7 @@ def _empty_orders(count: int, size: int) -> Tensor:
     return empty((order_nbytes(size, count),), torch.uint8)
 
 
-def _unpacked(packed: Tensor, count: int, size: int, what: str) -> Int[Tensor, "count size"]:
+def _unpack_order(packed: Tensor, count: int, size: int, what: str) -> Int[Tensor, "count size"]:
     order = unpack_bits(packed, _index_bits(size), count * size).view(count, size)
     if not (order.sort(1).values == torch.arange(size, device=order.device)).all():
         raise FormatError(f"permuted: the stored order is no permutation of the {what}; it is damaged")

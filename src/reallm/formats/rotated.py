@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reallm.errors import FormatError
-from reallm.formats.waist import Parts, Shape, Tensors, WeightFormat, inner, register, under
+from reallm.formats.waist import Shape, Tensors, Unpacked, WeightFormat, add_prefix, register, strip_prefix
 from reallm.kernels import rotate, rotate_back
 
 SIDES = ("both", "inputs", "outputs")
@@ -22,10 +22,10 @@ _OUTPUTS_SEED = 0x5851F42D4C957F2D  # the two sides have different signs
 
 
 @dataclass(frozen=True)
-class RotatedParts:
+class UnpackedRotated:
     """The parts of the transformed matrix: a transform has none of its own."""
 
-    base: Parts
+    base: Unpacked
 
 
 @register
@@ -62,30 +62,30 @@ class Rotated(WeightFormat):
 
     def layout(self, shape: Shape) -> Tensors:
         """The base's tensors under `base.`"""
-        return under("base", self.base.layout(shape))
+        return add_prefix("base", self.base.layout(shape))
 
-    def pack(self, parts: RotatedParts, shape: Shape) -> Tensors:
+    def pack(self, unpacked: UnpackedRotated, shape: Shape) -> Tensors:
         """Pack the base."""
-        return under("base", self.base.pack(parts.base, shape))
+        return add_prefix("base", self.base.pack(unpacked.base, shape))
 
-    def unpack(self, tensors: Tensors, shape: Shape) -> RotatedParts:
+    def unpack(self, tensors: Tensors, shape: Shape) -> UnpackedRotated:
         """The inverse of `pack`."""
-        return RotatedParts(self.base.unpack(inner("base", tensors), shape))
+        return UnpackedRotated(self.base.unpack(strip_prefix("base", tensors), shape))
 
-    def decode(self, parts: RotatedParts, shape: Shape) -> Float[Tensor, "out in"]:
+    def decode(self, unpacked: UnpackedRotated, shape: Shape) -> Float[Tensor, "out in"]:
         """The base, turned back."""
-        weight = self.base.decode(parts.base, shape)
+        weight = self.base.decode(unpacked.base, shape)
         if self.sides != "outputs":
             weight = rotate_back(weight, self.seed)
         return rotate_back(weight.T, self.outputs_seed).T if self.sides != "inputs" else weight
 
-    def transformed(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    def rotate_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """The matrix that the base stands for."""
         if self.sides != "outputs":
-            weight = self.turn_inputs(weight)
+            weight = self.rotate_inputs(weight)
         return rotate(weight.T, self.outputs_seed).T if self.sides != "inputs" else weight
 
-    def turn_inputs(self, rows: Float[Tensor, "rows in"]) -> Float[Tensor, "rows in"]:
+    def rotate_inputs(self, rows: Float[Tensor, "rows in"]) -> Float[Tensor, "rows in"]:
         """Rows over the inputs, turned as the matrix's are."""
         return rotate(rows, self.seed)
 

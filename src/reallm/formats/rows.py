@@ -9,9 +9,9 @@ from torch import Tensor
 
 from reallm.formats import scales as scale_store
 from reallm.formats.low_rank_plus import LowRankPlus
-from reallm.formats.normal_float import NormalFloat, NormalFloatParts
-from reallm.formats.uniform import Uniform, UniformParts
-from reallm.formats.waist import Shape, Tensors, WeightFormat, inner
+from reallm.formats.normal_float import NormalFloat, UnpackedNormalFloat
+from reallm.formats.uniform import Uniform, UnpackedUniform
+from reallm.formats.waist import Shape, Tensors, WeightFormat, strip_prefix
 from reallm.kernels import unpack_bits
 
 
@@ -28,8 +28,8 @@ def _(fmt: Uniform, tensors: Tensors, shape: Shape, rows: Tensor) -> Tensor:
     grid = scale_store.grid(shape, fmt.group_size)
     zeros = None if fmt.symmetric else unpack_bits(tensors["zeros"], fmt.bits, grid[0] * grid[1]).view(grid)[rows]
     codes = _codes(tensors["codes"], fmt.bits, shape, rows)
-    parts = UniformParts(codes, scale_store.unpack(fmt.scales, tensors, grid)[rows], zeros)
-    return fmt.decode(parts, (len(rows), shape[1]))
+    unpacked = UnpackedUniform(codes, scale_store.unpack(fmt.scales, tensors, grid)[rows], zeros)
+    return fmt.decode(unpacked, (len(rows), shape[1]))
 
 
 @decode_rows.register
@@ -37,13 +37,13 @@ def _(fmt: NormalFloat, tensors: Tensors, shape: Shape, rows: Tensor) -> Tensor:
     if shape[1] * fmt.bits % 8:
         return decode_rows.dispatch(WeightFormat)(fmt, tensors, shape, rows)
     scales = scale_store.unpack(fmt.scales, tensors, scale_store.grid(shape, fmt.group_size))[rows]
-    parts = NormalFloatParts(_codes(tensors["codes"], fmt.bits, shape, rows), scales)
-    return fmt.decode(parts, (len(rows), shape[1]))
+    unpacked = UnpackedNormalFloat(_codes(tensors["codes"], fmt.bits, shape, rows), scales)
+    return fmt.decode(unpacked, (len(rows), shape[1]))
 
 
 @decode_rows.register
 def _(fmt: LowRankPlus, tensors: Tensors, shape: Shape, rows: Tensor) -> Tensor:
-    found = decode_rows(fmt.base, inner("base", tensors), shape, rows)
+    found = decode_rows(fmt.base, strip_prefix("base", tensors), shape, rows)
     return found + fmt.unpack_factor("left", tensors)[rows] @ fmt.unpack_factor("right", tensors).T
 
 

@@ -16,20 +16,20 @@ from torch import Tensor
 
 from reallm.errors import FormatError
 from reallm.formats import scales as scale_store
-from reallm.formats.waist import Parts, Shape, Tensors, WeightFormat, inner, register, under
+from reallm.formats.waist import Shape, Tensors, Unpacked, WeightFormat, add_prefix, register, strip_prefix
 
 BOTH, INPUTS, OUTPUTS = "both", "inputs", "outputs"
-_SIDE_OF = {"row": OUTPUTS, "column": INPUTS}
+_AXES = {"row": OUTPUTS, "column": INPUTS}
 _ROLES = {f"{side}_{name}": role for side in ("row", "column") for name, role in scale_store.ROLES.items()}
 
 
 @dataclass(frozen=True)
-class ScaledParts:
+class UnpackedScaled:
     """weight = scale of the row · base · scale of the column; scales are not negative, None on a side without."""
 
     row_scales: Float[Tensor, "out 1"] | None
     column_scales: Float[Tensor, "1 in"] | None
-    base: Parts
+    base: Unpacked
 
 
 @register
@@ -61,41 +61,43 @@ class Scaled(WeightFormat):
     def sizes(self, shape: Shape) -> dict[str, Shape]:
         """Shape of the scales of each side."""
         sizes = {"row": (shape[0], 1), "column": (1, shape[1])}
-        return {side: size for side, size in sizes.items() if self.sides in (BOTH, _SIDE_OF[side])}
+        return {side: size for side, size in sizes.items() if self.sides in (BOTH, _AXES[side])}
 
     def layout(self, shape: Shape) -> Tensors:
         """`row_scales` (out,), `column_scales` (in,) and the largest ones of each; the base under `base.`"""
         tensors = {}
         for side, (rows, columns) in self.sizes(shape).items():
-            tensors |= _named(side, scale_store.layout(self.scales, rows * columns))
-        return tensors | under("base", self.base.layout(shape))
+            tensors |= _prefix_axis(side, scale_store.layout(self.scales, rows * columns))
+        return tensors | add_prefix("base", self.base.layout(shape))
 
-    def pack(self, parts: ScaledParts, shape: Shape) -> Tensors:
+    def pack(self, unpacked: UnpackedScaled, shape: Shape) -> Tensors:
         """Pack scales and base."""
         tensors = {}
         for side in self.sizes(shape):
-            tensors |= _named(side, scale_store.pack(self.scales, getattr(parts, f"{side}_scales")))
-        return tensors | under("base", self.base.pack(parts.base, shape))
+            tensors |= _prefix_axis(side, scale_store.pack(self.scales, getattr(unpacked, f"{side}_scales")))
+        return tensors | add_prefix("base", self.base.pack(unpacked.base, shape))
 
-    def unpack(self, tensors: Tensors, shape: Shape) -> ScaledParts:
+    def unpack(self, tensors: Tensors, shape: Shape) -> UnpackedScaled:
         """The inverse of `pack`."""
         found = {
-            side: scale_store.unpack(self.scales, _of_side(side, tensors), size)
+            side: scale_store.unpack(self.scales, _select_axis(side, tensors), size)
             for side, size in self.sizes(shape).items()
         }
-        return ScaledParts(found.get("row"), found.get("column"), self.base.unpack(inner("base", tensors), shape))
+        return UnpackedScaled(
+            found.get("row"), found.get("column"), self.base.unpack(strip_prefix("base", tensors), shape)
+        )
 
-    def decode(self, parts: ScaledParts, shape: Shape) -> Float[Tensor, "out in"]:
+    def decode(self, unpacked: UnpackedScaled, shape: Shape) -> Float[Tensor, "out in"]:
         """scale of the row · base · scale of the column."""
-        weight = self.base.decode(parts.base, shape)
-        for scales in (parts.column_scales, parts.row_scales):
+        weight = self.base.decode(unpacked.base, shape)
+        for scales in (unpacked.column_scales, unpacked.row_scales):
             weight = weight if scales is None else weight * scales
         return weight
 
 
-def _named(side: str, tensors: Tensors) -> Tensors:
+def _prefix_axis(side: str, tensors: Tensors) -> Tensors:
     return {f"{side}_{name}": tensor for name, tensor in tensors.items()}
 
 
-def _of_side(side: str, tensors: Tensors) -> Tensors:
+def _select_axis(side: str, tensors: Tensors) -> Tensors:
     return {name: tensors[f"{side}_{name}"] for name in scale_store.ROLES if f"{side}_{name}" in tensors}

@@ -46,12 +46,12 @@ def grid(shape: Shape, group_size: int) -> Shape:
     return shape[0], groups_per_row(shape[1], group_size)
 
 
-def spread(values: Shaped[Tensor, "out groups"], in_features: int, group_size: int) -> Shaped[Tensor, "out in"]:
+def expand_groups(values: Shaped[Tensor, "out groups"], in_features: int, group_size: int) -> Shaped[Tensor, "out in"]:
     """One value a group -> one value a weight."""
     return values.repeat_interleave(_width(in_features, group_size), dim=1)[:, :in_features]
 
 
-def of_columns(
+def expand_columns(
     scales: Shaped[Tensor, "out groups"], start: int, count: int, group_size: int
 ) -> Shaped[Tensor, "out count"]:
     """The scales of `count` columns from column `start` on, one a weight; a view where all are of one group."""
@@ -63,17 +63,19 @@ def of_columns(
     return scales[:, columns // group_size]
 
 
-def scaled(
+def apply_scales(
     values: Float[Tensor, "out in"], scales: Float[Tensor, "out groups"], group_size: int
 ) -> Float[Tensor, "out in"]:
     """Every value times the scale of its group."""
     rows, inputs = values.shape
     if group_size and inputs % group_size == 0:  # a view of the groups spares a copy of the scales' spread
         return (values.reshape(rows, -1, group_size) * scales[..., None]).view(rows, inputs)
-    return values * spread(scales, inputs, group_size)
+    return values * expand_groups(scales, inputs, group_size)
 
 
-def grouped(weight: Float[Tensor, "out in"], group_size: int, fill: float = 0.0) -> Float[Tensor, "out groups width"]:
+def split_groups(
+    weight: Float[Tensor, "out in"], group_size: int, fill: float = 0.0
+) -> Float[Tensor, "out groups width"]:
     """Split rows into groups; the short last group is filled up with `fill`."""
     width = _width(weight.shape[1], group_size)
     missing = -weight.shape[1] % width
@@ -94,7 +96,7 @@ def pack(kind: str, scales: Float[Tensor, "out groups"], signed: bool = False) -
     if kind in _ONE_EACH:
         largest_held = torch.finfo(_ONE_EACH[kind]).max
         return {"scales": flat.clamp(-largest_held, largest_held).to(_ONE_EACH[kind])}
-    codes, largest = _companded(flat, _code_dtype(signed))
+    codes, largest = _compand(flat, _code_dtype(signed))
     return {"scales": codes, "scales_max": largest}
 
 
@@ -103,10 +105,10 @@ def unpack(kind: str, tensors: Tensors, shape: Shape) -> Float[Tensor, "out grou
     stored = tensors["scales"]
     if kind in _ONE_EACH:
         return stored.to(torch.float32).view(shape)
-    return _expanded(stored, tensors["scales_max"]).view(shape)
+    return _decompand(stored, tensors["scales_max"]).view(shape)
 
 
-def stored(kind: str, scales: Float[Tensor, "out groups"], signed: bool = False) -> Float[Tensor, "out groups"]:
+def fake_quantize(kind: str, scales: Float[Tensor, "out groups"], signed: bool = False) -> Float[Tensor, "out groups"]:
     """Scales as they come back from the file: what codes must be chosen against."""
     return unpack(kind, pack(kind, scales, signed), (scales.shape[0], scales.shape[1]))
 
@@ -120,7 +122,7 @@ def _code_dtype(signed: bool) -> torch.dtype:
     return torch.int8 if signed else torch.uint8
 
 
-def _companded(flat: Float[Tensor, " n"], dtype: torch.dtype) -> tuple[Integer[Tensor, " n"], Float[Tensor, " blocks"]]:
+def _compand(flat: Float[Tensor, " n"], dtype: torch.dtype) -> tuple[Integer[Tensor, " n"], Float[Tensor, " blocks"]]:
     """8-bit codes of the square root of |scale| against the block's largest, with the scale's sign.
 
     The square root keeps a group 100 times below its block's largest within 4 %; equal steps would be off
@@ -134,7 +136,7 @@ def _companded(flat: Float[Tensor, " n"], dtype: torch.dtype) -> tuple[Integer[T
     return codes.to(dtype).reshape(-1)[: flat.numel()], largest
 
 
-def _expanded(codes: Tensor, largest: Float[Tensor, " blocks"]) -> Float[Tensor, " n"]:
+def _decompand(codes: Tensor, largest: Float[Tensor, " blocks"]) -> Float[Tensor, " n"]:
     ratio = _blocks(codes.to(torch.float32)) / _LEVELS[codes.dtype]
     return (ratio * ratio.abs() * largest[:, None]).reshape(-1)[: codes.numel()]
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from reallm.errors import FormatError
 from reallm.formats.waist import Shape, Tensors, WeightFormat, empty, register
-from reallm.kernels import pack_bits, packed_nbytes, quantile_of_state, states_of, unpack_bits
+from reallm.kernels import pack_bits, packed_nbytes, quantile_of_state, ring_states, unpack_bits
 
 TILE = 256  # weights of a ring
 MAX_STATE_BITS = 16
 
 
 @dataclass(frozen=True)
-class TrellisParts:
+class UnpackedTrellis:
     """weight = value of its state · scale. `table` is None where values are computed."""
 
     codes: Int[Tensor, "row_tiles steps"]  # the rings of a row of tiles, one after the other
@@ -79,23 +79,23 @@ class Trellis(WeightFormat):
         }
         return tensors | ({"table": empty((1 << self.table_bits,), torch.float16)} if self.table_bits else {})
 
-    def pack(self, parts: TrellisParts, shape: Shape) -> Tensors:
+    def pack(self, unpacked: UnpackedTrellis, shape: Shape) -> Tensors:
         """Pack codes, scale and table."""
-        tensors = {"codes": pack_bits(parts.codes, self.bits), "scales": parts.scales.detach().to(torch.float32)}
-        return tensors if parts.table is None else tensors | {"table": parts.table.detach().to(torch.float16)}
+        tensors = {"codes": pack_bits(unpacked.codes, self.bits), "scales": unpacked.scales.detach().to(torch.float32)}
+        return tensors if unpacked.table is None else tensors | {"table": unpacked.table.detach().to(torch.float16)}
 
-    def unpack(self, tensors: Tensors, shape: Shape) -> TrellisParts:
+    def unpack(self, tensors: Tensors, shape: Shape) -> UnpackedTrellis:
         """The inverse of `pack`."""
         down, across = self.tiles(shape)
         codes = unpack_bits(tensors["codes"], self.bits, down * across * TILE).view(down, -1)
         table = tensors["table"].to(torch.float32) if self.table_bits else None
-        return TrellisParts(codes, tensors["scales"], table)
+        return UnpackedTrellis(codes, tensors["scales"], table)
 
-    def decode(self, parts: TrellisParts, shape: Shape) -> Float[Tensor, "out in"]:
+    def decode(self, unpacked: UnpackedTrellis, shape: Shape) -> Float[Tensor, "out in"]:
         """table[states] · scale, tiles put in their places."""
-        states = states_of(parts.codes.reshape(-1, TILE), self.bits, self.state_bits)
-        values = self.values(parts.table, states.device)[states]
-        return self.untiled(values, shape) * parts.scales
+        states = ring_states(unpacked.codes.reshape(-1, TILE), self.bits, self.state_bits)
+        values = self.values(unpacked.table, states.device)[states]
+        return self.join_tiles(values, shape) * unpacked.scales
 
     def values(self, table: Float[Tensor, " entries"] | None, device: torch.device) -> Float[Tensor, " states"]:
         """The value of every state, in units of the scale."""
@@ -106,7 +106,7 @@ class Trellis(WeightFormat):
             drop = self.state_bits - self.table_bits
         return table[quantiles >> drop]
 
-    def tiled(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "tiles steps"]:
+    def split_tiles(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "tiles steps"]:
         """Tiles row by row, each row-major; filled with zeros."""
         down, across = self.tiles((weight.shape[0], weight.shape[1]))
         missing = (0, across * self.tile_columns - weight.shape[1], 0, down * self.tile_rows - weight.shape[0])
@@ -114,8 +114,8 @@ class Trellis(WeightFormat):
         tiles = filled.reshape(down, self.tile_rows, across, self.tile_columns).transpose(1, 2)
         return tiles.reshape(down * across, TILE)
 
-    def untiled(self, tiles: Float[Tensor, "tiles steps"], shape: Shape) -> Float[Tensor, "out in"]:
-        """The inverse of `tiled`."""
+    def join_tiles(self, tiles: Float[Tensor, "tiles steps"], shape: Shape) -> Float[Tensor, "out in"]:
+        """The inverse of `split_tiles`."""
         down, across = self.tiles(shape)
         rows = tiles.view(down, across, self.tile_rows, self.tile_columns).transpose(1, 2)
         return rows.reshape(down * self.tile_rows, -1)[: shape[0], : shape[1]]

@@ -16,7 +16,7 @@ from reallm.kernels import pack_bits, packed_nbytes, unpack_bits
 
 
 @dataclass(frozen=True)
-class UniformParts:
+class UnpackedUniform:
     """weight = (code - zero) · scale; `zeros` is None when symmetric, where `Uniform.zero_code` serves.
 
     Codes are whole numbers, of a float type while they train.
@@ -69,27 +69,29 @@ class Uniform(WeightFormat):
             tensors["zeros"] = empty((packed_nbytes(rows * groups, self.bits),), torch.uint8)
         return tensors
 
-    def pack(self, parts: UniformParts, shape: Shape) -> Tensors:
+    def pack(self, unpacked: UnpackedUniform, shape: Shape) -> Tensors:
         """Pack codes, scales and zero points."""
-        scales = scale_store.pack(self.scales, parts.scales, self.symmetric)
-        tensors = {"codes": pack_bits(parts.codes, self.bits), **scales}
-        if parts.zeros is not None:
-            tensors["zeros"] = pack_bits(parts.zeros, self.bits)
+        scales = scale_store.pack(self.scales, unpacked.scales, self.symmetric)
+        tensors = {"codes": pack_bits(unpacked.codes, self.bits), **scales}
+        if unpacked.zeros is not None:
+            tensors["zeros"] = pack_bits(unpacked.zeros, self.bits)
         return tensors
 
-    def unpack(self, tensors: Tensors, shape: Shape) -> UniformParts:
+    def unpack(self, tensors: Tensors, shape: Shape) -> UnpackedUniform:
         """The inverse of `pack`."""
         grid = scale_store.grid(shape, self.group_size)
         zeros = None
         if not self.symmetric:
             zeros = unpack_bits(tensors["zeros"], self.bits, grid[0] * grid[1]).view(grid)
         codes = unpack_bits(tensors["codes"], self.bits, shape[0] * shape[1]).view(shape)
-        return UniformParts(codes, scale_store.unpack(self.scales, tensors, grid), zeros)
+        return UnpackedUniform(codes, scale_store.unpack(self.scales, tensors, grid), zeros)
 
-    def decode(self, parts: UniformParts, shape: Shape) -> Float[Tensor, "out in"]:
+    def decode(self, unpacked: UnpackedUniform, shape: Shape) -> Float[Tensor, "out in"]:
         """(code - zero) · scale."""
-        if parts.zeros is None:
-            steps = parts.codes - self.zero_code
+        if unpacked.zeros is None:
+            steps = unpacked.codes - self.zero_code
         else:
-            steps = (parts.codes - scale_store.spread(parts.zeros, shape[1], self.group_size)).to(torch.float32)
-        return scale_store.scaled(steps, parts.scales, self.group_size)
+            steps = (unpacked.codes - scale_store.expand_groups(unpacked.zeros, shape[1], self.group_size)).to(
+                torch.float32
+            )
+        return scale_store.apply_scales(steps, unpacked.scales, self.group_size)

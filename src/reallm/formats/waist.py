@@ -20,13 +20,13 @@ from reallm.errors import FormatError
 
 Shape: TypeAlias = tuple[int, int]  # (out_features, in_features), as nn.Linear.weight
 Tensors: TypeAlias = dict[str, Tensor]  # local names: "codes", "base.scales"
-Parts: TypeAlias = Any  # the format's own frozen dataclass of tensors
+Unpacked: TypeAlias = Any  # the format's own frozen dataclass of tensors
 
 _REGISTRY: dict[str, type[WeightFormat]] = {}
 
 
 @dataclass(frozen=True)
-class Table:
+class SharedDecoder:
     """A decoder that many matrices share: what it is, in plain values, and what is stored of it (meta device)."""
 
     decoder: tuple[Any, ...]
@@ -51,15 +51,15 @@ class WeightFormat(abc.ABC):
         """What `pack` writes for a matrix of `shape`, as empty tensors on the meta device."""
 
     @abc.abstractmethod
-    def pack(self, parts: Parts, shape: Shape) -> Tensors:
+    def pack(self, unpacked: Unpacked, shape: Shape) -> Tensors:
         """Parts -> stored tensors; lossless for parts that came from `fit` or `unpack`."""
 
     @abc.abstractmethod
-    def unpack(self, tensors: Tensors, shape: Shape) -> Parts:
+    def unpack(self, tensors: Tensors, shape: Shape) -> Unpacked:
         """Stored tensors -> parts; `pack` of the result gives the same tensors again."""
 
     @abc.abstractmethod
-    def decode(self, parts: Parts, shape: Shape) -> Float[Tensor, "out in"]:
+    def decode(self, unpacked: Unpacked, shape: Shape) -> Float[Tensor, "out in"]:
         """The matrix in float32, differentiable in every float part."""
 
     # One definition of size for the whole library: never overridden.
@@ -75,7 +75,7 @@ class WeightFormat(abc.ABC):
         """Shape of the inner format's matrix, where there is one: the same, unless a format takes something out."""
         return shape
 
-    def own_tables(self) -> dict[str, Table]:
+    def own_shared_decoders(self) -> dict[str, SharedDecoder]:
         """The shared decoder that this format names, by its name; those of inner formats apart."""
         return {}
 
@@ -83,11 +83,11 @@ class WeightFormat(abc.ABC):
         """Multiply-adds of this format's decoder net for a matrix; look-ups, scales and inner formats apart."""
         return 0
 
-    def tables(self) -> dict[str, Table]:
+    def shared_decoders(self) -> dict[str, SharedDecoder]:
         """Shared decoders, inner formats' too: they are stored once, and are not in the layout. Never overridden."""
-        found = self.own_tables()
+        found = self.own_shared_decoders()
         for fmt in inner_formats(self):
-            found |= fmt.tables()
+            found |= fmt.shared_decoders()
         return found
 
     def multiply_adds(self, shape: Shape) -> int:
@@ -98,8 +98,8 @@ class WeightFormat(abc.ABC):
     def role(self, local_name: str) -> str:
         """Ledger role of a stored tensor; a name under `base.` is the inner format's."""
         head, _, rest = local_name.partition(".")
-        if rest and isinstance(inner := getattr(self, head, None), WeightFormat):
-            return inner.role(rest)
+        if rest and isinstance(base := getattr(self, head, None), WeightFormat):
+            return base.role(rest)
         return self.roles[local_name]
 
 
@@ -186,13 +186,13 @@ def _plain_type_matches(annotation: str, value: Any) -> bool:
     return (value is None and "None" in annotation) or isinstance(value, allowed)
 
 
-def under(prefix: str, tensors: Tensors) -> Tensors:
+def add_prefix(prefix: str, tensors: Tensors) -> Tensors:
     """Put an inner format's tensors under `prefix.`"""
     return {f"{prefix}.{name}": t for name, t in tensors.items()}
 
 
-def inner(prefix: str, tensors: Tensors) -> Tensors:
-    """The inverse of `under`: the tensors whose name starts with `prefix.`, without it."""
+def strip_prefix(prefix: str, tensors: Tensors) -> Tensors:
+    """The inverse of `add_prefix`: the tensors whose name starts with `prefix.`, without it."""
     return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
 
 
@@ -201,37 +201,37 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def map_tensors(fn: Any, parts: Parts) -> Parts:
+def map_tensors(fn: Any, unpacked: Unpacked) -> Unpacked:
     """Parts with `fn` applied to every tensor, inner parts included: parts are walked as a tree."""
     changes = {}
-    for field in dataclasses.fields(parts):
-        value = getattr(parts, field.name)
+    for field in dataclasses.fields(unpacked):
+        value = getattr(unpacked, field.name)
         if isinstance(value, Tensor):
             changes[field.name] = fn(value)
         elif dataclasses.is_dataclass(value):
             changes[field.name] = map_tensors(fn, value)
-    return dataclasses.replace(parts, **changes)
+    return dataclasses.replace(unpacked, **changes)
 
 
-def named_tensors(parts: Parts) -> Tensors:
+def named_tensors(unpacked: Unpacked) -> Tensors:
     """The tensors of parts by local name: `scales`, `base.left`. A float part has the name it is stored under."""
     found: Tensors = {}
-    for field in dataclasses.fields(parts):
-        value = getattr(parts, field.name)
+    for field in dataclasses.fields(unpacked):
+        value = getattr(unpacked, field.name)
         if isinstance(value, Tensor):
             found[field.name] = value
         elif dataclasses.is_dataclass(value):
-            found |= under(field.name, named_tensors(value))
+            found |= add_prefix(field.name, named_tensors(value))
     return found
 
 
-def with_tensors(parts: Parts, tensors: Tensors) -> Parts:
+def replace_tensors(unpacked: Unpacked, tensors: Tensors) -> Unpacked:
     """Parts with the tensors of these local names put in; all others stay."""
     changes = {}
-    for field in dataclasses.fields(parts):
-        value = getattr(parts, field.name)
+    for field in dataclasses.fields(unpacked):
+        value = getattr(unpacked, field.name)
         if field.name in tensors:
             changes[field.name] = tensors[field.name]
         elif dataclasses.is_dataclass(value):
-            changes[field.name] = with_tensors(value, inner(field.name, tensors))
-    return dataclasses.replace(parts, **changes)
+            changes[field.name] = replace_tensors(value, strip_prefix(field.name, tensors))
+    return dataclasses.replace(unpacked, **changes)

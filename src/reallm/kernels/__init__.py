@@ -1,23 +1,23 @@
 """Functions on plain tensors; nothing here knows what a format is."""
 
 from reallm.kernels.hadamard import rotate, rotate_back
-from reallm.kernels.heap import give_back_freed_blocks
+from reallm.kernels.heap import set_mmap_threshold
 from reallm.kernels.lookup import entries
 from reallm.kernels.nearest import entry_table, nearest_entry, nearest_level
 from reallm.kernels.ordered import average, one_thread, total
 from reallm.kernels.packing import pack_bits, packed_nbytes, unpack_bits
 from reallm.kernels.segments import segment_sum
 from reallm.kernels.straight_through import straight_through
-from reallm.kernels.trellis import closest_states, quantile_of_state, states_of
+from reallm.kernels.trellis import closest_states, quantile_of_state, ring_states
 
 __all__ = [
     "average",
     "closest_states",
     "entries",
     "entry_table",
-    "give_back_freed_blocks",
+    "set_mmap_threshold",
     "quantile_of_state",
-    "states_of",
+    "ring_states",
     "nearest_entry",
     "nearest_level",
     "one_thread",

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from reallm.errors import FormatError, MissingPackageError, install
+from reallm.errors import FormatError, MissingPackageError, install_hint
 
 # Frequencies of a model sum to this.
 TOTAL = 1 << 24
@@ -44,7 +44,7 @@ class AnsWriter:
 class AnsReader:
     """Reads what an `AnsWriter` wrote, last written first.
 
-    Any words can be read: damaged ones give wrong symbols, and then `finished` is most likely false.
+    Any words can be read: damaged ones give wrong symbols, and then `exhausted` is most likely false.
     """
 
     def __init__(self, words: np.ndarray) -> None:
@@ -71,12 +71,12 @@ class AnsReader:
         return self._coder.decode(_stream().model.Uniform(1 << RAW_BITS), count).astype(np.int64)
 
     @property
-    def finished(self) -> bool:
+    def exhausted(self) -> bool:
         """Whether nothing is left."""
         return bool(self._coder.is_empty())
 
 
-def frequencies_of(weights: np.ndarray) -> np.ndarray:
+def normalize_frequencies(weights: np.ndarray) -> np.ndarray:
     """Weights of 0 or 16 … 2^21 (at most 255) -> int64 frequencies that sum to TOTAL; only 0 becomes 0.
 
     Each is its share rounded down, and what is left goes to the first of the largest. All weights 0: all 0.
@@ -97,5 +97,7 @@ def _stream() -> ModuleType:
     try:
         import constriction
     except ImportError as error:
-        raise MissingPackageError(f"entropy_coded needs the package 'constriction': {install('entropy')}") from error
+        raise MissingPackageError(
+            f"entropy_coded needs the package 'constriction': {install_hint('entropy')}"
+        ) from error
     return constriction.stream

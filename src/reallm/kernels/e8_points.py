@@ -27,7 +27,7 @@ def cheapest_points(
     its own parity. `classes` says whose costs a column has. `importance` has one row for all rows, or one for each.
     Rows left over take even codes.
     """
-    return _cheapest_on(targets.device.type)(targets, importance, costs, parities, classes)
+    return _cheapest_implementation(targets.device.type)(targets, importance, costs, parities, classes)
 
 
 def points_with_feedback(
@@ -45,11 +45,11 @@ def points_with_feedback(
     Targets are moving / step, at most `limit` in size; the rest as in `cheapest_points`. Only where `has_triton`.
     """
     kernels = importlib.import_module("reallm.kernels.e8_points_triton")
-    return kernels.with_feedback(moving, factor, importance, costs, parities, classes, step, limit)
+    return kernels.points_with_feedback(moving, factor, importance, costs, parities, classes, step, limit)
 
 
 @functools.cache
-def _cheapest_on(device: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+def _cheapest_implementation(device: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The Triton kernel on a GPU where there is Triton, else `_cheapest`."""
     if has_triton(device):
         return importlib.import_module("reallm.kernels.e8_points_triton").cheapest

@@ -11,7 +11,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reallm.kernels.jit import compiled, on_device_of
+from reallm.kernels.jit import device_guard, jit_kernel
 
 _POINTS = 32  # of a program
 _POINTS_OF_PANEL = 2  # with 128 columns 2,048 numbers in registers, and 36 programs for 576 rows
@@ -28,8 +28,8 @@ def cheapest(
     rows, columns = targets.shape
     found = torch.empty_like(targets)
     points = triton.cdiv(rows, 8)
-    with on_device_of(targets):
-        _cheapest[(triton.cdiv(points, _POINTS), columns)](
+    with device_guard(targets):
+        _cheapest_kernel[(triton.cdiv(points, _POINTS), columns)](
             targets,
             importance,
             costs.contiguous(),
@@ -48,7 +48,7 @@ def cheapest(
     return found
 
 
-def with_feedback(
+def points_with_feedback(
     moving: Float[Tensor, "rows columns"],
     factor: Float[Tensor, "columns columns"],
     importance: Float[Tensor, " columns"],
@@ -61,9 +61,9 @@ def with_feedback(
     """As `e8_points.points_with_feedback`; rows do not know of each other but for the eights of a point."""
     rows, columns = moving.shape
     codes = torch.empty(rows, columns, dtype=torch.int32, device=moving.device)
-    answers = torch.empty_like(moving)
-    with on_device_of(moving):
-        _with_feedback[(triton.cdiv(rows, 8 * _POINTS_OF_PANEL),)](
+    compensation = torch.empty_like(moving)
+    with device_guard(moving):
+        _feedback_kernel[(triton.cdiv(rows, 8 * _POINTS_OF_PANEL),)](
             moving.contiguous(),
             factor.contiguous(),
             importance.contiguous(),
@@ -71,7 +71,7 @@ def with_feedback(
             parities.contiguous(),
             classes.contiguous(),
             codes,
-            answers,
+            compensation,
             rows,
             parities.shape[1],
             step,
@@ -81,11 +81,11 @@ def with_feedback(
             count=_POINTS_OF_PANEL,
             width=triton.next_power_of_2(columns),
         )
-    return codes, answers
+    return codes, compensation
 
 
-@compiled
-def _with_feedback(
+@jit_kernel
+def _feedback_kernel(
     moving,
     factor,
     importance,
@@ -93,7 +93,7 @@ def _with_feedback(
     parities,
     classes,
     codes,
-    answers,
+    compensation,
     rows,
     class_count,
     step,
@@ -130,11 +130,11 @@ def _with_feedback(
         after = tl.load(factor + now * columns + column, (column > now) & (column < columns), 0.0)
         panel -= answer[:, None] * after[None, :]
         tl.store(codes + row * columns + now, code.to(tl.int32), there)
-        tl.store(answers + row * columns + now, answer, there)
+        tl.store(compensation + row * columns + now, answer, there)
 
 
-@compiled
-def _cheapest(
+@jit_kernel
+def _cheapest_kernel(
     targets,
     importance,
     costs,
@@ -167,24 +167,24 @@ def _cheapest(
     tl.store(found + row * found_row + column * found_column, code, there)
 
 
-@compiled
+@jit_kernel
 def _point(target, weight, costs, parities, own_class, whole, class_count, size: tl.constexpr, largest: tl.constexpr):
     """Codes of (points, 8) targets. Rows left over are no point: each takes its cheaper even code."""
     own_costs = costs + own_class * size
     place = tl.arange(0, 8)[None, :]
-    even, even_total, even_rest = _of_parity(target, weight, own_costs, place, 0, largest)
-    odd, odd_total, _ = _of_parity(target, weight, own_costs, place, 1, largest)
+    even, even_total, even_rest = _cheapest_parity(target, weight, own_costs, place, 0, largest)
+    odd, odd_total, _ = _cheapest_parity(target, weight, own_costs, place, 1, largest)
     even_total += tl.load(parities + own_class)
     odd_total += tl.load(parities + class_count + own_class)
     code = tl.where((odd_total < even_total)[:, None], odd, even)
     return tl.where(whole, code, even_rest)
 
 
-@compiled
-def _of_parity(target, weight, costs, place, parity: tl.constexpr, largest: tl.constexpr):
+@jit_kernel
+def _cheapest_parity(target, weight, costs, place, parity: tl.constexpr, largest: tl.constexpr):
     """(codes, costs of the points, codes that ignore the sum) of the cheapest points of a parity."""
-    low, low_cost = _of_residue(target, weight, costs, parity, largest)
-    high, high_cost = _of_residue(target, weight, costs, parity + 2, largest)
+    low, low_cost = _cheapest_residue(target, weight, costs, parity, largest)
+    high, high_cost = _cheapest_residue(target, weight, costs, parity + 2, largest)
     gap = high_cost - low_cost
     upper = gap < 0
     loss = tl.abs(gap)
@@ -195,8 +195,8 @@ def _of_parity(target, weight, costs, place, parity: tl.constexpr, largest: tl.c
     return codes, total, tl.where(upper, high, low)
 
 
-@compiled
-def _of_residue(target, weight, costs, residue: tl.constexpr, largest: tl.constexpr):
+@jit_kernel
+def _cheapest_residue(target, weight, costs, residue: tl.constexpr, largest: tl.constexpr):
     """The cheaper of the two codes of a residue modulo 4 around the target, and its cost."""
     below = tl.floor((target - residue) / 4) * 4 + residue
     lower = _cost(below, target, weight, costs, largest)
@@ -204,7 +204,7 @@ def _of_residue(target, weight, costs, residue: tl.constexpr, largest: tl.conste
     return tl.where(higher < lower, below + 4, below), tl.minimum(lower, higher)
 
 
-@compiled
+@jit_kernel
 def _cost(code, target, weight, costs, largest: tl.constexpr):
     place = tl.minimum(tl.maximum(code, -largest), largest).to(tl.int32) + largest
     return tl.load(costs + place) + weight * (code - target) * (code - target)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from reallm.kernels.ans import RAW_BITS, AnsReader, AnsWriter, frequencies_of
+from reallm.kernels.ans import RAW_BITS, AnsReader, AnsWriter, normalize_frequencies
 
 DIM = 8
 _MANTISSA = 16
@@ -22,14 +22,14 @@ def largest_code(levels: int) -> int:
     return levels + (1 << RAW_BITS) - 1
 
 
-def on_lattice(codes: np.ndarray) -> bool:
+def are_lattice_points(codes: np.ndarray) -> bool:
     """Whether (rows, columns) codes are points: eight neighbouring rows of a column are one, rows left over even."""
     blocks, rest = _split(codes)
     parity_ok = ((blocks - blocks[:, :1]) % 2 == 0).all() and (rest % 2 == 0).all()
     return bool(parity_ok and (blocks.sum(1) % 4 == 0).all())
 
 
-def table_of(codes: np.ndarray, levels: int) -> np.ndarray:
+def frequency_table(codes: np.ndarray, levels: int) -> np.ndarray:
     """Histogram of codes clamped to ±levels, one byte each: 0 for none, else a float of 4 + 4 bits.
 
     Counts are kept to within 1/32 of themselves, those below 2^-15 of the largest are raised to that.
@@ -96,7 +96,7 @@ def _frequencies(table: np.ndarray, modulus: int, residue: int) -> np.ndarray:
     levels = len(table) // 2
     codes = np.arange(-levels, levels + 1)
     allowed = (codes % modulus == residue) | (np.abs(codes) == levels)
-    return frequencies_of(np.where(allowed, _weights(table), 0))
+    return normalize_frequencies(np.where(allowed, _weights(table), 0))
 
 
 def _weights(table: np.ndarray) -> np.ndarray:

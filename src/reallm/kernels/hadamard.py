@@ -26,21 +26,23 @@ _FACTOR = 64  # columns of a factor on a GPU
 
 def rotate(values: Float[Tensor, "*rows n"], seed: int) -> Float[Tensor, "*rows n"]:
     """The last axis times signs of `seed`, then transformed: an orthogonal map."""
-    return _mixed(values * _signs_on(values.shape[-1], seed, values.device, values.dtype), transposed=False)
+    return _transform(values * _device_signs(values.shape[-1], seed, values.device, values.dtype), transposed=False)
 
 
 def rotate_back(values: Float[Tensor, "*rows n"], seed: int) -> Float[Tensor, "*rows n"]:
     """The inverse of `rotate`."""
-    return _mixed(values, transposed=True) * _signs_on(values.shape[-1], seed, values.device, values.dtype)
+    return _transform(values, transposed=True) * _device_signs(values.shape[-1], seed, values.device, values.dtype)
 
 
 def rotate_by_products(values: Float[Tensor, "*rows n"], seed: int) -> Float[Tensor, "*rows n"]:
     """`rotate` up to rounding, as a GPU does it: on a CPU faster for many rows, but no format's bytes go by it."""
-    return by_products(values * _signs_on(values.shape[-1], seed, values.device, values.dtype), transposed=False)
+    return kronecker_transform(
+        values * _device_signs(values.shape[-1], seed, values.device, values.dtype), transposed=False
+    )
 
 
 @functools.lru_cache(maxsize=256)
-def _signs_on(n: int, seed: int, device: torch.device, dtype: torch.dtype) -> Float[Tensor, " n"]:
+def _device_signs(n: int, seed: int, device: torch.device, dtype: torch.dtype) -> Float[Tensor, " n"]:
     with torch.inference_mode(False):
         return signs(n, seed).to(device, dtype)
 
@@ -57,10 +59,10 @@ def signs(n: int, seed: int) -> Float[Tensor, " n"]:
     return torch.tensor(found)
 
 
-def _mixed(values: Tensor, transposed: bool) -> Tensor:
+def _transform(values: Tensor, transposed: bool) -> Tensor:
     """(H ⊗ C) of the last axis, seen as (2^a, m); H is symmetric, C goes by its transpose on the way back."""
     if values.device.type != "cpu":
-        return by_products(values, transposed)
+        return kronecker_transform(values, transposed)
     n = values.shape[-1]
     power = n & -n
     shape = values.shape
@@ -71,14 +73,14 @@ def _mixed(values: Tensor, transposed: bool) -> Tensor:
             flat = flat @ (cosines if transposed else cosines.T)
     rows = max(1, _CHUNK // n)
     if flat.device.type == "cpu" and len(flat) > rows:
-        return torch.cat([_added(part) for part in flat.split(rows)]).reshape(shape)
-    return _added(flat).reshape(shape)
+        return torch.cat([_fast_walsh_hadamard(part) for part in flat.split(rows)]).reshape(shape)
+    return _fast_walsh_hadamard(flat).reshape(shape)
 
 
-def by_products(values: Float[Tensor, "*rows n"], transposed: bool) -> Float[Tensor, "*rows n"]:
-    """`_mixed` as products with the factors of a Kronecker product, one after the other."""
+def kronecker_transform(values: Float[Tensor, "*rows n"], transposed: bool) -> Float[Tensor, "*rows n"]:
+    """`_transform` as products with the factors of a Kronecker product, one after the other."""
     found, after = values, values.shape[-1]
-    for factor in factors(values.shape[-1], values.device, values.dtype):
+    for factor in kronecker_factors(values.shape[-1], values.device, values.dtype):
         after //= len(factor)
         factor = factor.T if transposed else factor
         if after == 1:
@@ -89,7 +91,7 @@ def by_products(values: Float[Tensor, "*rows n"], transposed: bool) -> Float[Ten
 
 
 @functools.lru_cache(maxsize=64)
-def factors(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Float[Tensor, "m m"], ...]:
+def kronecker_factors(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Float[Tensor, "m m"], ...]:
     """Orthogonal matrices whose Kronecker product is the transform; of at most 64 columns unless the odd part has more.
 
     n = 576 has two, of 16 and of 4 · 9.
@@ -113,7 +115,7 @@ def _sylvester(power: int) -> Float[Tensor, "m m"]:
     return found
 
 
-def _added(flat: Float[Tensor, "rows power odd"]) -> Float[Tensor, "rows power odd"]:
+def _fast_walsh_hadamard(flat: Float[Tensor, "rows power odd"]) -> Float[Tensor, "rows power odd"]:
     """The Hadamard matrix of 2^a by sums and differences of halves."""
     rows, power, odd = flat.shape
     half = 1

@@ -11,7 +11,7 @@ _THRESHOLD = 1 << 17  # bytes: glibc's own value at the start of a process
 
 
 @functools.cache
-def give_back_freed_blocks(least: int = _THRESHOLD) -> bool:
+def set_mmap_threshold(least: int = _THRESHOLD) -> bool:
     """Have glibc map blocks of `least` bytes one by one, for the rest of the process; False where there is no glibc.
 
     Left alone it raises the threshold to the largest block ever freed, up to 32 MB, and keeps such blocks: a step of

@@ -12,11 +12,11 @@ import triton
 from torch import Tensor
 
 
-def compiled(function: Callable) -> Any:
+def jit_kernel(function: Callable) -> Any:
     """`triton.jit`, which reads source and globals: not those of a type checker that tests wrap around functions."""
     return triton.jit(inspect.unwrap(function))
 
 
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Launches inside go to the GPU of `tensor`; Triton's interpreter has none."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

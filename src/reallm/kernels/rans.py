@@ -26,7 +26,7 @@ _MANTISSA = 16
 _SAMPLE = 105 << 11
 
 
-def coded_bytes(raw: np.ndarray, most: float) -> np.ndarray | None:
+def encode_bytes(raw: np.ndarray, most: float) -> np.ndarray | None:
     """uint8 bytes, coded at the symbol width that serves best; None if that takes more than `most` bytes."""
     if not len(raw):
         return None
@@ -39,8 +39,8 @@ def coded_bytes(raw: np.ndarray, most: float) -> np.ndarray | None:
     return found if len(found) <= most else None
 
 
-def decoded_bytes(coded: np.ndarray, nbytes: int) -> np.ndarray:
-    """The `nbytes` uint8 bytes that `coded_bytes` was given.
+def decode_bytes(coded: np.ndarray, nbytes: int) -> np.ndarray:
+    """The `nbytes` uint8 bytes that `encode_bytes` was given.
 
     Errors: FormatError if the stream does not end where the bytes do: it is damaged.
     """

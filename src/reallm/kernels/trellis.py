@@ -34,12 +34,12 @@ def quantile_of_state(bits: int, state_bits: int) -> Int[Tensor, " states"]:
     """
     state = torch.arange(1 << state_bits)
     before, newest = state >> bits, state & ((1 << bits) - 1)
-    place = _hashed(before, state_bits - bits)
+    place = _hash_bits(before, state_bits - bits)
     part = newest ^ (place & ((1 << bits) - 1))
     return (part << (state_bits - bits)) + place
 
 
-def _hashed(values: Int[Tensor, " n"], width: int) -> Int[Tensor, " n"]:
+def _hash_bits(values: Int[Tensor, " n"], width: int) -> Int[Tensor, " n"]:
     """A bijection of the numbers below 2^width: odd factors and shifts, each of which can be undone."""
     mask, found = (1 << width) - 1, values
     for factor, less in _MIXING:
@@ -48,7 +48,7 @@ def _hashed(values: Int[Tensor, " n"], width: int) -> Int[Tensor, " n"]:
     return found
 
 
-def states_of(codes: Int[Tensor, "n steps"], bits: int, state_bits: int) -> Int[Tensor, "n steps"]:
+def ring_states(codes: Int[Tensor, "n steps"], bits: int, state_bits: int) -> Int[Tensor, "n steps"]:
     """The window of the last `state_bits` bits at every step of a ring of `bits`-bit codes."""
     states = torch.zeros_like(codes, dtype=torch.int64)
     for age in range(-(-state_bits // bits)):
@@ -73,19 +73,21 @@ def closest_states(
     trace = _TRACE_BYTES.get(targets.device.type, _TRACE_BYTES["cpu"])
     count = max(1, trace // (steps * (states >> bits)))
     weights = [None] * -(-len(targets) // count) if importance is None else importance.split(count)
-    found = [_ring(part, values, bits, weight) for part, weight in zip(targets.split(count), weights, strict=True)]
+    found = [
+        _search_ring(part, values, bits, weight) for part, weight in zip(targets.split(count), weights, strict=True)
+    ]
     return torch.cat(found) if found else targets.long()
 
 
-def _ring(targets: Tensor, values: Tensor, bits: int, importance: Tensor | None) -> Int[Tensor, "n steps"]:
-    path, half = _path_on(targets.device.type), targets.shape[1] // 2
+def _search_ring(targets: Tensor, values: Tensor, bits: int, importance: Tensor | None) -> Int[Tensor, "n steps"]:
+    path, half = _path_implementation(targets.device.type), targets.shape[1] // 2
     turned = None if importance is None else torch.roll(importance, -half, 1)
     seam = path(torch.roll(targets, -half, 1), values, bits, turned, None)[:, targets.shape[1] - half] >> bits
     return path(targets, values, bits, importance, seam)
 
 
 @functools.cache
-def _path_on(device: str) -> Callable[[Tensor, Tensor, int, Tensor | None, Tensor | None], Tensor]:
+def _path_implementation(device: str) -> Callable[[Tensor, Tensor, int, Tensor | None, Tensor | None], Tensor]:
     """The Triton kernel on a GPU where there is Triton, else `_path`."""
     if has_triton(device):
         return importlib.import_module("reallm.kernels.trellis_triton").path
@@ -100,11 +102,11 @@ def _path(
     fan, shared = 1 << bits, len(values) >> bits  # a state's successors; windows without their newest code
     by_window = values.to(targets.dtype).view(shared, fan)
 
-    def cost_of(step: int) -> Tensor:
+    def step_cost(step: int) -> Tensor:
         distance = (targets[:, step, None, None] - by_window).square_()
         return distance if importance is None else distance.mul_(importance[:, step, None, None])
 
-    cost = cost_of(0)
+    cost = step_cost(0)
     if seam is not None:
         elsewhere = torch.arange(shared, device=seam.device) != seam[:, None]
         cost = cost.masked_fill(elsewhere[..., None], float("inf"))
@@ -113,11 +115,11 @@ def _path(
         # States that differ in their oldest code only go on to the same states: the better one stays.
         least, oldest = cost.view(n, fan, shared).min(1)
         decisions[step] = oldest
-        cost = cost_of(step).add_(least[..., None])
-    return _way_back(cost.view(n, fan, shared), decisions, bits, seam)
+        cost = step_cost(step).add_(least[..., None])
+    return _traceback(cost.view(n, fan, shared), decisions, bits, seam)
 
 
-def _way_back(cost: Tensor, decisions: Tensor, bits: int, seam: Tensor | None) -> Tensor:
+def _traceback(cost: Tensor, decisions: Tensor, bits: int, seam: Tensor | None) -> Tensor:
     (steps, n, shared), lanes = decisions.shape, torch.arange(len(cost), device=cost.device)
     state = cost.view(n, -1).argmin(1) if seam is None else cost[lanes, :, seam].argmin(1) * shared + seam
     states = torch.empty(n, steps, dtype=torch.int64, device=cost.device)

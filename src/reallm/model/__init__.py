@@ -19,17 +19,17 @@ from reallm.model.modules import (
     TiedLinear,
 )
 from reallm.model.resident import (
-    expected_resident_nbytes,
-    not_compressed,
-    resident_nbytes,
-    resident_of_artifact,
+    artifact_memory_footprint,
+    get_memory_footprint,
+    predict_memory_footprint,
+    unquantized_tensors,
     verify_artifact,
 )
-from reallm.model.silence import quiet
+from reallm.model.silence import silence_transformers
 from reallm.model.source import Source, open_source
-from reallm.model.walk import Kept, Matrix, Walk, meta_model, read_matrix, walk
+from reallm.model.walk import Matrix, Unquantized, Walk, meta_model, read_matrix, walk
 
-_WITH_TRANSFORMERS = ("ReallmConfig", "ReallmQuantizer", "marker_tensors", "register_with_transformers", "write_config")
+_LAZY_EXPORTS = ("ReallmConfig", "ReallmQuantizer", "marker_tensors", "register_with_transformers", "write_config")
 
 __all__ = [
     "DECODE_AT_LOAD",
@@ -38,30 +38,30 @@ __all__ = [
     "CompressedEmbedding",
     "CompressedExperts",
     "CompressedLinear",
-    "Kept",
+    "Unquantized",
     "Matrix",
     "Source",
     "TiedLinear",
     "Walk",
-    "expected_resident_nbytes",
+    "predict_memory_footprint",
     "is_artifact",
     "load",
     "load_tokenizer",
     "meta_model",
-    "not_compressed",
+    "unquantized_tensors",
     "open_source",
-    "quiet",
+    "silence_transformers",
     "read_matrix",
-    "resident_nbytes",
-    "resident_of_artifact",
+    "get_memory_footprint",
+    "artifact_memory_footprint",
     "verify_artifact",
     "walk",
-    *_WITH_TRANSFORMERS,
+    *_LAZY_EXPORTS,
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WITH_TRANSFORMERS:
+    if name not in _LAZY_EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from reallm.model import quantizer
 

@@ -120,9 +120,9 @@ class Adapters:
 
         Errors: ArtifactError if it does not fit this model.
         """
-        self.take(name, folder, read_adapter(folder))
+        self.add(name, folder, read_adapter(folder))
 
-    def take(self, name: str, folder: str | Path, factors: dict[str, Factors]) -> None:
+    def add(self, name: str, folder: str | Path, factors: dict[str, Factors]) -> None:
         """`load` of a folder whose factors have been read."""
         check_base(folder, _provenance(self.model))
         modules = dict(self.model.named_modules())
@@ -145,7 +145,7 @@ class Adapters:
         for hook in self._hooks:
             hook.remove()
         self._hooks = [
-            self.model.get_submodule(path).register_forward_hook(_adding(pair))
+            self.model.get_submodule(path).register_forward_hook(_residual_hook(pair))
             for name in names
             for path, pair in self._loaded[name].items()
         ]
@@ -161,7 +161,7 @@ def _provenance(model: nn.Module) -> Mapping[str, Any] | None:
 def _pair(folder: Path, headers: dict[str, Header], path: str, config: dict[str, Any]) -> Factors:
     """The factors of one module; both keys of a pattern are looked up as PEFT does, by the end of the path."""
     down, up = (read_tensor(headers[f"{path}.lora_{side}.weight"]).to(torch.float32) for side in "AB")
-    alpha = float(_of_pattern(config.get("alpha_pattern"), path, float(config.get("lora_alpha", down.shape[0]))))
+    alpha = float(_match_pattern(config.get("alpha_pattern"), path, float(config.get("lora_alpha", down.shape[0]))))
     rank = math.sqrt(down.shape[0]) if config.get("use_rslora") else down.shape[0]
     return Factors(up * (alpha / rank), down.T.contiguous())
 
@@ -171,7 +171,7 @@ def _check_rank(folder: Path, path: str, rank: int, config: dict[str, Any]) -> N
     said, pattern = config.get("r"), config.get("rank_pattern")
     if isinstance(pattern, dict) and pattern:
         # PEFT also takes expressions for keys: what none of the plain ones names is left to the factors.
-        said = _of_pattern(pattern, path, None)
+        said = _match_pattern(pattern, path, None)
     if type(said) is int and said != rank:
         raise ArtifactError(f"{folder}: {path} has factors of rank {rank}, {CONFIG} says {said}; they do not match")
 
@@ -180,13 +180,13 @@ def _are_floats(*headers: Header) -> bool:
     return all(header.dtype.is_floating_point for header in headers)
 
 
-def _of_pattern(pattern: Any, path: str, usual: Any) -> Any:
+def _match_pattern(pattern: Any, path: str, usual: Any) -> Any:
     """The value of the first key that ends the path, as PEFT looks it up."""
     found = [value for key, value in (pattern or {}).items() if path == key or path.endswith(f".{key}")]
     return found[0] if found else usual
 
 
-def _adding(pair: Factors) -> Callable[..., Tensor]:
+def _residual_hook(pair: Factors) -> Callable[..., Tensor]:
     """A forward hook that adds what the residual makes of the inputs."""
 
     right, left = pair.right, pair.left

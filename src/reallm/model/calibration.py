@@ -13,14 +13,14 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from reallm.errors import TextError
-from reallm.model.silence import quiet
+from reallm.model.silence import silence_transformers
 from reallm.model.text import leading_bos, load_text, tokenize
 
 SELF = "self"
-WRITTEN_AT_ONCE = 16  # sequences: their key-value caches are what a small machine has to hold
+GENERATION_BATCH = 16  # sequences: their key-value caches are what a small machine has to hold
 
 
-def windows_of_files(
+def windows_from_files(
     paths: Sequence[str | Path], tokenizer: Any, windows: int, context: int
 ) -> Int[Tensor, "windows context"]:
     """The first `windows` windows of `context` tokens: documents joined by the end-of-text token, then cut.
@@ -41,18 +41,18 @@ def windows_of_files(
     return cut if bos is None else torch.cat([torch.full((count, 1), bos), cut], 1)
 
 
-def windows_written(
+def generate_windows(
     model: nn.Module,
     tokenizer: Any,
     windows: int,
     context: int,
     seed: int,
     device: str | torch.device,
-    told: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Int[Tensor, "windows context"]:
     """Text that the model writes itself: sampled at temperature 1 from its begin-of-text token, or end-of-text.
 
-    The idea of LLM-QAT (Liu et al., arXiv:2305.17888): what a model writes is what it was trained on. `told` after
+    The idea of LLM-QAT (Liu et al., arXiv:2305.17888): what a model writes is what it was trained on. `on_progress` after
     every step (tokens written, in all).
     Errors: TextError for a tokenizer that has neither token.
     """
@@ -62,16 +62,16 @@ def windows_written(
     home = next(model.parameters()).device
     model.to(device)
     written = []
-    with torch.no_grad(), torch.random.fork_rng(), quiet():
+    with torch.no_grad(), torch.random.fork_rng(), silence_transformers():
         torch.manual_seed(seed)
-        for start in range(0, windows, WRITTEN_AT_ONCE):
+        for start in range(0, windows, GENERATION_BATCH):
 
             def step(ids: Tensor, scores: Tensor, start: int = start) -> Tensor:
-                if told:
-                    told(start * context + len(ids) * (ids.shape[1] + 1), windows * context)
+                if on_progress:
+                    on_progress(start * context + len(ids) * (ids.shape[1] + 1), windows * context)
                 return scores
 
-            prompt = torch.full((min(WRITTEN_AT_ONCE, windows - start), 1), first, device=device)
+            prompt = torch.full((min(GENERATION_BATCH, windows - start), 1), first, device=device)
             options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
             lengths = {"min_new_tokens": context - 1, "max_new_tokens": context - 1}
             mask = torch.ones_like(prompt)
@@ -81,14 +81,14 @@ def windows_written(
     return torch.cat(written)
 
 
-def seconds_a_step(blocks: int, device: str | torch.device, tokens: int = 24) -> float:
-    """Seconds that a net of so many blocks of 64 numbers takes to write a token of each of `WRITTEN_AT_ONCE` texts."""
+def seconds_per_step(blocks: int, device: str | torch.device, tokens: int = 24) -> float:
+    """Seconds that a net of so many blocks of 64 numbers takes to write a token of each of `GENERATION_BATCH` texts."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 256}
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=blocks, **sizes)).eval()
     tokenizer = SimpleNamespace(bos_token_id=0)
-    windows_written(model, tokenizer, 1, 2, 0, device)  # what is loaded at the first step only
+    generate_windows(model, tokenizer, 1, 2, 0, device)  # what is loaded at the first step only
     begun = time.perf_counter()
-    windows_written(model, tokenizer, WRITTEN_AT_ONCE, tokens, 0, device)
+    generate_windows(model, tokenizer, GENERATION_BATCH, tokens, 0, device)
     return (time.perf_counter() - begun) / tokens

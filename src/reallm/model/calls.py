@@ -37,7 +37,7 @@ Instead = Callable[[int, Forward, Arguments], Any]
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 
 
-class _Reached(Exception):
+class _BlockReached(Exception):
     """Ends a forward pass once it has called the last block."""
 
 
@@ -125,7 +125,7 @@ class Calls:
             wanted = self._wanted_of(number)
             found = {path: leaf for path, leaf in leaves(output) if path in wanted}
             left.update({_Handed(number, path): leaf.to(self._home) for path, leaf in found.items()})
-        return states_of(output)
+        return ring_states(output)
 
     def forget(self, number: int) -> None:
         """Drop the arguments of a block, and outputs that no later block is given."""
@@ -183,7 +183,7 @@ class _Passes:
             for number, block in enumerate(self.blocks):
                 block.forward = _replaced(number, block.forward, instead)
             self.decoder(input_ids=batch.to(self.home), use_cache=False)
-        except _Reached:
+        except _BlockReached:
             pass
         except (ReallmError, MemoryError, torch.OutOfMemoryError):
             raise
@@ -274,7 +274,7 @@ class _Watch:
         return handed if found is not None and found() is leaf else leaf
 
     def _noted(self, number: int, output: Any) -> Any:
-        states = states_of(output)
+        states = ring_states(output)
         self._last = states, states._version
         for path, leaf in leaves(output):
             if isinstance(leaf, Tensor):
@@ -380,7 +380,7 @@ class _Collecting:
             for key, value in arguments.items()
         }
         if number == self._order[-1]:
-            raise _Reached
+            raise _BlockReached
         return self._output(number, states)
 
     def _linked(self, leaf: Any) -> Any:
@@ -427,7 +427,7 @@ class _Collecting:
                 own[key] = rebuilt(own[key], lambda path, leaf, theirs=theirs: shared(leaf, theirs.get(path)))
 
 
-def states_of(output: Any) -> Tensor:
+def ring_states(output: Any) -> Tensor:
     """Return the hidden states in what a block puts out: all of it, or the first of several."""
     return output if isinstance(output, Tensor) else output[0]
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from reallm.errors import RecipeError
-from reallm.model.untrusted import said
+from reallm.model.untrusted import error_line
 
 
 def check_device(device: str) -> None:
@@ -16,7 +16,7 @@ def check_device(device: str) -> None:
     try:
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise RecipeError(f"--device {device!r} is not available ({said(error)}); use cpu") from error
+        raise RecipeError(f"--device {device!r} is not available ({error_line(error)}); use cpu") from error
 
 
 def multiplies_bfloat16() -> bool:
@@ -30,6 +30,6 @@ def multiplies_bfloat16() -> bool:
     return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
-def device_of(module: nn.Module) -> torch.device:
+def module_device(module: nn.Module) -> torch.device:
     """Where a module is. A compressed one may have no parameters, only buffers: OLMo's norms have no weights."""
     return next(itertools.chain(module.parameters(), module.buffers())).device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Last part of the path, or the last two where one alone is ambiguous; the longer match wins.
 # The comment names a family that spells it so.
-ROLE_OF: dict[str, str] = {
+ROLES: dict[str, str] = {
     "q_proj": "q",
     "k_proj": "k",
     "v_proj": "v",
@@ -55,12 +55,12 @@ READ_HIDDEN, WRITE_HIDDEN = frozenset({"gate", "up", "gate_up", "fc1"}), frozens
 POSITION_WORDS = ("position", "wpe", "embed_pos")
 
 
-def role_of(path: str) -> str:
+def matrix_role(path: str) -> str:
     """Role of the matrix at a module path; numbers (experts, blocks) at the end do not count."""
     parts = path.split(".")
     while parts and parts[-1].isdigit():
         parts.pop()
-    return ROLE_OF.get(".".join(parts[-2:])) or ROLE_OF.get(parts[-1] if parts else "", "other")
+    return ROLES.get(".".join(parts[-2:])) or ROLES.get(parts[-1] if parts else "", "other")
 
 
 def is_router(path: str, out_features: int, config: object) -> bool:

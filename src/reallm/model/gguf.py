@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from reallm.errors import SourceError
-from reallm.model.headers import Header, read_into
-from reallm.model.silence import quiet
+from reallm.model.headers import Header, fill_buffer
+from reallm.model.silence import silence_transformers
 from reallm.model.untrusted import said
 
 # What transformers makes of a tensor of these kinds of file depends on that tensor alone, or on those of one parameter.
-_BY_TENSOR = (
+_SUPPORTED_PROCESSORS = (
     "TensorProcessor",
     "LlamaTensorProcessor",  # q and k have their rotary halves side by side
     "Qwen2MoeTensorProcessor",  # gate and up are one parameter
@@ -53,7 +53,7 @@ def gguf_arguments(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _GGUFTensor:
     """A tensor as it lies in a GGUF file: rows of numbers, or of bytes where it is quantized."""
 
     file: Path
@@ -74,7 +74,7 @@ class _Stored:
         shape = self.shape if index is None else (1, *self.shape[1:])
         stored = np.empty(shape, self.dtype)
         if stored.nbytes:
-            read_into(
+            fill_buffer(
                 self.file, self.start + (index or 0) * stored.nbytes, memoryview(stored.reshape(-1).view(np.uint8))
             )
         return gguf.dequantize(stored, self.kind)
@@ -93,24 +93,26 @@ class GGUFTensors:
         """
         from transformers import modeling_gguf_pytorch_utils as legacy
 
-        with quiet(), fast_reader() as readers:
+        with silence_transformers(), fast_reader() as readers:
             config = legacy.load_gguf_checkpoint(str(path))["config"]
             reader = readers[-1]
             family = str(legacy.read_field(reader, "general.architecture")[0])
             kind = legacy.TENSOR_PROCESSORS.get(family, legacy.TensorProcessor)
-            if kind.__name__ not in _BY_TENSOR or _is_converted(family) or reader.byte_order != "I":
+            if kind.__name__ not in _SUPPORTED_PROCESSORS or _is_converted(family) or reader.byte_order != "I":
                 raise LookupError(
                     f"of tensors of {family} in GGUF files we do not know one by one what becomes of them"
                 )
             self._processor = kind(config=config)
             self._names = legacy.get_gguf_hf_weights_map(skeleton, self._processor)
-        self._stored: dict[str, list[_Stored]] = {}
+        self._stored: dict[str, list[_GGUFTensor]] = {}
         self.left: dict[str, Header] = {}  # what the model has no place for, by name in the file
-        self._unread: dict[str, _Stored] = {}
+        self._unread: dict[str, _GGUFTensor] = {}
         for tensor in reader.tensors:
             array = tensor.data
             file = reader.file_of[tensor.name]
-            stored = _Stored(file, tensor.name, tensor.tensor_type, array.shape, array.dtype, int(tensor.data_offset))
+            stored = _GGUFTensor(
+                file, tensor.name, tensor.tensor_type, array.shape, array.dtype, int(tensor.data_offset)
+            )
             if (name := self._names.get(tensor.name, self._names.get(tensor.name.removesuffix(".weight")))) is not None:
                 self._stored.setdefault(name, []).append(stored)
             else:
@@ -193,13 +195,13 @@ def fast_reader() -> Iterator[list[Any]]:
                 self.data = np.asarray(self.data)
             return super()._get(offset, dtype, count, override_order)
 
-    def opened(path: Any, *more: Any) -> Any:
-        readers.append(_parsed(PlainArrayReader, path, *more))
+    def open_reader(path: Any, *more: Any) -> Any:
+        readers.append(_cached_reader(PlainArrayReader, path, *more))
         return readers[-1]
 
     bar = getattr(legacy, "tqdm", None)  # not one of those that transformers can switch off
     names = gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = opened, functools.lru_cache(names)
+    gguf.GGUFReader, gguf.get_tensor_name_map = open_reader, functools.lru_cache(names)
     legacy.tqdm = lambda items, **_: items
     try:
         yield readers
@@ -226,7 +228,7 @@ def gguf_files(path: Path) -> list[Path]:
 _last: tuple[str, dict[str, tuple[int, int]], Any] | None = None
 
 
-def _parsed(reader: Any, path: Any, *more: Any) -> Any:
+def _cached_reader(reader: Any, path: Any, *more: Any) -> Any:
     """The reader of a GGUF file: the one made last, if its files are still the same."""
     global _last
     if more:  # to write into
@@ -261,7 +263,7 @@ _PART = re.compile(r"(.*-)(\d{5})(-of-)(\d{5})(\.gguf)", re.IGNORECASE)
 _MERGE = "or merge the parts with llama-gguf-split --merge"
 
 
-def _join_parts(reader: Any, opened: Any, path: Path) -> None:
+def _join_parts(reader: Any, open_reader: Any, path: Path) -> None:
     """Add the tensors of the other parts to the first one's, and `file_of`, the file of each tensor by its name.
 
     Errors: SourceError for another part than the first (which it names), a part that is missing or of another model.
@@ -282,7 +284,7 @@ def _join_parts(reader: Any, opened: Any, path: Path) -> None:
     for part, file in enumerate(files[1:], start=2):
         if not file.is_file():
             raise SourceError(f"{file}: part {part} of {count} of a GGUF model is missing; copy it there")
-        other = _read_whole(opened, file)
+        other = _read_whole(open_reader, file)
         if _part_of(other) != (part, count) or any(tensor.name in reader.file_of for tensor in other.tensors):
             raise SourceError(f"{file}: is not part {part} of {count} of the model of {path.name}; copy it again")
         reader.tensors += other.tensors

@@ -15,7 +15,7 @@ from typing import Any
 
 from reallm.errors import SourceError
 from reallm.model.gguf import fast_reader, open_reader
-from reallm.model.silence import quiet
+from reallm.model.silence import silence_transformers
 from reallm.model.untrusted import said
 
 # What the kinds of `tokenizer.ggml.model` are in the tokenizers library.
@@ -63,7 +63,7 @@ def _checked(path: Path, size: int, changed: int) -> Any:
     stated = _read(path)
     remedy = "give the Hugging Face folder of the model, or pip install -U transformers"
     try:
-        with quiet(), fast_reader():
+        with silence_transformers(), fast_reader():
             built = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             tokenizer = _only_of_file(built, stated)
     except Exception as problem:  # it is code of many families that meets any file

@@ -18,9 +18,9 @@ from reallm.kernels import average
 from reallm.model.pieces import decoder_blocks
 from reallm.model.walk import Matrix, linear_shape
 
-Told = Callable[[int, int], None]  # (windows done, of how many)
+OnProgress = Callable[[int, int], None]  # (windows done, of how many)
 # (module path, its inputs (tokens, in), gradients of its outputs (tokens, out)) of one window
-Seen = Callable[[str, Float[Tensor, "tokens in"], Float[Tensor, "tokens out"]], None]
+GradientSink = Callable[[str, Float[Tensor, "tokens in"], Float[Tensor, "tokens out"]], None]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def guidance(
     windows: Int[Tensor, "windows context"],
     matrices: Sequence[Matrix],
     device: str | torch.device,
-    told: Told | None = None,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Guidance]:
     """How much each token and each channel of each module's output matters, by the squared gradient of the loss.
 
@@ -45,8 +45,8 @@ def guidance(
     attention passes none on), that see other tokens than the window's (experts), and whose gradients are not finite.
     Errors: SourceError for a model whose logits are not finite.
     """
-    squares = _Squares()
-    _backward_each(model, windows, _linears(model, matrices), device, squares.add, told=told)
+    squares = _SquareSums()
+    _backward_each(model, windows, _linears(model, matrices), device, squares.add, on_progress=on_progress)
     found: dict[str, Guidance] = {}
     for name, parts in squares.tokens.items():
         if len(parts) != len(windows) or any(len(part) != windows.shape[1] for part in parts):
@@ -60,15 +60,15 @@ def guidance(
 def block_gradients(
     model: nn.Module,
     windows: Int[Tensor, "windows context"],
-    counted: Bool[Tensor, "windows context"],
+    loss_mask: Bool[Tensor, "windows context"],
     device: str | torch.device,
     draws: Iterable[torch.Generator],
-    found: Callable[[int, Float[Tensor, "blocks context hidden"]], None],
+    on_result: Callable[[int, Float[Tensor, "blocks context hidden"]], None],
 ) -> None:
     """Gradients of the end loss by the hidden states that every decoder block puts out, handed over window by window.
 
-    `found` gets a window's number and its gradients, float32 on the device; zeros where none arrive. Tokens to predict
-    are drawn from the model, for each window by a generator of its own in `draws`, wherever the text's is `counted`;
+    `on_result` gets a window's number and its gradients, float32 on the device; zeros where none arrive. Tokens to predict
+    are drawn from the model, for each window by a generator of its own in `draws`, wherever the text's is `loss_mask`;
     so an error d of a token's states costs ½ (g · d)² nats of KL divergence to the model, to second order, in the mean
     over draws, and as if tokens erred independently (see `curvatures`).
     Takes the memory of the whole model on the device and of one window's activations there.
@@ -76,21 +76,21 @@ def block_gradients(
     Errors: SourceError for a model whose blocks cannot be told apart, or whose logits are not finite.
     """
     blocks = {str(number): block for number, block in enumerate(decoder_blocks(model))}
-    seen: dict[str, Tensor] = {}
+    sink: dict[str, Tensor] = {}
 
     def keep(name: str, inputs: Tensor, gradients: Tensor) -> None:
-        seen[name] = gradients.float().nan_to_num(0.0, 0.0, 0.0)
+        sink[name] = gradients.float().nan_to_num(0.0, 0.0, 0.0)
 
-    def told(done: int, _: int) -> None:
+    def on_progress(done: int, _: int) -> None:
         size = windows.shape[1], model.config.get_text_config(decoder=True).hidden_size
         nothing = torch.zeros(size, device=device)
-        found(done - 1, torch.stack([seen.get(name, nothing) for name in blocks]))
-        seen.clear()
+        on_result(done - 1, torch.stack([sink.get(name, nothing) for name in blocks]))
+        sink.clear()
 
-    _backward_each(model, windows, blocks, device, keep, draws, told=told, counted=counted)
+    _backward_each(model, windows, blocks, device, keep, draws, on_progress=on_progress, loss_mask=loss_mask)
 
 
-class _Squares:
+class _SquareSums:
     """Squared gradients by module: the mean over channels of each token, window by window, and sums over tokens."""
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ def fisher(
     windows: Int[Tensor, "windows context"],
     matrices: Sequence[Matrix],
     device: str | torch.device,
-    told: Told | None = None,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Float[Tensor, "out in"]]:
     """The diagonal of the Fisher information of every weight, tokens taken as independent: Σ_t g_ti² x_tj², mean 1.
 
@@ -117,11 +117,11 @@ def fisher(
     """
     found: dict[str, Tensor] = {}
 
-    def seen(name: str, inputs: Tensor, gradients: Tensor) -> None:
+    def sink(name: str, inputs: Tensor, gradients: Tensor) -> None:
         update = gradients.float().square().T @ inputs.float().square()
         found[name] = found[name] + update.cpu() if name in found else update.cpu()
 
-    _backward_each(model, windows, _linears(model, matrices), device, seen, told=told)
+    _backward_each(model, windows, _linears(model, matrices), device, sink, on_progress=on_progress)
     return {name: total / average(total) for name, total in found.items() if _usable(average(total))}
 
 
@@ -134,9 +134,11 @@ class Curvature:
     """
 
     outputs: Float[Tensor, " out"]  # mean over tokens of the squared gradient of the log-likelihood
-    halves: Float[Tensor, "2 out"]  # in any unit, of the windows of `fed_back` and of those of `hessian`
+    halves: Float[Tensor, "2 out"]  # in any unit, of the windows of `feedback_hessian` and of those of `hessian`
     hessian: Float[Tensor, "in in"]  # Σ w x xᵀ / Σ w, w the token's mean squared gradient; float32
-    fed_back: Float[Tensor, "in in"]  # what a fit would know: of other windows, w = 1 unless fits are guided too
+    feedback_hessian: Float[
+        Tensor, "in in"
+    ]  # what a fit would know: of other windows, w = 1 unless fits are guided too
 
 
 def curvatures(
@@ -144,12 +146,12 @@ def curvatures(
     windows: Int[Tensor, "windows context"],
     matrices: Sequence[Matrix],
     device: str | torch.device,
-    found: Callable[[str, Curvature], None],
+    on_result: Callable[[str, Curvature], None],
     seed: int = 0,
     guided: bool = False,
-    told: Told | None = None,
-) -> EndCurvature:
-    """Curvature of each module, handed to `found` one by one, in a pass of the original model over the windows.
+    on_progress: OnProgress | None = None,
+) -> EmbeddingHeadCurvature:
+    """Curvature of each module, handed to `on_result` one by one, in a pass of the original model over the windows.
 
     Tokens to predict are drawn from the model's own distribution: then mean squared gradients are the second
     derivatives of the KL divergence to the original. `guided`: fits weigh tokens by gradients.
@@ -157,40 +159,49 @@ def curvatures(
     take over _SUMS_BYTES.
     Errors: SourceError for a model whose logits are not finite.
     """
-    ends = _Ends(model, windows)
-    parts, count = _parts(matrices), len(windows)
+    embedding_head = _EmbeddingHeadSums(model, windows)
+    parts, count = _split_by_memory(matrices), len(windows)
     for number, part in enumerate(parts):
 
-        def passed(done: int, _: int, before: int = number * count) -> None:
-            if told:
-                told(before + done, count * len(parts))
+        def report_progress(done: int, _: int, before: int = number * count) -> None:
+            if on_progress:
+                on_progress(before + done, count * len(parts))
 
-        sums = _Sums(guided, len(windows) == 1)
+        sums = _CurvatureSums(guided, len(windows) == 1)
         draws = itertools.repeat(torch.Generator().manual_seed(seed))
-        _backward_each(model, windows, _linears(model, part), device, sums.add, draws, None if number else ends, passed)
+        _backward_each(
+            model,
+            windows,
+            _linears(model, part),
+            device,
+            sums.add,
+            draws,
+            None if number else embedding_head,
+            report_progress,
+        )
         for name in list(sums.hessians):
             if (curvature := sums.pop(name)) is not None:
-                found(name, curvature)
-    return ends.result()
+                on_result(name, curvature)
+    return embedding_head.result()
 
 
 # Of second moments held at a time: all of a 135M model's are 1 GB, those of a 7B model come in several passes.
-_SUMS_BYTES = 8_000_000_000
+_MAX_SUMS_BYTES = 8_000_000_000
 
 
-def _parts(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
+def _split_by_memory(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
     parts: list[list[Matrix]] = [[]]
     size = 0
     for matrix in matrices:
         size += 8 * matrix.shape[1] ** 2
-        if size > _SUMS_BYTES and parts[-1]:
+        if size > _MAX_SUMS_BYTES and parts[-1]:
             parts.append([])
             size = 8 * matrix.shape[1] ** 2
         parts[-1].append(matrix)
     return parts
 
 
-class _Sums:
+class _CurvatureSums:
     """Sums over tokens of one pass: of every second window what fits will know, of the others what errors cost."""
 
     def __init__(self, guided: bool, single: bool) -> None:
@@ -233,8 +244,8 @@ class _Sums:
         weights = self.weights.pop(name)
         if not all(map(_usable, [*weights, *halves.sum(1)])):
             return None
-        fed_back, cost = (_mirrored(total) / weight for total, weight in zip(hessians, weights, strict=True))
-        return Curvature(halves.sum(0) / self.tokens[name], halves, cost, fed_back)
+        feedback_hessian, cost = (_mirrored(total) / weight for total, weight in zip(hessians, weights, strict=True))
+        return Curvature(halves.sum(0) / self.tokens[name], halves, cost, feedback_hessian)
 
 
 def _usable(mean: Float[Tensor, ""]) -> bool:
@@ -260,7 +271,7 @@ def _mirrored(lower: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
 
 
 @dataclass(frozen=True)
-class EndCurvature:
+class EmbeddingHeadCurvature:
     """What errors of embedding and head cost: means over tokens.
 
     `inputs`: squared gradient of the embedding's output by dimension; `frequencies`: share of each token at the input;
@@ -273,7 +284,7 @@ class EndCurvature:
     outputs: Float[Tensor, " tokens"]
 
 
-class _Ends:
+class _EmbeddingHeadSums:
     """Sums for embedding and head, both ends of the model."""
 
     def __init__(self, model: nn.Module, windows: Tensor) -> None:
@@ -283,16 +294,16 @@ class _Ends:
         self.frequencies = torch.bincount(windows.reshape(-1).cpu(), minlength=size[0]) / windows.numel()
 
     def hooks(self, model: nn.Module) -> list[Any]:
-        def embedded(_: nn.Module, __: Any, output: Tensor) -> None:
+        def embedding_hook(_: nn.Module, __: Any, output: Tensor) -> None:
             output.register_hook(lambda gradient: self._add_inputs(gradient.detach()))
 
-        def headed(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def head_hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             states = inputs[0].detach().float()
             self.states += states.square().reshape(-1, states.shape[-1]).sum(0).cpu()
 
         return [
-            model.get_input_embeddings().register_forward_hook(embedded),
-            model.get_output_embeddings().register_forward_pre_hook(headed),
+            model.get_input_embeddings().register_forward_hook(embedding_hook),
+            model.get_output_embeddings().register_forward_pre_hook(head_hook),
         ]
 
     def _add_inputs(self, gradient: Tensor) -> None:
@@ -303,9 +314,9 @@ class _Ends:
         self.outputs += (likely.sum(0) - likely.square().sum(0)).cpu()
         self.tokens += len(likely)
 
-    def result(self) -> EndCurvature:
+    def result(self) -> EmbeddingHeadCurvature:
         count = max(self.tokens, 1)
-        return EndCurvature(self.inputs / count, self.frequencies, self.states / count, self.outputs / count)
+        return EmbeddingHeadCurvature(self.inputs / count, self.frequencies, self.states / count, self.outputs / count)
 
 
 def _linears(model: nn.Module, matrices: Sequence[Matrix]) -> dict[str, nn.Module]:
@@ -319,16 +330,16 @@ def _backward_each(
     windows: Tensor,
     modules: dict[str, nn.Module],
     device: Any,
-    seen: Seen,
+    sink: GradientSink,
     draws: Iterable[torch.Generator] | None = None,
-    ends: _Ends | None = None,
-    told: Told | None = None,
-    counted: Bool[Tensor, "windows context"] | None = None,
+    embedding_head: _EmbeddingHeadSums | None = None,
+    on_progress: OnProgress | None = None,
+    loss_mask: Bool[Tensor, "windows context"] | None = None,
 ) -> None:
     """One window at a time through the whole model and back; no weight gets a gradient of its own.
 
     With `draws`, one for each window, every token is predicted to be one drawn from the model, without them to be the
-    text's; with `counted` only those that are.
+    text's; with `loss_mask` only those that are.
     """
     home = next(model.parameters()).device
     model.to(device)
@@ -336,22 +347,22 @@ def _backward_each(
     for parameter in trained:
         parameter.requires_grad_(False)
     hooks = [model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_())]
-    hooks += ends.hooks(model) if ends else []
-    hooks += [module.register_forward_hook(_watching(name, seen)) for name, module in modules.items()]
+    hooks += embedding_head.hooks(model) if embedding_head else []
+    hooks += [module.register_forward_hook(_gradient_hook(name, sink)) for name, module in modules.items()]
     try:
         with torch.enable_grad(), fast_products(device):
             pairs = zip(windows, itertools.repeat(None) if draws is None else draws, strict=False)
             for number, (window, draw) in enumerate(pairs, start=1):
                 ids = window[None].to(device)
-                there = None if counted is None else counted[number - 1].to(device)
+                there = None if loss_mask is None else loss_mask[number - 1].to(device)
                 logits = model(input_ids=ids, use_cache=False).logits
                 if not logits.requires_grad:
                     raise SourceError(
                         f"{type(model).__name__} passes no gradient on; give --objective outputs, no budget"
                     )
-                logits.backward(_by_logits(logits.detach()[0], ids[0], draw, ends, there)[None])
-                if told:
-                    told(number, len(windows))
+                logits.backward(_by_logits(logits.detach()[0], ids[0], draw, embedding_head, there)[None])
+                if on_progress:
+                    on_progress(number, len(windows))
     finally:
         for hook in hooks:
             hook.remove()
@@ -368,8 +379,8 @@ def _by_logits(
     logits: Float[Tensor, "tokens vocabulary"],
     ids: Int[Tensor, " tokens"],
     draw: torch.Generator | None,
-    ends: _Ends | None,
-    counted: Bool[Tensor, " tokens"] | None,
+    embedding_head: _EmbeddingHeadSums | None,
+    loss_mask: Bool[Tensor, " tokens"] | None,
 ) -> Float[Tensor, "tokens vocabulary"]:
     """Gradient of the negative log-likelihood by the logits: probabilities, less 1 at the token that is predicted.
 
@@ -377,8 +388,8 @@ def _by_logits(
     Errors: SourceError for logits that are not finite.
     """
     rows = torch.arange(len(ids), device=ids.device)
-    if counted is not None:
-        rows = rows[:-1][counted[1:]]
+    if loss_mask is not None:
+        rows = rows[:-1][loss_mask[1:]]
     elif draw is None:
         rows = rows[:-1]
     uniform = None if draw is None else torch.rand(len(rows), 1, generator=draw).to(ids.device)
@@ -391,9 +402,9 @@ def _by_logits(
                 f"the original's logits are NaN or infinite in {logits.dtype} on the calibration text: its activations "
                 "overflow; compress it without --calibration"
             )
-        if ends:
-            ends.add_likely(likely)
-        targets = ids[own + 1] if uniform is None else _drawn(likely, uniform[start : start + _ROWS])
+        if embedding_head:
+            embedding_head.add_likely(likely)
+        targets = ids[own + 1] if uniform is None else _sample_targets(likely, uniform[start : start + _ROWS])
         likely.scatter_add_(1, targets[:, None], likely.new_full((len(own), 1), -1.0))
         gradient[own] = likely.to(gradient.dtype)
     return gradient
@@ -402,7 +413,9 @@ def _by_logits(
 _AT_ONCE = 256  # probabilities that are summed up before one is looked for among them
 
 
-def _drawn(likely: Float[Tensor, "tokens vocabulary"], uniform: Float[Tensor, "tokens 1"]) -> Int[Tensor, " tokens"]:
+def _sample_targets(
+    likely: Float[Tensor, "tokens vocabulary"], uniform: Float[Tensor, "tokens 1"]
+) -> Int[Tensor, " tokens"]:
     """A token for each row by its probabilities; the same on every device, up to rounding.
 
     Sums of `_AT_ONCE` tokens first: running sums of a whole vocabulary took a twentieth of a pass.
@@ -435,7 +448,7 @@ def fast_products(device: str | torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _watching(name: str, seen: Seen) -> Callable[..., None]:
+def _gradient_hook(name: str, sink: GradientSink) -> Callable[..., None]:
     """A forward hook that waits for the gradient of the module's output, of a tuple's first; for none that has none."""
 
     def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> None:
@@ -443,6 +456,6 @@ def _watching(name: str, seen: Seen) -> Callable[..., None]:
         if not inputs or not states.requires_grad:
             return
         rows = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
-        states.register_hook(lambda gradient: seen(name, rows, gradient.detach().reshape(len(rows), -1)))
+        states.register_hook(lambda gradient: sink(name, rows, gradient.detach().reshape(len(rows), -1)))
 
     return hook

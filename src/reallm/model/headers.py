@@ -103,7 +103,7 @@ def read_tensor(header: Header, index: int | None = None) -> Tensor:
     if index is not None:
         start, shape = start + index * header.nbytes // shape[0], shape[1:]
     tensor = torch.empty(shape, dtype=header.dtype)
-    read_into(header.file, start, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    fill_buffer(header.file, start, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return tensor
 
 
@@ -128,7 +128,7 @@ def _rows(header: Header, rows: range) -> Tensor:
     return read_tensor(replace(header, shape=shape, nbytes=nbytes, start=header.start + rows.start * each))
 
 
-def read_into(path: Path, start: int, left: memoryview) -> None:
+def fill_buffer(path: Path, start: int, left: memoryview) -> None:
     """Fill memory with the bytes of a file from `start` on.
 
     Errors: OSError naming a file that is gone, or ends before.

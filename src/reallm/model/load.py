@@ -14,9 +14,9 @@ from reallm.errors import ArtifactError, SourceError
 from reallm.model.adapters import Adapters, check_base, read_adapter
 from reallm.model.headers import read_headers, weight_files
 from reallm.model.modules import DECODE_AT_LOAD, check_mode
-from reallm.model.silence import quiet
+from reallm.model.silence import silence_transformers
 from reallm.model.source import device_options, open_source, read_config, refuse_adapter
-from reallm.model.untrusted import bounded, said
+from reallm.model.untrusted import error_line, loading_limits
 
 
 def load(
@@ -43,7 +43,7 @@ def load(
         model = _load_artifact(Path(path).expanduser(), mode, device, dtype, verify).eval()
     if adapter is not None and factors is not None:
         adapters = Adapters(model)
-        adapters.take("", adapter, factors)
+        adapters.add("", adapter, factors)
         adapters.switch("")
     return model
 
@@ -67,12 +67,12 @@ def load_tokenizer(path: str | Path) -> Any:
         refuse_adapter(folder)
         if not any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*.bpe")):
             raise SourceError(f"{path}: has no tokenizer files; copy the tokenizer of the original model there")
-        with quiet():
+        with silence_transformers():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except SourceError:
         raise
     except Exception as problem:  # tokenizers are code of many families that meets any file
-        raise SourceError(f"{path}: the tokenizer cannot be read ({said(problem)})") from problem
+        raise SourceError(f"{path}: the tokenizer cannot be read ({error_line(problem)})") from problem
 
 
 def is_artifact(path: str | Path) -> bool:
@@ -90,15 +90,15 @@ def _load_artifact(folder: Path, mode: str, device: Any, dtype: torch.dtype | No
     """Everything that can be known of the files is checked before transformers builds anything."""
     from transformers import AutoModelForCausalLM
 
-    from reallm.model.quantizer import register_with_transformers, with_mode
+    from reallm.model.quantizer import register_with_transformers, replace_mode
 
     read_manifest(folder)
     headers = read_headers(weight_files(folder, ArtifactError), ArtifactError)
     options = device_options(device)
     register_with_transformers()
     config = read_config(folder, str(folder))
-    config.quantization_config = with_mode(config.quantization_config, mode, verify)
-    with quiet(), bounded(str(folder), ArtifactError, len(headers)):
+    config.quantization_config = replace_mode(config.quantization_config, mode, verify)
+    with silence_transformers(), loading_limits(str(folder), ArtifactError, len(headers)):
         return AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, **options
         )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Merged:
+class FusedExperts:
     """A tensor (experts, rows, columns): `experts` holds what is joined along the rows of each."""
 
     experts: tuple[tuple[Header, ...], ...]
@@ -42,14 +42,14 @@ class Merged:
         return torch.stack([self.read(expert) for expert in range(len(self.experts))])
 
 
-def stored_in(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, Header | Merged] | None:
+def map_state_dict(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, Header | FusedExperts] | None:
     """What each tensor of the state dict is made of, as transformers says for this family; without tied ones.
 
     None where it does more than rename tensors and join those of experts, or where this transformers says it otherwise.
     Errors: ValueError for experts of which parts are missing, or too many.
     """
     try:
-        return _stored_in(skeleton, headers)
+        return _map_state_dict(skeleton, headers)
     except (ImportError, AttributeError, TypeError):  # insides of transformers that are no interface
         return None
 
@@ -60,12 +60,12 @@ def named_by_transformers(skeleton: nn.Module, headers: Mapping[str, Header]) ->
     None where this transformers says it otherwise.
     """
     try:
-        return {key: name for key, name, _ in _renamed(skeleton, headers)}
+        return {key: name for key, name, _ in _rename_scales(skeleton, headers)}
     except (ImportError, AttributeError, TypeError):  # insides of transformers that are no interface
         return None
 
 
-def _renamed(
+def _rename_scales(
     skeleton: nn.Module, headers: Mapping[str, Header]
 ) -> Iterator[tuple[str, str, tuple[WeightConverter, str] | None]]:
     """(key, its name in the model, converter that it is given to and the pattern that it fits) of every tensor.
@@ -87,11 +87,11 @@ def _renamed(
         yield key, name, None if pattern is None else (by_pattern[pattern], pattern)
 
 
-def _stored_in(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, Header | Merged] | None:
+def _map_state_dict(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, Header | FusedExperts] | None:
     state = skeleton.state_dict()
-    found: dict[str, Header | Merged] = {}
+    found: dict[str, Header | FusedExperts] = {}
     groups: dict[str, tuple[WeightConverter, dict[str, list[Header]]]] = {}
-    for key, name, converted in _renamed(skeleton, headers):
+    for key, name, converted in _rename_scales(skeleton, headers):
         if name not in state:
             continue
         if converted is None:
@@ -100,13 +100,13 @@ def _stored_in(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, 
             converter, parts = groups.setdefault(name, (converted[0], {}))
             parts.setdefault(converted[1], []).append(headers[key])
     for name, (converter, parts) in groups.items():
-        if name in found or (merged := _merged(name, converter, parts)) is None:
+        if name in found or (merged := _fused_experts(name, converter, parts)) is None:
             return None
         found[name] = merged
     return found
 
 
-def _merged(name: str, converter: WeightConverter, parts: Mapping[str, list[Header]]) -> Merged | None:
+def _fused_experts(name: str, converter: WeightConverter, parts: Mapping[str, list[Header]]) -> FusedExperts | None:
     """The experts of one tensor, if that is all that a converter does.
 
     Errors: ValueError naming the tensor for experts that do not fit together.
@@ -126,4 +126,4 @@ def _merged(name: str, converter: WeightConverter, parts: Mapping[str, list[Head
     heights = {tuple(part.shape[0] for part in expert if part.shape) for expert in zip(*columns, strict=True)}
     if len(kinds) != 1 or len(heights) != 1 or any(len(part.shape) != 2 for part in columns[0]):
         return None
-    return Merged(tuple(zip(*columns, strict=True)))
+    return FusedExperts(tuple(zip(*columns, strict=True)))

@@ -13,15 +13,15 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from reallm.errors import ArtifactError
-from reallm.formats import Parts, Shape, Table, Tensors, WeightFormat, decode_rows, tables_at_hand
-from reallm.model.values import check_decoded, check_parts
+from reallm.formats import Shape, SharedDecoder, Tensors, Unpacked, WeightFormat, decode_rows, use_shared_decoders
+from reallm.model.values import check_decoded, check_unpacked
 
 DECODE_AT_LOAD = "decode_at_load"
 DECODE_PER_USE = "decode_per_use"
 MODES = (DECODE_AT_LOAD, DECODE_PER_USE)
 
 # Names of the modules' own; a stored tensor of such a local name would hide one of them.
-RESERVED = frozenset({"weight", "bias", "dense", "shell", "live"})
+RESERVED = frozenset({"weight", "bias", "dense", "shell", "trainable_weight"})
 
 
 _READ_ONLY = (
@@ -30,19 +30,19 @@ _READ_ONLY = (
 )
 
 
-class SharedTables(nn.Module):
+class SharedDecoders(nn.Module):
     """The stored tensors of decoders that many matrices share, as buffers `<table>.<local name>`."""
 
-    def __init__(self, tables: dict[str, Table]) -> None:
+    def __init__(self, shared_decoders: dict[str, SharedDecoder]) -> None:
         super().__init__()
-        self._names = {name: tuple(table.layout) for name, table in tables.items()}
-        for name, table in tables.items():
+        self._names = {name: tuple(table.layout) for name, table in shared_decoders.items()}
+        for name, table in shared_decoders.items():
             for local, tensor in table.layout.items():
                 parent, leaf = _descend(self, f"{name}.{local}")
                 parent.register_buffer(leaf, tensor)
         self._is_hf_initialized = True
 
-    def stored(self) -> dict[str, Tensors]:
+    def packed_tensors(self) -> dict[str, Tensors]:
         """The tensors by table and local name."""
         return {
             table: {local: self.get_buffer(f"{table}.{local}") for local in names}
@@ -51,7 +51,7 @@ class SharedTables(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move stored tensors with the model, but never cast them."""
-        return super()._apply(lambda tensor: _moved_only(fn, tensor), recurse)
+        return super()._apply(lambda tensor: _move_only(fn, tensor), recurse)
 
 
 class _Decoded(Tensor):
@@ -87,12 +87,12 @@ class _ReadOnly(nn.Module):
             raise ArtifactError(_READ_ONLY)
 
 
-class _Compressed(_ReadOnly):
+class _CompressedModule(_ReadOnly):
     """Stored tensors of one matrix as buffers under their local names, and its weight.
 
     `dense` (not persistent) is the decoded weight in the compute dtype; while it is empty, the weight
     is decoded at each use. Its dtype follows the model's; stored tensors keep theirs. While the matrix is
-    tuned, `live` decodes it from parts that train, and nothing is stored here.
+    tuned, `trainable_weight` decodes it from parts that train, and nothing is stored here.
     """
 
     def __init__(self, fmt: WeightFormat, shape: Shape, dtype: torch.dtype) -> None:
@@ -104,9 +104,9 @@ class _Compressed(_ReadOnly):
             parent, leaf = _descend(self, name)
             parent.register_buffer(leaf, tensor)
         self.register_buffer("dense", torch.empty(0, dtype=dtype, device="meta"), persistent=False)
-        self.live: nn.Module | None = None
+        self.trainable_weight: nn.Module | None = None
         self.loading = False  # until the loader is done: stored tensors may be entropy-coded still, or not there
-        self._shared: tuple[SharedTables, ...] = ()  # in a tuple: a child would list its tensors once a matrix
+        self._shared: tuple[SharedDecoders, ...] = ()  # in a tuple: a child would list its tensors once a matrix
         # Nothing in here is for the model's random initialisation.
         self._is_hf_initialized = True
 
@@ -115,7 +115,7 @@ class _Compressed(_ReadOnly):
         """dtype of the decoded weight."""
         return self.dense.dtype
 
-    def stored(self) -> Tensors:
+    def packed_tensors(self) -> Tensors:
         """The stored tensors by local name."""
         return {name: self.get_buffer(name) for name in self._local_names}
 
@@ -123,33 +123,33 @@ class _Compressed(_ReadOnly):
         """Say that all stored tensors are there, as the file's layout has them."""
         self.loading = False
 
-    def put(self, name: str, tensor: Tensor) -> None:
+    def set_tensor(self, name: str, tensor: Tensor) -> None:
         """Replace a stored tensor."""
         parent, leaf = _descend(self, name)
         parent.register_buffer(leaf, tensor)
 
     def decode(self) -> Float[Tensor, "out in"]:
         """The matrix from its stored tensors, in the compute dtype."""
-        return self.fmt.decode(self.unpacked(), self.shape).to(self.compute_dtype)
+        return self.fmt.decode(self.unpack(), self.shape).to(self.compute_dtype)
 
-    def use_shared(self, tables: SharedTables) -> None:
+    def set_shared_decoders(self, shared_decoders: SharedDecoders) -> None:
         """Take shared decoders from there."""
-        self._shared = (tables,)
+        self._shared = (shared_decoders,)
 
-    def shared_tables(self) -> dict[str, Tensors]:
+    def shared_decoder_tensors(self) -> dict[str, Tensors]:
         """Stored tensors of the decoders that this matrix shares with others, by table."""
-        names = self.fmt.tables()
-        return {name: t for shared in self._shared for name, t in shared.stored().items() if name in names}
+        names = self.fmt.shared_decoders()
+        return {name: t for shared in self._shared for name, t in shared.packed_tensors().items() if name in names}
 
-    def unpacked(self) -> Parts:
+    def unpack(self) -> Unpacked:
         """The parts of the matrix."""
-        with tables_at_hand(self.shared_tables()):
-            return self.fmt.unpack(self.stored(), self.shape)
+        with use_shared_decoders(self.shared_decoder_tensors()):
+            return self.fmt.unpack(self.packed_tensors(), self.shape)
 
     def decode_once(self) -> None:
         """Keep the decoded matrix from now on. Errors: FormatError if stored numbers are not what a fit gives."""
         with torch.no_grad():
-            parts = self._checked_parts()
+            parts = self._unpack_checked()
             dense = self.fmt.decode(parts, self.shape).to(self.compute_dtype).contiguous()
             check_decoded(dense)
             self.dense = dense
@@ -157,18 +157,18 @@ class _Compressed(_ReadOnly):
     def check_values(self) -> None:
         """Errors: FormatError if stored numbers are not what a fit gives; unpacks the matrix once."""
         with torch.no_grad():
-            self._checked_parts()
+            self._unpack_checked()
 
-    def _checked_parts(self) -> Parts:
-        parts = self.unpacked()
-        check_parts(parts)
+    def _unpack_checked(self) -> Unpacked:
+        parts = self.unpack()
+        check_unpacked(parts)
         return parts
 
-    def come_alive(self, live: nn.Module) -> None:
-        """Take the matrix from what `live()` decodes from now on, and let go of what is stored."""
-        self.live = live
-        for name, tensor in self.stored().items():
-            self.put(name, tensor.new_empty(0))
+    def attach_trainable(self, trainable_weight: nn.Module) -> None:
+        """Take the matrix from what `trainable_weight()` decodes from now on, and let go of what is stored."""
+        self.trainable_weight = trainable_weight
+        for name, tensor in self.packed_tensors().items():
+            self.set_tensor(name, tensor.new_empty(0))
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
@@ -176,7 +176,7 @@ class _Compressed(_ReadOnly):
 
         Families whose initialisation looks at the weights of other modules (GPT-2) do so before all tensors are there.
         """
-        if not self.loading and self.live is None:
+        if not self.loading and self.trainable_weight is None:
             weight = self.matrix().as_subclass(_Decoded)
             weight.owner = self  # PEFT puts a module's own weight back when it goes
             return weight
@@ -188,18 +188,18 @@ class _Compressed(_ReadOnly):
             blank = torch.empty(self.shape, dtype=self.compute_dtype, device="meta")
             blank._is_hf_initialized = True  # type: ignore[attr-defined]
             return blank
-        if self.live is not None:
-            return self.live()
+        if self.trainable_weight is not None:
+            return self.trainable_weight()
         return self.dense if self.dense.numel() else self.decode()
 
     def rows(self, ids: Int[Tensor, " ..."]) -> Float[Tensor, "... in"]:
         """Rows of the matrix by number; decodes only those if the format can."""
-        if self.live is not None or self.dense.numel():
+        if self.trainable_weight is not None or self.dense.numel():
             return F.embedding(ids, self.matrix())
         # A token that occurs twice is decoded once.
         rows, place = torch.unique(ids, return_inverse=True)
-        with tables_at_hand(self.shared_tables()):
-            found = decode_rows(self.fmt, self.stored(), self.shape, rows)
+        with use_shared_decoders(self.shared_decoder_tensors()):
+            found = decode_rows(self.fmt, self.packed_tensors(), self.shape, rows)
         return F.embedding(place, found.to(self.compute_dtype))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
@@ -208,10 +208,10 @@ class _Compressed(_ReadOnly):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move stored tensors with the model, but never cast them: their dtype is the format's."""
-        stored = {id(tensor) for tensor in self.stored().values()}
+        stored = {id(tensor) for tensor in self.packed_tensors().values()}
 
         def move(tensor: Tensor) -> Tensor:
-            return _moved_only(fn, tensor) if id(tensor) in stored else fn(tensor)
+            return _move_only(fn, tensor) if id(tensor) in stored else fn(tensor)
 
         return super()._apply(move, recurse)
 
@@ -219,7 +219,7 @@ class _Compressed(_ReadOnly):
         return f"{self.shape[0]}, {self.shape[1]}, format={self.fmt.name}"
 
 
-class CompressedLinear(_Compressed, nn.Linear):
+class CompressedLinear(_CompressedModule, nn.Linear):
     """x @ weight.T + bias, also for Conv1D; `bias` is a normal parameter.
 
     It is a linear for those who ask, so that PEFT and others work over it.
@@ -250,7 +250,7 @@ class CompressedLinear(_Compressed, nn.Linear):
         return plain
 
 
-class CompressedEmbedding(_Compressed, nn.Embedding):
+class CompressedEmbedding(_CompressedModule, nn.Embedding):
     """A look-up of rows; an embedding for those who ask.
 
     `shell` is the module it replaces if that has a forward of its own (scaled or normed embeddings): it is run on the
@@ -263,13 +263,13 @@ class CompressedEmbedding(_Compressed, nn.Embedding):
         self.padding_idx = original.padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         own_forward = type(original).forward is not nn.Embedding.forward
-        self.shell = _hollow(original, dtype) if own_forward else None
+        self.shell = _strip_weight(original, dtype) if own_forward else None
         self._held = self._take_over(original) if own_forward else ()
 
     def loaded(self) -> None:
         """Also put a parameter of no bytes where the table was: PEFT's soft prompts seek one with so many rows."""
         super().loaded()
-        device = next(iter(self.stored().values())).device
+        device = next(iter(self.packed_tensors().values())).device
         blank = torch.empty((self.shape[0], 0), dtype=self.compute_dtype, device=device)
         self._parameters["weight"] = nn.Parameter(blank, requires_grad=False)  # `weight` itself stays the property
 
@@ -322,7 +322,7 @@ class CompressedEmbedding(_Compressed, nn.Embedding):
         return plain
 
 
-class CompressedExpert(_Compressed):
+class CompressedExpert(_CompressedModule):
     """One expert's matrix; `CompressedExperts` hands it out."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
@@ -431,7 +431,7 @@ class Anchor(nn.Module):
 class TiedLinear(_ReadOnly, nn.Linear):
     """A head that uses the matrix of another module, the input embedding's, and stores nothing of it."""
 
-    def __init__(self, owner: _Compressed, bias: nn.Parameter | None = None) -> None:
+    def __init__(self, owner: _CompressedModule, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
         # In a tuple: a plain attribute would make the owner a child, and its tensors be listed twice.
         self._owner = (owner,)
@@ -478,7 +478,7 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return made
 
 
-def _moved_only(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+def _move_only(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """What `fn` makes of a stored tensor, in its own dtype."""
     moved = fn(tensor)
     return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -496,7 +496,7 @@ def _descend(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module, leaf
 
 
-def _hollow(original: nn.Embedding, dtype: torch.dtype) -> nn.Embedding:
+def _strip_weight(original: nn.Embedding, dtype: torch.dtype) -> nn.Embedding:
     """The module with nothing but buffers that are not stored; it will be lent the rest at each call.
 
     These stay: the family's initialisation, which knows the class, makes them after loading.

@@ -18,22 +18,22 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from reallm.errors import SourceError
 from reallm.model.decoder import decoder_blocks
-from reallm.model.silence import quiet
+from reallm.model.silence import silence_transformers
 from reallm.model.source import Source
-from reallm.model.untrusted import bounded
-from reallm.model.walk import model_of_config
+from reallm.model.untrusted import loading_limits
+from reallm.model.walk import build_model
 
 
-def hollow_model(config: Any, dtype: torch.dtype) -> nn.Module:
+def init_empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
     """A causal language model of a config: its parameters are on the meta device, its buffers are made."""
 
-    def emptied(_: nn.Module, __: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    def move_to_meta(_: nn.Module, __: str, parameter: nn.Parameter) -> nn.Parameter | None:
         # One that is empty already keeps its identity: it may be shared.
         return None if parameter.is_meta else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(emptied)
+    handle = register_module_parameter_registration_hook(move_to_meta)
     try:
-        return model_of_config(config, dtype)
+        return build_model(config, dtype)
     finally:
         handle.remove()
 
@@ -49,12 +49,12 @@ class _Slot:
     def tensor(self) -> Tensor:
         return getattr(self.module, self.name)
 
-    def put(self, tensor: Tensor) -> None:
+    def set(self, tensor: Tensor) -> None:
         places = self.module._parameters if self.name in self.module._parameters else self.module._buffers
         places[self.name] = tensor
 
 
-class Pieces:
+class BlockLoader:
     """A dense model in eval mode, in one dtype on the CPU, that is filled and emptied block by block.
 
     What several blocks share stays in memory, like everything outside the blocks. The head is never read unless it is
@@ -67,39 +67,39 @@ class Pieces:
         Errors: SourceError for a model whose blocks cannot be told apart, OSError for files that are gone.
         """
         self._source = source
-        with quiet(), bounded(source.label, SourceError, source.tensors):
-            self.model = hollow_model(source.config, dtype).eval().requires_grad_(False)
+        with silence_transformers(), loading_limits(source.label, SourceError, source.tensors):
+            self.model = init_empty_model(source.config, dtype).eval().requires_grad_(False)
         self._plan = getattr(self.model, "_get_dtype_plan", lambda _: {})(dtype)
-        self._of_block: dict[int, dict[str, list[_Slot]]] = defaultdict(dict)
+        self._block_tensors: dict[int, dict[str, list[_Slot]]] = defaultdict(dict)
         outside: dict[str, list[_Slot]] = {}
         for home, name, slots in self._tensors():
-            (outside if home is None else self._of_block[home])[name] = slots
-        self._fill(outside)
+            (outside if home is None else self._block_tensors[home])[name] = slots
+        self._load(outside)
 
-    def fill(self, block: int) -> None:
+    def load_block(self, block: int) -> None:
         """Read the original weights of a block."""
-        self._fill(self._of_block[block])
+        self._load(self._block_tensors[block])
 
-    def empty(self, block: int) -> None:
+    def unload_block(self, block: int) -> None:
         """Forget the weights of a block."""
-        for slots in self._of_block[block].values():
-            hollow = _as(slots[0].tensor, slots[0].tensor.to("meta"))
+        for slots in self._block_tensors[block].values():
+            meta_tensor = _parameter_like(slots[0].tensor, slots[0].tensor.to("meta"))
             for slot in slots:
-                slot.put(hollow)
+                slot.set(meta_tensor)
 
-    def _fill(self, tensors: dict[str, list[_Slot]]) -> None:
+    def _load(self, tensors: dict[str, list[_Slot]]) -> None:
         for name, slots in tensors.items():
             read = self._source.read(name)
-            filled = _as(slots[0].tensor, read.to(self._dtype_of(name, slots[0].tensor, read)))
+            filled = _parameter_like(slots[0].tensor, read.to(self._target_dtype(name, slots[0].tensor, read)))
             for slot in slots:
-                slot.put(filled)
+                slot.set(filled)
 
-    def _dtype_of(self, name: str, hollow: Tensor, read: Tensor) -> torch.dtype:
+    def _target_dtype(self, name: str, meta_tensor: Tensor, read: Tensor) -> torch.dtype:
         """As `from_pretrained` does it: some parameters stay in float32, in some families."""
         if not read.is_floating_point():
             return read.dtype
         kept = (dtype for pattern, dtype in self._plan.items() if fnmatch.fnmatchcase(name, f"*{pattern}*"))
-        return next(kept, hollow.dtype)
+        return next(kept, meta_tensor.dtype)
 
     def _tensors(self) -> Iterator[tuple[int | None, str, list[_Slot]]]:
         """(its block or None, a name, all its places) of every tensor of the state dict but an untied head."""
@@ -131,6 +131,6 @@ def _own_names(module: nn.Module) -> Iterator[str]:
             yield name
 
 
-def _as(model: Tensor, tensor: Tensor) -> Tensor:
+def _parameter_like(model: Tensor, tensor: Tensor) -> Tensor:
     """The tensor as a parameter if `model` is one."""
     return nn.Parameter(tensor, requires_grad=False) if isinstance(model, nn.Parameter) else tensor

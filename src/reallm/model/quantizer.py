@@ -13,19 +13,19 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers import auto as registry
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from reallm.artifact.coding import coded_tensor, decoded_tensor
+from reallm.artifact.coding import decode_tensor, encode_tensor
 from reallm.artifact.integrity import verify
 from reallm.artifact.manifest import QUANT_METHOD, VERSION, Manifest, check_version
 from reallm.errors import ArtifactError, FormatError
-from reallm.formats import WeightFormat, table_tensors, tables_of
+from reallm.formats import WeightFormat, collect_shared_decoders, shared_decoder_layout
 from reallm.model.headers import Header, read_headers
 from reallm.model.modules import DECODE_AT_LOAD, Anchor, check_mode
 from reallm.model.resident import count_matrices
-from reallm.model.silence import quiet
+from reallm.model.silence import silence_transformers
 from reallm.model.source import Source
-from reallm.model.swap import compressed_modules, swap_in, swap_out
-from reallm.model.untrusted import check_own_tables
-from reallm.model.values import check_kept
+from reallm.model.swap import compressed_modules, replace_with_compressed, replace_with_dense
+from reallm.model.untrusted import check_buffer_nbytes
+from reallm.model.values import check_unquantized
 from reallm.model.walk import Matrix
 
 # Shown by a loader that does not know reallm, in its table of unexpected tensors.
@@ -96,7 +96,7 @@ def write_config(source: Source, manifest: Manifest, folder: Path) -> None:
     """Write `config.json`: the original's, and how its matrices are stored."""
     config = copy.deepcopy(source.config)
     config.quantization_config = ReallmConfig(**manifest.to_dict())
-    with quiet():
+    with silence_transformers():
         config.save_pretrained(folder)
 
 
@@ -134,25 +134,25 @@ class ReallmQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         named = {matrix.name: matrix for matrix in self.quantization_config.manifest().matrices}
-        matrices = _within(model, named)
+        matrices = _strip_prefix(model, named)
         if _is_another_class(model):
             matrices = self._without_a_head(model, matrices)
-        swap_in(model, {path: matrix.fmt for path, matrix in matrices.items()})
+        replace_with_compressed(model, {path: matrix.fmt for path, matrix in matrices.items()})
         for path, module in compressed_modules(model).items():
             if module.shape != matrices[path].shape:
                 raise ArtifactError(
                     f"{path}: the model has {module.shape}, config.json stores {matrices[path].shape}; it is damaged"
                 )
             module.loading = True
-        check_own_tables(model, "artifact", ArtifactError)
+        check_buffer_nbytes(model, "artifact", ArtifactError)
         self._stored = {
             f"{path}.{local}": tensor
             for path, module in compressed_modules(model).items()
-            for local, tensor in module.stored().items()
+            for local, tensor in module.packed_tensors().items()
         }
-        self._shared = table_tensors(tables_of(matrix.fmt for matrix in matrices.values()))
+        self._shared = shared_decoder_layout(collect_shared_decoders(matrix.fmt for matrix in matrices.values()))
         self._stored |= self._shared
-        coded = _within(model, self.quantization_config.coded_tensors())
+        coded = _strip_prefix(model, self.quantization_config.coded_tensors())
         self._coded = {f"{path}.{local}" for path, names in coded.items() for local in names}
         if files := kwargs.get("checkpoint_files"):
             self._check_files(model, [Path(file) for file in files])
@@ -208,10 +208,10 @@ class ReallmQuantizer(HfQuantizer):
         for name in self._shared:
             self._check_arrived(name, model.get_buffer(name))
         for path, module in compressed_modules(model).items():
-            for local, tensor in module.stored().items():
+            for local, tensor in module.packed_tensors().items():
                 if f"{path}.{local}" in self._coded and tensor.device.type != "meta":
-                    tensor = self._uncoded(f"{path}.{local}", tensor)
-                    module.put(local, tensor)
+                    tensor = self._decode_entropy_coded(f"{path}.{local}", tensor)
+                    module.set_tensor(local, tensor)
                 self._check_arrived(f"{path}.{local}", tensor)
             module.loaded()
             try:
@@ -221,10 +221,10 @@ class ReallmQuantizer(HfQuantizer):
                     module.check_values()
             except FormatError as error:
                 raise ArtifactError(f"{path}: {error}; copy the artifact again") from error
-        check_kept(model)
+        check_unquantized(model)
         if next(model.parameters(), None) is None:
             module = next(iter(compressed_modules(model).values()))
-            stored = next(iter(module.stored().values()))
+            stored = next(iter(module.packed_tensors().values()))
             model.add_module("anchor", Anchor(module.compute_dtype, stored.device))
         count_matrices(model)
         # What is saved from now on may differ from what was loaded.
@@ -237,9 +237,9 @@ class ReallmQuantizer(HfQuantizer):
             raise ArtifactError(f"tensor {name!r} is missing; copy the artifact again")
         _check(f"tensor {name!r}", tensor.dtype, tensor.shape, wanted.dtype, wanted.shape)
 
-    def _uncoded(self, name: str, tensor: Tensor) -> Tensor:
+    def _decode_entropy_coded(self, name: str, tensor: Tensor) -> Tensor:
         try:
-            return decoded_tensor(tensor, self._stored[name])
+            return decode_tensor(tensor, self._stored[name])
         except FormatError as error:
             raise ArtifactError(f"tensor {name!r}: {error}") from error
 
@@ -265,7 +265,7 @@ class ReallmQuantizer(HfQuantizer):
                 f"{lost[0]!r} and {len(lost) - 1} other stored tensors are no longer in the model under their names "
                 "(resized, or wrapped by PEFT): save the adapter alone, or call model.dequantize() before the change"
             )
-        coded = {name: coded_tensor(state[name]) for name in self._coded}
+        coded = {name: encode_tensor(state[name]) for name in self._coded}
         return {**state, **coded, **markers}, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -283,7 +283,7 @@ class ReallmQuantizer(HfQuantizer):
         return self.quantization_config.mode == DECODE_AT_LOAD
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        swap_out(model, dtype or model.dtype)
+        replace_with_dense(model, dtype or model.dtype)
         count_matrices(model, False)
         return model
 
@@ -299,12 +299,12 @@ def register_with_transformers() -> None:
     registry.LOADING_ATTRIBUTES_CONFIG_TYPES = (*others, ReallmConfig)
 
 
-def with_mode(quantization: dict[str, Any], mode: str, verify: bool = True) -> dict[str, Any]:
+def replace_mode(quantization: dict[str, Any], mode: str, verify: bool = True) -> dict[str, Any]:
     """A copy of an artifact's `quantization_config` with another mode, and whether checksums are compared."""
     return {**copy.deepcopy(quantization), "mode": check_mode(mode), "verify": verify}
 
 
-def _within(model: nn.Module, matrices: dict[str, Any]) -> dict[str, Any]:
+def _strip_prefix(model: nn.Module, matrices: dict[str, Any]) -> dict[str, Any]:
     """Paths as this model has them: a base model (AutoModel) lacks the first part, and the head."""
     prefix = f"{model.base_model_prefix}."
     if hasattr(model, model.base_model_prefix) or not any(path.startswith(prefix) for path in matrices):

@@ -17,14 +17,14 @@ from reallm.errors import ArtifactError
 from reallm.formats import WeightFormat
 from reallm.model.headers import read_headers, weight_files
 from reallm.model.modules import DECODE_AT_LOAD, DECODE_PER_USE, CompressedEmbedding
-from reallm.model.silence import quiet
+from reallm.model.silence import silence_transformers
 from reallm.model.source import read_config
-from reallm.model.swap import compressed_modules, swap_in
-from reallm.model.untrusted import bounded
-from reallm.model.walk import LEFT_OUT, meta_model, walk
+from reallm.model.swap import compressed_modules, replace_with_compressed
+from reallm.model.untrusted import loading_limits
+from reallm.model.walk import EXCLUDED_BY_PLAN, meta_model, walk
 
 
-def resident_nbytes(model: nn.Module) -> int:
+def get_memory_footprint(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, each storage once; works on the meta device too."""
     tensors = [*model.parameters(), *model.buffers()]
     storages = {storage._cdata: storage for tensor in tensors if (storage := tensor.untyped_storage()) is not None}
@@ -67,7 +67,7 @@ def count_matrices(model: nn.Module, compressed: bool = True) -> None:
                 module.num_parameters = types.MethodType(num_parameters, module)  # type: ignore[method-assign]
 
 
-def expected_resident_nbytes(
+def predict_memory_footprint(
     config: Any, formats: dict[str, WeightFormat], dtype: torch.dtype | None = None
 ) -> dict[str, int]:
     """Resident bytes of a model in each mode, from shapes alone: `{mode: bytes}`.
@@ -77,26 +77,26 @@ def expected_resident_nbytes(
     dense rest; "decode_at_load" adds the decoded matrices. What one decode needs for a moment is not in it.
     """
     model = meta_model(config, dtype or config.dtype)
-    swap_in(model, formats)
-    per_use = resident_nbytes(model)
+    replace_with_compressed(model, formats)
+    per_use = get_memory_footprint(model)
     decoded = sum(m.shape[0] * m.shape[1] * m.compute_dtype.itemsize for m in compressed_modules(model).values())
     return {DECODE_PER_USE: per_use, DECODE_AT_LOAD: per_use + decoded}
 
 
-def resident_of_artifact(folder: Path) -> dict[str, int]:
-    """`expected_resident_nbytes` of the artifact in `folder`; nothing is loaded."""
+def artifact_memory_footprint(folder: Path) -> dict[str, int]:
+    """`predict_memory_footprint` of the artifact in `folder`; nothing is loaded."""
     formats = {matrix.name: matrix.fmt for matrix in read_manifest(folder).matrices}
-    with _building(folder) as config:
-        return expected_resident_nbytes(config, formats)
+    with _limited_config(folder) as config:
+        return predict_memory_footprint(config, formats)
 
 
-def not_compressed(folder: Path) -> dict[str, str]:
+def unquantized_tensors(folder: Path) -> dict[str, str]:
     """Tensors that an artifact stores as the original has them, in model order, each with the reason."""
     compressed = {matrix.name for matrix in read_manifest(folder).matrices}
-    with _building(folder) as config:
+    with _limited_config(folder) as config:
         found = walk(meta_model(config))
-    left_out = {m.parameter: LEFT_OUT for m in found.matrices if m.name not in compressed}
-    return {kept.name: kept.reason for kept in found.kept} | left_out
+    left_out = {m.parameter: EXCLUDED_BY_PLAN for m in found.matrices if m.name not in compressed}
+    return {unquantized.name: unquantized.reason for unquantized in found.unquantized} | left_out
 
 
 def verify_artifact(folder: Path) -> None:
@@ -105,11 +105,11 @@ def verify_artifact(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _building(folder: Path) -> Iterator[Any]:
+def _limited_config(folder: Path) -> Iterator[Any]:
     """The config of an artifact, and the bounds of what is built of it."""
     headers = read_headers(weight_files(Path(folder), ArtifactError), ArtifactError)
     config = read_config(Path(folder), str(folder))
-    with quiet(), bounded(str(folder), ArtifactError, len(headers)):
+    with silence_transformers(), loading_limits(str(folder), ArtifactError, len(headers)):
         yield config
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """Turn off transformers' progress bars, logging below ERROR and warnings; the user's settings come back."""
     from transformers.utils import logging
 

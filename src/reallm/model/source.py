@@ -26,9 +26,9 @@ from reallm.model.auxiliary import PATTERNS, SETTINGS, TEMPLATES, auxiliary_file
 from reallm.model.gguf import GGUFTensors, fast_reader, gguf_arguments, gguf_files, open_reader, require_gguf
 from reallm.model.gguf_tokenizer import gguf_tokenizer
 from reallm.model.headers import INDEX, SINGLE, Header, read_headers, read_tensor, same_values, weight_files
-from reallm.model.merged import Merged, named_by_transformers, stored_in
-from reallm.model.silence import quiet
-from reallm.model.untrusted import bounded, check_plain, said
+from reallm.model.merged import FusedExperts, map_state_dict, named_by_transformers
+from reallm.model.silence import silence_transformers
+from reallm.model.untrusted import check_untrusted_config, error_line, loading_limits
 from reallm.model.unused import Unused, unused_files, unused_tensors
 from reallm.model.walk import meta_model, tied_names
 
@@ -102,7 +102,7 @@ def _download(name: str, revision: str | None) -> Path:
         snapshot_download(name, revision=revision, allow_patterns=below)
     except Exception as problem:  # the network stack raises exceptions of many libraries
         raise SourceError(
-            f"{name}: no such file or folder, and not to be had from the Hugging Face hub ({said(problem)}); "
+            f"{name}: no such file or folder, and not to be had from the Hugging Face hub ({error_line(problem)}); "
             "check the name, the network, or HF_TOKEN for a gated model"
         ) from problem
     return Path(folder)
@@ -140,7 +140,7 @@ class Source(abc.ABC):
         """Check what else can be known of the files without reading weights. Errors: SourceError."""
 
     @abc.abstractmethod
-    def save_companions(self, folder: Path) -> None:
+    def save_auxiliary_files(self, folder: Path) -> None:
         """Write tokenizer, processors, generation config, chat templates and licence into an existing folder."""
 
     @abc.abstractmethod
@@ -153,7 +153,7 @@ class Source(abc.ABC):
 
         Errors: SourceError for a config that transformers cannot build, or of far more tensors than there are.
         """
-        with quiet(), bounded(self.label, SourceError, self.tensors):
+        with silence_transformers(), loading_limits(self.label, SourceError, self.tensors):
             return meta_model(self.config, self.dtype)
 
     @property
@@ -164,16 +164,16 @@ class Source(abc.ABC):
     @property
     def loaded_nbytes(self) -> int:
         """Bytes that stay in memory from the first `read` on: 0 where tensors are read one by one."""
-        return 0 if self.lazy else self.total_parameters * self.dtype.itemsize
+        return 0 if self.reads_lazily else self.total_parameters * self.dtype.itemsize
 
     @property
-    def lazy(self) -> bool:
+    def reads_lazily(self) -> bool:
         """Whether `read` reads one tensor and no more."""
-        return self.why_whole is None
+        return self.full_load_reason is None
 
     @property
     @abc.abstractmethod
-    def why_whole(self) -> str | None:
+    def full_load_reason(self) -> str | None:
         """Why the first `read` takes the whole model into memory; None where tensors are read one by one."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -184,7 +184,7 @@ class Source(abc.ABC):
         """The names of the state dict, in model order."""
         return list(self.shapes())
 
-    def dtype_of(self, name: str) -> torch.dtype:
+    def tensor_dtype(self, name: str) -> torch.dtype:
         """The dtype that `read` gives a tensor; told without reading it where that is possible."""
         return self.dtype
 
@@ -194,10 +194,10 @@ class Source(abc.ABC):
         return sum(parameter.numel() for parameter in self.skeleton.parameters())
 
     @cached_property
-    def companion_bytes(self) -> dict[str, int]:
-        """Bytes of what `save_companions` writes, by file; converting the tokenizer of a GGUF file takes seconds."""
+    def auxiliary_file_bytes(self) -> dict[str, int]:
+        """Bytes of what `save_auxiliary_files` writes, by file; converting the tokenizer of a GGUF file takes seconds."""
         with tempfile.TemporaryDirectory() as place:
-            self.save_companions(Path(place))
+            self.save_auxiliary_files(Path(place))
             files = [path for path in Path(place).rglob("*") if path.is_file()]
             return {str(path.relative_to(place)): path.stat().st_size for path in files}
 
@@ -220,12 +220,12 @@ class Source(abc.ABC):
 
         arguments |= device_options(device)
         try:
-            with quiet():
+            with silence_transformers():
                 model, info = AutoModelForCausalLM.from_pretrained(
                     folder, trust_remote_code=False, output_loading_info=True, **arguments
                 )
         except Exception as problem:  # see `read_config`
-            raise SourceError(f"{self.label}: transformers cannot load it ({said(problem)})") from problem
+            raise SourceError(f"{self.label}: transformers cannot load it ({error_line(problem)})") from problem
         if missing := sorted(info["missing_keys"]):
             raise SourceError(f"{self.label}: tensor {missing[0]!r} is missing; copy or download the model again")
         return model
@@ -234,7 +234,7 @@ class Source(abc.ABC):
         """Refuse what is not a plain causal language model, then tidy the config."""
         from transformers import AutoModelForCausalLM
 
-        method = quantized_by(self.config)
+        method = quantization_method(self.config)
         if method == QUANT_METHOD:
             raise SourceError(f"{self.label}: is already compressed by reallm; give the original model")
         if method is not None:
@@ -271,7 +271,7 @@ class Source(abc.ABC):
             )
 
 
-def quantized_by(config: Any) -> str | None:
+def quantization_method(config: Any) -> str | None:
     """Name of the method a config says its weights are quantized with; None for plain weights."""
     parts = (config, config.get_text_config(decoder=True))
     found = next((q for part in parts if (q := getattr(part, "quantization_config", None))), None)
@@ -317,7 +317,7 @@ class FolderSource(Source):
         return len(self._headers)
 
     @property
-    def why_whole(self) -> str | None:
+    def full_load_reason(self) -> str | None:
         """Only where transformers must convert."""
         return None if self._keys is not None else "transformers converts tensors of this family on load"
 
@@ -334,7 +334,7 @@ class FolderSource(Source):
                 sizes[header.dtype] = sizes.get(header.dtype, 0) + header.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
-    def dtype_of(self, name: str) -> torch.dtype:
+    def tensor_dtype(self, name: str) -> torch.dtype:
         """As its header says."""
         return self.dtype if self._keys is None else self._keys[name].dtype
 
@@ -353,7 +353,7 @@ class FolderSource(Source):
         if name not in self._keys:
             raise SourceError(f"{self.label}: the model has no tensor {name!r}")
         stored = self._keys[name]
-        return stored.read(index) if isinstance(stored, Merged) else read_tensor(stored, index)
+        return stored.read(index) if isinstance(stored, FusedExperts) else read_tensor(stored, index)
 
     def load(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:
         """The original model through `from_pretrained`, safetensors only."""
@@ -362,7 +362,7 @@ class FolderSource(Source):
             untie_config(model.config)
         return model
 
-    def save_companions(self, folder: Path) -> None:
+    def save_auxiliary_files(self, folder: Path) -> None:
         """Copy the files byte for byte."""
         for file in auxiliary_files(self.folder):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -388,41 +388,41 @@ class FolderSource(Source):
                 "not; move the adapter to a folder of its own, or merge it and save the merged model"
             )
 
-    def _match(self) -> dict[str, Header | Merged] | None:
+    def _match(self) -> dict[str, Header | FusedExperts] | None:
         """What is read for each name of the state dict; None where transformers does more than rename and join.
 
         Notes what the model has no place for.
         Errors: SourceError naming a tensor that is missing, has another shape than the config says, or changes what the
         model computes and has no place in it.
         """
-        held: Mapping[str, Header | Merged] | None = self._headers
-        keys, missing = named_in(self._headers, self.skeleton, self.names())
+        available: Mapping[str, Header | FusedExperts] | None = self._headers
+        keys, missing = match_names(self._headers, self.skeleton, self.names())
         left = self._headers.keys() - set(keys.values())
         theirs: dict[str, str] | None = {}
         # Where every tensor of the files has its place already, nothing is left that could become the missing one.
-        joined = bool(left and self._converted())
+        joined = bool(left and self._needs_conversion())
         if joined:
             theirs = named_by_transformers(self.skeleton, self._headers)
             if missing:
                 left = {key for key, name in (theirs or {}).items() if name not in self._shapes}
         self._note_unused(left, theirs or {})
         if joined and missing:
-            held = self._joined()
-            keys, missing = named_in(held or set((theirs or {}).values()), self.skeleton, self.names())
-        if held is None and (theirs is None or self._splits()):
+            available = self._joined()
+            keys, missing = match_names(available or set((theirs or {}).values()), self.skeleton, self.names())
+        if available is None and (theirs is None or self._splits()):
             return None
         optional = re.compile("|".join(self.skeleton._keys_to_ignore_on_load_missing or ()) or "(?!)")
         if found := [name for name in missing if not optional.search(name)]:
             raise SourceError(f"{self.label}: tensor {found[0]!r} is missing; copy or download the model again")
-        if held is None or missing:
+        if available is None or missing:
             return None
-        self._check_shapes(held, keys)
-        return {name: held[key] for name, key in keys.items()}
+        self._check_shapes(available, keys)
+        return {name: available[key] for name, key in keys.items()}
 
-    def _joined(self) -> dict[str, Header | Merged] | None:
+    def _joined(self) -> dict[str, Header | FusedExperts] | None:
         """What each tensor is made of. Errors: SourceError for experts that are not complete."""
         try:
-            return stored_in(self.skeleton, self._headers)
+            return map_state_dict(self.skeleton, self._headers)
         except ValueError as problem:
             raise SourceError(f"{self.label}: {problem}; copy or download the model again") from problem
 
@@ -467,15 +467,15 @@ class FolderSource(Source):
 
         return any(len(entry.target_patterns) > 1 for entry in get_model_conversion_mapping(self.skeleton))
 
-    def _converted(self) -> bool:
+    def _needs_conversion(self) -> bool:
         """Whether transformers renames or merges tensors of this family on load."""
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         return bool(get_model_conversion_mapping(self.skeleton))
 
-    def _check_shapes(self, held: Mapping[str, Header | Merged], keys: dict[str, str]) -> None:
+    def _check_shapes(self, available: Mapping[str, Header | FusedExperts], keys: dict[str, str]) -> None:
         for name, shape in self._shapes.items():
-            found = held[keys[name]].shape
+            found = available[keys[name]].shape
             if found != shape:
                 raise SourceError(
                     f"{self.label}: tensor {keys[name]!r} has shape {found}, config.json says {shape}; "
@@ -500,11 +500,11 @@ class GGUFSource(Source):
         self.path, self.label = path, str(path)
         self._files = gguf_files(path)
         try:
-            with quiet(), fast_reader():
+            with silence_transformers(), fast_reader():
                 self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         except (ValueError, KeyError, IndexError, OSError, NotImplementedError) as problem:
             raise SourceError(
-                f"{path}: cannot be read as GGUF ({said(problem)}); give the Hugging Face folder"
+                f"{path}: cannot be read as GGUF ({error_line(problem)}); give the Hugging Face folder"
             ) from problem
         if hasattr(self.config, "quantization_config"):
             del self.config.quantization_config
@@ -519,7 +519,7 @@ class GGUFSource(Source):
                 del self.__dict__["_tensors"]
 
     @property
-    def why_whole(self) -> str | None:
+    def full_load_reason(self) -> str | None:
         """Of kinds of file that are read by more than names and single tensors, or that lack a tensor."""
         found = self._tensors
         return found if isinstance(found, str) else None
@@ -567,8 +567,8 @@ class GGUFSource(Source):
         except LookupError as reason:
             return str(reason.args[0]) if reason.args else "its header lacks something"
         except (ImportError, AttributeError, TypeError) as problem:  # insides of transformers that are no interface
-            return f"this transformers reads GGUF files in another way ({said(problem)})"
-        keys, missing = named_in(tensors, self.skeleton, self.names())
+            return f"this transformers reads GGUF files in another way ({error_line(problem)})"
+        keys, missing = match_names(tensors, self.skeleton, self.names())
         if missing and not tensors.left:  # nothing in the file could become it
             raise SourceError(f"{self.label}: tensor {missing[0]!r} is missing; copy or download the model again")
         return f"tensor {missing[0]!r} is not in the file by that name" if missing else (tensors, keys)
@@ -597,11 +597,11 @@ class GGUFSource(Source):
             )
         gguf_tokenizer(self.path)
 
-    def save_companions(self, folder: Path) -> None:
+    def save_auxiliary_files(self, folder: Path) -> None:
         """Convert the tokenizer of the file and write it as Hugging Face files."""
         from transformers import GenerationConfig
 
-        with quiet():
+        with silence_transformers():
             gguf_tokenizer(self.path).save_pretrained(folder)
             GenerationConfig.from_model_config(self.config).save_pretrained(folder)
 
@@ -610,7 +610,9 @@ class GGUFSource(Source):
         return self.load().state_dict()
 
 
-def named_in(held: Container[str], skeleton: nn.Module, names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def match_names(
+    available: Container[str], skeleton: nn.Module, names: Sequence[str]
+) -> tuple[dict[str, str], list[str]]:
     """(name in the files by name of the state dict, names that no file has a tensor for).
 
     Files may say names with or without the prefix of the base model, and a tied tensor under one of its names.
@@ -619,7 +621,7 @@ def named_in(held: Container[str], skeleton: nn.Module, names: Sequence[str]) ->
     keys: dict[str, str] = {}
     for name in names:
         candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-        if (key := next((candidate for candidate in candidates if candidate in held), None)) is not None:
+        if (key := next((candidate for candidate in candidates if candidate in available), None)) is not None:
             keys[name] = key
     groups = tied_names(skeleton)
     missing = []
@@ -644,7 +646,7 @@ def device_options(device: Any) -> dict[str, Any]:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as problem:  # torch without CUDA asserts
-        raise SourceError(f"device {str(device)!r} is not available here ({said(problem)}); use cpu") from problem
+        raise SourceError(f"device {str(device)!r} is not available here ({error_line(problem)}); use cpu") from problem
     if torch.device(device).type == "cpu":
         return {}
     if importlib.util.find_spec("accelerate") is None:
@@ -676,9 +678,9 @@ def read_config(folder: Path, label: str) -> Any:
         raise SourceError(
             f"{label}: model type {kind!r} is not known to this transformers; pip install -U transformers"
         )
-    check_plain(plain, label, SourceError)
+    check_untrusted_config(plain, label, SourceError)
     try:
-        with quiet():
+        with silence_transformers():
             return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as problem:  # the code of hundreds of families meets any value: there is no closed list
-        raise SourceError(f"{file}: cannot be read ({said(problem)})") from problem
+        raise SourceError(f"{file}: cannot be read ({error_line(problem)})") from problem

@@ -20,9 +20,9 @@ from reallm.errors import SourceError
 from reallm.model import calls
 from reallm.model.calls import Calls
 from reallm.model.decoder import decoder_blocks, decoder_of
-from reallm.model.devices import device_of
-from reallm.model.pieces import Pieces, hollow_model
-from reallm.model.silence import quiet
+from reallm.model.devices import module_device
+from reallm.model.pieces import BlockLoader, init_empty_model
+from reallm.model.silence import silence_transformers
 from reallm.model.walk import Matrix, linear_shape
 
 # Tokens a pass: 8,192 of 4,096 hidden numbers are 128 MB in float32, and keep a processor's products large.
@@ -30,25 +30,25 @@ TOKENS_PER_PASS = 8192
 
 
 @dataclass
-class Moments:
+class SecondMoments:
     """XᵀX / n_tokens of the inputs of modules; those that are fed the same tensor share one."""
 
-    leader_of: dict[str, str] = field(default_factory=dict)  # module path -> the one whose sum serves
+    leaders: dict[str, str] = field(default_factory=dict)  # module path -> the one whose sum serves
     sums: dict[str, Float[Tensor, "in in"]] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
 
-    def of(self, name: str) -> Float[Tensor, "in in"] | None:
+    def get(self, name: str) -> Float[Tensor, "in in"] | None:
         """XᵀX / n_tokens, float32; None for a module that calibration never reached."""
-        leader = self.leader_of.get(name)
+        leader = self.leaders.get(name)
         if leader is None or not self.tokens[leader]:
             return None
         return self.sums[leader] / self.tokens[leader]
 
-    def take(self, name: str) -> Float[Tensor, "in in"] | None:
+    def pop(self, name: str) -> Float[Tensor, "in in"] | None:
         """The same, for the last time: sums that serve no other module are given away and not copied."""
         found = None
-        if (leader := self.leader_of.pop(name, None)) is not None and self.tokens[leader]:
-            last = leader not in self.leader_of.values()
+        if (leader := self.leaders.pop(name, None)) is not None and self.tokens[leader]:
+            last = leader not in self.leaders.values()
             total = self.sums.pop(leader) if last else self.sums[leader]
             found = total.div_(self.tokens[leader]) if last else total / self.tokens[leader]
         return found
@@ -65,7 +65,7 @@ class Moments:
         With `weights` of the tokens a module has a sum of its own.
         """
         twin = next((leader for leader, tensor in alike.items() if tensor is inputs), None)
-        if self.leader_of.setdefault(name, twin or name) != name:
+        if self.leaders.setdefault(name, twin or name) != name:
             return
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         if weights is None:
@@ -85,13 +85,13 @@ def nbytes_per_token(config: Any, dtype: torch.dtype) -> int:
     Where only a run can tell it is one row of hidden numbers.
     """
     text = config.get_text_config(decoder=True)
-    with quiet():
-        model = hollow_model(config, dtype).eval()
+    with silence_transformers():
+        model = init_empty_model(config, dtype).eval()
     found = calls.nbytes_per_token(model, decoder_of(model), decoder_blocks(model))
     return text.hidden_size * dtype.itemsize if found is None else found
 
 
-class Stream:
+class HiddenStateCache:
     """Windows of token ids inside a dense model, whose weights its owner replaces block by block."""
 
     def __init__(
@@ -100,15 +100,15 @@ class Stream:
         windows: Int[Tensor, "windows context"],
         device: str | torch.device,
         batch: int | None = None,
-        pieces: Pieces | None = None,
+        block_loader: BlockLoader | None = None,
     ) -> None:
         """Stands before the first block. The model may lie on the CPU: only one block at a time is on `device`.
 
         `batch` windows go through a block at once; without, as many as 8,192 tokens. A model that is in memory in
-        `pieces` is filled here a block at a time; later the owner has to fill the present block.
+        `block_loader` is filled here a block at a time; later the owner has to fill the present block.
         Errors: SourceError for a model whose blocks cannot be told apart.
         """
-        self.model, self.device, self._pieces = model, torch.device(device), pieces
+        self.model, self.device, self._block_loader = model, torch.device(device), block_loader
         self.batches = list(windows.split(batch or max(1, TOKENS_PER_PASS // windows.shape[1])))
         self.blocks = decoder_blocks(model)
         self.position = 0
@@ -126,16 +126,16 @@ class Stream:
         """Whether the model calls the present block on text; it passes over cross-attention to images."""
         return self.position in self._calls.order
 
-    def moments(
+    def second_moments(
         self, matrices: Sequence[Matrix], weights: dict[str, Float[Tensor, "windows context"]] | None = None
-    ) -> Moments:
+    ) -> SecondMoments:
         """What the given matrices of the present block are fed; the states stay where they are.
 
         `weights` of every window's tokens by module, where tokens do not count alike.
         """
-        moments, block = Moments(), self.blocks[self.position]
+        second_moments, block = SecondMoments(), self.blocks[self.position]
         if not self.reached:
-            return moments
+            return second_moments
         alike: dict[str, Tensor] = {}
         hooks, span = [], slice(0, 0)
 
@@ -146,7 +146,7 @@ class Stream:
                     f"{name}: its inputs are {tuple(inputs.shape)} for {span.stop - span.start} windows, so that its "
                     "tokens cannot be weighted; take --objective outputs"
                 )
-            moments.add(name, inputs, alike, None if own is None else own[span])
+            second_moments.add(name, inputs, alike, None if own is None else own[span])
 
         for matrix in matrices:
             module = self.model.get_submodule(matrix.name) if matrix.expert is None else None
@@ -158,10 +158,10 @@ class Stream:
             for number, batch in enumerate(self.batches):
                 alike.clear()
                 span = slice(span.stop, span.stop + len(batch))
-                self.through(block, number)
+                self.forward_block(block, number)
         for hook in hooks:
             hook.remove()
-        return moments
+        return second_moments
 
     def advance(self) -> None:
         """Carry the states through the present block, as it is now, to the next."""
@@ -169,20 +169,20 @@ class Stream:
         if self.reached:
             with torch.no_grad(), self.on_device(block):
                 for number, state in enumerate(self.states):
-                    self.states[number] = self.through(block, number, True).to(state.device)
+                    self.states[number] = self.forward_block(block, number, True).to(state.device)
         self._calls.forget(self.position)
         self.position += 1
 
     @contextlib.contextmanager
     def on_device(self, block: nn.Module) -> Iterator[None]:
         """A block on the stream's device, in plain float32 arithmetic."""
-        home = device_of(block)
+        home = module_device(block)
         with _plain_arithmetic(self.device):
             block.to(self.device)
             yield
             block.to(home)
 
-    def through(self, block: nn.Module, number: int, keep: bool = False) -> Float[Tensor, "*states hidden"]:
+    def forward_block(self, block: nn.Module, number: int, keep: bool = False) -> Float[Tensor, "*states hidden"]:
         """Return what a block makes of a batch's hidden states, in place of the present one; it must be on the device.
 
         With `keep` later blocks are handed its other outputs. A block that the model passes over changes nothing.
@@ -195,12 +195,12 @@ class Stream:
     def _in_memory(self, number: int) -> Iterator[torch.device]:
         """A block filled and on the device; on a CPU a batch takes 10 s through 135 M parameters."""
         block = self.blocks[number]
-        if self._pieces is not None:
-            self._pieces.fill(number)
+        if self._block_loader is not None:
+            self._block_loader.load_block(number)
         with self.on_device(block):
             yield self.device
-        if self._pieces is not None:
-            self._pieces.empty(number)
+        if self._block_loader is not None:
+            self._block_loader.unload_block(number)
 
 
 @contextlib.contextmanager

@@ -8,16 +8,16 @@ import torch
 from torch import nn
 
 from reallm.errors import ArtifactError
-from reallm.formats import WeightFormat, tables_of
+from reallm.formats import WeightFormat, collect_shared_decoders
 from reallm.formats.shared import PREFIX as SHARED
 from reallm.model.modules import (
     CompressedEmbedding,
     CompressedExpert,
     CompressedExperts,
     CompressedLinear,
-    SharedTables,
+    SharedDecoders,
     TiedLinear,
-    _Compressed,
+    _CompressedModule,
 )
 from reallm.model.walk import (
     experts_transposed,
@@ -29,7 +29,7 @@ from reallm.model.walk import (
 )
 
 
-def swap_in(model: nn.Module, formats: dict[str, WeightFormat]) -> None:
+def replace_with_compressed(model: nn.Module, formats: dict[str, WeightFormat]) -> None:
     """Replace the module at every path of `formats` by one that holds the matrix in its format.
 
     Ties to a replaced module become modules that share its tensors, and transformers is told that
@@ -49,17 +49,17 @@ def swap_in(model: nn.Module, formats: dict[str, WeightFormat]) -> None:
     # Before the first is replaced: of some modules all parameters together tell it.
     transposed = {path: experts_transposed(holder, hidden_size_of(model)) for path, holder in holders.items()}
     for path, by_number in experts.items():
-        _swap_experts(model, path, by_number, transposed[path])
+        _replace_experts(model, path, by_number, transposed[path])
     for target, owner in ties.items():
-        _swap_tied(model, target.removesuffix(".weight"), owner.removesuffix(".weight"))
-    if tables := tables_of(formats.values()):
-        shared = SharedTables(tables)
+        _replace_tied(model, target.removesuffix(".weight"), owner.removesuffix(".weight"))
+    if shared_decoders := collect_shared_decoders(formats.values()):
+        shared = SharedDecoders(shared_decoders)
         model.add_module(SHARED, shared)
         for module in compressed_modules(model).values():
-            module.use_shared(shared)
+            module.set_shared_decoders(shared)
 
 
-def swap_out(model: nn.Module, dtype: torch.dtype) -> None:
+def replace_with_dense(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace every compressed module by the plain one it stands for, decoded to `dtype`, and tie again."""
     for path, module in list(model.named_modules()):
         if isinstance(module, CompressedExperts):
@@ -79,9 +79,9 @@ def swap_out(model: nn.Module, dtype: torch.dtype) -> None:
     model._weight_conversions = None
 
 
-def compressed_modules(model: nn.Module) -> dict[str, _Compressed]:
+def compressed_modules(model: nn.Module) -> dict[str, _CompressedModule]:
     """Every module that stores a matrix, by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, _Compressed)}
+    return {path: module for path, module in model.named_modules() if isinstance(module, _CompressedModule)}
 
 
 def _replacement(module: nn.Module, path: str, fmt: WeightFormat) -> nn.Module:
@@ -96,7 +96,7 @@ def _replacement(module: nn.Module, path: str, fmt: WeightFormat) -> nn.Module:
     return CompressedLinear(fmt, shape, module.weight.dtype, getattr(module, "bias", None), is_conv1d(module))
 
 
-def _swap_experts(model: nn.Module, path: str, by_number: dict[int, WeightFormat], transposed: bool | None) -> None:
+def _replace_experts(model: nn.Module, path: str, by_number: dict[int, WeightFormat], transposed: bool | None) -> None:
     """Replace a fused parameter by modules, one per expert."""
     parent, _, name = path.rpartition(".")
     holder, parameter = model.get_submodule(parent), model.get_parameter(path)
@@ -119,7 +119,7 @@ def _swap_experts(model: nn.Module, path: str, by_number: dict[int, WeightFormat
         holder.config._experts_implementation = "eager"
 
 
-def _swap_tied(model: nn.Module, path: str, owner_path: str) -> None:
+def _replace_tied(model: nn.Module, path: str, owner_path: str) -> None:
     owner, module = model.get_submodule(owner_path), _module(model, path)
     if not isinstance(module, nn.Linear):
         raise ArtifactError(f"{path}: is a {type(module).__name__} tied to {owner_path}, which reallm cannot share")

@@ -14,7 +14,7 @@ from reallm.artifact.checks import suffix_of
 from reallm.errors import TextError
 
 _JSON = (".json", ".jsonl")
-_MOST_DIGITS = 4000  # Python's limit is 4,300 unless it is told otherwise
+_MAX_DIGITS = 4000  # Python's limit is 4,300 unless it is told otherwise
 
 
 def load_text(path: str | Path, option: str = "--text") -> list[str]:
@@ -29,7 +29,7 @@ def load_text(path: str | Path, option: str = "--text") -> list[str]:
     white space; of JSON it names the line and column, or the element, that cannot be read.
     """
     path = Path(path)
-    text = _read(path, option)
+    text = _read_text(path, option)
     if suffix_of(path) == ".raw":
         documents = [wikitext_rows(text)]
     elif suffix_of(path) in _JSON:
@@ -47,13 +47,13 @@ def json_rows(path: Path, option: str = "--text") -> Iterator[tuple[str, Any]] |
     Rows are lines, blank ones left out, or the elements of the one array that the file is; both count from 1.
     Errors: as `load_text`; of lines that are not JSON when they are come to.
     """
-    return _json_rows(path, _read(path, option)) if suffix_of(path) in _JSON else None
+    return _json_rows(path, _read_text(path, option)) if suffix_of(path) in _JSON else None
 
 
 def json_text(where: str, row: Any, field: str) -> str:
     """A field of a row. Errors: TextError naming the row and the fields it has, unless there is text in it."""
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        raise TextError(f'{where}: no "{field}" field with a string in it; {fields_of(row)}')
+        raise TextError(f'{where}: no "{field}" field with a string in it; {describe_fields(row)}')
     try:
         row[field].encode()
     except UnicodeEncodeError as error:  # a tokenizer would refuse it with a TypeError
@@ -62,7 +62,7 @@ def json_text(where: str, row: Any, field: str) -> str:
     return row[field]
 
 
-def fields_of(row: Any) -> str:
+def describe_fields(row: Any) -> str:
     """What a row of JSON has, for errors, which are one line whatever is in the names."""
     if not isinstance(row, dict):
         return "it is no object"
@@ -108,7 +108,7 @@ def leading_bos(tokenizer: Any) -> int | None:
     return bos if tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
-def _read(path: Path, option: str) -> str:
+def _read_text(path: Path, option: str) -> str:
     if not path.exists():
         raise TextError(f"{path}: no such file; {option} takes a .txt, .raw (WikiText), .json or .jsonl file")
     if not path.is_file():
@@ -127,23 +127,23 @@ def _read(path: Path, option: str) -> str:
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     # By the content, not the name: both are found under either. A line of task data is an object and begins otherwise.
     if text.lstrip().startswith("["):
-        for number, element in enumerate(_parsed(path, text), start=1):
+        for number, element in enumerate(_parse_json(path, text), start=1):
             yield f"{path}, element {number}", element
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield f"{path}, line {number}", _parsed(path, line, number)
+            yield f"{path}, line {number}", _parse_json(path, line, number)
 
 
-def _integer(digits: str) -> int | float:
+def _parse_int(digits: str) -> int | float:
     """Of more digits than Python turns into an integer, where only strings are asked for, it is no error."""
-    return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
+    return int(digits) if len(digits) <= _MAX_DIGITS else float(digits)
 
 
-def _parsed(path: Path, text: str, line: int = 1) -> Any:
+def _parse_json(path: Path, text: str, line: int = 1) -> Any:
     """The JSON of a text that begins in this line of the file."""
     try:
-        return json.loads(text, parse_int=_integer)
+        return json.loads(text, parse_int=_parse_int)
     except json.JSONDecodeError as error:
         where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
         raise TextError(

@@ -6,22 +6,22 @@ import torch
 from torch import Tensor, nn
 
 from reallm.errors import ArtifactError, FormatError
-from reallm.formats import Parts, map_tensors
+from reallm.formats import Unpacked, map_tensors
 
 # The compressor refuses weights above 1e15. Products of two numbers below this stay finite in float32.
 _LARGEST = 1e18
 
 
-def check_parts(parts: Parts) -> None:
+def check_unpacked(unpacked: Unpacked) -> None:
     """Errors: FormatError if a float part (scales, codebooks, factors) is not finite, or larger than any weight."""
 
-    def checked(part: Tensor) -> Tensor:
+    def check(part: Tensor) -> Tensor:
         # One pass: the largest magnitude of a tensor with a NaN is NaN, and NaN <= x is false.
         if part.is_floating_point() and part.numel() and not part.detach().abs().max().item() <= _LARGEST:
             raise FormatError("a stored number is NaN, infinite or huge")
         return part
 
-    map_tensors(checked, parts)
+    map_tensors(check, unpacked)
 
 
 def check_decoded(weight: Tensor) -> None:
@@ -30,7 +30,7 @@ def check_decoded(weight: Tensor) -> None:
         raise FormatError("the stored numbers decode to NaN or infinity")
 
 
-def check_kept(model: nn.Module) -> None:
+def check_unquantized(model: nn.Module) -> None:
     """Errors: ArtifactError naming a parameter that is not finite: the compressor refuses those."""
     for name, parameter in model.named_parameters():
         if parameter.device.type != "meta" and not torch.isfinite(parameter).all():

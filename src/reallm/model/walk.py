@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from reallm.allocate.plan import PER_LAYER
 from reallm.formats import Shape
 from reallm.model.decoder import decoder_of
-from reallm.model.families import FUSED_EXPERTS, POSITION_WORDS, READ_HIDDEN, WRITE_HIDDEN, is_router, role_of
+from reallm.model.families import FUSED_EXPERTS, POSITION_WORDS, READ_HIDDEN, WRITE_HIDDEN, is_router, matrix_role
 
-LEFT_OUT = "left out by the plan"  # why a matrix is kept
+EXCLUDED_BY_PLAN = "left out by the plan"  # why a matrix is kept
 
 
 @runtime_checkable
@@ -43,7 +43,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Unquantized:
     """A parameter or persistent buffer that stays as it is, and why."""
 
     name: str
@@ -53,10 +53,10 @@ class Kept:
 
 @dataclass
 class Walk:
-    """All of a model's state dict: `matrices`, `kept`, and `tied` names that are another's tensor."""
+    """All of a model's state dict: `matrices`, `unquantized`, and `tied` names that are another's tensor."""
 
     matrices: list[Matrix] = field(default_factory=list)
-    kept: list[Kept] = field(default_factory=list)
+    unquantized: list[Unquantized] = field(default_factory=list)
     tied: dict[str, str] = field(default_factory=dict)  # state-dict name -> name of the tensor it is
     tied_heads: list[str] = field(default_factory=list)  # module paths that use the embedding's matrix
 
@@ -66,16 +66,16 @@ def walk(skeleton: nn.Module) -> Walk:
 
     Nothing is skipped in silence: matrices, kept and tied together are the state dict.
     """
-    place = _Place(skeleton)
+    place = _ModelStructure(skeleton)
     result = Walk(tied=place.tied, tied_heads=place.tied_heads)
     for path, module in skeleton.named_modules():
         for name, tensor in _own_state(module):
             full = f"{path}.{name}" if path else name
             if full in place.tied:
                 continue
-            found = place.matrices_of(path, module, name, tensor)
+            found = place.classify_parameter(path, module, name, tensor)
             if isinstance(found, str):
-                result.kept.append(Kept(full, tuple(tensor.shape), found))
+                result.unquantized.append(Unquantized(full, tuple(tensor.shape), found))
             else:
                 result.matrices.extend(found)
     return result
@@ -87,7 +87,7 @@ def read_matrix(source: Readable, matrix: Matrix) -> Tensor:
     return weight.T.contiguous() if matrix.transposed else weight
 
 
-def block_of(path: str) -> int | None:
+def block_index(path: str) -> int | None:
     """Number of the decoder block a path lies in: its first number."""
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
@@ -119,13 +119,13 @@ def _acts_as_linear(module: nn.Module) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(shape, generator=generator, device="cpu") for shape in ((2, 5), (3, 5), (3,)))
-    tried = {"weight": weight, "bias": bias} if "bias" in own else {"weight": weight}
+    probe = {"weight": weight, "bias": bias} if "bias" in own else {"weight": weight}
     try:
         with torch.no_grad(), torch.device("cpu"):
-            found = torch.func.functional_call(module, tried, (x,))
+            found = torch.func.functional_call(module, probe, (x,))
     except Exception:  # whatever a stranger's forward raises, it is no linear
         return False
-    wanted = nn.functional.linear(x, weight, tried.get("bias"))
+    wanted = nn.functional.linear(x, weight, probe.get("bias"))
     return isinstance(found, Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-6)
 
 
@@ -147,7 +147,7 @@ def experts_transposed(module: nn.Module, hidden_size: int | None) -> bool | Non
         return FUSED_EXPERTS[kind]
     sides = set()
     for name, parameter in module.named_parameters(recurse=False):
-        role = role_of(name)
+        role = matrix_role(name)
         if parameter.ndim == 3 and role in READ_HIDDEN | WRITE_HIDDEN and "expert" in kind.lower():
             hidden = [size == hidden_size for size in parameter.shape[1:]]
             if sum(hidden) == 1:  # (in, out) if those that read it have it first
@@ -168,7 +168,7 @@ def _own_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, buffer
 
 
-class _Place:
+class _ModelStructure:
     """Where things are in a model: embedding, head, decoder blocks, ties."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -181,7 +181,7 @@ class _Place:
         self.tied = tied_names(model)
         self.tied_heads = [n.removesuffix(".weight") for n in self.tied if n == f"{self.head}.weight"]
 
-    def matrices_of(self, path: str, module: nn.Module, name: str, tensor: Tensor) -> list[Matrix] | str:
+    def classify_parameter(self, path: str, module: nn.Module, name: str, tensor: Tensor) -> list[Matrix] | str:
         """The matrices that a parameter is, or the reason to keep it."""
         full = f"{path}.{name}" if path else name
         if name == "weight" and path == self.embedding and isinstance(module, nn.Embedding):
@@ -191,9 +191,9 @@ class _Place:
         shape = linear_shape(module) if name == "weight" else None
         if shape is not None and path == self.head:
             return [Matrix(path, full, shape, "head", "head", transposed=is_conv1d(module))]
-        if shape is not None and self._in_block(path) and not is_router(path, shape[0], self.config):
-            return [Matrix(path, full, shape, role_of(path), "block", block_of(path), is_conv1d(module))]
-        if tensor.ndim == 3 and name in module._parameters and self._in_block(path):
+        if shape is not None and self._is_in_block(path) and not is_router(path, shape[0], self.config):
+            return [Matrix(path, full, shape, matrix_role(path), "block", block_index(path), is_conv1d(module))]
+        if tensor.ndim == 3 and name in module._parameters and self._is_in_block(path):
             transposed = experts_transposed(module, self.hidden_size)
             if transposed is not None:
                 return self._experts(full, transposed, tensor)
@@ -204,7 +204,7 @@ class _Place:
         rows, columns = tensor.shape[1:]
         shape = (columns, rows) if transposed else (rows, columns)
         return [
-            Matrix(f"{full}.{e}", full, shape, role_of(full), "block", block_of(full), transposed, e)
+            Matrix(f"{full}.{e}", full, shape, matrix_role(full), "block", block_index(full), transposed, e)
             for e in range(tensor.shape[0])
         ]
 
@@ -215,9 +215,9 @@ class _Place:
         sizes = {value for key, value in vars(self.config).items() if key.startswith("vocab_size")}
         return module.num_embeddings in sizes and not _is_position(path, module)
 
-    def _in_block(self, path: str) -> bool:
+    def _is_in_block(self, path: str) -> bool:
         inside = not self.decoder or path.startswith(f"{self.decoder}.")
-        return inside and block_of(path.removeprefix(self.decoder)) is not None
+        return inside and block_index(path.removeprefix(self.decoder)) is not None
 
     def _reason(self, path: str, module: nn.Module, name: str, tensor: Tensor) -> str:
         """Why a parameter is kept, in a few words for the plan."""
@@ -257,10 +257,10 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 def meta_model(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
     """A causal language model of a config on the meta device: names and shapes, no memory."""
     with torch.device("meta"):
-        return model_of_config(config, dtype or torch.float32)
+        return build_model(config, dtype or torch.float32)
 
 
-def model_of_config(config: Any, dtype: torch.dtype) -> nn.Module:
+def build_model(config: Any, dtype: torch.dtype) -> nn.Module:
     """A causal language model of a config, whatever quantisation it speaks of, on the default device."""
     import copy
 

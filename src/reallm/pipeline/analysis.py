@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reallm.allocate.analysis import BESIDE_RANK_ONE, ROTATED_WIDTHS, VERSION, Analysis, Measured, spec_key
+from reallm.allocate.analysis import PLUS_RANK_ONE, ROTATED_WIDTHS, VERSION, Analysis, Measured, spec_key
 from reallm.allocate.plan import PER_LAYER
-from reallm.artifact import code_within_size
+from reallm.artifact import encode_untrained_tensors
 from reallm.fit import Objective, fit, relative_error
 from reallm.fit.feedback import costs_in_feedback
 from reallm.fit.low_rank import low_rank
@@ -27,8 +27,8 @@ from reallm.formats.scaled import BOTH, INPUTS, OUTPUTS
 from reallm.kernels import one_thread
 from reallm.kernels.hadamard import rotate_by_products
 from reallm.model import Matrix, Source, Walk, read_matrix
-from reallm.model.gradients import Curvature, EndCurvature, curvatures
-from reallm.pipeline.calibrating import Progress, telling
+from reallm.model.gradients import Curvature, EmbeddingHeadCurvature, curvatures
+from reallm.pipeline.calibrating import Progress, phase_callback
 
 ANALYSIS = "analysis: gradients"  # a phase, counted in windows; that of matrices follows
 # Weights share a scale with so many neighbours of their row.
@@ -36,19 +36,19 @@ _GROUP = 64
 # Rows of an embedding on which scalar codes are tried; BPE numbers its tokens by frequency, so that they are spread.
 _SAMPLE_ROWS = 1024
 # Rows of an embedding whose term of rank 1 is looked for without calibration: by chance it is 0.3 % of 576 columns.
-_ROWS_FOR_RANK_ONE = 4096
+_RANK_ONE_ROWS = 4096
 # Steps a standard deviation in the histogram that tells how far from Gaussian weights are.
 _BINS = 8
 
 
-def analysed(
+def compute_analysis(
     source: Source,
     walk: Walk,
     model: torch.nn.Module,
     windows: Tensor,
     device: str,
     seed: int,
-    end_candidates: Sequence[WeightFormat] = (),
+    embedding_candidates: Sequence[WeightFormat] = (),
     origin: dict[str, Any] | None = None,
     guided: bool = False,
     progress: Progress | None = None,
@@ -62,46 +62,48 @@ def analysed(
     blocks = [matrix for matrix in walk.matrices if matrix.kind == "block" and matrix.expert is None]
     numbers: dict[str, dict[str, float]] = {}
 
-    def found(name: str, curvature: Curvature) -> None:
+    def add_block(name: str, curvature: Curvature) -> None:
         with torch.no_grad():
             weight = read_matrix(source, matrices[name]).to(device, torch.float32)
-            numbers[name] = numbers_of_block(weight, curvature, guided)
+            numbers[name] = block_losses(weight, curvature, guided)
         if progress:
             progress(f"analysis of {name}", len(numbers), len(blocks))
 
-    passes = telling(progress, ANALYSIS, len(windows))
-    ends = curvatures(model, windows, blocks, device, found, seed, guided, passes)
+    passes = phase_callback(progress, ANALYSIS, len(windows))
+    embedding_head = curvatures(model, windows, blocks, device, add_block, seed, guided, passes)
     tied = bool(walk.tied_heads)
     measured: dict[str, dict[str, Measured]] = {}
     with torch.no_grad():
         for matrix in walk.matrices:
             if matrix.kind != "block" and matrix.role != PER_LAYER:  # of such a table the ends say nothing
                 weight = read_matrix(source, matrix).to(device, torch.float32)
-                left = beside_rank_one(weight)
-                beside = numbers_of_end(left, matrix.kind, ends, tied)
-                numbers[matrix.name] = numbers_of_end(weight, matrix.kind, ends, tied) | {
-                    BESIDE_RANK_ONE + kind: number for kind, number in beside.items()
+                left = rank_one_residual(weight)
+                beside = embedding_losses(left, matrix.kind, embedding_head, tied)
+                numbers[matrix.name] = embedding_losses(weight, matrix.kind, embedding_head, tied) | {
+                    PLUS_RANK_ONE + kind: number for kind, number in beside.items()
                 }
-                measured[matrix.name] = {spec_key(fmt): _tried_end(fmt, weight, left, seed) for fmt in end_candidates}
+                measured[matrix.name] = {
+                    spec_key(fmt): _measure_embedding_format(fmt, weight, left, seed) for fmt in embedding_candidates
+                }
     return Analysis(dict(sorted(numbers.items())), measured, origin or {})
 
 
-def numbers_of_block(weight: Float[Tensor, "out in"], curvature: Curvature, guided: bool) -> dict[str, float]:
+def block_losses(weight: Float[Tensor, "out in"], curvature: Curvature, guided: bool) -> dict[str, float]:
     """Losses at relative error 1 of a matrix whose codes are found with error feedback; see `allocate.analysis`.
 
     Feedback as one half of the windows asks for it, its cost on the other half: on its own half a matrix would look
     several times more robust than it is (docs/log.md, 2026-11-24). Scales of rows likewise: of `guided` fits, chosen by
     one half, tried on the other.
     """
-    pair = (curvature.fed_back, curvature.hessian)
-    seen, tested = (Objective.of_outputs(hessian.to(weight.device)) for hessian in pair)
+    pair = (curvature.feedback_hessian, curvature.hessian)
+    seen, tested = (Objective.output_error(hessian.to(weight.device)) for hessian in pair)
     size = (curvature.hessian.diagonal().mean() / 2).item()
     outputs = curvature.outputs.to(weight.device)
     columns = costs_in_feedback(seen.hessian, tested.hessian, (1,))[1]
     turn = _turn
     spread = outputs.sum().item() * weight.square().mean().item() * size
     numbers = {
-        "grouped": size * _grouped(weight, outputs, columns),
+        "grouped": size * _grouped_loss(weight, outputs, columns),
         "stepped": spread * columns.sum().item() * entropy_factor(weight),
     }
     known, cost = curvature.halves.to(weight.device)
@@ -110,56 +112,58 @@ def numbers_of_block(weight: Float[Tensor, "out in"], curvature: Curvature, guid
     for scale, without, beside in ((None, "", OUTPUTS), (sizes, INPUTS, BOTH)):
         turned, pair = weight, (seen, tested)
         if scale is not None:
-            turned, pair = weight / scale, tuple(one.with_columns_scaled(scale[0]) for one in pair)
+            turned, pair = weight / scale, tuple(one.divide_columns(scale[0]) for one in pair)
         costs = costs_in_feedback(*(one.rotated(turn).hessian for one in pair), ROTATED_WIDTHS)
         energy, moved = turned.square().mean().item(), moving_gain(turned, known, cost)
-        for width, of_columns in costs.items():
-            number = outputs.sum().item() * energy * size * of_columns.sum().item()
+        for width, column_costs in costs.items():
+            number = outputs.sum().item() * energy * size * column_costs.sum().item()
             numbers |= {f"{without}_rotated_{width}".lstrip("_"): number, f"{beside}_rotated_{width}": number * moved}
     return numbers
 
 
-def numbers_of_end(weight: Float[Tensor, "out in"], kind: str, ends: EndCurvature, tied: bool) -> dict[str, float]:
+def embedding_losses(
+    weight: Float[Tensor, "out in"], kind: str, embedding_head: EmbeddingHeadCurvature, tied: bool
+) -> dict[str, float]:
     """Losses at relative error 1 of embedding, head, or both in one; no feedback, since they are fitted by weights."""
     parts = []
     if kind == "embedding":
-        parts.append((ends.frequencies, ends.inputs))
+        parts.append((embedding_head.frequencies, embedding_head.inputs))
     if kind == "head" or tied:
-        parts.append((ends.outputs, ends.states))
+        parts.append((embedding_head.outputs, embedding_head.states))
     parts = [(rows.to(weight.device), columns.to(weight.device)) for rows, columns in parts]
     energy = weight.square().mean().item() / 2
     flat = energy * sum((rows.sum() * columns.sum()).item() for rows, columns in parts)
-    grouped = sum(_grouped(weight, rows, columns) for rows, columns in parts) / 2
+    grouped = sum(_grouped_loss(weight, rows, columns) for rows, columns in parts) / 2
     sides = ("", f"{INPUTS}_", f"{OUTPUTS}_", f"{BOTH}_")  # scales without data gain nothing that is known
     rotated = {f"{side}rotated_{width}": flat for side in sides for width in ROTATED_WIDTHS}
     return {"grouped": grouped, "stepped": flat * entropy_factor(weight), **rotated}
 
 
-def beside_rank_one(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+def rank_one_residual(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
     """What the best term of rank 1 leaves of a matrix."""
     with one_thread():
         left, right = low_rank(weight, 1)
         return torch.addmm(weight, left, right.T, alpha=-1)
 
 
-def share_beside_rank_one(source: Source, matrix: Matrix) -> float:
-    """Share of a matrix's energy that its best term of rank 1 leaves, by `_ROWS_FOR_RANK_ONE` of its rows."""
-    sample = _spread_rows(read_matrix(source, matrix), _ROWS_FOR_RANK_ONE).to(torch.float32)
+def rank_one_residual_share(source: Source, matrix: Matrix) -> float:
+    """Share of a matrix's energy that its best term of rank 1 leaves, by `_RANK_ONE_ROWS` of its rows."""
+    sample = _spread_rows(read_matrix(source, matrix), _RANK_ONE_ROWS).to(torch.float32)
     energy = sample.square().sum()
-    return (beside_rank_one(sample).square().sum() / energy).item() if energy > 0 else 1.0
+    return (rank_one_residual(sample).square().sum() / energy).item() if energy > 0 else 1.0
 
 
-def _tried_end(fmt: WeightFormat, weight: Tensor, left: Tensor, seed: int) -> Measured:
+def _measure_embedding_format(fmt: WeightFormat, weight: Tensor, left: Tensor, seed: int) -> Measured:
     """`low_rank_plus` by its base on what is `left` beside rank 1: a fit of both would take several of the base."""
-    return tried(fmt.base, left, seed) if isinstance(fmt, LowRankPlus) else tried(fmt, weight, seed)
+    return measure_format(fmt.base, left, seed) if isinstance(fmt, LowRankPlus) else measure_format(fmt, weight, seed)
 
 
-def tried(fmt: WeightFormat, weight: Float[Tensor, "out in"], seed: int, most: int = _SAMPLE_ROWS) -> Measured:
+def measure_format(fmt: WeightFormat, weight: Float[Tensor, "out in"], seed: int, most: int = _SAMPLE_ROWS) -> Measured:
     """Relative error and share after entropy coding on at most `most` rows of a matrix, fitted without calibration."""
     sample = _spread_rows(weight, most)
     shape = (sample.shape[0], sample.shape[1])
     parts = fit(fmt, sample, Objective.relative_columns(sample), seed)
-    stored, _ = code_within_size(fmt, fmt.pack(parts, shape))
+    stored, _ = encode_untrained_tensors(fmt, fmt.pack(parts, shape))
     share = sum(tensor.nbytes for tensor in stored.values()) / fmt.nbytes(shape)
     return Measured(relative_error(sample, fmt.decode(parts, shape)), min(share, 1.0))
 
@@ -184,7 +188,7 @@ def entropy_factor(weight: Float[Tensor, "out in"]) -> float:
     return 2 ** (2 * (entropy - math.log2(_BINS) - math.log2(2 * math.pi * math.e) / 2))
 
 
-def _grouped(weight: Tensor, rows: Float[Tensor, " out"], columns: Float[Tensor, " in"]) -> float:
+def _grouped_loss(weight: Tensor, rows: Float[Tensor, " out"], columns: Float[Tensor, " in"]) -> float:
     """Σ_ij rows_i · columns_j · variance of the group of weight ij."""
     width = weight.shape[1]
     filled = torch.nn.functional.pad(weight.square(), (0, -width % _GROUP)).view(len(weight), -1, _GROUP)

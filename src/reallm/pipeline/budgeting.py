@@ -13,7 +13,7 @@ import torch
 from reallm.allocate import MatrixInfo, Plan
 from reallm.allocate.analysis import Analysis, load_corrections
 from reallm.allocate.candidates import NEURAL, calibrated_candidates, data_free_candidates, neural_candidates
-from reallm.allocate.options import Options, options_for, predicted_bytes, predicted_loss
+from reallm.allocate.options import Options, matrix_options, predicted_bytes, predicted_loss
 from reallm.allocate.plan import PER_LAYER
 from reallm.allocate.recipe import DEFAULT_EMBEDDING
 from reallm.allocate.sensitivity import sensitivity
@@ -23,35 +23,35 @@ from reallm.formats import WeightFormat
 from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.scaled import Scaled
 from reallm.model import Source, Walk
-from reallm.pipeline.analysis import FILES, analysed, analysis_file, share_beside_rank_one
+from reallm.pipeline.analysis import FILES, analysis_file, compute_analysis, rank_one_residual_share
 from reallm.pipeline.byte_budget import plan_for_bits, plan_for_size, shrink_recipe
 from reallm.pipeline.calibrating import Progress, calibration_windows, gradient_dtype
 from reallm.pipeline.cost import seconds_of_analysis
 from reallm.pipeline.job import Forecast, Job
 from reallm.pipeline.reading import checked_original
-from reallm.pipeline.settings import Settings, calibration_of, for_analysis
-from reallm.pipeline.whole import WholeFile
+from reallm.pipeline.settings import Settings, calibration_record, for_analysis
+from reallm.pipeline.whole import ArtifactSize
 
 # Without calibration: KL per unit of relative error of an embedding that is the head too, and of each by itself;
 # second-order, on SmolLM2-135M (docs/log.md, 2026-11-24).
-_ENDS = {"tied": 9.75, "embedding": 0.9, "head": 8.85}
+_EMBEDDING_LOSS = {"tied": 9.75, "embedding": 0.9, "head": 8.85}
 # What rank 1 leaves of the embedding that these were measured on. A mean adds one number to all logits: where it is
 # larger, an error costs more than its share of the energy says, so that a residual is credited with no more than there.
-_LEAST_BESIDE_RANK_ONE = 0.5
+_MIN_RANK_ONE_RESIDUAL = 0.5
 
 
-def from_budget(
+def plan_for_budget(
     source: Source,
     walked: Walk,
     matrices: Sequence[MatrixInfo],
     settings: Settings,
-    given: Plan | None = None,
+    base_plan: Plan | None = None,
     progress: Progress | None = None,
     analyse: bool = True,
 ) -> Job:
     """A job whose plan has the least predicted loss within `size`, `bits_per_parameter` or `bits`.
 
-    A `given` plan is taken as it is; its options are for the changes that bring it into the size, should it be too
+    A `base_plan` plan is taken as it is; its options are for the changes that bring it into the size, should it be too
     large once it is measured. Without `analyse` only an analysis that is kept is used.
 
     Errors: RecipeError naming what is possible.
@@ -62,23 +62,25 @@ def from_budget(
     coding = size is not None if settings.coding is None else settings.coding
     analysis = _analysis(source, walked, settings, progress, analyse) if settings.calibration else None
     to_analyse = bool(settings.calibration) and analysis is None
-    if given is not None:
-        matrices = [entry.matrix for entry in given.entries]
-    walked_as = {matrix.name: matrix for matrix in walked.matrices}
-    left = functools.cache(lambda name: share_beside_rank_one(source, walked_as[name]))
+    if base_plan is not None:
+        matrices = [entry.matrix for entry in base_plan.entries]
+    matrix_by_name = {matrix.name: matrix for matrix in walked.matrices}
+    residual_share = functools.cache(lambda name: rank_one_residual_share(source, matrix_by_name[name]))
     reached = {m.name for m in walked.matrices if m.expert is None} if to_analyse else frozenset()
-    options = options_of(matrices, walked, settings, analysis, coding and size is not None, given, left, reached)
+    options = format_options(
+        matrices, walked, settings, analysis, coding and size is not None, base_plan, residual_share, reached
+    )
     forecast = Forecast(options, size, None, math.nan, analysis is not None, to_analyse)
     draft = Job(source, walked, Plan((), _name(settings, size)), settings, coding, forecast)
-    if given is not None:
-        plan, nbytes = given, WholeFile(draft).overhead(given) + predicted_bytes(given, options)
+    if base_plan is not None:
+        plan, nbytes = base_plan, ArtifactSize(draft).overhead(base_plan) + predicted_bytes(base_plan, options)
         if size is not None and nbytes > size:  # what no few changes bring there is refused before any work
-            shrink_recipe(WholeFile(draft), given, options, size, nbytes, lambda _, option: option.nbytes)
+            shrink_recipe(ArtifactSize(draft), base_plan, options, size, nbytes, lambda _, option: option.nbytes)
     elif size is None:
         plan = plan_for_bits(matrices, options, float(settings.bits or 0), draft.plan.recipe)
         nbytes = None
     else:
-        plan, nbytes = plan_for_size(WholeFile(draft), matrices, options, size, draft.plan.recipe)
+        plan, nbytes = plan_for_size(ArtifactSize(draft), matrices, options, size, draft.plan.recipe)
     plan.check()
     forecast = dataclasses.replace(forecast, nbytes=nbytes, loss=predicted_loss(plan, options))
     return dataclasses.replace(draft, plan=plan, forecast=forecast)
@@ -88,25 +90,27 @@ def _name(settings: Settings, size: int | None) -> str:
     return f"{settings.bits:g} bits" if size is None else f"{size} bytes"
 
 
-def options_of(
+def format_options(
     matrices: Sequence[MatrixInfo],
     walked: Walk,
     settings: Settings,
     analysis: Analysis | None,
     coding: bool,
-    given: Plan | None = None,
-    left: Callable[[str], float] = lambda name: 1.0,
+    base_plan: Plan | None = None,
+    residual_share: Callable[[str], float] = lambda name: 1.0,
     to_analyse: Collection[str] = (),
 ) -> Options:
     """What every matrix can be stored as, with bytes and predicted losses.
 
-    `left`: share of an embedding's or head's energy that a term of rank 1 leaves, asked for where analysis is not.
+    `residual_share`: share of an embedding's or head's energy that a term of rank 1 leaves, asked for where analysis is not.
     `to_analyse`: matrices that an analysis will know; they choose from what it will let them choose from.
     """
     corrections = load_corrections(settings.corrections)
-    ends = {"embedding": settings.embedding, "head": settings.head}
+    embedding_formats = {"embedding": settings.embedding, "head": settings.head}
     if settings.bits is not None:
-        ends = {kind: DEFAULT_EMBEDDING if spec is None else spec for kind, spec in ends.items()}
+        embedding_formats = {
+            kind: DEFAULT_EMBEDDING if spec is None else spec for kind, spec in embedding_formats.items()
+        }
     depth = 1 + max((matrix.block for matrix in matrices if matrix.block is not None), default=0)
 
     def candidates(matrix: MatrixInfo) -> Sequence[WeightFormat]:
@@ -118,7 +122,7 @@ def options_of(
         more = neural_candidates(matrix.kind, _index_bits(settings)) if NEURAL in settings.candidates else ()
         if not known:  # scales around a format are nothing to a prediction by roles
             found, more = (tuple(fmt for fmt in formats if not isinstance(fmt, Scaled)) for formats in (found, more))
-        return [*corrections.candidates_of(matrix.kind, found), *more]
+        return [*corrections.select_candidates(matrix.kind, found), *more]
 
     def loss(matrix: MatrixInfo, fmt: WeightFormat) -> float:
         if analysis is not None and analysis.knows(matrix.name):
@@ -127,12 +131,14 @@ def options_of(
             of_role = sum(other.weights for other in matrices if other.role == matrix.role)
             predicted = matrix.weights / of_role * sensitivity(matrix, fmt, depth) * gaussian_error(fmt)
         else:
-            beside = max(left(matrix.name), _LEAST_BESIDE_RANK_ONE) if isinstance(fmt, LowRankPlus) else 1.0
+            beside = max(residual_share(matrix.name), _MIN_RANK_ONE_RESIDUAL) if isinstance(fmt, LowRankPlus) else 1.0
             error = gaussian_error(fmt.base if isinstance(fmt, LowRankPlus) else fmt)
             predicted = (
-                _ENDS["tied" if walked.tied_heads and matrix.role != PER_LAYER else matrix.kind] * beside * error
+                _EMBEDDING_LOSS["tied" if walked.tied_heads and matrix.role != PER_LAYER else matrix.kind]
+                * beside
+                * error
             )
-        return corrections.corrected(matrix, fmt, predicted)
+        return corrections.correct_loss(matrix, fmt, predicted)
 
     def share(matrix: MatrixInfo, fmt: WeightFormat) -> float:
         if not coding:
@@ -144,8 +150,10 @@ def options_of(
         coded = fmt.base.nbytes(matrix.shape) / fmt.nbytes(matrix.shape)
         return 1 - coded * (1 - (gaussian_share(fmt.base) if measured is None else measured))
 
-    always = {entry.matrix.name: entry.fmt for entry in given.entries} if given else None
-    return options_for(matrices, candidates, loss, share, settings.rank, {} if given else ends, always)
+    always = {entry.matrix.name: entry.fmt for entry in base_plan.entries} if base_plan else None
+    return matrix_options(
+        matrices, candidates, loss, share, settings.rank, {} if base_plan else embedding_formats, always
+    )
 
 
 def _state_bits(settings: Settings) -> int:
@@ -160,7 +168,9 @@ def _index_bits(settings: Settings) -> int:
     return 12 if torch.device(settings.device).type == "cpu" else 16
 
 
-def analysis_of(source: Source, walked: Walk, settings: Settings, progress: Progress | None = None) -> Analysis:
+def load_or_compute_analysis(
+    source: Source, walked: Walk, settings: Settings, progress: Progress | None = None
+) -> Analysis:
     """Numbers of every matrix: from the folder of analyses if they are there, else computed and put there.
 
     Errors: SourceError naming a tensor that is not finite.
@@ -169,7 +179,7 @@ def analysis_of(source: Source, walked: Walk, settings: Settings, progress: Prog
     path = _kept_as(source, few)
     if path is not None and path.is_file():
         return Analysis.load(path)
-    fingerprint, calibration = source.fingerprint(), calibration_of(few)
+    fingerprint, calibration = source.fingerprint(), calibration_record(few)
     if progress:
         seconds = seconds_of_analysis(source, walked, settings)
         count, context = few.calibration_windows, few.calibration_context
@@ -177,10 +187,14 @@ def analysis_of(source: Source, walked: Walk, settings: Settings, progress: Prog
     model = checked_original(source, gradient_dtype(source, settings.device))
     windows = calibration_windows(source, few, lambda: model, progress)
     codes = ("uniform", "normal_float")
-    tried = [fmt for fmt in calibrated_candidates("embedding", 0) if getattr(fmt, "base", fmt).name in codes]
+    embedding_candidates = [
+        fmt for fmt in calibrated_candidates("embedding", 0) if getattr(fmt, "base", fmt).name in codes
+    ]
     origin = {"source": Path(source.label).name, "source_sha256": fingerprint, "calibration": calibration}
     guided = settings.objective == GUIDED
-    found = analysed(source, walked, model, windows, settings.device, settings.seed, tried, origin, guided, progress)
+    found = compute_analysis(
+        source, walked, model, windows, settings.device, settings.seed, embedding_candidates, origin, guided, progress
+    )
     if path is not None:
         found.save(path)
     return found
@@ -191,7 +205,7 @@ def _analysis(
 ) -> Analysis | None:
     """The analysis; without `analyse` the one that is kept, if there is one."""
     if analyse:
-        return analysis_of(source, walked, settings, progress)
+        return load_or_compute_analysis(source, walked, settings, progress)
     if settings.analysis is None or not any(Path(settings.analysis).glob(FILES)):
         return None  # nothing is kept of any model: do not read the files for their fingerprint
     path = _kept_as(source, for_analysis(settings))
@@ -202,4 +216,4 @@ def _kept_as(source: Source, few: Settings) -> Path | None:
     """Where the analysis of these windows is kept; None where none is."""
     if few.analysis is None:
         return None
-    return analysis_file(Path(few.analysis), source.fingerprint(), calibration_of(few), few.seed)
+    return analysis_file(Path(few.analysis), source.fingerprint(), calibration_record(few), few.seed)

@@ -7,39 +7,39 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from reallm.allocate import MatrixInfo, Plan, Planned
+from reallm.allocate import MatrixInfo, Plan, PlanEntry
 from reallm.allocate.options import (
     LEAST_SHARE,
-    BytesOf,
+    NbytesFn,
     Option,
     Options,
     extreme_plan,
-    option_of,
+    find_option,
     predicted_bytes,
     solve_plan,
 )
-from reallm.allocate.plan import tables_nbytes
+from reallm.allocate.plan import shared_decoder_nbytes
 from reallm.errors import RecipeError
-from reallm.pipeline.whole import WholeFile
+from reallm.pipeline.whole import ArtifactSize
 
 _BITS_TOLERANCE = 0.01
 _NEAR_SMALLEST = 0.02
 _ROUNDS = 8  # of solving again with the bytes of headers and texts that the last solution has
 _SMALL_FILE = 2_000_000  # bytes; half a percent of it is as much as a hundred layouts in config.json
-_MOST_CHANGED = 0.5  # of a recipe's matrices: with more of them in other formats it is another recipe
+_MAX_CHANGED_SHARE = 0.5  # of a recipe's matrices: with more of them in other formats it is another recipe
 # What another format costs a matrix that has one already, in the mean loss of one: else whatever is predicted to lose
 # a trace less in a byte less is taken before the one change that suffices.
 _SWAP_PENALTY = 0.1
 
 
 def solve_for_size(
-    whole: WholeFile,
+    whole: ArtifactSize,
     matrices: Sequence[MatrixInfo],
     options: Options,
     size: int,
     least: int,
     name: str,
-    nbytes_of: BytesOf | None = None,
+    nbytes_fn: NbytesFn | None = None,
     constant: int = 0,
     base: Plan | None = None,
     **limits: Any,
@@ -50,43 +50,52 @@ def solve_for_size(
     are bytes that were measured beyond it; `limits` of changes are those of `solve_plan`.
     Errors: RecipeError if there is no such plan.
     """
-    nbytes_of = nbytes_of or (lambda _, option: option.nbytes)
+    nbytes_fn = nbytes_fn or (lambda _, option: option.nbytes)
 
     # A large file does not feel what its texts say of a format once, and a small one can hardly be met without.
     shared_text = whole.shared_text if size < _SMALL_FILE else None
 
-    def expected(plan: Plan) -> int:
-        return constant + whole.overhead(plan) + _sum(plan, options, nbytes_of)
+    def expected_nbytes(plan: Plan) -> int:
+        return constant + whole.overhead(plan) + _sum(plan, options, nbytes_fn)
 
-    def linear(plan: Plan) -> int:
+    def linear_nbytes(plan: Plan) -> int:
         once: dict[str, int] = {}
         for entry in plan.entries:
             once |= shared_text(entry.matrix, entry.fmt) if shared_text else {}
-        return _sum(plan, options, with_text) + tables_nbytes(plan.tables) + sum(once.values())
+        return _sum(plan, options, nbytes_with_text) + shared_decoder_nbytes(plan.shared_decoders) + sum(once.values())
 
-    def with_text(matrix: MatrixInfo, option: Option) -> int:
-        return nbytes_of(matrix, option) + whole.text_nbytes(matrix, option.fmt)
+    def nbytes_with_text(matrix: MatrixInfo, option: Option) -> int:
+        return nbytes_fn(matrix, option) + whole.text_nbytes(matrix, option.fmt)
 
     seen: list[tuple[Plan, int]] = []
     start = base or extreme_plan(matrices, options, lambda o: (o.nbytes, o.loss), name)
-    overhead = expected(start) - linear(start)
+    overhead = expected_nbytes(start) - linear_nbytes(start)
     below = 0  # bytes that the window begins lower: texts are not linear, and a tiny file has nothing between
     for number in range(_ROUNDS):
         try:
             plan = solve_plan(
-                matrices, options, size, max(least - below, 0), name, overhead, base, with_text, shared_text, **limits
+                matrices,
+                options,
+                size,
+                max(least - below, 0),
+                name,
+                overhead,
+                base,
+                nbytes_with_text,
+                shared_text,
+                **limits,
             )
         except RecipeError:
             if number == 0 and not least:
                 raise
             below += math.ceil((1 - LEAST_SHARE) * size)
             continue
-        nbytes = expected(plan)
+        nbytes = expected_nbytes(plan)
         if least <= nbytes <= size:
             return plan, nbytes
         again = any(plan == other for other, _ in seen)
         seen.append((plan, nbytes))
-        actual = nbytes - linear(plan)
+        actual = nbytes - linear_nbytes(plan)
         # The same plan once more: its texts are known, so that only a lower aim finds another.
         overhead = max(overhead, actual) + (math.ceil((1 - LEAST_SHARE) * size / 2) if again else 0)
         overhead = actual if nbytes < least and not again else overhead
@@ -97,7 +106,7 @@ def solve_for_size(
 
 
 def plan_for_size(
-    whole: WholeFile, matrices: Sequence[MatrixInfo], options: Options, size: int, name: str
+    whole: ArtifactSize, matrices: Sequence[MatrixInfo], options: Options, size: int, name: str
 ) -> tuple[Plan, int]:
     """Return the plan of least predicted loss whose artifact takes 99.5 to 100 % of `size` bytes, and those bytes.
 
@@ -135,17 +144,17 @@ def plan_for_bits(matrices: Sequence[MatrixInfo], options: Options, bits: float,
     except RecipeError as error:
         raise RecipeError(f"--bits {bits:g} cannot be met within 1 % for this model: {error}") from error
     others = [m for m in matrices if m.kind != "block" and m.name in options]
-    by_name = {e.matrix.name: e for e in plan.entries} | {m.name: Planned(m, options[m.name][0].fmt) for m in others}
+    by_name = {e.matrix.name: e for e in plan.entries} | {m.name: PlanEntry(m, options[m.name][0].fmt) for m in others}
     return Plan(tuple(by_name[m.name] for m in matrices if m.name in by_name), name)
 
 
 def shrink_recipe(
-    whole: WholeFile,
+    whole: ArtifactSize,
     recipe: Plan,
     options: Options,
     size: int,
     total: int,
-    nbytes_of: BytesOf,
+    nbytes_fn: NbytesFn,
     constant: int = 0,
 ) -> Plan:
     """Return the recipe's plan, which takes `total` bytes, changed in few matrices so that it takes at most `size`.
@@ -153,52 +162,52 @@ def shrink_recipe(
     No other format is taken to be better than the recipe's.
     Errors: RecipeError if more than half of the matrices would have other formats than the recipe's.
     """
-    begun = {entry.matrix.name: option_of(entry, options) for entry in recipe.entries}
+    begun = {entry.matrix.name: find_option(entry, options) for entry in recipe.entries}
     penalty = _SWAP_PENALTY * sum(option.loss for option in begun.values()) / len(begun)
     charged = {
         name: [dataclasses.replace(option, loss=max(option.loss, wanted.loss)) for option in options[name]]
         for name, wanted in begun.items()
     }
     matrices = [entry.matrix for entry in recipe.entries]
-    limits = {"max_changes": math.floor(_MOST_CHANGED * len(recipe.entries)), "swap_penalty": penalty}
+    limits = {"max_changes": math.floor(_MAX_CHANGED_SHARE * len(recipe.entries)), "swap_penalty": penalty}
     try:
         found, _ = solve_for_size(
-            whole, matrices, charged, size, 0, recipe.recipe, nbytes_of, constant, base=recipe, **limits
+            whole, matrices, charged, size, 0, recipe.recipe, nbytes_fn, constant, base=recipe, **limits
         )
     except RecipeError:
-        raise too_large(recipe, total, size) from None
-    return renamed(recipe, found, size)
+        raise too_large_error(recipe, total, size) from None
+    return rename_plan(recipe, found, size)
 
 
 def adjust_plan(
-    whole: WholeFile,
+    whole: ArtifactSize,
     plan: Plan,
     options: Options,
     size: int,
-    nbytes_of: BytesOf,
+    nbytes_fn: NbytesFn,
     constant: int,
 ) -> Plan | None:
     """Return the plan with few changes that bring its artifact to 99.5 to 100 % of `size`; None if nothing does."""
-    penalty = _SWAP_PENALTY * sum(option_of(e, options).loss for e in plan.entries) / len(plan.entries)
+    penalty = _SWAP_PENALTY * sum(find_option(e, options).loss for e in plan.entries) / len(plan.entries)
     matrices, least = [entry.matrix for entry in plan.entries], math.ceil(LEAST_SHARE * size)
     try:
         return solve_for_size(
-            whole, matrices, options, size, least, plan.recipe, nbytes_of, constant, base=plan, swap_penalty=penalty
+            whole, matrices, options, size, least, plan.recipe, nbytes_fn, constant, base=plan, swap_penalty=penalty
         )[0]
     except RecipeError:
         return None
 
 
-def renamed(recipe: Plan, plan: Plan, size: int) -> Plan:
+def rename_plan(recipe: Plan, plan: Plan, size: int) -> Plan:
     """Return the plan under the recipe's name, or, if a format differs, under one that says that it was changed."""
     same = all(now.fmt == before.fmt for now, before in zip(plan.entries, recipe.entries, strict=True))
     name = recipe.recipe if same else f"{recipe.recipe}, changed to fit {size} bytes"
     return dataclasses.replace(plan, recipe=name)
 
 
-def too_large(recipe: Plan, total: int, size: int) -> RecipeError:
+def too_large_error(recipe: Plan, total: int, size: int) -> RecipeError:
     """Return the error for a recipe whose artifact of `total` bytes cannot be brought to `size`."""
-    half, many = math.floor(_MOST_CHANGED * len(recipe.entries)), len(recipe.entries)
+    half, many = math.floor(_MAX_CHANGED_SHARE * len(recipe.entries)), len(recipe.entries)
     return RecipeError(
         f"recipe {recipe.recipe} takes about {total:,} bytes, {total - size:,} more than the {size:,} of --size, and "
         f"smaller formats for {half} of its {many} matrices do not make up for it; give --size {total}, a recipe with "
@@ -206,11 +215,11 @@ def too_large(recipe: Plan, total: int, size: int) -> RecipeError:
     )
 
 
-def _sum(plan: Plan, options: Options, nbytes_of: BytesOf) -> int:
-    return sum(nbytes_of(entry.matrix, option_of(entry, options)) for entry in plan.entries)
+def _sum(plan: Plan, options: Options, nbytes_fn: NbytesFn) -> int:
+    return sum(nbytes_fn(entry.matrix, find_option(entry, options)) for entry in plan.entries)
 
 
-def _check_size(whole: WholeFile, matrices: Sequence[MatrixInfo], options: Options, size: int, name: str) -> int:
+def _check_size(whole: ArtifactSize, matrices: Sequence[MatrixInfo], options: Options, size: int, name: str) -> int:
     """Return the bytes of the smallest possible artifact.
 
     Errors: RecipeError if `size` is below them or beyond all use.
@@ -218,7 +227,7 @@ def _check_size(whole: WholeFile, matrices: Sequence[MatrixInfo], options: Optio
     smallest = extreme_plan(matrices, options, lambda o: (o.nbytes, o.loss), name)
     least = whole.nbytes(smallest)
     if size < least:
-        tokenizer = sum(whole.companions.values())
+        tokenizer = sum(whole.auxiliary_files.values())
         kept = whole.overhead(smallest) - tokenizer
         parts = f"{tokenizer:,} of tokenizer, {kept:,} of headers, config and unquantized tensors"
         raise RecipeError(f"--size {size:,} bytes is too small: the smallest possible is {least:,} bytes ({parts})")

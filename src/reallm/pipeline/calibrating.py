@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from reallm.model import Source, load_tokenizer
-from reallm.model.calibration import SELF, windows_of_files, windows_written
+from reallm.model.calibration import SELF, generate_windows, windows_from_files
 from reallm.model.devices import multiplies_bfloat16
 from reallm.pipeline.settings import Settings
 
 # (matrix just finished, weights done, weights in all), or the same of a phase, which begins with 0 done
 Progress = Callable[[str, int, int], None]
-WRITING = "writing text to calibrate on"  # a phase, counted in tokens
+GENERATION = "writing text to calibrate on"  # a phase, counted in tokens
 
 _IN_FLOAT32 = 2_000_000_000  # parameters
 
 
-def telling(progress: Progress | None, phase: str, total: int) -> Callable[[int, int], None]:
+def phase_callback(progress: Progress | None, phase: str, total: int) -> Callable[[int, int], None]:
     """Tells `progress` that a phase begins, and gives what tells how much of it is done, of how much."""
     if progress is None:
         return lambda done, total: None
@@ -36,12 +36,12 @@ def calibration_windows(
     tokenizer, context = load_tokenizer(source.label), _context(source, settings)
     if settings.calibration == (SELF,):
         windows = settings.calibration_windows
-        told = telling(progress, WRITING, windows * context)
-        return windows_written(model(), tokenizer, windows, context, settings.seed, settings.device, told)
-    return windows_of_files(settings.calibration, tokenizer, settings.calibration_windows, context)
+        on_progress = phase_callback(progress, GENERATION, windows * context)
+        return generate_windows(model(), tokenizer, windows, context, settings.seed, settings.device, on_progress)
+    return windows_from_files(settings.calibration, tokenizer, settings.calibration_windows, context)
 
 
-def with_windows_there_are(source: Source, settings: Settings) -> Settings:
+def clamp_windows(source: Source, settings: Settings) -> Settings:
     """The settings with as many windows as the text has, if these are fewer, and a context that the model was made for.
 
     What costs, files and the next text to be held out go by is counted here once, before any work.
@@ -52,7 +52,7 @@ def with_windows_there_are(source: Source, settings: Settings) -> Settings:
     windows = settings.calibration_windows
     if settings.calibration != (SELF,):
         tokenizer = load_tokenizer(source.label)
-        windows = len(windows_of_files(settings.calibration, tokenizer, windows, _context(source, settings)))
+        windows = len(windows_from_files(settings.calibration, tokenizer, windows, _context(source, settings)))
     return dataclasses.replace(settings, calibration_windows=windows, calibration_context=_context(source, settings))
 
 

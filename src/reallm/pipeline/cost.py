@@ -14,25 +14,25 @@ from typing import Any
 
 import torch
 
-from reallm.allocate import Planned
-from reallm.artifact import foretold_nbytes
+from reallm.allocate import PlanEntry
+from reallm.artifact import predict_nbytes
 from reallm.errors import FormatError
-from reallm.fit import Objective, demand_of, fit, train_shared
+from reallm.fit import Objective, capture_fit_input, fit, train_shared_decoder
 from reallm.fit.objective import FISHER, GUIDED, OUTPUTS
-from reallm.formats import Tensors, WeightFormat, tables_at_hand, to_spec
+from reallm.formats import Tensors, WeightFormat, to_spec, use_shared_decoders
 from reallm.formats.low_rank_plus import LowRankPlus
-from reallm.formats.waist import under
-from reallm.model.calibration import SELF, WRITTEN_AT_ONCE, seconds_a_step
+from reallm.formats.waist import add_prefix
+from reallm.model.calibration import GENERATION_BATCH, SELF, seconds_per_step
 from reallm.model.gradients import fast_products
 from reallm.model.source import Source
 from reallm.model.stream import TOKENS_PER_PASS, nbytes_per_token
-from reallm.model.walk import Walk, block_of
+from reallm.model.walk import Walk, block_index
 from reallm.pipeline.calibrating import gradient_dtype
-from reallm.pipeline.fitting import stream_dtype
+from reallm.pipeline.fitting import calibration_dtype
 from reallm.pipeline.job import Job
-from reallm.pipeline.original import kept_layouts
+from reallm.pipeline.original import teacher_layouts
 from reallm.pipeline.settings import Settings, for_analysis
-from reallm.pipeline.whole import tensors_of
+from reallm.pipeline.whole import artifact_tensors
 
 # Beside the largest matrix in float32 a fit holds its decoding, the error and a few chunks.
 COPIES_WHILE_FITTING = 6
@@ -45,10 +45,10 @@ _SAMPLE_SECONDS = 4.0
 # not tried on larger ones.
 _FIRST, _LONG = ((16, 16), (16, 64), (16, 256)), 0.3
 # Fields in which formats that fit in the same way may differ.
-_SAME_WAY = ("bits", "largest", "group_size", "scales", "sides", "seed")
+_NOT_IN_TIMING_KEY = ("bits", "largest", "group_size", "scales", "sides", "seed")
 # Fits of the base beside a residual of rank 1: 3 to 5 on SmolLM2's embedding. Samples are noise, which has no mean to
 # be found at once and takes 7 to 10.
-_ROUNDS_BESIDE_RANK_ONE = 4
+_RANK_ONE_ROUNDS = 4
 # With calibration scales and codebooks are refitted in float64 (18 copies of 3,072 x 8,192 weights were seen), or a
 # hessian is factored in it.
 _COPIES_WHILE_REFITTING = 20
@@ -56,7 +56,7 @@ _COPIES_OF_HESSIAN = 9
 # Numbers of the widest input a token that a pass through a block holds, in the stream's dtype and in float32.
 _ACTIVATIONS = 4
 # Of a run with a size: all that were tried and what they took, a new file of them beside the old one.
-_PLANS_NOTED = 24
+_MAX_PLANS = 24
 # Formats of all matrices stand in the state, twice while it is written, in the plan and, with shapes, in the config.
 _TEXTS, _CONFIG_BYTES = 6, 8_192
 # Of gradients: attention, norms, the softmax over the vocabulary and squares take as long as products of matrices.
@@ -70,7 +70,7 @@ class Estimate:
     """What a job will cost, before any work: exact bytes of tensors, the rest by measurement on samples."""
 
     compressed_bytes: int
-    kept_bytes: int
+    unquantized_bytes: int
     bits_per_weight: float
     seconds: float
     peak_memory_bytes: int
@@ -81,12 +81,12 @@ def estimate(job: Job) -> Estimate:
     """Cost of a job: timed on small samples of the formats in the plan, some seconds in all."""
     compressed = job.plan.nbytes
     shapes = job.source.shapes()
-    kept = sum(math.prod(shapes[name]) for name in job.kept) * job.source.dtype.itemsize
+    unquantized = sum(math.prod(shapes[name]) for name in job.unquantized) * job.source.dtype.itemsize
     return Estimate(
         compressed_bytes=compressed,
-        kept_bytes=kept,
+        unquantized_bytes=unquantized,
         bits_per_weight=job.plan.block_bits,
-        seconds=_predicted_seconds(job) + _stream_seconds(job) + _writing_seconds(job) + analysis_seconds(job),
+        seconds=_predicted_seconds(job) + _calibration_seconds(job) + _generation_seconds(job) + analysis_seconds(job),
         peak_memory_bytes=_LIBRARY_BYTES + job.source.loaded_nbytes + _working_bytes(job),
         disk_bytes=work_bytes(job),
     )
@@ -98,34 +98,36 @@ def work_bytes(job: Job) -> int:
     More is what the original was asked: text that it wrote, and gradients, 4 bytes a token and matrix. No tensor counts
     as entropy-coded: what coding saves is what a size gives to other matrices on the way.
     """
-    finished = [under(matrix.name, planned.fmt.layout(matrix.shape)) for matrix, planned in job.compressed]
-    finished += [dict(table.layout) for table in job.plan.tables.values()]
-    specs = json.dumps({matrix.name: to_spec(planned.fmt) for matrix, planned in job.compressed})
-    notes = _PLANS_NOTED * len(specs) if job.size is not None else 0
-    files = sum(foretold_nbytes(tensors.items()) for tensors in finished + kept_layouts(job))
+    finished = [
+        add_prefix(matrix.name, planned.fmt.layout(matrix.shape)) for matrix, planned in job.compressed_matrices
+    ]
+    finished += [dict(table.layout) for table in job.plan.shared_decoders.values()]
+    specs = json.dumps({matrix.name: to_spec(planned.fmt) for matrix, planned in job.compressed_matrices})
+    notes = _MAX_PLANS * len(specs) if job.size is not None else 0
+    files = sum(predict_nbytes(tensors.items()) for tensors in finished + teacher_layouts(job))
     try:
-        tokenizer = sum(job.source.companion_bytes.values())
+        tokenizer = sum(job.source.auxiliary_file_bytes.values())
     except OSError:  # it is written somewhere to be measured; where nothing can be, the run says so in a moment
         tokenizer = 0
-    return files + foretold_nbytes(tensors_of(job)) + tokenizer + _TEXTS * len(specs) + _CONFIG_BYTES + notes
+    return files + predict_nbytes(artifact_tensors(job)) + tokenizer + _TEXTS * len(specs) + _CONFIG_BYTES + notes
 
 
 def _predicted_seconds(job: Job) -> float:
     """Time the formats on samples, take a fixed and a per-weight cost from them, sum over the plan."""
-    largest: dict[WeightFormat, Planned] = {}
-    for _, planned in sorted(job.compressed, key=lambda row: row[1].matrix.weights):
-        largest[_timed_as(planned.fmt)] = dataclasses.replace(planned, fmt=_base_of_rank_one(planned.fmt)[0])
-    tables, training = _sample_tables(largest, job.settings.device)
-    with tables_at_hand(tables):
+    largest: dict[WeightFormat, PlanEntry] = {}
+    for _, planned in sorted(job.compressed_matrices, key=lambda row: row[1].matrix.weights):
+        largest[_timing_format(planned.fmt)] = dataclasses.replace(planned, fmt=_rank_one_base(planned.fmt)[0])
+    shared_decoders, training = _sample_decoders(largest, job.settings.device)
+    with use_shared_decoders(shared_decoders):
         costs = _costs(largest, job.settings.device)
     seconds = training
-    for _, planned in job.compressed:
-        fixed, slope = costs[_timed_as(planned.fmt)]
-        seconds += _base_of_rank_one(planned.fmt)[1] * (fixed + slope * planned.matrix.weights)
+    for _, planned in job.compressed_matrices:
+        fixed, slope = costs[_timing_format(planned.fmt)]
+        seconds += _rank_one_base(planned.fmt)[1] * (fixed + slope * planned.matrix.weights)
     return seconds
 
 
-def _costs(largest: Mapping[WeightFormat, Planned], device: str) -> dict[WeightFormat, tuple[float, float]]:
+def _costs(largest: Mapping[WeightFormat, PlanEntry], device: str) -> dict[WeightFormat, tuple[float, float]]:
     """(seconds a matrix, seconds a weight) by format, each with the largest matrix that gets it.
 
     The largest first, while `_SAMPLE_SECONDS` last; one of those that fit in the same way is timed whatever it takes.
@@ -134,96 +136,106 @@ def _costs(largest: Mapping[WeightFormat, Planned], device: str) -> dict[WeightF
     alike: dict[str, tuple[float, float]] = {}
     begun = time.perf_counter()
     for fmt, planned in sorted(largest.items(), key=lambda row: -row[1].matrix.weights):
-        way = json.dumps(_way(to_spec(fmt)))
-        if way not in alike or time.perf_counter() - begun < _SAMPLE_SECONDS:
-            alike[way] = _cost_with(fmt, planned, device)
-        costs[fmt] = alike[way]
+        timing_key = json.dumps(_timing_key(to_spec(fmt)))
+        if timing_key not in alike or time.perf_counter() - begun < _SAMPLE_SECONDS:
+            alike[timing_key] = _measure_cost(fmt, planned, device)
+        costs[fmt] = alike[timing_key]
     return costs
 
 
-def _way(spec: Any) -> Any:
-    return {key: _way(value) for key, value in spec.items() if key not in _SAME_WAY} if isinstance(spec, dict) else spec
+def _timing_key(spec: Any) -> Any:
+    return (
+        {key: _timing_key(value) for key, value in spec.items() if key not in _NOT_IN_TIMING_KEY}
+        if isinstance(spec, dict)
+        else spec
+    )
 
 
-def _cost_with(fmt: WeightFormat, largest: Planned, device: str) -> tuple[float, float]:
+def _measure_cost(fmt: WeightFormat, largest: PlanEntry, device: str) -> tuple[float, float]:
     """Of a sample no larger than the largest matrix, so that no estimate takes longer than the job."""
     if largest.matrix.weights > math.prod(_LARGE):
         return fitting_cost(fmt, device)
     return 0.0, _timed_fit(largest.fmt, largest.matrix.shape, device) / largest.matrix.weights
 
 
-def _sample_tables(formats: Iterable[WeightFormat], device: str) -> tuple[dict[str, Tensors], float]:
+def _sample_decoders(formats: Iterable[WeightFormat], device: str) -> tuple[dict[str, Tensors], float]:
     """(a decoder for every name that formats share, seconds of their training), trained on the larger sample."""
-    tables: dict[str, Tensors] = {}
+    shared_decoders: dict[str, Tensors] = {}
     begun = time.perf_counter()
     for fmt in formats:
-        for name in set(fmt.tables()) - set(tables):
+        for name in set(fmt.shared_decoders()) - set(shared_decoders):
             sample = _sample(_LARGE, device)
-            demand = demand_of(fmt, sample, Objective.plain(sample), 0)
+            fit_input = capture_fit_input(fmt, sample, Objective.plain(sample), 0)
             with torch.no_grad():
-                tables[name] = demand.fmt.pack_table(train_shared(demand.fmt, [demand], device))
-    return tables, time.perf_counter() - begun
+                shared_decoders[name] = fit_input.fmt.pack_decoder(
+                    train_shared_decoder(fit_input.fmt, [fit_input], device)
+                )
+    return shared_decoders, time.perf_counter() - begun
 
 
-def _timed_as(fmt: WeightFormat) -> WeightFormat:
+def _timing_format(fmt: WeightFormat) -> WeightFormat:
     """The format that is timed in place of one that differs in the size of its groups or in a residual of rank 1."""
-    fmt, _ = _base_of_rank_one(fmt)
+    fmt, _ = _rank_one_base(fmt)
     return dataclasses.replace(fmt, group_size=64) if hasattr(fmt, "group_size") else fmt
 
 
-def _base_of_rank_one(fmt: WeightFormat) -> tuple[WeightFormat, int]:
+def _rank_one_base(fmt: WeightFormat) -> tuple[WeightFormat, int]:
     """(what is fitted beside a residual of rank 1, how often); another format is itself, once."""
-    return (fmt.base, _ROUNDS_BESIDE_RANK_ONE) if isinstance(fmt, LowRankPlus) and fmt.rank == 1 else (fmt, 1)
+    return (fmt.base, _RANK_ONE_ROUNDS) if isinstance(fmt, LowRankPlus) and fmt.rank == 1 else (fmt, 1)
 
 
 def _working_bytes(job: Job) -> int:
     """Memory of the fits, and with calibration of what surrounds them: the most of any moment of a run."""
-    alone = 4 * COPIES_WHILE_FITTING * max((math.prod(matrix.shape) for matrix, _ in job.compressed), default=0)
+    alone = (
+        4 * COPIES_WHILE_FITTING * max((math.prod(matrix.shape) for matrix, _ in job.compressed_matrices), default=0)
+    )
     if not job.settings.calibration:
         return alone
-    whole = job.source.total_parameters * stream_dtype(job).itemsize if _asks_the_whole(job) else 0
-    return max(alone + _end_loss_bytes(job), whole + _end_loss_bytes(job), _end_loss_bytes(job) + _stream_bytes(job))
+    whole = job.source.total_parameters * calibration_dtype(job).itemsize if _requires_full_load(job) else 0
+    return max(
+        alone + _end_loss_bytes(job), whole + _end_loss_bytes(job), _end_loss_bytes(job) + _calibration_bytes(job)
+    )
 
 
-def _asks_the_whole(job: Job) -> bool:
+def _requires_full_load(job: Job) -> bool:
     """Whether the whole original is in memory once: for text of its own, gradients, or a budget's analysis."""
-    analysed = job.forecast is not None and (job.forecast.calibrated or job.forecast.to_analyse)
-    return analysed or job.settings.objective != OUTPUTS or SELF in job.settings.calibration
+    uses_analysis = job.forecast is not None and (job.forecast.calibrated or job.forecast.to_analyse)
+    return uses_analysis or job.settings.objective != OUTPUTS or SELF in job.settings.calibration
 
 
 def _end_loss_bytes(job: Job) -> int:
     """Weights of tokens (guided) or of weights (fisher), kept during all fits."""
-    in_blocks = [matrix.shape for matrix, _ in job.compressed if matrix.block is not None]
+    in_blocks = [matrix.shape for matrix, _ in job.compressed_matrices if matrix.block is not None]
     return {
         OUTPUTS: 0,
-        GUIDED: 4 * _stream_tokens(job) * len(in_blocks),
+        GUIDED: 4 * _calibration_tokens(job) * len(in_blocks),
         FISHER: 4 * sum(math.prod(shape) for shape in in_blocks),
     }[job.settings.objective]
 
 
-def _stream_bytes(job: Job) -> int:
+def _calibration_bytes(job: Job) -> int:
     """Memory on the way through the blocks: hidden states, other arguments of blocks that are made of the tokens, what
     lies outside the blocks, and the largest block.
 
     With a block go the second moments of its inputs, and a pass of tokens or one fit. Nothing of it is ever on disk.
     """
-    dtype = stream_dtype(job)
+    dtype = calibration_dtype(job)
     itemsize = dtype.itemsize
     weights: dict[int | None, int] = defaultdict(int)
     heads = {matrix.parameter for matrix in job.walk.matrices if matrix.kind == "head"}
     for name, shape in job.source.shapes().items():
         if name not in heads and name not in job.walk.tied:
-            weights[block_of(name)] += math.prod(shape)
-    beside: dict[int | None, int] = defaultdict(int)
-    for matrix, _ in job.compressed:
-        beside[matrix.block] += 0 if matrix.expert is not None else 4 * matrix.shape[1] ** 2
-    shapes = [matrix.shape for matrix, _ in job.compressed if matrix.block is not None]
+            weights[block_index(name)] += math.prod(shape)
+    hessian_bytes: dict[int | None, int] = defaultdict(int)
+    for matrix, _ in job.compressed_matrices:
+        hessian_bytes[matrix.block] += 0 if matrix.expert is not None else 4 * matrix.shape[1] ** 2
+    shapes = [matrix.shape for matrix, _ in job.compressed_matrices if matrix.block is not None]
     widest = max((max(shape) for shape in shapes), default=0)
-    tokens = min(_stream_tokens(job), max(TOKENS_PER_PASS, job.settings.calibration_context))
+    tokens = min(_calibration_tokens(job), max(TOKENS_PER_PASS, job.settings.calibration_context))
     one_pass = tokens * widest * _ACTIVATIONS * (itemsize + 4)
     one_fit = max((_calibrated_fit_bytes(shape) for shape in shapes), default=0)
-    outside = weights.pop(None, 0) * itemsize + _stream_tokens(job) * nbytes_per_token(job.source.config, dtype)
-    largest = max((itemsize * size + beside[block] for block, size in weights.items()), default=0)
+    outside = weights.pop(None, 0) * itemsize + _calibration_tokens(job) * nbytes_per_token(job.source.config, dtype)
+    largest = max((itemsize * size + hessian_bytes[block] for block, size in weights.items()), default=0)
     return outside + largest + max(one_pass, one_fit)
 
 
@@ -232,11 +244,11 @@ def _calibrated_fit_bytes(shape: tuple[int, int]) -> int:
     return 4 * max(_COPIES_WHILE_REFITTING * weights, _COPIES_OF_HESSIAN * hessian + COPIES_WHILE_FITTING * weights)
 
 
-def _stream_tokens(job: Job) -> int:
+def _calibration_tokens(job: Job) -> int:
     return job.settings.calibration_windows * job.settings.calibration_context if job.settings.calibration else 0
 
 
-def _stream_seconds(job: Job) -> float:
+def _calibration_seconds(job: Job) -> float:
     """Two passes of all tokens through every block and the sums of their inputs, at the speed of one product.
 
     The end loss takes three more through the whole model: one forward and, twice as long, one back.
@@ -244,13 +256,13 @@ def _stream_seconds(job: Job) -> float:
     if not job.settings.calibration:
         return 0.0
     device = job.settings.device
-    per_operation = _seconds_an_operation(stream_dtype(job), device)
+    per_operation = _seconds_an_operation(calibration_dtype(job), device)
     in_blocks = sum(math.prod(matrix.shape) for matrix in job.walk.matrices if matrix.block is not None)
-    sums = sum(matrix.shape[1] ** 2 for matrix, _ in job.compressed if matrix.block is not None)
+    sums = sum(matrix.shape[1] ** 2 for matrix, _ in job.compressed_matrices if matrix.block is not None)
     seconds = 2 * (2 * in_blocks + sums) * per_operation
     if job.settings.objective != OUTPUTS:
         seconds += _gradient_seconds(job.source, device)
-    return _stream_tokens(job) * seconds
+    return _calibration_tokens(job) * seconds
 
 
 def _gradient_seconds(source: Source, device: str) -> float:
@@ -290,7 +302,7 @@ def _seconds_an_operation(dtype: torch.dtype, device: str, fast: bool = False) -
     return min(seconds) / (2 * 1024**3)
 
 
-def _writing_seconds(job: Job) -> float:
+def _generation_seconds(job: Job) -> float:
     """Text that the model writes itself: a step for every token of a window, all windows of a batch at once.
 
     A step takes what the blocks of a sample net of 64 numbers take, all of it overhead, and a product with every
@@ -298,17 +310,17 @@ def _writing_seconds(job: Job) -> float:
     """
     if job.settings.calibration != (SELF,):
         return 0.0
-    one, three = (seconds_a_step(blocks, job.settings.device) for blocks in (1, 3))
+    one, three = (seconds_per_step(blocks, job.settings.device) for blocks in (1, 3))
     config = job.source.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    cache = config.num_hidden_layers * width * job.settings.calibration_context * WRITTEN_AT_ONCE
-    states, weights = (torch.randn(n, 1024, dtype=stream_dtype(job)).to(job.settings.device) for n in (16, 8192))
+    cache = config.num_hidden_layers * width * job.settings.calibration_context * GENERATION_BATCH
+    states, weights = (torch.randn(n, 1024, dtype=calibration_dtype(job)).to(job.settings.device) for n in (16, 8192))
     begun = time.perf_counter()
     (states @ weights.T).sum().item()
     a_weight = (time.perf_counter() - begun) / weights.numel()
     overhead = one + (three - one) / 2 * (config.num_hidden_layers - 1)
-    steps = math.ceil(job.settings.calibration_windows / WRITTEN_AT_ONCE) * job.settings.calibration_context
+    steps = math.ceil(job.settings.calibration_windows / GENERATION_BATCH) * job.settings.calibration_context
     return steps * (max(one, overhead) + a_weight * (job.source.total_parameters + 2 * cache))
 
 

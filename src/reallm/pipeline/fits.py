@@ -26,17 +26,17 @@ from reallm.artifact import save_tensors
 from reallm.fit import Objective
 from reallm.formats import Shape, Tensors, WeightFormat, to_spec
 
-_ROOMS = ("fit", "formats", "kernels")  # whose code decides what a fit gives
+_PACKAGES = ("fit", "formats", "kernels")  # whose code decides what a fit gives
 _CHECKSUM = "checksum"
 
 
 @dataclass(frozen=True)
-class Fits:
+class FitCache:
     """A folder of packed matrices, one file each; nobody but the user removes them."""
 
     folder: Path
 
-    def found(self, key: str, fmt: WeightFormat, shape: Shape) -> Tensors | None:
+    def get(self, key: str, fmt: WeightFormat, shape: Shape) -> Tensors | None:
         """The packed tensors under a key; None if they are not there, or not as they were put there."""
         path = self._file(key)
         try:
@@ -47,7 +47,7 @@ class Fits:
             return None
         return tensors if whole and _kinds(tensors) == _kinds(fmt.layout(shape)) else None
 
-    def keep(self, key: str, tensors: Tensors) -> None:
+    def put(self, key: str, tensors: Tensors) -> None:
         """Put packed tensors under a key. Errors: OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         own = self.folder / f"{key}.{os.getpid()}"  # several processes may find the same
@@ -58,7 +58,7 @@ class Fits:
         return self.folder / f"{key}.safetensors"
 
 
-def key_of(fmt: WeightFormat, weight: Tensor, objective: Objective, seed: int) -> str:
+def fit_key(fmt: WeightFormat, weight: Tensor, objective: Objective, seed: int) -> str:
     """Name of a fit: equal for equal inputs, on one kind of device, by the same code."""
     device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type
     facts = [to_spec(fmt), seed, device, torch.__version__, _code()]
@@ -92,7 +92,7 @@ def _kinds(tensors: Tensors) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 def _code() -> str:
     """sha256 of the sources that fits come from."""
     digest = hashlib.sha256()
-    for room in _ROOMS:
-        for file in sorted((Path(__file__).parent.parent / room).glob("*.py")):
+    for package in _PACKAGES:
+        for file in sorted((Path(__file__).parent.parent / package).glob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()

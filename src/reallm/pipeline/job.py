@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from reallm.allocate import MatrixInfo, Plan, Planned
+from reallm.allocate import MatrixInfo, Plan, PlanEntry
 from reallm.allocate.options import Options
 from reallm.artifact import Manifest, StoredMatrix
 from reallm.fit.objective import GUIDED
 from reallm.model import Matrix, Source, Walk
-from reallm.model.walk import LEFT_OUT
-from reallm.pipeline.settings import Settings, calibration_of
+from reallm.model.walk import EXCLUDED_BY_PLAN
+from reallm.pipeline.settings import Settings, calibration_record
 
 # Bytes of a size that are left for notes of tuning: one takes 190 to 390, and later ones make room for themselves.
-KEPT_FOR_TUNING = 600
+RESERVED_FOR_TUNING = 600
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,22 @@ class Job:
         return None if self.forecast is None else self.forecast.size
 
     @property
-    def kept_for_tuning(self) -> int:
+    def reserved_for_tuning(self) -> int:
         """Bytes of the size that are not filled."""
-        return 0 if self.size is None else KEPT_FOR_TUNING
+        return 0 if self.size is None else RESERVED_FOR_TUNING
 
     @property
-    def compressed(self) -> list[tuple[Matrix, Planned]]:
+    def compressed_matrices(self) -> list[tuple[Matrix, PlanEntry]]:
         """The matrices to compress, in model order, with their formats."""
         planned = {entry.matrix.name: entry for entry in self.plan.entries}
         return [(matrix, planned[matrix.name]) for matrix in self.walk.matrices if matrix.name in planned]
 
     @property
-    def kept(self) -> dict[str, str]:
+    def unquantized(self) -> dict[str, str]:
         """Tensors that stay as they are, with the reason."""
-        reasons = {kept.name: kept.reason for kept in self.walk.kept}
+        reasons = {unquantized.name: unquantized.reason for unquantized in self.walk.unquantized}
         planned = {entry.matrix.name for entry in self.plan.entries}
-        left_out = {m.parameter: LEFT_OUT for m in self.walk.matrices if m.name not in planned}
+        left_out = {m.parameter: EXCLUDED_BY_PLAN for m in self.walk.matrices if m.name not in planned}
         return reasons | left_out
 
     @property
@@ -87,7 +87,7 @@ class Job:
         """What the loader must know. `coded`: local names of entropy-coded tensors by matrix."""
         names = coded or {}
         matrices = tuple(
-            StoredMatrix(m.name, p.fmt, m.shape, m.kind, names.get(m.name, ())) for m, p in self.compressed
+            StoredMatrix(m.name, p.fmt, m.shape, m.kind, names.get(m.name, ())) for m, p in self.compressed_matrices
         )
         return Manifest(matrices, provenance(self, fingerprint))
 
@@ -106,10 +106,10 @@ def provenance(job: Job, fingerprint: str) -> dict[str, Any]:
         "recipe": job.plan.recipe,
         "seed": job.settings.seed,
         "device": torch.device(job.settings.device).type,
-        "calibration": calibration_of(job.settings),
+        "calibration": calibration_record(job.settings),
         "torch": torch.__version__,
     }
 
 
-def info_of(matrix: Matrix) -> MatrixInfo:
+def matrix_info(matrix: Matrix) -> MatrixInfo:
     return MatrixInfo(matrix.name, matrix.shape, matrix.role, matrix.kind, matrix.block)

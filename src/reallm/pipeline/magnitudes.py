@@ -10,14 +10,14 @@ import dataclasses
 from jaxtyping import Float
 from torch import Tensor
 
-from reallm.allocate import Planned
+from reallm.allocate import PlanEntry
 from reallm.errors import SourceError
 from reallm.fit import Objective, fit, relative_error
 from reallm.formats import Tensors, WeightFormat
 from reallm.formats.range import is_beyond_float16, ordinary_magnitude, with_wide_range
 from reallm.model import Matrix
 from reallm.pipeline.job import Job
-from reallm.pipeline.reading import checked_weight, seed_of
+from reallm.pipeline.reading import load_weight, matrix_seed
 
 # Of the squared error at an ordinary magnitude; fits that start at random differ by some per cent.
 _MORE, _LITTLE = 1.5, 0.01
@@ -27,16 +27,16 @@ def within_range(job: Job) -> Job:
     """The job with formats that can hold every matrix; ordinary ones keep theirs. Reads each matrix once."""
     options = {} if job.forecast is None else dict(job.forecast.options)
     changed: dict[str, WeightFormat] = {}
-    for matrix, planned in job.compressed:
+    for matrix, planned in job.compressed_matrices:
         formats = [planned.fmt, *(option.fmt for option in options.get(matrix.name, ()))]
-        if any(with_wide_range(fmt) != fmt for fmt in formats) and is_beyond_float16(checked_weight(job, matrix)):
+        if any(with_wide_range(fmt) != fmt for fmt in formats) and is_beyond_float16(load_weight(job, matrix)):
             changed[matrix.name] = with_wide_range(planned.fmt)
             options[matrix.name] = [
                 dataclasses.replace(option, fmt=with_wide_range(option.fmt)) for option in options.get(matrix.name, ())
             ]
     if not changed:
         return job
-    entries = tuple(Planned(e.matrix, changed.get(e.matrix.name, e.fmt)) for e in job.plan.entries)
+    entries = tuple(PlanEntry(e.matrix, changed.get(e.matrix.name, e.fmt)) for e in job.plan.entries)
     forecast = None if job.forecast is None else dataclasses.replace(job.forecast, options=options)
     return dataclasses.replace(job, plan=dataclasses.replace(job.plan, entries=entries), forecast=forecast)
 
@@ -53,7 +53,7 @@ def check_held(
     stored = {name: tensor.to(weight.device) for name, tensor in tensors.items()}
     found = relative_error(weight, fmt.decode(fmt.unpack(stored, matrix.shape), matrix.shape))
     ordinary = ordinary_magnitude(weight)
-    parts = fit(fmt, ordinary, objective, seed_of(job, matrix.name))
+    parts = fit(fmt, ordinary, objective, matrix_seed(job, matrix.name))
     best = relative_error(ordinary, fmt.decode(parts, matrix.shape))
     if not found <= _MORE * best + _LITTLE:  # nan neither
         size = weight.double().square().mean().sqrt().item()

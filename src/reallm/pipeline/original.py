@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reallm.artifact import finished_file, read_kept, save_tensors
+from reallm.artifact import finished_file, read_work_tensors, save_tensors
 from reallm.formats import Tensors
 from reallm.formats.waist import empty
 from reallm.model import Matrix
 from reallm.model.calibration import SELF
 from reallm.model.gradients import Guidance, guidance
-from reallm.pipeline.calibrating import Progress, calibration_windows, telling
+from reallm.pipeline.calibrating import Progress, calibration_windows, phase_callback
 from reallm.pipeline.job import Job
 
 GRADIENTS = "gradients of the end loss"  # a phase of the progress
@@ -27,7 +27,7 @@ _WRITTEN, _GUIDANCE = "written", "guidance"
 Original = Callable[[], torch.nn.Module]
 
 
-def windows_of(job: Job, work: Path, original: Original, progress: Progress | None) -> Tensor:
+def job_windows(job: Job, work: Path, original: Original, progress: Progress | None) -> Tensor:
     """Token ids (windows, context) of the job's calibration. `original` is asked for only to write text itself.
 
     Errors: ArtifactError naming a damaged file.
@@ -38,10 +38,10 @@ def windows_of(job: Job, work: Path, original: Original, progress: Progress | No
     if not path.is_file():
         written = calibration_windows(job.source, job.settings, original, progress)
         save_tensors({"windows": written.to(torch.int32)}, path)
-    return read_kept(path, _written_layout(job))["windows"].long()
+    return read_work_tensors(path, _windows_layout(job))["windows"].long()
 
 
-def guidance_of(
+def load_guidance(
     job: Job, work: Path, windows: Tensor, original: Original, progress: Progress | None
 ) -> dict[str, Guidance]:
     """Guidance of every matrix in a block that a gradient reaches, finished ones too: a size may fit them again.
@@ -50,46 +50,50 @@ def guidance_of(
     """
     path = finished_file(work, _GUIDANCE)
     if path.is_file():
-        kept = read_kept(path, _guidance_layout(job))
+        kept = read_work_tensors(path, _guidance_layout(job))
     else:
-        told = telling(progress, GRADIENTS, len(windows))
-        found = guidance(original(), windows, _guided(job), job.settings.device, told)
+        on_progress = phase_callback(progress, GRADIENTS, len(windows))
+        found = guidance(original(), windows, _guided_matrices(job), job.settings.device, on_progress)
         kept = {
             name: tensor
-            for matrix in _guided(job)
-            for name, tensor in _named(matrix, found.get(matrix.name), job).items()
+            for matrix in _guided_matrices(job)
+            for name, tensor in _guidance_tensors(matrix, found.get(matrix.name), job).items()
         }
         save_tensors(kept, path)
-    pairs = {m.name: (kept[f"{m.name}.tokens"], kept[f"{m.name}.rows"]) for m in _guided(job)}
+    pairs = {m.name: (kept[f"{m.name}.tokens"], kept[f"{m.name}.rows"]) for m in _guided_matrices(job)}
     return {name: Guidance(tokens, rows) for name, (tokens, rows) in pairs.items() if tokens.any()}
 
 
-def kept_layouts(job: Job) -> list[Tensors]:
+def teacher_layouts(job: Job) -> list[Tensors]:
     """What the files of this module will hold, on the meta device."""
-    written = [_written_layout(job)] if job.settings.calibration == (SELF,) else []
+    written = [_windows_layout(job)] if job.settings.calibration == (SELF,) else []
     return written + ([_guidance_layout(job)] if job.guided else [])
 
 
-def _guided(job: Job) -> list[Matrix]:
-    return [matrix for matrix, _ in job.compressed if matrix.block is not None and matrix.expert is None]
+def _guided_matrices(job: Job) -> list[Matrix]:
+    return [matrix for matrix, _ in job.compressed_matrices if matrix.block is not None and matrix.expert is None]
 
 
-def _named(matrix: Matrix, own: Guidance | None, job: Job) -> Tensors:
+def _guidance_tensors(matrix: Matrix, own: Guidance | None, job: Job) -> Tensors:
     """Zeros for a matrix that no gradient reached."""
     if own is None:
-        return {name: torch.zeros(tensor.shape) for name, tensor in _guidance_of_one(matrix, job).items()}
+        return {name: torch.zeros(tensor.shape) for name, tensor in _matrix_guidance_layout(matrix, job).items()}
     return {f"{matrix.name}.tokens": own.tokens, f"{matrix.name}.rows": own.rows}
 
 
-def _written_layout(job: Job) -> Tensors:
+def _windows_layout(job: Job) -> Tensors:
     return {"windows": empty((job.settings.calibration_windows, job.settings.calibration_context), torch.int32)}
 
 
 def _guidance_layout(job: Job) -> Tensors:
-    return {name: tensor for matrix in _guided(job) for name, tensor in _guidance_of_one(matrix, job).items()}
+    return {
+        name: tensor
+        for matrix in _guided_matrices(job)
+        for name, tensor in _matrix_guidance_layout(matrix, job).items()
+    }
 
 
-def _guidance_of_one(matrix: Matrix, job: Job) -> Tensors:
+def _matrix_guidance_layout(matrix: Matrix, job: Job) -> Tensors:
     shape = job.settings.calibration_windows, job.settings.calibration_context
     tokens, rows = empty(shape, torch.float32), empty((matrix.shape[0],), torch.float32)
     return {f"{matrix.name}.tokens": tokens, f"{matrix.name}.rows": rows}

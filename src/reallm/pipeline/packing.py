@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from reallm.allocate import MatrixInfo, Plan
-from reallm.allocate.options import LEAST_SHARE, Option, option_of, options_for, solve_plan
-from reallm.artifact import coded_tensor
+from reallm.allocate.options import LEAST_SHARE, Option, find_option, matrix_options, solve_plan
+from reallm.artifact import encode_tensor
 from reallm.artifact import unpack as decoder
 from reallm.artifact.checks import PICKLES, suffix_of
 from reallm.errors import ArtifactError, RecipeError, SourceError
@@ -39,7 +39,7 @@ from reallm.formats.dense import Dense
 from reallm.formats.entropy_coded import EntropyCoded
 from reallm.formats.normal_float import NormalFloat
 from reallm.formats.uniform import Uniform
-from reallm.pipeline.analysis import tried
+from reallm.pipeline.analysis import measure_format
 
 _LEAST_WEIGHTS = 2048  # smaller tensors (norms, biases, gates) are kept as they are
 _SAMPLE = 1 << 16  # weights of a tensor on which candidates are tried: 46 of them take 2 s
@@ -52,7 +52,7 @@ _NAMES = {
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackReport:
     """What became of a state dict: bytes of the file and what is left of the cap, and what reading it back gave."""
 
     nbytes: int
@@ -73,7 +73,7 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class _State:
+class _StateDict:
     """A state dict by what becomes of it."""
 
     matrices: dict[str, Tensor]  # stored in formats; two axes
@@ -87,10 +87,10 @@ def pack(
     state: str | Path,
     out: str | Path,
     max_bytes: int,
-    with_files: Sequence[str | Path] = (),
+    extra_files: Sequence[str | Path] = (),
     seed: int = 0,
     device: str = "cpu",
-) -> Packed:
+) -> PackReport:
     """Pack a safetensors state dict and code files into one file of at most `max_bytes` bytes, and read it back.
 
     Errors: SourceError for a state dict that cannot be read or is not finite; RecipeError naming the smallest possible
@@ -100,25 +100,27 @@ def pack(
     if os.path.lexists(out):
         raise ArtifactError(f"{out} exists; give another --output or remove it")
     original = _load(Path(state))
-    parts = _sorted(original)
-    code = {Path(file).name: lzma.compress(_read(Path(file)), preset=9 | lzma.PRESET_EXTREME) for file in with_files}
+    parts = _classify_tensors(original)
+    code = {
+        Path(file).name: lzma.compress(_read_file(Path(file)), preset=9 | lzma.PRESET_EXTREME) for file in extra_files
+    }
     infos = [MatrixInfo(n, (t.shape[0], t.shape[1]), "other", "block") for n, t in parts.matrices.items()]
-    work = _Work(parts, code, seed, device)
-    data = _within(work, infos, max_bytes)
+    work = _Packer(parts, code, seed, device)
+    data = _solve(work, infos, max_bytes)
     partial = out.with_name(out.name + ".partial")
     partial.write_bytes(data)
-    report = _checked(partial, original, parts, work, max_bytes)
+    report = _verify_file(partial, original, parts, work, max_bytes)
     os.replace(partial, out)
     return report
 
 
-class _Work:
+class _Packer:
     """Fits and renders; a matrix is fitted once in each format that is tried."""
 
-    def __init__(self, parts: _State, code: dict[str, bytes], seed: int, device: str) -> None:
+    def __init__(self, parts: _StateDict, code: dict[str, bytes], seed: int, device: str) -> None:
         self.parts, self.code, self.seed, self.device = parts, code, seed, device
         self.fitted: dict[tuple[str, WeightFormat], list[tuple[str, Tensor, Tensor | None]]] = {}
-        self.exact = {name: _stored({"values": tensor}) for name, tensor in parts.exact.items()}
+        self.exact = {name: _encode_tensors({"values": tensor}) for name, tensor in parts.exact.items()}
         self.plan = Plan((), "pack")
 
     def fit(self, name: str, fmt: WeightFormat) -> list[tuple[str, Tensor, Tensor | None]]:
@@ -128,12 +130,12 @@ class _Work:
             shape = (weight.shape[0], weight.shape[1])
             with torch.no_grad():
                 tensors = fmt.pack(fit(fmt, weight, Objective.relative_columns(weight), self.seed), shape)
-            self.fitted[name, fmt] = _stored(tensors)
+            self.fitted[name, fmt] = _encode_tensors(tensors)
         return self.fitted[name, fmt]
 
     def nbytes(self, name: str, fmt: WeightFormat) -> int:
         """Bytes in the file of a matrix that was fitted."""
-        return sum(_written(raw, coded).nbytes for _, raw, coded in self.fitted[name, fmt])
+        return sum(_stored_tensor(raw, coded).nbytes for _, raw, coded in self.fitted[name, fmt])
 
     def render(self, plan: Plan) -> bytes:
         """The whole file."""
@@ -146,7 +148,7 @@ class _Work:
             fmt = formats.get(name)
             stored = self.exact[name] if fmt is None else self.fit(name, fmt)
             entries.append(_entry(name, self.parts, fmt, stored))
-            blobs += [_bytes(_written(raw, coded)) for _, raw, coded in stored]
+            blobs += [_tensor_bytes(_stored_tensor(raw, coded)) for _, raw, coded in stored]
         header = {
             "tensors": entries,
             "same": self.parts.tied,
@@ -157,7 +159,7 @@ class _Work:
         return decoder.MAGIC + len(text).to_bytes(4, "little") + zlib.crc32(body).to_bytes(4, "little") + body
 
 
-def _within(work: _Work, infos: Sequence[MatrixInfo], max_bytes: int) -> bytes:
+def _solve(work: _Packer, infos: Sequence[MatrixInfo], max_bytes: int) -> bytes:
     """The file of least error that the cap allows: chosen by samples, then corrected by what fits really take."""
     weights = sum(info.weights for info in infos)
     samples = {info.name: {} for info in infos}
@@ -166,10 +168,10 @@ def _within(work: _Work, infos: Sequence[MatrixInfo], max_bytes: int) -> bytes:
         of_matrix = samples[info.name]
         if fmt not in of_matrix:
             weight = work.parts.matrices[info.name].to(work.device, torch.float32)
-            of_matrix[fmt] = tried(fmt, weight, work.seed, max(8, _SAMPLE // weight.shape[1]))
+            of_matrix[fmt] = measure_format(fmt, weight, work.seed, max(8, _SAMPLE // weight.shape[1]))
         return of_matrix[fmt]
 
-    options = options_for(
+    options = matrix_options(
         infos,
         lambda info: pack_candidates(work.parts.dtypes[info.name]),
         lambda info, fmt: sample(info, fmt).error * info.weights / weights,
@@ -195,11 +197,11 @@ def _within(work: _Work, infos: Sequence[MatrixInfo], max_bytes: int) -> bytes:
             if len(data) >= LEAST_SHARE * max_bytes:
                 break
         overhead = len(data) - sum(work.nbytes(entry.matrix.name, entry.fmt) for entry in plan.entries)
-        count = _counting(work, guess=number < _GUESSES)
+        count = _option_nbytes(work, guess=number < _GUESSES)
         penalty = _SWAP_PENALTY * _loss(plan, options) / max(len(plan.entries), 1)
         try:
             changed = solve_plan(
-                infos, options, max_bytes, overhead=overhead, base=plan, nbytes_of=count, swap_penalty=penalty
+                infos, options, max_bytes, overhead=overhead, base=plan, nbytes_fn=count, swap_penalty=penalty
             )
         except RecipeError:
             break
@@ -209,7 +211,7 @@ def _within(work: _Work, infos: Sequence[MatrixInfo], max_bytes: int) -> bytes:
     return work.render(best)
 
 
-def _counting(work: _Work, guess: bool) -> Callable[[MatrixInfo, Option], int]:
+def _option_nbytes(work: _Packer, guess: bool) -> Callable[[MatrixInfo, Option], int]:
     """Bytes of an option: measured if it was tried; else as expected, or all that it can take."""
 
     def count(info: MatrixInfo, option: Option) -> int:
@@ -236,9 +238,9 @@ _GROUPS = ((0, "float16"), (64, "two_level"))
 
 
 def _extreme_entries(infos: Sequence[MatrixInfo], options: Any) -> list[Any]:
-    from reallm.allocate import Planned
+    from reallm.allocate import PlanEntry
 
-    return [Planned(info, min(options[info.name], key=lambda o: (o.nbytes, o.loss)).fmt) for info in infos]
+    return [PlanEntry(info, min(options[info.name], key=lambda o: (o.nbytes, o.loss)).fmt) for info in infos]
 
 
 def _least_bytes(options: Any) -> int:
@@ -246,7 +248,7 @@ def _least_bytes(options: Any) -> int:
 
 
 def _loss(plan: Plan, options: Any) -> float:
-    return sum(option_of(entry, options).loss for entry in plan.entries)
+    return sum(find_option(entry, options).loss for entry in plan.entries)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -266,20 +268,20 @@ def _load(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _read(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _sorted(state: dict[str, Tensor]) -> _State:
+def _classify_tensors(state: dict[str, Tensor]) -> _StateDict:
     """Matrices, tensors that are kept, and tensors that are another's bit for bit."""
     owners: dict[bytes, str] = {}
     matrices, exact, tied = {}, {}, {}
     for name, tensor in state.items():
         identity = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
-        owner = owners.setdefault(hashlib.sha256(identity + _bytes(tensor)).digest(), name)
+        owner = owners.setdefault(hashlib.sha256(identity + _tensor_bytes(tensor)).digest(), name)
         if owner != name:
             tied[name] = owner
         elif tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel() >= _LEAST_WEIGHTS:
@@ -287,19 +289,19 @@ def _sorted(state: dict[str, Tensor]) -> _State:
         else:
             exact[name] = tensor
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return _State(matrices, exact, tied, shapes, {name: tensor.dtype for name, tensor in state.items()})
+    return _StateDict(matrices, exact, tied, shapes, {name: tensor.dtype for name, tensor in state.items()})
 
 
-def _stored(tensors: Tensors) -> list[tuple[str, Tensor, Tensor | None]]:
-    return [(name, tensor.cpu().contiguous(), coded_tensor(tensor)) for name, tensor in tensors.items()]
+def _encode_tensors(tensors: Tensors) -> list[tuple[str, Tensor, Tensor | None]]:
+    return [(name, tensor.cpu().contiguous(), encode_tensor(tensor)) for name, tensor in tensors.items()]
 
 
-def _written(raw: Tensor, coded: Tensor | None) -> Tensor:
+def _stored_tensor(raw: Tensor, coded: Tensor | None) -> Tensor:
     return raw if coded is None else coded
 
 
 def _entry(
-    name: str, parts: _State, fmt: WeightFormat | None, stored: list[tuple[str, Tensor, Tensor | None]]
+    name: str, parts: _StateDict, fmt: WeightFormat | None, stored: list[tuple[str, Tensor, Tensor | None]]
 ) -> dict[str, Any]:
     matrix: Shape | None = None
     if fmt is not None:
@@ -311,17 +313,19 @@ def _entry(
         "matrix": matrix,
         "format": None if fmt is None else to_spec(fmt),
         "stored": [
-            [local, _NAMES[raw.dtype], list(raw.shape), _written(raw, coded).nbytes, coded is not None]
+            [local, _NAMES[raw.dtype], list(raw.shape), _stored_tensor(raw, coded).nbytes, coded is not None]
             for local, raw, coded in stored
         ],
     }
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def _tensor_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _checked(path: Path, original: dict[str, Tensor], parts: _State, work: _Work, max_bytes: int) -> Packed:
+def _verify_file(
+    path: Path, original: dict[str, Tensor], parts: _StateDict, work: _Packer, max_bytes: int
+) -> PackReport:
     """Reads the file back with the small decoder, and compares."""
     found = decoder.unpack(path)
     formats = {entry.matrix.name: entry.fmt for entry in work.plan.entries}
@@ -341,7 +345,7 @@ def _checked(path: Path, original: dict[str, Tensor], parts: _State, work: _Work
             rows.append({"name": name, "format": to_spec(fmt), "nbytes": nbytes, "error": float(own / (size or 1.0))})
     worst = max(rows, key=lambda row: row["error"], default={"name": "", "error": 0.0})
     text = Path(decoder.__file__).read_bytes()
-    return Packed(
+    return PackReport(
         nbytes=path.stat().st_size,
         max_bytes=max_bytes,
         decoder_nbytes=len(text),

@@ -11,10 +11,10 @@ from reallm.allocate import MatrixInfo, Plan, Recipe, load_recipe, plan_from_rec
 from reallm.errors import RecipeError
 from reallm.model import Matrix, Source, Walk, open_source, walk
 from reallm.model.devices import check_device
-from reallm.pipeline.budgeting import from_budget
-from reallm.pipeline.calibrating import Progress, with_windows_there_are
-from reallm.pipeline.job import Job, info_of
-from reallm.pipeline.settings import Settings, check_calibration, check_goal, decided
+from reallm.pipeline.budgeting import plan_for_budget
+from reallm.pipeline.calibrating import Progress, clamp_windows
+from reallm.pipeline.job import Job, matrix_info
+from reallm.pipeline.settings import Settings, check_calibration, check_goal, resolve_objective
 
 
 def prepare(
@@ -34,19 +34,19 @@ def prepare(
     check_device(settings.device)
     _check_folders(settings)
     recipe = None if settings.recipe is None else load_recipe(settings.recipe)
-    settings = decided(settings, recipe)
+    settings = resolve_objective(settings, recipe)
     source = model if isinstance(model, Source) else open_source(model)
     source.check()
-    settings = with_windows_there_are(source, settings)
+    settings = clamp_windows(source, settings)
     walked = walk(source.skeleton)
-    chosen = [info_of(matrix) for matrix in _selected(walked.matrices, settings)]
-    infos = [info_of(matrix) for matrix in walked.matrices]
+    chosen = [matrix_info(matrix) for matrix in _select_matrices(walked.matrices, settings)]
+    infos = [matrix_info(matrix) for matrix in walked.matrices]
     if recipe is not None:
-        job = _from_recipe(source, walked, chosen, infos, settings, recipe)
+        job = _plan_recipe(source, walked, chosen, infos, settings, recipe)
         if settings.size is not None or settings.bits_per_parameter is not None:
-            job = from_budget(source, walked, chosen, settings, job.plan, progress, analyse)
+            job = plan_for_budget(source, walked, chosen, settings, job.plan, progress, analyse)
     else:
-        job = from_budget(source, walked, chosen, settings, progress=progress, analyse=analyse)
+        job = plan_for_budget(source, walked, chosen, settings, progress=progress, analyse=analyse)
     _check_plan(job.plan, walked)
     return job
 
@@ -58,16 +58,16 @@ def _check_folders(settings: Settings) -> None:
             raise RecipeError(f"{option} {folder}: is a file; give a folder")
 
 
-def _from_recipe(
+def _plan_recipe(
     source: Source, walked: Walk, chosen: list[MatrixInfo], infos: list[MatrixInfo], settings: Settings, recipe: Recipe
 ) -> Job:
-    ends = {"embedding": settings.embedding, "head": settings.head}
-    recipe = recipe.model_copy(update={kind: spec for kind, spec in ends.items() if spec is not None})
+    embedding_formats = {"embedding": settings.embedding, "head": settings.head}
+    recipe = recipe.model_copy(update={kind: spec for kind, spec in embedding_formats.items() if spec is not None})
     plan = plan_from_recipe(recipe, chosen, settings.rank, infos)
     return Job(source, walked, plan, settings, recipe.coding if settings.coding is None else settings.coding)
 
 
-def _selected(matrices: Sequence[Matrix], settings: Settings) -> list[Matrix]:
+def _select_matrices(matrices: Sequence[Matrix], settings: Settings) -> list[Matrix]:
     """Matrices that --include and --exclude leave.
 
     Errors: RecipeError for a pattern that fits nothing.
@@ -78,11 +78,11 @@ def _selected(matrices: Sequence[Matrix], settings: Settings) -> list[Matrix]:
             if not fnmatch.filter(names, pattern):
                 raise RecipeError(f"{option} {pattern!r} fits no matrix (one is {names[0] if names else 'none'})")
 
-    def wanted(name: str) -> bool:
+    def is_selected(name: str) -> bool:
         included = not settings.include or any(fnmatch.fnmatchcase(name, p) for p in settings.include)
         return included and not any(fnmatch.fnmatchcase(name, p) for p in settings.exclude)
 
-    return [matrix for matrix in matrices if wanted(matrix.name)]
+    return [matrix for matrix in matrices if is_selected(matrix.name)]
 
 
 def _check_plan(plan: Plan, walked: Walk) -> None:

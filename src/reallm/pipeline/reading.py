@@ -35,7 +35,7 @@ def check_matrices(job: Job, matrices: Iterable[Matrix]) -> None:
         _check_weight(matrix, read_matrix(job.source, matrix))
 
 
-def checked_weight(job: Job, matrix: Matrix) -> Float[Tensor, "out in"]:
+def load_weight(job: Job, matrix: Matrix) -> Float[Tensor, "out in"]:
     """A matrix in float32 on the job's device. Errors: SourceError for numbers that no model has."""
     weight = read_matrix(job.source, matrix).to(job.settings.device, torch.float32)
     _check_weight(matrix, weight)
@@ -55,6 +55,6 @@ def check_finite(name: str, weight: Tensor) -> None:
         raise SourceError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite; the model is damaged")
 
 
-def seed_of(job: Job, name: str) -> int:
+def matrix_seed(job: Job, name: str) -> int:
     """Every matrix, and every shared decoder, has its own seed: none depends on which were fitted before it."""
     return (job.settings.seed + zlib.crc32(name.encode())) % _SEEDS

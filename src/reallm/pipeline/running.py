@@ -15,38 +15,38 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from reallm.allocate import MatrixInfo, Plan, Planned
+from reallm.allocate import MatrixInfo, Plan, PlanEntry
 from reallm.allocate.options import LEAST_SHARE, Option, Options
 from reallm.artifact import (
     STAGING,
     check_finished,
     check_finished_output,
     check_output,
-    code,
-    code_within_size,
+    encode_tensors,
+    encode_untrained_tensors,
     finished_file,
-    opened,
+    open_work_folder,
     read_ledger,
-    remove,
+    remove_work_folder,
     work_folder,
     write_shards,
 )
 from reallm.artifact.checks import read_json
-from reallm.artifact.integrity import checksums_of
+from reallm.artifact.integrity import compute_checksums
 from reallm.errors import ArtifactError, RecipeError
 from reallm.formats import WeightFormat, from_spec, to_spec
 from reallm.formats.shared import PREFIX as SHARED
-from reallm.formats.waist import inner, under
-from reallm.kernels import give_back_freed_blocks
-from reallm.pipeline.byte_budget import adjust_plan, renamed, shrink_recipe, too_large
+from reallm.formats.waist import add_prefix, strip_prefix
+from reallm.kernels import set_mmap_threshold
+from reallm.pipeline.byte_budget import adjust_plan, rename_plan, shrink_recipe, too_large_error
 from reallm.pipeline.calibrating import Progress
 from reallm.pipeline.fitting import fit_all
 from reallm.pipeline.job import Job
 from reallm.pipeline.magnitudes import within_range
 from reallm.pipeline.preparing import prepare
 from reallm.pipeline.reading import check_finite, check_matrices
-from reallm.pipeline.settings import calibration_of, settings_from
-from reallm.pipeline.whole import WholeFile, nbytes_by_file, write_texts
+from reallm.pipeline.settings import calibration_record, make_settings
+from reallm.pipeline.whole import ArtifactSize, nbytes_by_file, write_texts
 
 _CHANGED_PLAN = "changed.json"  # in the work folder: formats that differ from those the run began with
 _CHANGES, _GUESSES = 10, 5
@@ -69,33 +69,35 @@ def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = N
     """
     out = Path(out)
     check_output(out, resume)
-    give_back_freed_blocks(_LARGE_BLOCK)
+    set_mmap_threshold(_LARGE_BLOCK)
     fingerprint = job.source.fingerprint()
     job = within_range(job)
     work, state = work_folder(out), _state(job, fingerprint)
     if finished := out.exists():
         # A job with a size may have changed formats on the way.
         check_finished_output(out, state, formats_may_differ=job.size is not None)
-    with opened(work, state):
+    with open_work_folder(work, state):
         if not finished:
             _fit_and_write(job, fingerprint, work, out, progress)
-        remove(work)
+        remove_work_folder(work)
 
 
 def _fit_and_write(job: Job, fingerprint: str, work: Path, out: Path, progress: Progress | None) -> None:
     """Fit everything, put the artifact together in the work folder, then in its place by one rename."""
     _check_weights(job, work)
-    job, past = _as_left(job, work)
+    job, attempts = _resume_plan(job, work)
     fit_all(job, work, progress)
-    staging = _staged(job, fingerprint, work)
-    while (changed := _nearer_to_size(job, staging, past)) is not None:
-        anew = _note_changes(job, changed, past, work)
+    staging = _stage_artifact(job, fingerprint, work)
+    while (changed := _adjust_to_size(job, staging, attempts)) is not None:
+        refit_names = _note_changes(job, changed, attempts, work)
         if progress:
-            _, total = past.plans[-1]
-            progress(f"{total:,} bytes for {job.size:,}; matrices in other formats: {len(anew)}", 0, len(anew))
+            _, total = attempts.plans[-1]
+            progress(
+                f"{total:,} bytes for {job.size:,}; matrices in other formats: {len(refit_names)}", 0, len(refit_names)
+            )
         job = changed
         fit_all(job, work, progress)
-        staging = _staged(job, fingerprint, work)
+        staging = _stage_artifact(job, fingerprint, work)
     _check_size(job, staging)
     os.rename(staging, out)
 
@@ -106,7 +108,7 @@ def compress(model: str | Path, out: str | Path, *, resume: bool = False, **sett
     `settings` are those of `Settings`, more freely written: `size="60MB"`, `calibration="text.txt"`.
     Errors: those of `prepare` and `run`.
     """
-    run(prepare(model, settings_from(**settings)), Path(out), resume)
+    run(prepare(model, make_settings(**settings)), Path(out), resume)
 
 
 def _state(job: Job, fingerprint: str) -> dict[str, Any]:
@@ -115,8 +117,8 @@ def _state(job: Job, fingerprint: str) -> dict[str, Any]:
         "source": fingerprint,
         "seed": job.settings.seed,
         "device": job.settings.device,
-        "calibration": calibration_of(job.settings),
-        "plan": {m.name: to_spec(p.fmt) for m, p in job.compressed},
+        "calibration": calibration_record(job.settings),
+        "plan": {m.name: to_spec(p.fmt) for m, p in job.compressed_matrices},
     }
 
 
@@ -127,21 +129,23 @@ def _check_weights(job: Job, work: Path) -> None:
     """
     analysed = job.forecast is not None and job.forecast.calibrated
     if job.settings.calibration and not analysed:
-        check_matrices(job, (matrix for matrix, _ in job.compressed if not finished_file(work, matrix.name).is_file()))
-    for name in job.kept:
+        check_matrices(
+            job, (matrix for matrix, _ in job.compressed_matrices if not finished_file(work, matrix.name).is_file())
+        )
+    for name in job.unquantized:
         tensor = job.source.read(name)
         if tensor.is_floating_point():
             check_finite(name, tensor)
 
 
-def _staged(job: Job, fingerprint: str, work: Path) -> Path:
+def _stage_artifact(job: Job, fingerprint: str, work: Path) -> Path:
     """The whole artifact in a folder inside the work folder."""
     staging = work / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     coded: dict[str, tuple[str, ...]] = {}
     write_shards(_tensors(job, work, coded), staging)
-    _write_companions(job, fingerprint, coded, staging)
+    _write_auxiliary_files(job, fingerprint, coded, staging)
     return staging
 
 
@@ -152,30 +156,32 @@ def _tensors(job: Job, work: Path, coded: dict[str, tuple[str, ...]]) -> Iterato
     """
     from reallm.model import marker_tensors
 
-    for matrix, planned in job.compressed:
+    for matrix, planned in job.compressed_matrices:
         with safe_open(finished_file(work, matrix.name), framework="pt") as file:
-            tensors = inner(matrix.name, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no dict
+            tensors = strip_prefix(matrix.name, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no dict
         if job.coding:
-            tensors, names = code(tensors) if job.size is None else code_within_size(planned.fmt, tensors)
+            tensors, names = (
+                encode_tensors(tensors) if job.size is None else encode_untrained_tensors(planned.fmt, tensors)
+            )
             coded |= {matrix.name: names} if names else {}
-        yield from under(matrix.name, tensors).items()
-    for name in job.plan.tables:
+        yield from add_prefix(matrix.name, tensors).items()
+    for name in job.plan.shared_decoders:
         with safe_open(finished_file(work, f"{SHARED}.{name}"), framework="pt") as file:
             stored = {local: file.get_tensor(local) for local in file.keys()}  # noqa: SIM118 - no dict
-        yield from under(f"{SHARED}.{name}", stored).items()
-    for name in job.kept:
+        yield from add_prefix(f"{SHARED}.{name}", stored).items()
+    for name in job.unquantized:
         yield name, job.source.read(name)
-    yield from marker_tensors([matrix for matrix, _ in job.compressed]).items()
+    yield from marker_tensors([matrix for matrix, _ in job.compressed_matrices]).items()
 
 
-def _write_companions(job: Job, fingerprint: str, coded: dict[str, tuple[str, ...]], folder: Path) -> None:
+def _write_auxiliary_files(job: Job, fingerprint: str, coded: dict[str, tuple[str, ...]], folder: Path) -> None:
     """Config, tokenizer, generation settings, and the plan as run."""
-    write_texts(job, fingerprint, coded, folder, checksums_of(folder.glob("*.safetensors")))
-    job.source.save_companions(folder)
+    write_texts(job, fingerprint, coded, folder, compute_checksums(folder.glob("*.safetensors")))
+    job.source.save_auxiliary_files(folder)
 
 
 @dataclass
-class _Past:
+class _Attempts:
     """Artifacts that were staged on the way to a size: their plans with all bytes, and bytes by matrix and format."""
 
     plans: list[tuple[Plan, int]] = field(default_factory=list)
@@ -192,25 +198,25 @@ class _Past:
         return {"plans": [[_formats(plan), total] for plan, total in self.plans], "known": known}
 
     @staticmethod
-    def of(values: dict[str, Any], job: Job) -> _Past:
+    def from_dict(values: dict[str, Any], job: Job) -> _Attempts:
         """The inverse, for the matrices of a job."""
-        plans = [(_with_formats(job, formats), int(total)) for formats, total in values["plans"]]
-        return _Past(plans, {(name, from_spec(spec)): int(nbytes) for name, spec, nbytes in values["known"]})
+        plans = [(_replace_formats(job, formats), int(total)) for formats, total in values["plans"]]
+        return _Attempts(plans, {(name, from_spec(spec)): int(nbytes) for name, spec, nbytes in values["known"]})
 
 
 def _formats(plan: Plan) -> dict[str, Any]:
     return {entry.matrix.name: to_spec(entry.fmt) for entry in plan.entries}
 
 
-def _with_formats(job: Job, formats: dict[str, Any]) -> Plan:
+def _replace_formats(job: Job, formats: dict[str, Any]) -> Plan:
     """The plan that a job as it was prepared has become."""
-    entries = tuple(Planned(entry.matrix, from_spec(formats[entry.matrix.name])) for entry in job.plan.entries)
+    entries = tuple(PlanEntry(entry.matrix, from_spec(formats[entry.matrix.name])) for entry in job.plan.entries)
     plan = dataclasses.replace(job.plan, entries=entries)
     size = job.size
-    return plan if job.settings.recipe is None or size is None else renamed(job.plan, plan, size)
+    return plan if job.settings.recipe is None or size is None else rename_plan(job.plan, plan, size)
 
 
-def _nearer_to_size(job: Job, staging: Path, past: _Past) -> Job | None:
+def _adjust_to_size(job: Job, staging: Path, attempts: _Attempts) -> Job | None:
     """The job with a few other formats, which brings the staged artifact into its budget; None if nothing is to do.
 
     What has not been measured counts as expected at first, and then with all the bytes it can take, so that the last
@@ -219,45 +225,47 @@ def _nearer_to_size(job: Job, staging: Path, past: _Past) -> Job | None:
     """
     if job.forecast is None or job.size is None:
         return None
-    size, total = job.size, _taken(job, staging)
+    size, total = job.size, _used_bytes(job, staging)
     least = math.ceil(LEAST_SHARE * size)
     stored = _stored_bytes(job, staging)
-    again = any(plan == job.plan for plan, _ in past.plans)
-    guess = len(past.plans) < _GUESSES
-    past.plans.append((job.plan, total))
-    past.known.update({(entry.matrix.name, entry.fmt): stored[entry.matrix.name] for entry in job.plan.entries})
-    known = past.known
+    again = any(plan == job.plan for plan, _ in attempts.plans)
+    guess = len(attempts.plans) < _GUESSES
+    attempts.plans.append((job.plan, total))
+    attempts.known.update({(entry.matrix.name, entry.fmt): stored[entry.matrix.name] for entry in job.plan.entries})
+    known = attempts.known
 
     def nbytes_of(matrix: MatrixInfo, option: Option) -> int:
         unknown = option.nbytes if guess else option.fmt.nbytes(matrix.shape)
         return known.get((matrix.name, option.fmt), unknown)
 
     # What config.json says of coded tensors and the digits of offsets are not predicted.
-    whole = WholeFile(job)
+    whole = ArtifactSize(job)
     constant = total - sum(stored.values()) - whole.overhead(job.plan)
     options = job.forecast.options
     if job.settings.recipe is not None:
         if total <= size:
             return None
-        recipe = past.plans[0][0]
-        if len(past.plans) > _CHANGES:
-            raise too_large(recipe, total, size)
+        recipe = attempts.plans[0][0]
+        if len(attempts.plans) > _CHANGES:
+            raise too_large_error(recipe, total, size)
         plan = shrink_recipe(whole, recipe, options, size, total, nbytes_of, constant)
         return dataclasses.replace(job, plan=plan)
-    if again or len(past.plans) > _CHANGES:
-        best = past.best(size)
+    if again or len(attempts.plans) > _CHANGES:
+        best = attempts.best(size)
         return None if best is None or best == job.plan else dataclasses.replace(job, plan=best)
     if least <= total <= size:
         return None
     plan = adjust_plan(whole, job.plan, options, size, nbytes_of, constant)
-    plan = plan or past.best(size) or _smallest(job.plan, options)
+    plan = plan or attempts.best(size) or _smallest(job.plan, options)
     return None if plan == job.plan else dataclasses.replace(job, plan=plan)
 
 
 def _smallest(plan: Plan, options: Options) -> Plan:
     """Return the plan that the size was checked against: every matrix in the fewest bytes before entropy coding."""
     entries = [
-        Planned(e.matrix, min((o.fmt for o in options[e.matrix.name]), key=lambda fmt, e=e: fmt.nbytes(e.matrix.shape)))
+        PlanEntry(
+            e.matrix, min((o.fmt for o in options[e.matrix.name]), key=lambda fmt, e=e: fmt.nbytes(e.matrix.shape))
+        )
         for e in plan.entries
     ]
     return dataclasses.replace(plan, entries=tuple(entries))
@@ -272,7 +280,7 @@ def _stored_bytes(job: Job, staging: Path) -> dict[str, int]:
     return stored
 
 
-def _note_changes(before: Job, after: Job, past: _Past, work: Path) -> list[str]:
+def _note_changes(before: Job, after: Job, attempts: _Attempts, work: Path) -> list[str]:
     """Remember the changed formats, so that an interrupted run goes on with them, and drop what they replace.
 
     Returns the names of the matrices that have them.
@@ -280,7 +288,7 @@ def _note_changes(before: Job, after: Job, past: _Past, work: Path) -> list[str]
     old, formats = _formats(before.plan), _formats(after.plan)
     changed = [name for name in formats if formats[name] != old[name]]
     partial = work / f"{_CHANGED_PLAN}.partial"
-    text = json.dumps({"size": after.size, "formats": formats, "changed": changed, "past": past.to_dict()})
+    text = json.dumps({"size": after.size, "formats": formats, "changed": changed, "past": attempts.to_dict()})
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, work / _CHANGED_PLAN)
     for name in changed:
@@ -288,18 +296,18 @@ def _note_changes(before: Job, after: Job, past: _Past, work: Path) -> list[str]
     return changed
 
 
-def _as_left(job: Job, work: Path) -> tuple[Job, _Past]:
+def _resume_plan(job: Job, work: Path) -> tuple[Job, _Attempts]:
     """The job with the formats that an interrupted run had changed to, and what that run had tried.
 
     Errors: RecipeError if that run had another size.
     """
     path = work / _CHANGED_PLAN
     if not path.is_file():
-        return job, _Past()
+        return job, _Attempts()
     try:
         noted = read_json(path)
         size = noted.get("size", job.size)
-        plan, past = _with_formats(job, noted["formats"]), _Past.of(noted["past"], job)
+        plan, attempts = _replace_formats(job, noted["formats"]), _Attempts.from_dict(noted["past"], job)
         changed = set(noted["changed"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path}: damaged; remove {work} to start anew") from error
@@ -308,25 +316,25 @@ def _as_left(job: Job, work: Path) -> tuple[Job, _Past]:
             f"--resume: the size was {size} bytes and is now {job.size}; go back to that, or remove {work}"
         )
     job = dataclasses.replace(job, plan=plan)
-    for matrix, planned in job.compressed:
+    for matrix, planned in job.compressed_matrices:
         file = finished_file(work, matrix.name)
         if matrix.name in changed and file.is_file():
             try:
-                check_finished(file, under(matrix.name, planned.fmt.layout(matrix.shape)))
+                check_finished(file, add_prefix(matrix.name, planned.fmt.layout(matrix.shape)))
             except ArtifactError:  # the run was interrupted before it was dropped
                 file.unlink()
-    return job, past
+    return job, attempts
 
 
-def _taken(job: Job, staging: Path) -> int:
+def _used_bytes(job: Job, staging: Path) -> int:
     """Bytes of a size that the staged artifact takes, those left for tuning counted."""
-    return sum(nbytes_by_file(staging).values()) + job.kept_for_tuning
+    return sum(nbytes_by_file(staging).values()) + job.reserved_for_tuning
 
 
 def _check_size(job: Job, staging: Path) -> None:
     if job.size is None:
         return
-    total = _taken(job, staging)
+    total = _used_bytes(job, staging)
     if total > job.size:
-        kept = f", {job.kept_for_tuning} that are left for tuning counted"
-        raise RecipeError(f"the artifact takes {total:,} bytes of {job.size:,}{kept}; give a smaller size")
+        unquantized = f", {job.reserved_for_tuning} that are left for tuning counted"
+        raise RecipeError(f"the artifact takes {total:,} bytes of {job.size:,}{unquantized}; give a smaller size")

@@ -40,7 +40,7 @@ class Settings:
     calibration: tuple[str, ...] = ()  # text files, or "self"; without any, fits know the weights alone
     calibration_windows: int = 128
     calibration_context: int = 2048
-    objective: str | None = None  # what calibration makes of its inputs: OBJECTIVES; None: see `decided`
+    objective: str | None = None  # what calibration makes of its inputs: OBJECTIVES; None: see `resolve_objective`
     coding: bool | None = None  # entropy-code stored tensors; None: as the recipe says, and under a size
     state_bits: int | None = None  # of trellis candidates, 0 for none; None: 16 on a GPU, none on a CPU
     analysis: str | None = None  # folder that keeps what losses are predicted from, for the next budget
@@ -56,53 +56,53 @@ _PATHS = ("recipe", "analysis", "fits", "corrections")
 _NUMBERS = ("bits", "bits_per_parameter")
 
 
-def settings_from(**values: Any) -> Settings:
+def make_settings(**values: Any) -> Settings:
     """Settings of what one may give in Python: a size as text too, paths, and one file or pattern in place of several.
 
     Errors: RecipeError naming the type of what is none of these.
     """
     known = dict(values)
     for name in values.keys() & set(_LISTS):
-        known[name] = _several(name, values[name])
+        known[name] = _text_tuple(name, values[name])
     for name in values.keys() & set(_PATHS):
         known[name] = None if values[name] is None else _text(name, values[name])
     for name in values.keys() & set(_NUMBERS):
         if values[name] is not None and not isinstance(values[name], numbers.Real):
-            raise _wrong(name, values[name], "give a number")
+            raise _type_error(name, values[name], "give a number")
     if values.get("size") is not None:
-        known["size"] = _bytes(values["size"])
+        known["size"] = _parse_bytes(values["size"])
     return Settings(**known)
 
 
-def _bytes(size: Any) -> int:
+def _parse_bytes(size: Any) -> int:
     if isinstance(size, str):
         return parse_size(size)
     if not isinstance(size, numbers.Integral) or isinstance(size, bool):
-        raise _wrong("size", size, "give bytes as an int, or text such as '60MB'")
+        raise _type_error("size", size, "give bytes as an int, or text such as '60MB'")
     return int(size)
 
 
-def _several(name: str, value: Any) -> tuple[str, ...]:
+def _text_tuple(name: str, value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, str | os.PathLike):
         return (_text(name, value),)
     if not isinstance(value, Iterable) or isinstance(value, bytes):
-        raise _wrong(name, value, "give text, or a list of texts")
+        raise _type_error(name, value, "give text, or a list of texts")
     return tuple(_text(name, one) for one in value)
 
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str | os.PathLike):
-        raise _wrong(name, value, "give text or a path")
+        raise _type_error(name, value, "give text or a path")
     return os.fspath(value)
 
 
-def _wrong(name: str, value: Any, remedy: str) -> RecipeError:
+def _type_error(name: str, value: Any, remedy: str) -> RecipeError:
     return RecipeError(f"{name}={value!r} is of type {type(value).__name__}; {remedy}")
 
 
-def calibration_of(settings: Settings) -> dict[str, Any] | None:
+def calibration_record(settings: Settings) -> dict[str, Any] | None:
     """Text, windows and context of the calibration as provenance keeps them; None without."""
     if not settings.calibration:
         return None
@@ -123,7 +123,7 @@ def for_analysis(settings: Settings) -> Settings:
     return dataclasses.replace(settings, calibration_windows=windows, calibration_context=context)
 
 
-def decided(settings: Settings, recipe: Recipe | None) -> Settings:
+def resolve_objective(settings: Settings, recipe: Recipe | None) -> Settings:
     """The settings with an objective: theirs, the recipe's, or the default.
 
     Under a budget with calibration `guided`: every codec measured gained by it (2 bits: trellis 53.5 to 49.0, entropy-
@@ -161,10 +161,10 @@ def check_goal(settings: Settings) -> None:
     """Errors: RecipeError unless exactly one goal is given, and a possible one."""
     goals = {"--bits": "bits", "--size": "size", "--bits-per-parameter": "bits_per_parameter", "--recipe": "recipe"}
     given = [option for option, field in goals.items() if getattr(settings, field) is not None]
-    nudged = set(given) in ({"--recipe", "--size"}, {"--recipe", "--bits-per-parameter"})
+    adjusted = set(given) in ({"--recipe", "--size"}, {"--recipe", "--bits-per-parameter"})
     if set(given) == {"--bits", "--recipe"}:
         raise RecipeError("give either --bits or --recipe, not both")
-    if len(given) != 1 and not nudged:
+    if len(given) != 1 and not adjusted:
         raise RecipeError(f"give one of {', '.join(goals)}" + (f", not {' and '.join(given)}" if given else ""))
     if settings.bits_per_parameter is not None and not 0 < settings.bits_per_parameter <= 64:
         raise RecipeError(f"--bits-per-parameter {settings.bits_per_parameter:g} is not above 0 and up to 64")

@@ -9,35 +9,35 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from reallm.allocate import Planned
+from reallm.allocate import PlanEntry
 from reallm.artifact import check_finished, finished_file, save_tensors
-from reallm.fit import Objective, demand_of, train_shared
+from reallm.fit import Objective, capture_fit_input, train_shared_decoder
 from reallm.formats import Tensors
 from reallm.formats.shared import PREFIX
 from reallm.model import Matrix
 from reallm.pipeline.job import Job
-from reallm.pipeline.reading import checked_weight, seed_of
+from reallm.pipeline.reading import load_weight, matrix_seed
 
 
-def missing_tables(job: Job, work: Path) -> list[tuple[Matrix, Planned]]:
+def matrices_missing_decoder(job: Job, work: Path) -> list[tuple[Matrix, PlanEntry]]:
     """The matrices whose shared decoder is not in the work folder yet."""
-    done = {name for name in job.plan.tables if finished_file(work, f"{PREFIX}.{name}").is_file()}
-    return [pair for pair in job.compressed if set(pair[1].fmt.tables()) - done]
+    done = {name for name in job.plan.shared_decoders if finished_file(work, f"{PREFIX}.{name}").is_file()}
+    return [pair for pair in job.compressed_matrices if set(pair[1].fmt.shared_decoders()) - done]
 
 
-def trained_tables(job: Job, work: Path, objectives: Mapping[str, Objective]) -> dict[str, Tensors]:
+def train_shared_decoders(job: Job, work: Path, objectives: Mapping[str, Objective]) -> dict[str, Tensors]:
     """The shared decoders of a job by name: from the work folder, or trained now and put there.
 
     `objectives` by matrix; those without one are weighed by the energy of their columns.
     """
-    users: dict[str, list[tuple[Matrix, Planned]]] = defaultdict(list)
-    for matrix, planned in missing_tables(job, work):
-        for name in planned.fmt.tables():
+    users: dict[str, list[tuple[Matrix, PlanEntry]]] = defaultdict(list)
+    for matrix, planned in matrices_missing_decoder(job, work):
+        for name in planned.fmt.shared_decoders():
             users[name].append((matrix, planned))
     for name, pairs in users.items():
         _train(job, work, name, pairs, objectives)
     found: dict[str, Tensors] = {}
-    for name, table in job.plan.tables.items():
+    for name, table in job.plan.shared_decoders.items():
         path = finished_file(work, f"{PREFIX}.{name}")
         check_finished(path, table.layout)
         with safe_open(path, framework="pt") as file:
@@ -46,15 +46,15 @@ def trained_tables(job: Job, work: Path, objectives: Mapping[str, Objective]) ->
 
 
 def _train(
-    job: Job, work: Path, name: str, pairs: list[tuple[Matrix, Planned]], objectives: Mapping[str, Objective]
+    job: Job, work: Path, name: str, pairs: list[tuple[Matrix, PlanEntry]], objectives: Mapping[str, Objective]
 ) -> None:
-    demands = []
+    fit_inputs = []
     with torch.no_grad():
         for matrix, planned in pairs:
-            weight = checked_weight(job, matrix)
+            weight = load_weight(job, matrix)
             objective = objectives.get(matrix.name)
             objective = objective.to(weight.device) if objective else Objective.relative_columns(weight)
-            demands.append(demand_of(planned.fmt, weight, objective, seed_of(job, matrix.name)))
-        fmt = demands[0].fmt
-        stored = train_shared(fmt, demands, job.settings.device, seed_of(job, f"{PREFIX}.{name}"))
-        save_tensors(fmt.pack_table(stored), finished_file(work, f"{PREFIX}.{name}"))
+            fit_inputs.append(capture_fit_input(planned.fmt, weight, objective, matrix_seed(job, matrix.name)))
+        fmt = fit_inputs[0].fmt
+        stored = train_shared_decoder(fmt, fit_inputs, job.settings.device, matrix_seed(job, f"{PREFIX}.{name}"))
+        save_tensors(fmt.pack_decoder(stored), finished_file(work, f"{PREFIX}.{name}"))

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from reallm.allocate import MatrixInfo, Plan, recipe_of_plan
 from reallm.allocate.recipe import dump_recipe
-from reallm.artifact import foretold_files, foretold_nbytes
-from reallm.artifact.integrity import DIGITS, foretold_checksums
-from reallm.formats import Shape, WeightFormat, table_tensors, to_spec
-from reallm.formats.waist import under
-from reallm.pipeline.job import Job, info_of
+from reallm.artifact import predict_files, predict_nbytes
+from reallm.artifact.integrity import DIGITS, placeholder_checksums
+from reallm.formats import Shape, WeightFormat, shared_decoder_layout, to_spec
+from reallm.formats.waist import add_prefix
+from reallm.pipeline.job import Job, matrix_info
 
 PLAN_FILE = "plan.yaml"
 _FINGERPRINT = "0" * 64  # as long as any
 
 
-class WholeFile:
+class ArtifactSize:
     """Bytes of the artifacts that a job with other plans would write; no tensor counts as entropy-coded.
 
     Under a size, what is left for notes of tuning counts too.
@@ -36,22 +36,27 @@ class WholeFile:
         self._header_nbytes: dict[tuple[Shape, WeightFormat], tuple[int, int]] = {}
 
     @property
-    def companions(self) -> dict[str, int]:
+    def auxiliary_files(self) -> dict[str, int]:
         """Bytes of tokenizer and generation settings, by file."""
-        return self._job.source.companion_bytes
+        return self._job.source.auxiliary_file_bytes
 
     def nbytes(self, plan: Plan) -> int:
         """Bytes of all files."""
-        return self.overhead(plan) + _of_matrices(plan)
+        return self.overhead(plan) + _matrices_nbytes(plan)
 
     def overhead(self, plan: Plan) -> int:
         """Return the bytes of everything but compressed matrices: shared decoders, unquantized tensors, headers, texts,
         auxiliary files, and what is reserved for tuning."""
         job = dataclasses.replace(self._job, plan=plan)
         with tempfile.TemporaryDirectory() as place:
-            write_texts(job, _FINGERPRINT, {}, Path(place), foretold_checksums(foretold_files(tensors_of(job))))
-            texts = nbytes_by_file(Path(place)) | self.companions
-        return job.kept_for_tuning + sum(texts.values()) + foretold_nbytes(tensors_of(job)) - _of_matrices(plan)
+            write_texts(job, _FINGERPRINT, {}, Path(place), placeholder_checksums(predict_files(artifact_tensors(job))))
+            texts = nbytes_by_file(Path(place)) | self.auxiliary_files
+        return (
+            job.reserved_for_tuning
+            + sum(texts.values())
+            + predict_nbytes(artifact_tensors(job))
+            - _matrices_nbytes(plan)
+        )
 
     def text_nbytes(self, matrix: MatrixInfo, fmt: WeightFormat) -> int:
         """Return about how many bytes of headers, checksums and index a matrix takes in this format: it is linear.
@@ -64,7 +69,6 @@ class WholeFile:
             self._header_nbytes[matrix.shape, fmt] = len(layout), sum(map(len, texts)) + DIGITS * len(layout)
         count, nbytes = self._header_nbytes[matrix.shape, fmt]
         return nbytes + count * (len(matrix.name) + 1)
-
 
     def shared_text(self, matrix: MatrixInfo, fmt: WeightFormat) -> dict[str, int]:
         """Return by a key about how many bytes config.json and the plan say once for all matrices stored alike."""
@@ -93,12 +97,12 @@ def write_texts(
 
     manifest = dataclasses.replace(job.manifest(fingerprint, coded), checksums=checksums)
     write_config(job.source, manifest, folder)
-    matrices = [info_of(matrix) for matrix in job.walk.matrices]
+    matrices = [matrix_info(matrix) for matrix in job.walk.matrices]
     recipe = recipe_of_plan(job.plan, matrices, job.coding, job.objective)
     (folder / PLAN_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
 
 
-def _of_matrices(plan: Plan) -> int:
+def _matrices_nbytes(plan: Plan) -> int:
     """Stored bytes of the planned matrices, decoders that they share apart."""
     return sum(entry.nbytes for entry in plan.entries)
 
@@ -108,14 +112,14 @@ def nbytes_by_file(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
-def tensors_of(job: Job) -> Iterator[tuple[str, Tensor]]:
+def artifact_tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the artifact, on the meta device, in the order they are written."""
     from reallm.model import marker_tensors
 
-    for matrix, planned in job.compressed:
-        yield from under(matrix.name, planned.fmt.layout(matrix.shape)).items()
-    yield from table_tensors(job.plan.tables).items()
+    for matrix, planned in job.compressed_matrices:
+        yield from add_prefix(matrix.name, planned.fmt.layout(matrix.shape)).items()
+    yield from shared_decoder_layout(job.plan.shared_decoders).items()
     shapes = job.source.shapes()
-    for name in job.kept:
-        yield name, torch.empty(shapes[name], dtype=job.source.dtype_of(name), device="meta")
-    yield from marker_tensors([matrix for matrix, _ in job.compressed]).items()
+    for name in job.unquantized:
+        yield name, torch.empty(shapes[name], dtype=job.source.tensor_dtype(name), device="meta")
+    yield from marker_tensors([matrix for matrix, _ in job.compressed_matrices]).items()

@@ -15,10 +15,10 @@ def changes_table(job: Job, folder: Path) -> str:
     stored = {matrix.name: matrix.fmt for matrix in read_manifest(folder).matrices}
     rows = [
         (matrix.name, short_name(planned.fmt), short_name(stored[matrix.name]))
-        for matrix, planned in job.compressed
+        for matrix, planned in job.compressed_matrices
         if stored[matrix.name] != planned.fmt
     ]
     if not rows:
         return ""
-    said = f"{len(rows)} of {len(job.compressed)} matrices changed to fit the size"
+    said = f"{len(rows)} of {len(job.compressed_matrices)} matrices changed to fit the size"
     return f"{said}\n{table(('matrix', 'as the recipe says', 'as stored'), rows, left=3)}"

@@ -12,7 +12,7 @@ from reallm.report.text import duration, size, table, unused_lines
 def plan_table(job: Job) -> str:
     """The plan, matrices of the same role, shape and format in one line, then what is kept and what is not used."""
     groups: dict[tuple[str, tuple[int, int], str], list[int]] = defaultdict(list)
-    for matrix, planned in job.compressed:
+    for matrix, planned in job.compressed_matrices:
         groups[matrix.role, matrix.shape, short_name(planned.fmt)].append(planned.nbytes)
     roles = list(dict.fromkeys(role for role, _, _ in groups))  # those of one role together, in model order
     rows = [
@@ -20,10 +20,10 @@ def plan_table(job: Job) -> str:
         for (role, shape, fmt), sizes in sorted(groups.items(), key=lambda group: roles.index(group[0][0]))
     ]
     text = table(("role", "format", "matrices", "shape", "bytes", "bits/weight"), rows, left=2)
-    kept = defaultdict(int)
-    for reason in job.kept.values():
-        kept[reason] += 1
-    lines = [f"kept as they are: {count} tensors ({reason})" for reason, count in kept.items()]
+    unquantized = defaultdict(int)
+    for reason in job.unquantized.values():
+        unquantized[reason] += 1
+    lines = [f"kept as they are: {count} tensors ({reason})" for reason, count in unquantized.items()]
     lines += [f"tied, stored once: {head} is the embedding" for head in job.walk.tied_heads]
     lines += unused_lines([one.to_dict() for one in job.source.unused])
     return "\n".join([text, *lines])
@@ -32,16 +32,16 @@ def plan_table(job: Job) -> str:
 def cost_table(job: Job) -> str:
     """Bytes of tensors, exact; time, memory and disk, estimated."""
     cost = estimate(job)
-    stored = cost.compressed_bytes + cost.kept_bytes
+    stored = cost.compressed_bytes + cost.unquantized_bytes
     rows = [
         *_budget_rows(job),
         *([("calibration", calibration_line(job))] if job.settings.calibration else []),
         ("bits per block weight", f"{cost.bits_per_weight:.4f}"),
         ("compressed tensors", f"{cost.compressed_bytes:,} bytes"),
-        ("kept tensors", f"{cost.kept_bytes:,} bytes"),
-        ("all tensors", f"{size(stored)} ({_beside(stored, job.source.nbytes)} of {model_name(job.source)})"),
+        ("kept tensors", f"{cost.unquantized_bytes:,} bytes"),
+        ("all tensors", f"{size(stored)} ({_compare_sizes(stored, job.source.nbytes)} of {model_name(job.source)})"),
         ("time", f"about {duration(max(cost.seconds, 1.0))} on {job.settings.device} (samples; longer when busy)"),
-        ("peak memory", f"about {size(cost.peak_memory_bytes)}{_why_whole(job)}"),
+        ("peak memory", f"about {size(cost.peak_memory_bytes)}{_full_load_note(job)}"),
         ("disk while working", f"about {size(cost.disk_bytes)}"),
     ]
     return "\n".join(f"{name:<22} {value}" for name, value in rows)
@@ -64,12 +64,12 @@ def calibration_line(job: Job, asked: int | None = None) -> str:
     return f"{windows:,} windows of {context:,} tokens{short}"
 
 
-def _why_whole(job: Job) -> str:
-    reason = job.source.why_whole
+def _full_load_note(job: Job) -> str:
+    reason = job.source.full_load_reason
     return "" if reason is None else f"; {model_name(job.source)} is read as a whole: {reason}"
 
 
-def _beside(stored: int, original: int) -> str:
+def _compare_sizes(stored: int, original: int) -> str:
     """What all tensors take beside those of the original."""
     times, word = (original / stored, "smaller") if stored <= original else (stored / original, "larger")
     # Below 1.05 times one decimal says nothing.
@@ -91,16 +91,14 @@ def _budget_rows(job: Job) -> list[tuple[str, str]]:
     if job.forecast.nbytes is not None:
         nbytes, most = job.forecast.nbytes, job.forecast.size or 1
         said = f"about {nbytes:,} bytes, {100 * nbytes / most:.2f} % of {most:,}"
-        rows.append(("whole artifact", said + _too_large(job, nbytes - most)))
+        rows.append(("whole artifact", said + _excess_note(job, nbytes - most)))
     return rows
 
 
-def _too_large(job: Job, excess: int) -> str:
+def _excess_note(job: Job, excess: int) -> str:
     if excess <= 0:
         return ""
-    return (
-        f": {excess:,} too many; if they are once measured, a few of {len(job.compressed)} matrices get smaller formats"
-    )
+    return f": {excess:,} too many; if they are once measured, a few of {len(job.compressed_matrices)} matrices get smaller formats"
 
 
 def _bits(sizes: list[int], shape: tuple[int, int]) -> float:

@@ -42,7 +42,7 @@ def formats_dict(
     return {"shape": list(shape), "formats": entries}
 
 
-def measured_formats(
+def measure_formats(
     names: Sequence[str] = (),
     shape: Shape = SHAPE,
     device: str = "cpu",
@@ -72,9 +72,9 @@ def _entry(
         if progress and measure:
             progress(f"measuring {short_name(fmt)}")
         try:
-            settings.append(_setting(fmt, shape, measure))
+            settings.append(_setting_entry(fmt, shape, measure))
         except MissingPackageError as error:
-            settings.append(_setting(fmt, shape))
+            settings.append(_setting_entry(fmt, shape))
             if progress:
                 progress(f"not measured: {error}")
     return {
@@ -86,7 +86,7 @@ def _entry(
     }
 
 
-def _setting(fmt: WeightFormat, shape: Shape, measure: Measure | None = None) -> Entry:
+def _setting_entry(fmt: WeightFormat, shape: Shape, measure: Measure | None = None) -> Entry:
     """One setting as JSON values; with `measure` what it finds.
 
     Errors: FormatError if it cannot store `shape`.
@@ -98,11 +98,11 @@ def _setting(fmt: WeightFormat, shape: Shape, measure: Measure | None = None) ->
         "spec": to_spec(fmt),
         "nbytes": fmt.nbytes(shape),
         "bits_per_weight": fmt.bits_per_weight(shape),
-        "measured": None if quality is None else _measured(quality),
+        "measured": None if quality is None else _quality_dict(quality),
     }
 
 
-def _measured(quality: Quality) -> dict[str, float | None]:
+def _quality_dict(quality: Quality) -> dict[str, float | None]:
     figures = {
         "relative_error": quality.relative_error,
         "shannon_error": quality.shannon_error,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reallm.artifact import Ledger, decoder_costs, decoding_seconds, read_ledger, read_manifest
-from reallm.model import not_compressed, resident_of_artifact, verify_artifact
+from reallm.model import artifact_memory_footprint, unquantized_tensors, verify_artifact
 from reallm.report.names import short_name
 from reallm.report.text import duration, size, table, unused_lines
 
@@ -21,9 +21,9 @@ def ledger_dict(folder: Path, verify: bool = True) -> dict[str, Any]:
         verify_artifact(folder)
     return ledger.to_dict() | {
         "decoders": [cost.to_dict() for cost in decoder_costs(folder, ledger)],
-        "not_compressed": not_compressed(folder),
+        "not_compressed": unquantized_tensors(folder),
         "unused": manifest.unused,
-        "resident_bytes": resident_of_artifact(folder),
+        "resident_bytes": artifact_memory_footprint(folder),
         "verified": verify and bool(manifest.checksums),
         "provenance": manifest.provenance,
     }
@@ -36,27 +36,27 @@ def ledger_text(folder: Path, matrices: bool = False, verify: bool = True) -> st
     if verify:
         verify_artifact(folder)
     total = ledger.total_bytes
-    by_role = [(role, f"{n:,}", f"{100 * n / total:.2f} %") for role, n in ledger.by("role").items()]
-    by_kind = [(kind, f"{n:,}", f"{100 * n / total:.2f} %") for kind, n in ledger.by("kind").items()]
+    by_role = [(role, f"{n:,}", f"{100 * n / total:.2f} %") for role, n in ledger.sum_bytes("role").items()]
+    by_kind = [(kind, f"{n:,}", f"{100 * n / total:.2f} %") for kind, n in ledger.sum_bytes("kind").items()]
     parts = [
         table(("what the bytes are", "bytes", "share"), [*by_role, ("total", f"{total:,}", "")]),
         table(("whose they are", "bytes", "share"), by_kind),
-        "\n".join([_kept_table(folder, ledger), *unused_lines(read_manifest(folder).unused)]),
+        "\n".join([_unquantized_table(folder, ledger), *unused_lines(read_manifest(folder).unused)]),
         _sizes(ledger),
         *_coding_lines(folder, ledger),
         *_decoder_tables(folder, ledger),
-        "\n".join(f"in memory, {mode:<15} {size(n)}" for mode, n in resident_of_artifact(folder).items()),
+        "\n".join(f"in memory, {mode:<15} {size(n)}" for mode, n in artifact_memory_footprint(folder).items()),
     ]
     if matrices:
         parts.insert(0, _matrix_table(ledger))
     return "\n\n".join(parts)
 
 
-def _kept_table(folder: Path, ledger: Ledger) -> str:
+def _unquantized_table(folder: Path, ledger: Ledger) -> str:
     """Tensors that are stored as the original has them, by reason."""
     sizes = {row.name: row.nbytes for row in ledger.rows if row.kind == "kept"}
     found: dict[str, list[str]] = defaultdict(list)
-    for name, reason in not_compressed(folder).items():
+    for name, reason in unquantized_tensors(folder).items():
         found[reason].append(name)
     rows = [
         (reason, names[0], f"{len(names):,}", f"{sum(sizes.get(name, 0) for name in names):,}")
@@ -66,7 +66,7 @@ def _kept_table(folder: Path, ledger: Ledger) -> str:
 
 
 def _coding_lines(folder: Path, ledger: Ledger) -> list[str]:
-    if not (rows := ledger.coded):
+    if not (rows := ledger.entropy_coded_rows):
         return []
     stored, raw = sum(row.nbytes for row in rows), sum(row.raw_nbytes or 0 for row in rows)
     seconds = duration(decoding_seconds(folder, ledger))
@@ -107,12 +107,12 @@ def _sizes(ledger: Ledger) -> str:
 
 
 def _matrix_table(ledger: Ledger) -> str:
-    stored = ledger.by("matrix")
+    stored = ledger.sum_bytes("matrix")
     saved: dict[str | None, int] = defaultdict(int)
-    for row in ledger.coded:
+    for row in ledger.entropy_coded_rows:
         saved[row.matrix] += (row.raw_nbytes or 0) - row.nbytes
     rows = []
-    for matrix in ledger.compressed:
+    for matrix in ledger.compressed_matrices:
         nbytes = stored[matrix.name]
         bits = f"{8 * nbytes / matrix.weights:.3f}"
         rows.append((matrix.name, short_name(matrix.fmt), f"{nbytes:,}", bits, f"{saved[matrix.name]:,}"))

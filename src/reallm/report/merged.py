@@ -14,7 +14,7 @@ def merged_text(before: Path, adapter: Path, after: Path) -> str:
     factors = read_adapter(adapter)
     ranks = sorted({pair.left.shape[1] for pair in factors.values()})
     ledgers = [read_ledger(folder) for folder in (before, after)]
-    residual = [ledger.by("role").get("residual", 0) for ledger in ledgers]
+    residual = [ledger.sum_bytes("role").get("residual", 0) for ledger in ledgers]
     return lines(
         [
             ("merged", f"{len(factors)} matrices, rank {', '.join(map(str, ranks))}"),

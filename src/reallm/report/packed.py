@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from reallm.formats import from_spec
-from reallm.pipeline.packing import Packed
+from reallm.pipeline.packing import PackReport
 from reallm.report.names import short_name
 from reallm.report.text import table
 
 
-def packed_text(report: Packed, out: Path, matrices: bool = False) -> str:
+def packed_text(report: PackReport, out: Path, matrices: bool = False) -> str:
     """Bytes, margin, error of the round trip and size of the decoder; with `matrices` a line for each."""
     rows = [
         ("file", f"{report.nbytes:,} bytes of {report.max_bytes:,}; margin {report.margin:,}"),

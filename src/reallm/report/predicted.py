@@ -10,22 +10,22 @@ from typing import Any
 import torch
 
 from reallm.allocate import MatrixInfo
-from reallm.allocate.options import option_of
+from reallm.allocate.options import find_option
 from reallm.allocate.plan import PER_LAYER
 from reallm.allocate.recipe import KEEP
 from reallm.evaluate.perplexity import evaluate
 from reallm.model import Matrix, load, load_tokenizer
-from reallm.model.calibration import SELF, windows_written
+from reallm.model.calibration import SELF, generate_windows
 from reallm.model.text import leading_bos, load_text, tokenize
 from reallm.pipeline import Job
-from reallm.pipeline.job import info_of
+from reallm.pipeline.job import matrix_info
 
 _WINDOWS = 4
 
 
-def realised_line(job: Job, folder: Path, windows: int = _WINDOWS) -> str:
+def loss_line(job: Job, folder: Path, windows: int = _WINDOWS) -> str:
     """The KL that was predicted and the one that is, on windows behind those calibrated on, in one line."""
-    found = realised(job, folder, windows)
+    found = measure_loss(job, folder, windows)
     held_out = "held out" if found["held_out"] else "calibrated on: the text has no more"
     assert job.forecast is not None
     return (
@@ -34,7 +34,7 @@ def realised_line(job: Job, folder: Path, windows: int = _WINDOWS) -> str:
     )
 
 
-def realised(job: Job, folder: Path, windows: int = _WINDOWS) -> dict[str, Any]:
+def measure_loss(job: Job, folder: Path, windows: int = _WINDOWS) -> dict[str, Any]:
     """KL to the original in nats a token, on windows of the calibration text behind those used, if it has any."""
     settings = job.settings
     device = torch.device(settings.device)
@@ -53,7 +53,7 @@ def _tokens(job: Job, model: torch.nn.Module, windows: int) -> tuple[torch.Tenso
     context = min(settings.calibration_context, limit or settings.calibration_context)
     if settings.calibration == (SELF,):
         context = min(context, 512)
-        written = windows_written(model, tokenizer, windows, context, settings.seed + 1, settings.device)
+        written = generate_windows(model, tokenizer, windows, context, settings.seed + 1, settings.device)
         body = written if leading_bos(tokenizer) is None else written[:, 1:]
         return body.reshape(-1), context, True
     ids = tokenize(tokenizer, [document for path in settings.calibration for document in load_text(path)])
@@ -66,12 +66,12 @@ def plan_file(job: Job) -> str:
     """The plan as a recipe to edit: one rule a matrix, beside it the bytes and the loss that are expected."""
     entries = {entry.matrix.name: entry for entry in job.plan.entries}
     lines = [*_head(job), "", "rules:"]
-    for matrix in (info_of(matrix) for matrix in job.walk.matrices if _has_a_rule(matrix)):
+    for matrix in (matrix_info(matrix) for matrix in job.walk.matrices if _has_a_rule(matrix)):
         entry = entries.get(matrix.name)
         spec = KEEP if entry is None else _flow(entry.fmt)
         lines.append(f"- {{match: {json.dumps(matrix.name)}, format: {spec}}}{_comment(job, matrix)}")
     for kind in ("embedding", "head"):
-        named = [info_of(m) for m in job.walk.matrices if m.kind == kind and not _has_a_rule(m)]
+        named = [matrix_info(m) for m in job.walk.matrices if m.kind == kind and not _has_a_rule(m)]
         if named:
             entry = entries.get(named[0].name)
             lines.append(f"{kind}: {KEEP if entry is None else _flow(entry.fmt)}{_comment(job, named[0])}")
@@ -101,7 +101,7 @@ def _comment(job: Job, matrix: MatrixInfo) -> str:
     entry = next((entry for entry in job.plan.entries if entry.matrix.name == matrix.name), None)
     if entry is None or job.forecast is None:
         return ""
-    option = option_of(entry, job.forecast.options)
+    option = find_option(entry, job.forecast.options)
     return f"  # {option.nbytes:,} bytes, {8 * option.nbytes / matrix.weights:.3f} bits, loss {option.loss:.3g}"
 
 
@@ -118,7 +118,7 @@ def plan_rows(job: Job) -> list[dict[str, Any]]:
     assert job.forecast is not None
     found = []
     for entry in job.plan.entries:
-        option = option_of(entry, job.forecast.options)
+        option = find_option(entry, job.forecast.options)
         row = {"matrix": entry.matrix.name, "format": to_spec(entry.fmt), "nbytes": option.nbytes, "loss": option.loss}
         found.append(row)
     return found

@@ -34,24 +34,24 @@ def table(results: dict[str, Any]) -> str:
     if "end_to_end" in results:
         return neural_tables(results)
     if "shape" in results:
-        return "\n\n".join([_settings(results), _measured_at(results["command"], [_provenance(results)])])
-    return "\n\n".join([_heading(results), _arms(_with_own_text(results)), _origin(results)])
+        return "\n\n".join([_settings(results), _measurement_note(results["command"], [_provenance(results)])])
+    return "\n\n".join([_heading(results), _arms(_add_own_text(results)), _origin(results)])
 
 
-def _with_own_text(results: dict[str, Any]) -> list[Arm]:
+def _add_own_text(results: dict[str, Any]) -> list[Arm]:
     """The arms; one that was scored on another text than the heading names has it under `own_text`."""
     usual = results["text"]["name"]
     return [{**arm, "own_text": None if arm.get("text", usual) == usual else arm["text"]} for arm in results["arms"]]
 
 
-def updated(page: str, folder: Path) -> str:
+def update_page(page: str, folder: Path) -> str:
     """`page` with every marked section made anew from `folder`.
 
     Errors: ReallmError naming a results file that is not what this module reads.
     """
 
     def section(found: re.Match[str]) -> str:
-        text = _table_of(folder / f"{found['name']}.json")
+        text = _section_table(folder / f"{found['name']}.json")
         return f"{found[1]}{text}{found[3]}"
 
     return _RECIPES.sub(lambda found: f"{found[1]}\n{recipes()}\n\n{found[2]}", _SECTION.sub(section, page))
@@ -79,12 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     named = sys.argv[1:] if arguments is None else arguments
     for page in [Path(name) for name in named] or [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
         text = page.read_text(encoding="utf-8")
-        if (new := updated(text, root / "results")) != text:
+        if (new := update_page(text, root / "results")) != text:
             page.write_text(new, encoding="utf-8")
             print(f"{page}: tables made anew", file=sys.stderr)
 
 
-def _table_of(file: Path) -> str:
+def _section_table(file: Path) -> str:
     if not file.is_file():
         return ""
     try:
@@ -105,10 +105,10 @@ def _origin(results: dict[str, Any]) -> str:
     measured = {arm.get("run", 0) for arm in results["arms"]}
     runs = [_run(results, number) for number in sorted(measured)]
     hashes = f"sha256 of the model {results['model']['sha256'][:12]}…, of the text {results['text']['sha256'][:12]}…"
-    return _measured_at(results["command"], [*runs, hashes])
+    return _measurement_note(results["command"], [*runs, hashes])
 
 
-def _measured_at(command: str, facts: Sequence[str]) -> str:
+def _measurement_note(command: str, facts: Sequence[str]) -> str:
     return f"Measured with `{command}` {'; '.join(facts)}."
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from reallm.analyze import Work
+from reallm.analyze import AnalysisJob
 from reallm.analyze.orders import RAW
 from reallm.artifact import check_new_file
 from reallm.errors import ReallmError
@@ -27,7 +27,7 @@ SHIFTS = ("matrix", "rows", "columns")
 PICTURES = ("spectra.png", "orders.png", "codecs.png")
 
 
-def work_line(work: Work, seconds: float) -> str:
+def work_line(work: AnalysisJob, seconds: float) -> str:
     """What will be done, in a line, before it begins."""
     fits = 3 * len(work.matrices) * len(work.scope.codecs)
     return (
@@ -67,19 +67,19 @@ def write_structure(found: dict[str, Any], json_file: Path | None, folder: Path 
 
 def structure_json(found: dict[str, Any]) -> str:
     """JSON text with the versions that made the figures, one line a matrix."""
-    found = _rounded({"versions": versions(), **found})
+    found = _round_floats({"versions": versions(), **found})
     rows = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in found["matrices"])
     head = json.dumps({key: value for key, value in found.items() if key != "matrices"}, indent=1, allow_nan=False)
     return f'{head[:-2]},\n "matrices": [\n{rows}\n ]\n}}\n'
 
 
-def _rounded(value: Any) -> Any:
+def _round_floats(value: Any) -> Any:
     """Six figures: what is behind them depends on the machine."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
-    return [_rounded(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: _round_floats(inner) for key, inner in value.items()}
+    return [_round_floats(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def structure_text(found: dict[str, Any], by_matrix: bool = False) -> str:

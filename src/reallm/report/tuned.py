@@ -8,10 +8,10 @@ from typing import Any
 
 from reallm.artifact import read_ledger, read_manifest
 from reallm.report.text import size
-from reallm.tune import Tuned
+from reallm.tune import TuneResult
 
 
-def tuned_text(tuned: Tuned, before: Path, after: Path) -> str:
+def tuned_text(tuned: TuneResult, before: Path, after: Path) -> str:
     """What trained, what it did to the validation windows, and bits and bytes of both artifacts."""
     trained = ", ".join(f"{count:,} of {word}" for word, count in tuned.counts.items())
     rows = [("trained", trained), ("windows", f"{tuned.training_windows:,}, validated on {tuned.validation_windows}")]
@@ -61,30 +61,30 @@ def event_line(event: dict[str, Any]) -> str | None:
     if event["phase"] == "gradients":
         if event["window"] == 0:
             return f"the original's gradients of {event['windows']} windows: {size(event['bytes'])} on disk"
-        return f"window {event['window']} of {event['windows']}  {_pace(event)}"
+        return f"window {event['window']} of {event['windows']}  {_throughput(event)}"
     if event["phase"] == "block":
         unit = " nats a token" if event["unit"] == "nats" else ""
         error = f"validation error {event['validation']:.5f}{unit}"
-        return f"block {event['block']:3d}  round {event['epoch']}  {error}  {_pace(event)}".rstrip()
+        return f"block {event['block']:3d}  round {event['epoch']}  {error}  {_throughput(event)}".rstrip()
     if event["phase"] == "validation":
         name = f"top-{event['top_k']} KL" if "top_k" in event else "KL"
         kl = f"{name} {event['kl']:.4f}  " if math.isfinite(event["kl"]) else ""  # without the original there is none
         return f"step {event['step']:6d}  validation {kl}perplexity {event['perplexity']:.3f}"
     if event["phase"] == "end-to-end":
-        return f"step {event['step']:6d} of {event['steps']}  loss {event['loss']:.4f}  {_pace(event)}"
+        return f"step {event['step']:6d} of {event['steps']}  loss {event['loss']:.4f}  {_throughput(event)}"
     return None
 
 
-def _pace(event: dict[str, Any]) -> str:
+def _throughput(event: dict[str, Any]) -> str:
     """Tokens a second and seconds left, as far as the event knows them."""
-    words = ((f"{event.get(key, math.nan):,.0f}", unit) for key, unit in _PACE)
+    words = ((f"{event.get(key, math.nan):,.0f}", unit) for key, unit in _THROUGHPUT_UNITS)
     return "  ".join(f"{number} {unit}" for number, unit in words if number != "nan")
 
 
-_PACE = (("tokens_per_second", "tokens/s"), ("eta_seconds", "s left"))
+_THROUGHPUT_UNITS = (("tokens_per_second", "tokens/s"), ("eta_seconds", "s left"))
 
 
-def _errors(tuned: Tuned) -> dict[int, list[float]]:
+def _errors(tuned: TuneResult) -> dict[int, list[float]]:
     """Validation errors of each block, round by round."""
     found: dict[int, list[float]] = {}
     for event in tuned.events:
@@ -93,7 +93,7 @@ def _errors(tuned: Tuned) -> dict[int, list[float]]:
     return found
 
 
-def _blocks(tuned: Tuned) -> str:
+def _blocks(tuned: TuneResult) -> str:
     """The mean over blocks of the error before and of the least one after."""
     errors = _errors(tuned)
     nats = any(event.get("unit") == "nats" for event in tuned.events)

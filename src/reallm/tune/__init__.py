@@ -4,16 +4,16 @@ import sys
 import types
 from typing import Any
 
-from reallm.tune.running import Tuned, run, tune
+from reallm.tune.running import TuneResult, run, tune
 from reallm.tune.settings import DEFAULT_TRAIN, LOSSES, METHODS, Settings
 
-__all__ = ["DEFAULT_TRAIN", "LOSSES", "METHODS", "Settings", "Tuned", "run", "tune"]
+__all__ = ["DEFAULT_TRAIN", "LOSSES", "METHODS", "Settings", "TuneResult", "run", "tune"]
 
 
 class _Callable(types.ModuleType):
     """`reallm.tune` is this room and, for users, a function as `reallm.compress` is: the room can be called."""
 
-    def __call__(self, *arguments: Any, **settings: Any) -> Tuned:
+    def __call__(self, *arguments: Any, **settings: Any) -> TuneResult:
         return tune(*arguments, **settings)
 
 

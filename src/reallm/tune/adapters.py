@@ -23,13 +23,13 @@ from reallm.artifact.integrity import verify
 from reallm.errors import ArtifactError, FormatError
 from reallm.formats import Tensors
 from reallm.formats.low_rank_plus import BFLOAT16, LowRankPlus
-from reallm.formats.waist import inner, under
+from reallm.formats.waist import add_prefix, strip_prefix
 from reallm.model.adapters import CONFIG, PREFIX, REVISION, WEIGHTS, Adapters, Factors, check_base, read_adapter
 from reallm.model.headers import weight_files
-from reallm.model.silence import quiet
+from reallm.model.silence import silence_transformers
 from reallm.model.source import read_config
 from reallm.model.walk import meta_model, walk
-from reallm.tune.writing import write_changed
+from reallm.tune.writing import rewrite_artifact
 
 __all__ = ["Adapters", "Factors", "merge", "read_adapter", "save_adapter", "split"]
 
@@ -89,9 +89,9 @@ def merge(artifact: str | Path, adapter: str | Path, out: str | Path) -> None:
             raise ArtifactError(f"{adapter}: {matrix.name}: {error}") from error
         packed = fmt.pack_factor("left", pair.left) | fmt.pack_factor("right", pair.right)
         coded = tuple(f"base.{name}" for name in matrix.coded)
-        return replace(matrix, fmt=fmt, coded=coded), packed | under("base", stored)
+        return replace(matrix, fmt=fmt, coded=coded), packed | add_prefix("base", stored)
 
-    _written(Path(out), lambda folder: write_changed(source, folder, change, {"adapter": "merged"}))
+    _write_folder(Path(out), lambda folder: rewrite_artifact(source, folder, change, {"adapter": "merged"}))
 
 
 def split(artifact: str | Path, base: str | Path, adapter: str | Path) -> None:
@@ -103,7 +103,7 @@ def split(artifact: str | Path, base: str | Path, adapter: str | Path) -> None:
     source, base, adapter = Path(artifact), Path(base), Path(adapter)
     check_output(adapter)
     factors: dict[str, Factors] = {}
-    with quiet():
+    with silence_transformers():
         walked = walk(meta_model(read_config(source, str(source))))
     linears = {matrix.name for matrix in walked.matrices if matrix.kind != "embedding" and matrix.expert is None}
 
@@ -115,16 +115,16 @@ def split(artifact: str | Path, base: str | Path, adapter: str | Path) -> None:
             raise ArtifactError(f"{artifact}: {matrix.name} has an entropy-coded residual; reallm.unpack it first")
         factors[matrix.name] = Factors(*(fmt.unpack_factor(side, stored) for side in ("left", "right")))
         coded = tuple(name.removeprefix("base.") for name in matrix.coded)
-        return replace(matrix, fmt=fmt.base, coded=coded), inner("base", stored)
+        return replace(matrix, fmt=fmt.base, coded=coded), strip_prefix("base", stored)
 
     def write(folder: Path) -> None:
-        write_changed(source, folder, change, {"adapter": "split off"})
+        rewrite_artifact(source, folder, change, {"adapter": "split off"})
         if not factors:
             raise ArtifactError(f"{artifact}: no linear of it is low_rank_plus with bfloat16 factors; nothing to split")
 
-    _written(base, write)
+    _write_folder(base, write)
     original = read_manifest(source).provenance.get("source_sha256")
-    _written(adapter, lambda folder: save_adapter(factors, folder, base.name, original))
+    _write_folder(adapter, lambda folder: save_adapter(factors, folder, base.name, original))
 
 
 def _check_fit(adapter: str | Path, factors: dict[str, Factors], source: Path, manifest: Manifest) -> None:
@@ -139,7 +139,7 @@ def _check_fit(adapter: str | Path, factors: dict[str, Factors], source: Path, m
             raise ArtifactError(f"{adapter}: {path} has another shape, {shape}, than in {source}, {shapes[path]}")
 
 
-def _written(out: Path, write: Callable[[Path], None]) -> None:
+def _write_folder(out: Path, write: Callable[[Path], None]) -> None:
     """Have a folder written beside its place, and put it there by one rename."""
     check_output(out)
     work = work_folder(out)

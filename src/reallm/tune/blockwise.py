@@ -28,19 +28,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reallm.artifact import read_kept, save_tensors
+from reallm.artifact import read_work_tensors, save_tensors
 from reallm.errors import SourceError
 from reallm.model import Source
 from reallm.model.decoder import decoder_blocks
 from reallm.model.gradients import block_gradients
-from reallm.model.pieces import Pieces
-from reallm.model.stream import Stream
-from reallm.tune.data import Windows, drawn
-from reallm.tune.descent import Descent, Diverged, restore, snapshot
-from reallm.tune.gradients import Gradients, check_room
-from reallm.tune.log import Log, Pace
-from reallm.tune.losses import computing
-from reallm.tune.processes import Processes
+from reallm.model.pieces import BlockLoader
+from reallm.model.stream import HiddenStateCache
+from reallm.tune.data import Windows, draw_batch
+from reallm.tune.descent import Diverged, Optimizer, restore, snapshot
+from reallm.tune.gradients import Gradients, check_disk_space
+from reallm.tune.log import Log, Throughput
+from reallm.tune.losses import autocast_to_dtype
+from reallm.tune.processes import ProcessGroup
 from reallm.tune.settings import COMPRESSED, END_LOSS, Settings
 from reallm.tune.trainables import Trainables
 
@@ -52,7 +52,7 @@ def tune_blocks(
     validation: Windows,
     settings: Settings,
     work: Path,
-    workers: Processes,
+    workers: ProcessGroup,
     log: Log,
 ) -> None:
     """Tune every block in turn; those whose file is in the work folder already are taken over.
@@ -62,38 +62,45 @@ def tune_blocks(
     Errors: SourceError if the two models have other blocks or theirs cannot be run one by one, RecipeError for a disk
     without room for the gradients.
     """
-    pieces = Pieces(source, torch.float32)
-    check_blocks(pieces.model, trainables.model)
+    block_loader = BlockLoader(source, torch.float32)
+    check_blocks(block_loader.model, trainables.model)
     blocks = decoder_blocks(trainables.model)
     files = [work / f"block-{number:05d}.safetensors" for number in range(len(blocks))]
-    left = [n for n, block in enumerate(blocks) if trainables.within(block) and not files[n].is_file()]
-    learned, checked = _shares(training, validation, settings, work, workers)
+    left = [n for n, block in enumerate(blocks) if trainables.module_parameters(block) and not files[n].is_file()]
+    learned, checked = _shards(training, validation, settings, work, workers)
     if settings.block_error == END_LOSS and left:
         # Hours of gradients end in no refusal: eight tokens go through the blocks before.
-        _Pair(pieces, trainables.model, dataclasses.replace(learned, windows=_beginning(learned.windows)), settings)
-        _ask(source, (learned, checked), settings, workers, log)
-    learning, checking = (_Pair(pieces, trainables.model, share, settings) for share in (learned, checked))
-    pace = Pace(len(left), 0, 0)
+        _HiddenStatePair(
+            block_loader, trainables.model, dataclasses.replace(learned, windows=_beginning(learned.windows)), settings
+        )
+        _compute_gradients(source, (learned, checked), settings, workers, log)
+    training_pair, validation_pair = (
+        _HiddenStatePair(block_loader, trainables.model, shard, settings) for shard in (learned, checked)
+    )
+    throughput = Throughput(len(left), 0, 0)
     for number, block in enumerate(blocks):
-        parameters = trainables.within(block) if learning.ours.reached else {}
+        parameters = trainables.module_parameters(block) if training_pair.student.reached else {}
         # The original's own states have to pass each block, the compressed model's only those that are tuned.
-        tuned = number in left and learning.ours.reached
+        tuned = number in left and training_pair.student.reached
         if tuned or settings.target != COMPRESSED:
-            with _filled(pieces, number) as original:
-                goals, checks = learning.goals(number, original), checking.goals(number, original)
+            with _loaded_block(block_loader, number) as original:
+                block_targets, checks = (
+                    training_pair.block_targets(number, original),
+                    validation_pair.block_targets(number, original),
+                )
         if tuned:
-            seconds = pace.after(left.index(number))["eta_seconds"]
-            present = _Block(number, parameters, learning, goals, checking, checks, seconds)
+            seconds = throughput.rates(left.index(number))["eta_seconds"]
+            present = _Block(number, parameters, training_pair, block_targets, validation_pair, checks, seconds)
             _tune_block(present, settings, workers, log)
-            if workers.first:
+            if workers.is_main_process:
                 save_tensors(snapshot(parameters), files[number])
-            workers.wait()
+            workers.barrier()
         elif parameters:
-            restore(parameters, read_kept(files[number], parameters))
-        learning.ours.advance()
-        checking.ours.advance()
-    for share in (learned, checked):
-        share.gradients.remove()
+            restore(parameters, read_work_tensors(files[number], parameters))
+        training_pair.student.advance()
+        validation_pair.student.advance()
+    for shard in (learned, checked):
+        shard.gradients.remove()
 
 
 def check_blocks(original: nn.Module, compressed: nn.Module) -> None:
@@ -112,7 +119,7 @@ def _width(model: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class _Share:
+class _Shard:
     """Windows that this process learns from or validates on, so many at once."""
 
     windows: Windows
@@ -121,96 +128,100 @@ class _Share:
     gradients: Gradients
 
 
-def _shares(
-    training: Windows, validation: Windows, settings: Settings, work: Path, workers: Processes
-) -> tuple[_Share, _Share]:
+def _shards(
+    training: Windows, validation: Windows, settings: Settings, work: Path, workers: ProcessGroup
+) -> tuple[_Shard, _Shard]:
     """(training, validation): all processes have all windows to validate."""
     batches = torch.arange(len(training.ids)).split(settings.batch)
-    learned = torch.cat([workers.share(batch) for batch in batches]).tolist()
+    learned = torch.cat([workers.shard(batch) for batch in batches]).tolist()
     checked = list(range(len(training.ids), len(training.ids) + len(validation.ids)))
 
     def gradients(numbers: Sequence[int]) -> Gradients:
         return Gradients([work / f"gradients-{workers.rank}-{number:05d}.safetensors" for number in numbers])
 
     return (
-        _Share(training[torch.tensor(learned)], learned, settings.batch // workers.count, gradients(learned)),
-        _Share(validation, checked, settings.batch, gradients(checked)),
+        _Shard(training[torch.tensor(learned)], learned, settings.batch // workers.count, gradients(learned)),
+        _Shard(validation, checked, settings.batch, gradients(checked)),
     )
 
 
 def _beginning(windows: Windows) -> Windows:
     """Eight tokens of a window."""
-    return Windows(windows.ids[:1, :8], windows.counted[:1, :8])
+    return Windows(windows.ids[:1, :8], windows.loss_mask[:1, :8])
 
 
-def _ask(source: Source, shares: Sequence[_Share], settings: Settings, workers: Processes, log: Log) -> None:
+def _compute_gradients(
+    source: Source, shares: Sequence[_Shard], settings: Settings, workers: ProcessGroup, log: Log
+) -> None:
     """Have the gradients of all windows on disk; those that are there already stay."""
-    missing = [(share, number) for share in shares for number in share.gradients.missing()]
-    if not missing:
+    missing_windows = [(shard, number) for shard in shares for number in shard.gradients.missing_windows()]
+    if not missing_windows:
         return
     model = source.load(torch.float32, "cpu").eval().requires_grad_(False)
     context = shares[0].windows.ids.shape[1]
-    nbytes = Gradients.nbytes(len(missing), len(decoder_blocks(model)), context, _width(model))
-    check_room(missing[0][0].gradients.files[0].parent, nbytes * workers.count)
-    log.add(phase="gradients", window=0, windows=len(missing), bytes=nbytes)
-    pace = Pace(len(missing), 0, context)
+    nbytes = Gradients.nbytes(len(missing_windows), len(decoder_blocks(model)), context, _width(model))
+    check_disk_space(missing_windows[0][0].gradients.files[0].parent, nbytes * workers.count)
+    log.add(phase="gradients", window=0, windows=len(missing_windows), bytes=nbytes)
+    throughput = Throughput(len(missing_windows), 0, context)
 
-    def found(place: int, gradients: Float[Tensor, "blocks context hidden"]) -> None:
-        share, number = missing[place]
-        share.gradients.put(number, gradients)
-        if (place + 1) * 20 // len(missing) != place * 20 // len(missing):
-            log.add(phase="gradients", window=place + 1, windows=len(missing), **pace.after(place + 1))
+    def write_gradients(place: int, gradients: Float[Tensor, "blocks context hidden"]) -> None:
+        shard, number = missing_windows[place]
+        shard.gradients.write(number, gradients)
+        if (place + 1) * 20 // len(missing_windows) != place * 20 // len(missing_windows):
+            log.add(phase="gradients", window=place + 1, windows=len(missing_windows), **throughput.rates(place + 1))
 
-    ids = torch.stack([share.windows.ids[number] for share, number in missing])
-    counted = torch.stack([share.windows.counted[number] for share, number in missing])
-    draws = (torch.Generator().manual_seed(settings.seed * 1_000_003 + s.numbers[number]) for s, number in missing)
-    block_gradients(model, ids, counted, settings.device, draws, found)
+    ids = torch.stack([shard.windows.ids[number] for shard, number in missing_windows])
+    loss_mask = torch.stack([shard.windows.loss_mask[number] for shard, number in missing_windows])
+    draws = (
+        torch.Generator().manual_seed(settings.seed * 1_000_003 + s.numbers[number]) for s, number in missing_windows
+    )
+    block_gradients(model, ids, loss_mask, settings.device, draws, write_gradients)
 
 
 @contextlib.contextmanager
-def _filled(pieces: Pieces, number: int) -> Iterator[nn.Module]:
+def _loaded_block(block_loader: BlockLoader, number: int) -> Iterator[nn.Module]:
     """A block of the original, in memory in here."""
-    pieces.fill(number)
+    block_loader.load_block(number)
     try:
-        yield decoder_blocks(pieces.model)[number]
+        yield decoder_blocks(block_loader.model)[number]
     finally:
-        pieces.empty(number)
+        block_loader.unload_block(number)
 
 
-class _Pair:
+class _HiddenStatePair:
     """The same windows on their way through the compressed model and, if its states are asked for, the original."""
 
-    def __init__(self, pieces: Pieces, ours: nn.Module, share: _Share, settings: Settings) -> None:
-        ids, batch = share.windows.ids, share.batch
-        self.gradients = share.gradients if settings.block_error == END_LOSS else None
-        self.ours = Stream(ours, ids, settings.device, batch)
-        if self.gradients is not None and self.ours.states[0].ndim != 3:
-            shape = tuple(self.ours.states[0].shape)
+    def __init__(self, block_loader: BlockLoader, student: nn.Module, shard: _Shard, settings: Settings) -> None:
+        ids, batch = shard.windows.ids, shard.batch
+        self.gradients = shard.gradients if settings.block_error == END_LOSS else None
+        self.student = HiddenStateCache(student, ids, settings.device, batch)
+        if self.gradients is not None and self.student.states[0].ndim != 3:
+            shape = tuple(self.student.states[0].shape)
             raise SourceError(
-                f"{type(ours).__name__}: hidden states of {len(self.ours.batches[0])} windows have the shape {shape}, "
+                f"{type(student).__name__}: hidden states of {len(self.student.batches[0])} windows have the shape {shape}, "
                 "more than one row per token, whose gradients are not taken; add --block-error outputs"
             )
-        self.theirs = None
+        self.teacher = None
         if settings.target != COMPRESSED:
-            self.theirs = Stream(pieces.model, ids, settings.device, batch, pieces)
+            self.teacher = HiddenStateCache(block_loader.model, ids, settings.device, batch, block_loader)
 
-    def goals(self, number: int, original: nn.Module) -> _Goals:
+    def block_targets(self, number: int, original: nn.Module) -> _BlockTargets:
         """What the present block should put out, batch by batch, and what errors cost."""
-        if self.theirs is not None:
-            self.theirs.advance()
-            return _Goals(number, list(self.theirs.states), self._sizes, self.gradients)
-        with torch.no_grad(), self.ours.on_device(original):
-            states = enumerate(self.ours.states)
-            answers = [self.ours.through(original, batch).to(state.device) for batch, state in states]
-        return _Goals(number, answers, self._sizes, self.gradients)
+        if self.teacher is not None:
+            self.teacher.advance()
+            return _BlockTargets(number, list(self.teacher.states), self._sizes, self.gradients)
+        with torch.no_grad(), self.student.on_device(original):
+            states = enumerate(self.student.states)
+            answers = [self.student.forward_block(original, batch).to(state.device) for batch, state in states]
+        return _BlockTargets(number, answers, self._sizes, self.gradients)
 
     @property
     def _sizes(self) -> list[int]:
-        return [len(batch) for batch in self.ours.batches]
+        return [len(batch) for batch in self.student.batches]
 
 
 @dataclass(frozen=True)
-class _Goals:
+class _BlockTargets:
     """What a block should answer, batch by batch, and what an error costs."""
 
     block: int
@@ -224,7 +235,7 @@ class _Goals:
         if self.gradients is None:
             return relative_error(answer, target)
         first = sum(self.sizes[:number])
-        gradients = self.gradients.of(self.block, slice(first, first + self.sizes[number]), answer.device)
+        gradients = self.gradients.read(self.block, slice(first, first + self.sizes[number]), answer.device)
         return cost(answer - target, gradients)
 
 
@@ -234,26 +245,28 @@ class _Block:
 
     number: int
     parameters: dict[str, nn.Parameter]
-    learning: _Pair
-    goals: _Goals
-    checking: _Pair
-    checks: _Goals
+    training_pair: _HiddenStatePair
+    block_targets: _BlockTargets
+    validation_pair: _HiddenStatePair
+    checks: _BlockTargets
     eta_seconds: float  # of this block and those after it
 
-    def errors(self, pair: _Pair, goals: _Goals, order: Sequence[int], dtype: torch.dtype) -> Iterator:
+    def errors(
+        self, pair: _HiddenStatePair, block_targets: _BlockTargets, order: Sequence[int], dtype: torch.dtype
+    ) -> Iterator:
         """The error of each batch named, with its gradient."""
-        stream = pair.ours
+        stream = pair.student
         block = stream.blocks[stream.position]
         for number in order:
-            with computing(stream.device, dtype):
-                answer = stream.through(block, number).float()
-            yield goals.error(number, answer)
+            with autocast_to_dtype(stream.device, dtype):
+                answer = stream.forward_block(block, number).float()
+            yield block_targets.error(number, answer)
 
-    def validated(self, dtype: torch.dtype) -> float:
+    def validate(self, dtype: torch.dtype) -> float:
         """The error on the validation windows."""
         with torch.no_grad():
             sizes = self.checks.sizes
-            errors = self.errors(self.checking, self.checks, range(len(sizes)), dtype)
+            errors = self.errors(self.validation_pair, self.checks, range(len(sizes)), dtype)
             return sum(e.item() * n for e, n in zip(errors, sizes, strict=True)) / sum(sizes)
 
 
@@ -272,14 +285,14 @@ def cost(
     return (gradients * errors).sum(-1).square().mean() / 2
 
 
-def _tune_block(block: _Block, settings: Settings, workers: Processes, log: Log) -> None:
+def _tune_block(block: _Block, settings: Settings, workers: ProcessGroup, log: Log) -> None:
     """Train until the epochs are over or validation no longer falls; the best parameters stay."""
-    dtype, batches = settings.compute_dtype, len(block.goals.targets)
-    stream = block.learning.ours
+    dtype, batches = settings.compute_dtype, len(block.block_targets.targets)
+    stream = block.training_pair.student
     tokens = sum(batch.numel() for batch in stream.batches) * workers.count
-    measure = {"unit": "relative" if block.goals.gradients is None else "nats"}
+    measure = {"unit": "relative" if block.block_targets.gradients is None else "nats"}
     with stream.on_device(stream.blocks[stream.position]):
-        descent = Descent(
+        descent = Optimizer(
             block.parameters,
             settings.block_epochs * batches,
             settings.block_learning_rate,
@@ -287,7 +300,7 @@ def _tune_block(block: _Block, settings: Settings, workers: Processes, log: Log)
             settings.clip,
             workers,
         )
-        best, least = snapshot(block.parameters), block.validated(dtype)
+        best, least = snapshot(block.parameters), block.validate(dtype)
         log.add(phase="block", block=block.number, epoch=0, validation=least, **measure, eta_seconds=block.eta_seconds)
         if not math.isfinite(least):
             raise SourceError(
@@ -296,14 +309,16 @@ def _tune_block(block: _Block, settings: Settings, workers: Processes, log: Log)
             )
         bad = 0
         for epoch in range(settings.block_epochs):
-            pace = Pace(1, 0, tokens)
+            throughput = Throughput(1, 0, tokens)
             try:
-                trained = _epoch(block, descent, drawn(batches, batches, epoch, settings.seed).tolist(), dtype, workers)
+                trained = _epoch(
+                    block, descent, draw_batch(batches, batches, epoch, settings.seed).tolist(), dtype, workers
+                )
             except Diverged:
                 log.add(phase="block", block=block.number, epoch=epoch + 1, stopped="not finite")
                 break
-            speed = {"tokens_per_second": pace.after(1)["tokens_per_second"]}
-            error = block.validated(dtype)
+            speed = {"tokens_per_second": throughput.rates(1)["tokens_per_second"]}
+            error = block.validate(dtype)
             log.add(
                 phase="block", block=block.number, epoch=epoch + 1, loss=trained, validation=error, **measure, **speed
             )
@@ -316,13 +331,13 @@ def _tune_block(block: _Block, settings: Settings, workers: Processes, log: Log)
         restore(block.parameters, best)
 
 
-def _epoch(block: _Block, descent: Descent, order: Sequence[int], dtype: torch.dtype, workers: Processes) -> float:
+def _epoch(block: _Block, descent: Optimizer, order: Sequence[int], dtype: torch.dtype, workers: ProcessGroup) -> float:
     """One step a batch; the mean error, over all processes."""
     total = torch.zeros(1, dtype=torch.float64)
-    for error in block.errors(block.learning, block.goals, order, dtype):
+    for error in block.errors(block.training_pair, block.block_targets, order, dtype):
         (error / workers.count).backward()
         descent.step()
         total += error.item()
-    total = total.to(block.learning.ours.device)
-    workers.add_up([total])
+    total = total.to(block.training_pair.student.device)
+    workers.all_reduce([total])
     return total.item() / len(order) / workers.count

@@ -18,19 +18,19 @@ from reallm.tune.examples import Example, load_examples
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of token ids; a token is `counted` if predicting it is part of the loss. The first never is."""
+    """Windows of token ids; a token is `loss_mask` if predicting it is part of the loss. The first never is."""
 
     ids: Int[Tensor, "windows context"]
-    counted: Bool[Tensor, "windows context"]
+    loss_mask: Bool[Tensor, "windows context"]
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, rows: Tensor | slice) -> Windows:
-        return Windows(self.ids[rows], self.counted[rows])
+        return Windows(self.ids[rows], self.loss_mask[rows])
 
 
-def windows_of(paths: Sequence[str | Path], tokenizer: Any, context: int, option: str = "--text") -> Windows:
+def load_windows(paths: Sequence[str | Path], tokenizer: Any, context: int, option: str = "--text") -> Windows:
     """All windows of files, which are joined by the end-of-text token; what is left at the end is dropped.
 
     Rows of task data (see `examples.py`) are one string each, of which the responses and the end-of-text token count;
@@ -40,41 +40,41 @@ def windows_of(paths: Sequence[str | Path], tokenizer: Any, context: int, option
     """
     bos = leading_bos(tokenizer)
     body = context - (bos is not None)
-    ids, counted = [], []
+    ids, loss_mask = [], []
     for path in paths:
-        for new_ids, new_counted in _documents(Path(path), tokenizer, option):
+        for new_ids, new_mask in _documents(Path(path), tokenizer, option):
             ids.append(new_ids)
-            counted.append(new_counted)
-    all_ids, all_counted = torch.cat(ids), torch.cat(counted)
+            loss_mask.append(new_mask)
+    all_ids, all_masks = torch.cat(ids), torch.cat(loss_mask)
     count = len(all_ids) // body
     if count < 2:
         names = ", ".join(str(path) for path in paths)
         raise TextError(f"{names}: {len(all_ids)} tokens do not fill two windows of {body}; lower --context")
-    cut_ids, cut_counted = (tensor[: count * body].view(count, body) for tensor in (all_ids, all_counted))
+    cut_ids, cut_mask = (tensor[: count * body].view(count, body) for tensor in (all_ids, all_masks))
     if bos is not None:
         cut_ids = torch.cat([torch.full((count, 1), bos), cut_ids], 1)
-        cut_counted = torch.cat([torch.zeros(count, 1, dtype=torch.bool), cut_counted], 1)
-    cut_counted = cut_counted.clone()
-    cut_counted[:, 0] = False
+        cut_mask = torch.cat([torch.zeros(count, 1, dtype=torch.bool), cut_mask], 1)
+    cut_mask = cut_mask.clone()
+    cut_mask[:, 0] = False
     # A step without a token that counts has neither a loss nor a gradient.
-    some = cut_counted.any(1)
+    some = cut_mask.any(1)
     if some.sum() < 2:
         names = ", ".join(str(path) for path in paths)
         raise TextError(
             f"{names}: {int(some.sum())} of {count} windows of {context} hold a token of a response; give longer "
             "responses or raise --context"
         )
-    return Windows(cut_ids[some], cut_counted[some])
+    return Windows(cut_ids[some], cut_mask[some])
 
 
-def split(windows: Windows, validation: int, seed: int) -> tuple[Windows, Windows]:
+def split_windows(windows: Windows, validation: int, seed: int) -> tuple[Windows, Windows]:
     """(training, validation) windows, drawn; validation takes `validation`, but at most a quarter, at least one."""
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     count = max(1, min(validation, len(windows) // 4))
     return windows[order[count:]], windows[order[:count].sort().values]
 
 
-def drawn(count: int, batch: int, step: int, seed: int) -> Int[Tensor, " batch"]:
+def draw_batch(count: int, batch: int, step: int, seed: int) -> Int[Tensor, " batch"]:
     """The windows of a step: all in a drawn order, then all in another. It depends on nothing but these numbers."""
     places = range(step * batch, (step + 1) * batch)
     orders = {number: _order(count, seed, number) for number in {place // count for place in places}}
@@ -99,5 +99,5 @@ def _tokens(example: Example, tokenizer: Any, end: list[int]) -> tuple[Tensor, T
     parts = [tokenize(tokenizer, [piece.text]) for piece in example]
     if end and end[0] not in parts[-1][-2:]:
         parts[-1] = torch.cat([parts[-1], torch.tensor(end, dtype=torch.int64)])
-    counted = [torch.full((len(ids),), piece.counted) for piece, ids in zip(example, parts, strict=True)]
-    return torch.cat(parts), torch.cat(counted)
+    loss_mask = [torch.full((len(ids),), piece.loss_mask) for piece, ids in zip(example, parts, strict=True)]
+    return torch.cat(parts), torch.cat(loss_mask)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from reallm.errors import ArtifactError
 from reallm.formats import Tensors
-from reallm.tune.processes import Processes
+from reallm.tune.processes import ProcessGroup
 
 _BETAS = (0.9, 0.95)
 
@@ -18,7 +18,7 @@ class Diverged(Exception):
     """The loss or its gradient is not finite; parameters are those before the step."""
 
 
-class Descent:
+class Optimizer:
     """AdamW on named parameters for a known number of steps; no weight decay: the parts are not small by nature."""
 
     def __init__(
@@ -28,7 +28,7 @@ class Descent:
         learning_rate: float,
         warm_up: float,
         clip: float,
-        workers: Processes,
+        workers: ProcessGroup,
     ) -> None:
         self.parameters, self.steps, self.learning_rate, self.clip = parameters, steps, learning_rate, clip
         self.warm_up = math.ceil(warm_up * steps)
@@ -51,7 +51,7 @@ class Descent:
         for parameter in self.parameters.values():
             if parameter.grad is None:  # an expert that no token reached
                 parameter.grad = torch.zeros_like(parameter)
-        self.workers.add_up(parameter.grad for parameter in self.parameters.values())
+        self.workers.all_reduce(parameter.grad for parameter in self.parameters.values())
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.clip).item()
         if not math.isfinite(norm):
             self.adam.zero_grad()
@@ -63,7 +63,7 @@ class Descent:
         self.done += 1
         return norm
 
-    def state(self) -> Tensors:
+    def state_dict(self) -> Tensors:
         """All that the next step depends on, as copies."""
         tensors = {"steps": torch.tensor([self.done])}
         for name, parameter in self.parameters.items():
@@ -80,7 +80,7 @@ class Descent:
         }
         return {"steps": torch.empty(1, dtype=torch.int64, device="meta"), **parts}
 
-    def go_on_from(self, tensors: Tensors) -> None:
+    def load_state_dict(self, tensors: Tensors) -> None:
         """The inverse of `state`.
 
         Errors: ArtifactError for a number of steps that this run does not have.

@@ -16,21 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from reallm.errors import TextError
-from reallm.model.text import fields_of, json_rows, json_text, leading_bos
+from reallm.model.text import describe_fields, json_rows, json_text, leading_bos
 
 Row = dict[str, Any]
 Message = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Piece:
+class Segment:
     """A part of an example; its tokens count in the loss or not."""
 
     text: str
-    counted: bool
+    loss_mask: bool
 
 
-Example = tuple[Piece, ...]
+Example = tuple[Segment, ...]
 ASSISTANT = "assistant"
 KINDS = (
     "text; prompt and response or completion; instruction (context or input) and response or output; messages; "
@@ -53,7 +53,7 @@ def load_examples(path: str | Path, tokenizer: Any, option: str = "--text") -> l
         return None
     if (read := _reader(first)) is None:
         if "text" not in first:
-            raise TextError(f'{where}: no "text" field; {fields_of(first)}; {option} reads {KINDS}')
+            raise TextError(f'{where}: no "text" field; {describe_fields(first)}; {option} reads {KINDS}')
         return None
     return [example for where, row in chain([(where, first)], rows) for example in read(where, row, tokenizer)]
 
@@ -69,7 +69,7 @@ def _reader(first: Row) -> Callable[..., list[Example]] | None:
 def _pair(where: str, row: Any, _: Any) -> list[Example]:
     answer = "completion" if isinstance(row, dict) and "completion" in row else "response"
     prompt, response = (json_text(where, row, field) for field in ("prompt", answer))
-    return [(Piece(prompt, False), Piece(response, True))]
+    return [(Segment(prompt, False), Segment(response, True))]
 
 
 def _instruction(where: str, row: Any, tokenizer: Any) -> list[Example]:
@@ -78,10 +78,10 @@ def _instruction(where: str, row: Any, tokenizer: Any) -> list[Example]:
     context = "input" if "input" in row else "context"
     extra = json_text(where, row, context) if row.get(context) is not None else ""
     if not getattr(tokenizer, "chat_template", None):
-        return [(Piece(_alpaca(instruction, extra), False), Piece(response, True))]
+        return [(Segment(_alpaca(instruction, extra), False), Segment(response, True))]
     asked = f"{instruction}\n\n{extra}" if extra.strip() else instruction
     messages = [{"role": "user", "content": asked}, {"role": ASSISTANT, "content": response}]
-    return _rendered(where, messages, tokenizer)
+    return _render(where, messages, tokenizer)
 
 
 def _alpaca(instruction: str, extra: str) -> str:
@@ -96,16 +96,16 @@ def _alpaca(instruction: str, extra: str) -> str:
 
 def _dialogue(where: str, row: Any, tokenizer: Any) -> list[Example]:
     field = "conversations" if isinstance(row, dict) and "conversations" in row else "messages"
-    said = row.get(field) if isinstance(row, dict) else None
-    if not isinstance(said, list):
-        raise TextError(f'{where}: no "{field}" field with a list in it; {fields_of(row)}')
-    messages = [_message(f"{where}, message {number}", message) for number, message in enumerate(said, start=1)]
+    dialogue = row.get(field) if isinstance(row, dict) else None
+    if not isinstance(dialogue, list):
+        raise TextError(f'{where}: no "{field}" field with a list in it; {describe_fields(row)}')
+    messages = [_message(f"{where}, message {number}", message) for number, message in enumerate(dialogue, start=1)]
     if not any(message["role"] == ASSISTANT for message in messages):
         roles = ", ".join(message["role"] for message in messages) or "none"
         raise TextError(f'{where}: no message of the role "{ASSISTANT}", so nothing to learn; its roles are {roles}')
     if getattr(tokenizer, "chat_template", None):
-        return _rendered(where, messages, tokenizer)
-    pieces = ((Piece(f"### {m['role'].capitalize()}:\n", False), _said(m)) for m in messages)
+        return _render(where, messages, tokenizer)
+    pieces = ((Segment(f"### {m['role'].capitalize()}:\n", False), _message_segment(m)) for m in messages)
     return [tuple(piece for both in pieces for piece in both)]
 
 
@@ -118,11 +118,11 @@ def _message(where: str, message: Any) -> Message:
     return {**message, "role": _SHAREGPT_ROLES.get(role, role) if sharegpt else role, "content": content}
 
 
-def _said(message: Message) -> Piece:
-    return Piece(f"{message['content']}\n\n", message["role"] == ASSISTANT)
+def _message_segment(message: Message) -> Segment:
+    return Segment(f"{message['content']}\n\n", message["role"] == ASSISTANT)
 
 
-def _rendered(where: str, messages: list[Message], tokenizer: Any) -> list[Example]:
+def _render(where: str, messages: list[Message], tokenizer: Any) -> list[Example]:
     """By the chat template: the answers are what follows its prompt for an answer, up to the next message."""
 
     def text(count: int, asked: bool) -> str:
@@ -143,14 +143,14 @@ def _rendered(where: str, messages: list[Message], tokenizer: Any) -> list[Examp
             )
     whole = turns[-1][1]
     if all(whole.startswith(after) for _, after in turns):
-        return [_cut(whole, turns)]
-    return [_cut(after, [(before, after)]) for before, after in turns]
+        return [_split_turns(whole, turns)]
+    return [_split_turns(after, [(before, after)]) for before, after in turns]
 
 
-def _cut(whole: str, turns: Sequence[tuple[str, str]]) -> Example:
+def _split_turns(whole: str, turns: Sequence[tuple[str, str]]) -> Example:
     """A string in pieces: what is in it between `before` and `after` of each turn counts."""
     pieces, end = [], 0
     for before, after in turns:
-        pieces += [Piece(whole[end : len(before)], False), Piece(whole[len(before) : len(after)], True)]
+        pieces += [Segment(whole[end : len(before)], False), Segment(whole[len(before) : len(after)], True)]
         end = len(after)
     return tuple(pieces)

@@ -28,11 +28,11 @@ class Gradients:
 
     files: Sequence[Path]
 
-    def missing(self) -> list[int]:
+    def missing_windows(self) -> list[int]:
         """The windows whose files are not there."""
         return [number for number, file in enumerate(self.files) if not file.is_file()]
 
-    def put(self, window: int, gradients: Float[Tensor, "blocks context hidden"]) -> None:
+    def write(self, window: int, gradients: Float[Tensor, "blocks context hidden"]) -> None:
         """Write a window's file."""
         largest = gradients.abs().amax(-1, keepdim=True).clamp(min=1e-30)  # a token that nothing comes after has none
         # Halved once more, as the power of two below a quotient can round to the one above it.
@@ -40,8 +40,8 @@ class Gradients:
         codes = (gradients * scales).to(_EIGHT_BITS).view(torch.uint8)
         save_tensors({"gradients": codes, "scales": scales[..., 0]}, self.files[window])
 
-    def of(self, block: int, windows: slice, device: str | torch.device) -> Float[Tensor, "windows context hidden"]:
-        """What `put` was given of a block, float32.
+    def read(self, block: int, windows: slice, device: str | torch.device) -> Float[Tensor, "windows context hidden"]:
+        """What `write` was given of a block, float32.
 
         Errors: ArtifactError naming the damaged file.
         """
@@ -68,7 +68,7 @@ class Gradients:
             raise ArtifactError(f"{path}: damaged ({error}); remove {path.parent} to start anew") from error
 
 
-def check_room(folder: Path, nbytes: int) -> None:
+def check_disk_space(folder: Path, nbytes: int) -> None:
     """Errors: RecipeError for a disk without room for gradients of so many bytes."""
     free = shutil.disk_usage(folder).free
     if free < nbytes:

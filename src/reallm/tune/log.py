@@ -50,13 +50,13 @@ class Log:
                 stream.write(json.dumps(plain) + "\n")
 
 
-class Pace:
+class Throughput:
     """Tokens a second and the time left, from the steps since this process began."""
 
     def __init__(self, steps: int, done: int, tokens: int) -> None:
         self.steps, self.first, self.tokens, self.begun = steps, done, tokens, time.perf_counter()
 
-    def after(self, done: int) -> dict[str, float]:
+    def rates(self, done: int) -> dict[str, float]:
         """`tokens_per_second` and `eta_seconds` once `done` steps are done."""
         seconds = max(time.perf_counter() - self.begun, 1e-9)
         made = done - self.first

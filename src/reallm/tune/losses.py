@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from reallm.model.decoder import decoder_of
-from reallm.model.devices import device_of
+from reallm.model.devices import module_device
 from reallm.tune.settings import CE, KL
 
 # Logits at a time: 64 MiB in float32, and 128 MiB on a GPU, which waits for the processor between small kernels.
@@ -27,7 +27,7 @@ Head = Callable[[Tensor], Tensor]  # hidden states (tokens, hidden) -> logits (t
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitModel:
     """A model as body (ids -> hidden states) and head (hidden states -> logits)."""
 
     body: Callable[[Tensor], Tensor]
@@ -35,7 +35,7 @@ class Split:
     vocabulary: int
 
 
-def split_model(model: nn.Module) -> Split:
+def split_model(model: nn.Module) -> SplitModel:
     """The model cut before its output embedding, if that is all there is behind the decoder; else before nothing.
 
     Models that cap or scale their logits afterwards answer with whole logits, which takes more memory.
@@ -43,20 +43,20 @@ def split_model(model: nn.Module) -> Split:
     decoder, head = decoder_of(model), model.get_output_embeddings()
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
 
-    def hidden(ids: Tensor) -> Tensor:
+    def hidden_states(ids: Tensor) -> Tensor:
         return decoder(input_ids=ids, use_cache=False).last_hidden_state
 
     def logits(ids: Tensor) -> Tensor:
         return model(input_ids=ids, use_cache=False).logits
 
     if head is not None and decoder is not model:
-        device = device_of(model)
+        device = module_device(model)
         probe = torch.arange(4, device=device)[None] % vocabulary
         with torch.no_grad():
-            ours, theirs = head(hidden(probe)), logits(probe)
+            ours, theirs = head(hidden_states(probe)), logits(probe)
         if ours.shape == theirs.shape and torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-4):
-            return Split(hidden, head, vocabulary)
-    return Split(logits, lambda states: states, vocabulary)
+            return SplitModel(hidden_states, head, vocabulary)
+    return SplitModel(logits, lambda states: states, vocabulary)
 
 
 @dataclass(frozen=True)
@@ -65,25 +65,25 @@ class Teacher:
 
     head: Head | None = None
     states: Float[Tensor, "tokens hidden"] | None = None
-    words: Int[Tensor, "tokens k"] | None = None
+    token_ids: Int[Tensor, "tokens k"] | None = None
     log_probs: Float[Tensor, "tokens k"] | None = None
 
     def divergence(self, log_probs: Float[Tensor, "n vocab"], rows: slice) -> Float[Tensor, " n"]:
         """KL(original ‖ model) of tokens; what is not among the likeliest counts as one token."""
-        if self.words is None:
+        if self.token_ids is None:
             assert self.head is not None and self.states is not None
             theirs = self.head(self.states[rows]).float().log_softmax(-1)
             return (theirs.exp() * (theirs - log_probs)).sum(-1)
         assert self.log_probs is not None
         theirs = self.log_probs[rows].float()
-        ours = log_probs.gather(-1, self.words[rows].long())
-        return (theirs.exp() * (theirs - ours)).sum(-1) + _of_the_rest(theirs, ours)
+        ours = log_probs.gather(-1, self.token_ids[rows].long())
+        return (theirs.exp() * (theirs - ours)).sum(-1) + _residual_mass_kl(theirs, ours)
 
 
-def likeliest(logits: Float[Tensor, "n vocab"], k: int) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+def top_k_log_probs(logits: Float[Tensor, "n vocab"], k: int) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
     """The k likeliest tokens as int32 and their log-probabilities as float16, as they are kept on disk."""
-    values, words = logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
-    return words.to(torch.int32), values.to(torch.float16)
+    values, token_ids = logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
+    return token_ids.to(torch.int32), values.to(torch.float16)
 
 
 def loss_sums(
@@ -99,8 +99,8 @@ def loss_sums(
     Logits are made in chunks and once more for the gradient.
     """
 
-    def of_chunk(hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        log_probs = head(hidden).float().log_softmax(-1)
+    def chunk_loss(hidden_states: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        log_probs = head(hidden_states).float().log_softmax(-1)
         ce = -log_probs.gather(-1, targets[rows, None])[:, 0].sum()
         kl = ce.new_full((), torch.nan) if teacher is None else teacher.divergence(log_probs, rows).sum()
         chosen = {CE: ce, KL: kl}.get(loss, (ce + kl) / 2)
@@ -110,20 +110,20 @@ def loss_sums(
     measured = states.new_zeros(2, dtype=torch.float64)
     values = CHUNK_VALUES.get(states.device.type, CHUNK_VALUES["cpu"])
     for rows in _slices(len(states), max(1, values // vocabulary)):
-        of_these, sums = checkpoint(of_chunk, states[rows], rows, use_reentrant=False, preserve_rng_state=False)
-        total, measured = total + of_these, measured + sums
+        chunk_total, sums = checkpoint(chunk_loss, states[rows], rows, use_reentrant=False, preserve_rng_state=False)
+        total, measured = total + chunk_total, measured + sums
     return total, measured
 
 
 @contextlib.contextmanager
-def computing(device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
+def autocast_to_dtype(device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
     """Products in `dtype`; float32 means no autocast."""
     with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         yield
 
 
 @contextlib.contextmanager
-def repeatable(device: torch.device | str) -> Iterator[None]:
+def deterministic_kernels(device: torch.device | str) -> Iterator[None]:
     """Kernels on a GPU that add up in one order, where torch has them: attention's gradient has two.
 
     A CPU's are such already. Memory is not filled first, which that mode of torch would do with every new tensor;
@@ -146,7 +146,7 @@ def repeatable(device: torch.device | str) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filling
 
 
-def _of_the_rest(theirs: Tensor, ours: Tensor) -> Tensor:
+def _residual_mass_kl(theirs: Tensor, ours: Tensor) -> Tensor:
     """The term of all other tokens taken as one."""
     p, q = ((1 - log_probs.exp().sum(-1)).clamp(min=1e-6) for log_probs in (theirs, ours))
     return p * (p.log() - q.log())

@@ -15,22 +15,22 @@ from reallm.errors import RecipeError
 
 
 @dataclass(frozen=True)
-class Processes:
+class ProcessGroup:
     """This process among all."""
 
     rank: int = 0
     count: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the one that writes and speaks."""
         return self.rank == 0
 
-    def share(self, rows: Tensor) -> Tensor:
+    def shard(self, rows: Tensor) -> Tensor:
         """This process's rows of a batch."""
         return rows[self.rank :: self.count]
 
-    def add_up(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce(self, tensors: Iterable[Tensor]) -> None:
         """Each tensor becomes its sum over all processes."""
         if self.count == 1:
             return
@@ -40,7 +40,7 @@ class Processes:
         for tensor, summed in zip(tensors, together.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(summed.view_as(tensor))
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all are here."""
         if self.count > 1:
             dist.barrier()
@@ -52,11 +52,11 @@ class Processes:
 
 
 @contextlib.contextmanager
-def processes(device: str) -> Iterator[tuple[Processes, str]]:
+def init_process_group(device: str) -> Iterator[tuple[ProcessGroup, str]]:
     """(this process, its device): what torchrun says, or one process alone."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        yield Processes(), device
+        yield ProcessGroup(), device
         return
     cuda = torch.device(device).type == "cuda"
     if cuda:
@@ -65,6 +65,6 @@ def processes(device: str) -> Iterator[tuple[Processes, str]]:
     # With its device named, NCCL need not guess which one a barrier is on.
     dist.init_process_group("nccl" if cuda else "gloo", device_id=torch.device(device) if cuda else None)
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size()), device
+        yield ProcessGroup(dist.get_rank(), dist.get_world_size()), device
     finally:
         dist.destroy_process_group()

@@ -16,22 +16,31 @@ import torch
 from torch import nn
 
 import reallm
-from reallm.artifact import STAGING, check_output, opened, read_manifest, remove, work_folder
+from reallm.artifact import STAGING, check_output, open_work_folder, read_manifest, remove_work_folder, work_folder
 from reallm.errors import ArtifactError, ReallmError, RecipeError, SourceError
-from reallm.kernels import give_back_freed_blocks
-from reallm.model import DECODE_PER_USE, Source, load, load_tokenizer, meta_model, open_source, quiet, walk
+from reallm.kernels import set_mmap_threshold
+from reallm.model import (
+    DECODE_PER_USE,
+    Source,
+    load,
+    load_tokenizer,
+    meta_model,
+    open_source,
+    silence_transformers,
+    walk,
+)
 from reallm.model.headers import read_headers, weight_files
 from reallm.model.text import text_sha256
 from reallm.tune.adapters import Factors, read_adapter, save_adapter
 from reallm.tune.blockwise import tune_blocks
-from reallm.tune.data import Windows, split, windows_of
-from reallm.tune.end_to_end import STEP_FILE, Course, tune_whole
+from reallm.tune.data import Windows, load_windows, split_windows
+from reallm.tune.end_to_end import STEP_FILE, TrainingRun, tune_end_to_end
 from reallm.tune.log import Listener, Log
-from reallm.tune.losses import repeatable
-from reallm.tune.processes import Processes, processes
+from reallm.tune.losses import deterministic_kernels
+from reallm.tune.processes import ProcessGroup, init_process_group
 from reallm.tune.settings import Settings, check_settings
 from reallm.tune.trainables import Trainables, choose, choose_new_residuals
-from reallm.tune.writing import check_room, write_tuned
+from reallm.tune.writing import check_size, write_tuned
 
 # What a note does not say again, or what changes no result.
 _NOT_NOTED = ("text", "method", "validation", "validate_every", "reference", "adapter", "tokens", "device")
@@ -43,7 +52,7 @@ _NO_RESULT = ("text", "validation", "reference", "device", "seed")
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TuneResult:
     """How tuning went: numbers trained by the ledger's word, and figures on the validation windows."""
 
     counts: dict[str, int]
@@ -51,7 +60,7 @@ class Tuned:
     validation_windows: int
     end_to_end: dict[str, Any] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
-    first: bool = True  # whether this process is the one that writes and speaks
+    is_main_process: bool = True  # whether this process is the one that writes and speaks
 
 
 def tune(
@@ -62,7 +71,7 @@ def tune(
     log: str | Path | None = None,
     listener: Listener | None = None,
     **settings: Any,
-) -> Tuned:
+) -> TuneResult:
     """Tune the artifact in a folder and write it to the folder `out`, which appears by one rename.
 
     With `adapter`, a rank, `out` is an adapter for the artifact, which stays as it is (see `adapters.py`).
@@ -84,23 +93,23 @@ def run(
     resume: bool = False,
     log: Path | None = None,
     listener: Listener | None = None,
-) -> Tuned:
+) -> TuneResult:
     """`tune` with its settings in one."""
     check_settings(settings)
-    give_back_freed_blocks()
-    with processes(settings.device) as (workers, device):
+    set_mmap_threshold()
+    with init_process_group(settings.device) as (workers, device):
         settings = dataclasses.replace(settings, device=device)
         workers.check_batch("--batch", settings.batch)
         if settings.adapter is None:
-            check_room(artifact, settings.train)
-        if workers.first:
+            check_size(artifact, settings.train)
+        if workers.is_main_process:
             check_output(out, resume, read_manifest if settings.adapter is None else read_adapter)
             # Killed between its last two deeds a run leaves both: then only the work folder is to be removed.
             if out.exists() and not work_folder(out).exists():
                 raise ArtifactError(f"{out} exists; give another --output or remove it")
-        workers.wait()
-        log = Log(log, listener) if workers.first else Log()
-        return _Run(artifact, out, settings, workers, log).tuned()
+        workers.barrier()
+        log = Log(log, listener) if workers.is_main_process else Log()
+        return _Run(artifact, out, settings, workers, log).execute()
 
 
 @dataclass(frozen=True)
@@ -108,28 +117,30 @@ class _Run:
     artifact: Path
     out: Path
     settings: Settings
-    workers: Processes
+    workers: ProcessGroup
     log: Log
 
-    def tuned(self) -> Tuned:
+    def execute(self) -> TuneResult:
         training, validation = self._windows()
         trainables = self._trainables()
         self._check_original(trainables.model)
-        self._note_another_original()
+        self._warn_different_source()
         work, finished = work_folder(self.out), self.out.exists()
         figures: dict[str, Any] = {}
-        with opened(work, self._state()) if self.workers.first else contextlib.nullcontext():
-            self.workers.wait()
+        with open_work_folder(work, self._state()) if self.workers.is_main_process else contextlib.nullcontext():
+            self.workers.barrier()
             if not finished:
                 self.log.add(phase="begin", trained=trainables.counts, windows=len(training), checked=len(validation))
-                with repeatable(self.settings.device):
+                with deterministic_kernels(self.settings.device):
                     figures = self._learn(trainables, training, validation, work)
-            if self.workers.first:
+            if self.workers.is_main_process:
                 if not finished:
                     self._write(trainables, figures, work)
-                remove(work)
-        self.workers.wait()
-        return Tuned(trainables.counts, len(training), len(validation), figures, self.log.events, self.workers.first)
+                remove_work_folder(work)
+        self.workers.barrier()
+        return TuneResult(
+            trainables.counts, len(training), len(validation), figures, self.log.events, self.workers.is_main_process
+        )
 
     def _learn(self, trainables: Trainables, training: Windows, validation: Windows, work: Path) -> dict[str, Any]:
         """Block by block, then end to end, as chosen; figures of the latter."""
@@ -137,23 +148,23 @@ class _Run:
         if self.settings.block_wise and not (work / STEP_FILE).is_file():
             assert self._source is not None
             blocks = training[: self._whole_batches(len(training))]
-            with trainables.tables_at_rest():
+            with trainables.freeze_shared_decoders():
                 tune_blocks(self._source, trainables, blocks, validation, self.settings, work, self.workers, self.log)
         if not self.settings.end_to_end:
             return {}
         original = None if self._source is None else self._original
-        return tune_whole(
-            Course(trainables, original, training, validation, self.settings, work, self.workers, self.log)
+        return tune_end_to_end(
+            TrainingRun(trainables, original, training, validation, self.settings, work, self.workers, self.log)
         )
 
     def _windows(self) -> tuple[Windows, Windows]:
         """(training, validation): the latter of a file of its own, or drawn from the text."""
         settings, tokenizer = self.settings, self._tokenizer
-        windows = windows_of(settings.text, tokenizer, settings.context)
+        windows = load_windows(settings.text, tokenizer, settings.context)
         if settings.validation:
-            checked = windows_of(settings.validation, tokenizer, settings.context, "--validation")
+            checked = load_windows(settings.validation, tokenizer, settings.context, "--validation")
             return windows, checked[: settings.validation_windows]
-        return split(windows, settings.validation_windows, settings.seed)
+        return split_windows(windows, settings.validation_windows, settings.seed)
 
     def _whole_batches(self, windows: int) -> int:
         """How many windows block-wise tuning takes: whole batches only, so that processes have equal shares."""
@@ -171,18 +182,18 @@ class _Run:
         limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if limit is not None and settings.context > limit:
             raise RecipeError(f"--context {settings.context} is longer than the {limit} positions of this model")
-        with quiet():
+        with silence_transformers():
             walked = walk(meta_model(model.config))
         how: dict[str, Any] = {"rounded": not settings.round_at_end, "device": settings.device}
-        how["kept_dtype"] = None if settings.save_memory else settings.compute_dtype
+        how["constant_dtype"] = None if settings.save_memory else settings.compute_dtype
         if settings.adapter is not None:
             return choose_new_residuals(model, walked, settings.adapter, settings.seed, **how)
         headers = read_headers(weight_files(self.artifact, ArtifactError), ArtifactError)
-        how["blocks_alone"] = not settings.end_to_end
+        how["blocks_only"] = not settings.end_to_end
         chosen = choose(model, walked, {name: h.dtype for name, h in headers.items()}, settings.train, **how)
-        if chosen.tables and not settings.end_to_end:
+        if chosen.shared_decoders and not settings.end_to_end:
             raise RecipeError(
-                f"--train decoders: decoders that matrices of many blocks share ({', '.join(chosen.tables)}) train end "
+                f"--train decoders: decoders that matrices of many blocks share ({', '.join(chosen.shared_decoders)}) train end "
                 "to end; take --method both or end-to-end, or leave decoders out"
             )
         return chosen
@@ -215,7 +226,7 @@ class _Run:
                 "predictions can be compared only over the same tokens"
             )
 
-    def _note_another_original(self) -> None:
+    def _warn_different_source(self) -> None:
         """An event if the reference is not what the artifact was made of: a slip, or a teacher that was chosen."""
         made_of = read_manifest(self.artifact).provenance.get("source_sha256")
         if isinstance(made_of, str) and self._original_sha256 not in (None, made_of):
@@ -229,7 +240,7 @@ class _Run:
         """The original on the CPU, frozen, in the dtype of computing."""
         assert self._source is not None
         original = self._source.load(torch.float32, "cpu").eval().requires_grad_(False)
-        _in_dtype(original, self.settings.compute_dtype)
+        _cast_parameters(original, self.settings.compute_dtype)
         return original
 
     @functools.cached_property
@@ -243,7 +254,7 @@ class _Run:
         texts = {kind: [text_sha256(f) for f in getattr(settings, kind)] for kind in ("text", "validation")}
         chosen |= {"processes": self.workers.count, "train": list(settings.train), "reference": self._original_sha256}
         return {
-            "source": sha256_of(weight_files(self.artifact, ArtifactError)),
+            "source": files_sha256(weight_files(self.artifact, ArtifactError)),
             "seed": settings.seed,
             "device": torch.device(settings.device).type,
             "calibration": {"tuning": chosen, **texts},
@@ -254,7 +265,7 @@ class _Run:
         staging = work / STAGING
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        parts = {name: tensor.cpu() for name, tensor in trainables.to_store().items()}
+        parts = {name: tensor.cpu() for name, tensor in trainables.export_tensors().items()}
         if self.settings.adapter is None:
             write_tuned(self.artifact, staging, parts, self._note(figures))
         else:
@@ -269,12 +280,12 @@ class _Run:
         Short: what is as by default, or as the provenance has it of compression, is left out.
         """
         settings, provenance = self.settings, read_manifest(self.artifact).provenance
-        told = [*(["loss"] if settings.end_to_end else []), *(["block_error"] if settings.block_wise else [])]
+        always_noted = [*(["loss"] if settings.end_to_end else []), *(["block_error"] if settings.block_wise else [])]
         usual = {field.name: field.default for field in dataclasses.fields(settings)}
         chosen = {
             name: ",".join(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(settings).items()
-            if name not in _NOT_NOTED and (value != usual[name] or name in told)
+            if name not in _NOT_NOTED and (value != usual[name] or name in always_noted)
         }
         here = {"device": torch.device(settings.device).type, "torch": torch.__version__, "reallm": reallm.__version__}
         original = self._original_sha256
@@ -289,7 +300,7 @@ class _Run:
         }
 
 
-def sha256_of(files: list[Path]) -> str:
+def files_sha256(files: list[Path]) -> str:
     """sha256 (hex) of names and bytes of files."""
     digest = hashlib.sha256()
     for file in files:
@@ -300,7 +311,7 @@ def sha256_of(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _in_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """Parameters in `dtype`. Buffers, such as the frequencies of positions, keep theirs: 16 bits would ruin them."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

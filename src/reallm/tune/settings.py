@@ -22,9 +22,9 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # The ledger's words for parts that can train, and kept tensors.
 PARTS = ("residual", "scales", "gains", "codebooks", "decoders", "outliers", "dense")
-KEPT = ("norms", "biases")
+UNQUANTIZED = ("norms", "biases")
 # Whose parts, beside the block matrices'.
-PLACES = ("embedding", "head")
+EMBEDDING_AND_HEAD = ("embedding", "head")
 # AdamW's first step is ten times the rate, in float32, which ends at 3.4e38.
 _LARGEST_RATE = 1e30
 DEFAULT_TRAIN = ("residual", "scales", "gains", "codebooks", "norms")
@@ -94,23 +94,27 @@ class Settings:
 
 def check_settings(settings: Settings) -> None:
     """Errors: RecipeError naming the option and its value."""
-    _one_of("--method", settings.method, METHODS)
-    _one_of("--loss", settings.loss, LOSSES)
-    _one_of("--target", settings.target, TARGETS)
-    _one_of("--block-error", settings.block_error, BLOCK_ERRORS)
-    _one_of("--dtype", settings.dtype, tuple(DTYPES))
+    _check_choice("--method", settings.method, METHODS)
+    _check_choice("--loss", settings.loss, LOSSES)
+    _check_choice("--target", settings.target, TARGETS)
+    _check_choice("--block-error", settings.block_error, BLOCK_ERRORS)
+    _check_choice("--dtype", settings.dtype, tuple(DTYPES))
     for word in settings.train:
-        _one_of("--train", word, PARTS + KEPT + PLACES)
+        _check_choice("--train", word, PARTS + UNQUANTIZED + EMBEDDING_AND_HEAD)
     if settings.adapter is not None and settings.method == BLOCKWISE:
         raise RecipeError(f"--adapter {settings.adapter} trains end to end; leave --method blockwise out")
     if settings.adapter is not None and tuple(settings.train) != DEFAULT_TRAIN:
         words = ",".join(settings.train)
         raise RecipeError(f"--adapter {settings.adapter} trains new residuals alone; leave --train {words} out")
-    if not set(settings.train) & set(PARTS + KEPT):
-        raise RecipeError(f"--train {','.join(settings.train)}: names no part; add one of {', '.join(PARTS + KEPT)}")
-    if settings.method == BLOCKWISE and (ends := [word for word in settings.train if word in PLACES]):
+    if not set(settings.train) & set(PARTS + UNQUANTIZED):
         raise RecipeError(
-            f"--method {BLOCKWISE} trains what lies in blocks: leave --train {','.join(ends)} out or take --method both"
+            f"--train {','.join(settings.train)}: names no part; add one of {', '.join(PARTS + UNQUANTIZED)}"
+        )
+    if settings.method == BLOCKWISE and (
+        outside_blocks := [word for word in settings.train if word in EMBEDDING_AND_HEAD]
+    ):
+        raise RecipeError(
+            f"--method {BLOCKWISE} trains what lies in blocks: leave --train {','.join(outside_blocks)} out or take --method both"
         )
     if not settings.text:
         raise RecipeError("tuning needs text: give --text FILE")
@@ -120,13 +124,13 @@ def check_settings(settings: Settings) -> None:
             "or --method end-to-end --loss ce"
         )
     for option in ("batch", "validation_windows", "block_windows", "block_epochs"):
-        _at_least(option, getattr(settings, option), 1)
-    _at_least("context", settings.context, 2)
+        _check_minimum(option, getattr(settings, option), 1)
+    _check_minimum("context", settings.context, 2)
     for option in ("tokens", "micro_batch", "validate_every", "adapter"):
         if getattr(settings, option) is not None:
-            _at_least(option, getattr(settings, option), 1)
+            _check_minimum(option, getattr(settings, option), 1)
     for option in ("top_k", "block_patience"):
-        _at_least(option, getattr(settings, option), 0)
+        _check_minimum(option, getattr(settings, option), 0)
     for option in ("learning_rate", "block_learning_rate", "clip"):
         value = getattr(settings, option)
         if not 0 < value <= _LARGEST_RATE:
@@ -136,11 +140,11 @@ def check_settings(settings: Settings) -> None:
     check_device(settings.device)
 
 
-def _one_of(option: str, value: str, allowed: Sequence[str]) -> None:
+def _check_choice(option: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise RecipeError(f"{option} {value!r} is not one of {', '.join(allowed)}")
 
 
-def _at_least(option: str, value: int, least: int) -> None:
+def _check_minimum(option: str, value: int, least: int) -> None:
     if value < least:
         raise RecipeError(f"--{option.replace('_', '-')} {value} is below {least}")

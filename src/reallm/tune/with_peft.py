@@ -1,4 +1,4 @@
-"""PEFT over compressed models. Needs `pip install ".[peft]"`.
+"""PEFT over compressed models. Needs `pip install_hint ".[peft]"`.
 
 Compressed modules are linears and embeddings for PEFT, so that its adapters and soft prompts train over them. What it
 writes into weights (merging, PiSSA) is refused by the modules themselves.
@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from reallm.errors import ArtifactError, install
+from reallm.errors import ArtifactError, install_hint
 
 
-def knowing_us(config: Any) -> Any:
+def accept_compressed_linears(config: Any) -> Any:
     """The same config: PEFT takes compressed modules without being told. Kept for those who call it.
 
     Errors: ArtifactError if peft is not installed.
@@ -24,7 +24,7 @@ def knowing_us(config: Any) -> Any:
     return config
 
 
-def load_into(model: nn.Module, adapter: str | Path, name: str = "default") -> Any:
+def load_peft_model(model: nn.Module, adapter: str | Path, name: str = "default") -> Any:
     """A PeftModel of a loaded compressed model with the adapter in a folder, ours or PEFT's, of any kind that PEFT has.
 
     Given that PeftModel it takes another adapter beside the first; `set_adapter` and `add_weighted_adapter` of PEFT
@@ -42,4 +42,4 @@ def load_into(model: nn.Module, adapter: str | Path, name: str = "default") -> A
 
 def _require_peft() -> None:
     if importlib.util.find_spec("peft") is None:
-        raise ArtifactError(f"PEFT is not installed: {install('peft')}")
+        raise ArtifactError(f"PEFT is not installed: {install_hint('peft')}")

@@ -15,13 +15,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from reallm.artifact import Manifest, StoredMatrix, read_ledger, read_manifest, write_shards
-from reallm.artifact.coding import coded_tensor, decoded_tensor
-from reallm.artifact.integrity import checksums_of
+from reallm.artifact.coding import decode_tensor, encode_tensor
+from reallm.artifact.integrity import compute_checksums
 from reallm.artifact.writer import INDEX
 from reallm.errors import ArtifactError, RecipeError
-from reallm.formats import Tensors, named_tensors, tables_at_hand, with_tensors
+from reallm.formats import Tensors, named_tensors, replace_tensors, use_shared_decoders
 from reallm.formats.shared import PREFIX as SHARED
-from reallm.formats.waist import inner, under
+from reallm.formats.waist import add_prefix, strip_prefix
 from reallm.model.headers import weight_files
 
 CONFIG, PLAN = "config.json", "plan.yaml"
@@ -30,14 +30,14 @@ CONFIG, PLAN = "config.json", "plan.yaml"
 Change = Callable[[StoredMatrix, Tensors], tuple[StoredMatrix, Tensors]]
 
 
-def check_room(artifact: Path, words: Collection[str]) -> None:
+def check_size(artifact: Path, words: Collection[str]) -> None:
     """Whether an artifact stays within the size it was made for, whatever its parts of these words become.
 
     Errors: RecipeError for words whose tensors are entropy-coded, and fit the size for that alone.
     """
     ledger, size = read_ledger(artifact), read_manifest(artifact).size
     more: Counter[str] = Counter()
-    for row in ledger.coded:
+    for row in ledger.entropy_coded_rows:
         if row.role in words and (row.kind == "block" or row.kind in words):
             more[row.role] += (row.raw_nbytes or row.nbytes) - row.nbytes
     if size is not None and more and (most := ledger.total_bytes + more.total()) > size:
@@ -56,13 +56,13 @@ def write_tuned(source: Path, staging: Path, trained: Tensors, note: dict[str, A
     """
 
     def change(matrix: StoredMatrix, stored: Tensors) -> tuple[StoredMatrix, Tensors]:
-        changed = inner(matrix.name, trained)
-        return _retrained(matrix, stored, changed) if changed else (matrix, stored)
+        changed = strip_prefix(matrix.name, trained)
+        return _update_matrix(matrix, stored, changed) if changed else (matrix, stored)
 
-    write_changed(source, staging, change, note, trained)
+    rewrite_artifact(source, staging, change, note, trained)
 
 
-def write_changed(
+def rewrite_artifact(
     source: Path, staging: Path, change: Change, note: dict[str, Any], kept: Tensors | None = None
 ) -> None:
     """Write the artifact of `source` with every matrix changed, and `kept` in place of tensors of these names.
@@ -81,19 +81,19 @@ def write_changed(
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
-    checksums = checksums_of(staging.glob("*.safetensors"))
+    checksums = compute_checksums(staging.glob("*.safetensors"))
     manifest = replace(manifest, matrices=tuple(matrices), checksums=checksums)
-    room = None if manifest.size is None else manifest.size - nbytes_of(staging)
-    (staging / CONFIG).write_text(_config_text(config, manifest, note, room), encoding="utf-8")
+    headroom = None if manifest.size is None else manifest.size - folder_nbytes(staging)
+    (staging / CONFIG).write_text(_config_text(config, manifest, note, headroom), encoding="utf-8")
 
 
-def nbytes_of(folder: Path) -> int:
+def folder_nbytes(folder: Path) -> int:
     """Bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _config_text(config: dict[str, Any], manifest: Manifest, note: dict[str, Any], room: int | None) -> str:
-    """config.json, with `note` after those of earlier tunings, of which the oldest give way where `room` is short.
+def _config_text(config: dict[str, Any], manifest: Manifest, note: dict[str, Any], headroom: int | None) -> str:
+    """config.json, with `note` after those of earlier tunings, of which the oldest give way where `headroom` is short.
 
     Where the weights alone leave no room, all notes stay, and the size that the folder was made for goes.
     """
@@ -106,15 +106,15 @@ def _config_text(config: dict[str, Any], manifest: Manifest, note: dict[str, Any
     notes = [one for one in earlier if isinstance(one, dict)] if isinstance(earlier, list) else []
     notes.append(note)
     others = {key: value for key, value in manifest.provenance.items() if key != "tuned"}
-    for kept in _fewer(notes):
+    for kept in _truncate_notes(notes):
         found = text({**others, **({"tuned": kept} if kept else {})})
-        if room is None or len(found.encode()) <= room:
+        if headroom is None or len(found.encode()) <= headroom:
             return found
     del others["size"]
     return text({**others, "tuned": notes})
 
 
-def _fewer(notes: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def _truncate_notes(notes: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """The notes, then without the oldest, which the next one counts as `earlier`, then ever less of the last one."""
     yield notes
     left, gone = list(notes), 0
@@ -135,33 +135,35 @@ def _tensors(source: Path, change: Change, kept: Tensors, matrices: list[StoredM
     handles = [safe_open(file, framework="pt") for file in weight_files(source, ArtifactError)]
     places = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 - no dict
     manifest = read_manifest(source)
-    full = {name: {local: f"{SHARED}.{name}.{local}" for local in t.layout} for name, t in manifest.tables.items()}
-    tables = {
+    full = {
+        name: {local: f"{SHARED}.{name}.{local}" for local in t.layout} for name, t in manifest.shared_decoders.items()
+    }
+    shared_decoders = {
         name: {local: places[path].get_tensor(path) for local, path in paths.items()} for name, paths in full.items()
     }
     for matrix in manifest.matrices:
         names = [f"{matrix.name}.{local}" for local in matrix.fmt.layout(matrix.shape)]
-        stored = inner(matrix.name, {name: places.pop(name).get_tensor(name) for name in names})
-        with tables_at_hand(tables):
+        stored = strip_prefix(matrix.name, {name: places.pop(name).get_tensor(name) for name in names})
+        with use_shared_decoders(shared_decoders):
             matrix, stored = change(matrix, stored)
         matrices.append(matrix)
-        yield from sorted(under(matrix.name, stored).items())
+        yield from sorted(add_prefix(matrix.name, stored).items())
     for name, handle in places.items():
         tensor = kept.get(name)
         yield name, handle.get_tensor(name) if tensor is None else tensor
 
 
-def _retrained(matrix: StoredMatrix, stored: Tensors, changed: Tensors) -> tuple[StoredMatrix, Tensors]:
+def _update_matrix(matrix: StoredMatrix, stored: Tensors, changed: Tensors) -> tuple[StoredMatrix, Tensors]:
     """A matrix with other parts."""
     layout = matrix.fmt.layout(matrix.shape)
-    plain = {n: decoded_tensor(t, layout[n]) if n in matrix.coded else t for n, t in stored.items()}
-    parts = matrix.fmt.unpack(plain, matrix.shape)
-    own = {name: value for name, value in changed.items() if name in named_tensors(parts)}
-    packed = matrix.fmt.pack(with_tensors(parts, own), matrix.shape)
+    plain = {n: decode_tensor(t, layout[n]) if n in matrix.coded else t for n, t in stored.items()}
+    unpacked = matrix.fmt.unpack(plain, matrix.shape)
+    own = {name: value for name, value in changed.items() if name in named_tensors(unpacked)}
+    packed = matrix.fmt.pack(replace_tensors(unpacked, own), matrix.shape)
     assert _sizes(packed) == _sizes(plain), f"{matrix.name}: tuning changed what is stored"
     tensors, names = dict(packed), []
     for name in matrix.coded:
-        kept = stored[name] if torch.equal(packed[name], plain[name]) else coded_tensor(packed[name])
+        kept = stored[name] if torch.equal(packed[name], plain[name]) else encode_tensor(packed[name])
         if kept is not None:
             tensors[name] = kept
             names.append(name)
