@@ -67,7 +67,7 @@ lint: $(VENV)/.lint
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m reallm.cli.reference > docs/cli.md
-	$(BIN)/python -m reallm.report.results
+	$(BIN)/python -m reallm.cli.tables.results
 
 clean:
 	rm -rf $(VENV) $(LOWEST) build dist .pytest_cache .ruff_cache

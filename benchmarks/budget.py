@@ -30,17 +30,17 @@ from lab import Lab, Workers, arguments, asked_for, earlier_runs, original_of, s
 from reallm.allocate import Choice, Problem
 from reallm.allocate.candidates import calibrated_candidates
 from reallm.allocate.options import find_option, parse_size
-from reallm.artifact import read_ledger
+from reallm.calibrate.loss_gradients import Guidance, guidance
+from reallm.checkpoint import read_ledger
 from reallm.errors import ReallmError
 from reallm.evaluate.perplexity import evaluate
 from reallm.formats import WeightFormat, from_spec, to_spec
 from reallm.formats.codebook import Codebook
 from reallm.formats.permuted import Permuted
 from reallm.formats.uniform import Uniform
-from reallm.model import load
-from reallm.model.gradients import Guidance, guidance
+from reallm.hf import load
 from reallm.pipeline import Job, Settings, prepare, run
-from reallm.pipeline import original as of_original
+from reallm.pipeline import teacher_outputs as of_original
 
 C4 = ("c4", "c4-train-sample.jsonl")
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")

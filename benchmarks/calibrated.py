@@ -20,13 +20,14 @@ import torch
 from data_free import finished, normal, uniform, vectors
 from lab import Arm, Lab, Workers, arguments, asked_for, earlier_runs, original_of, save
 
+from reallm.calibrate.hidden_states import HiddenStateCache
+from reallm.calibrate.loss_gradients import Guidance, fisher, guidance
+from reallm.calibrate.windows import windows_from_files
 from reallm.fit import Objective, fit, squared_error
 from reallm.fit.objective import FISHER
 from reallm.formats import from_spec
-from reallm.model import Matrix, load_tokenizer, walk
-from reallm.model.calibration import windows_from_files
-from reallm.model.gradients import Guidance, fisher, guidance
-from reallm.model.stream import HiddenStateCache
+from reallm.hf import load_tokenizer
+from reallm.source import Matrix, walk
 
 
 def turned(base: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from data_free import label, normal, set_rank, uniform, vectors
 from lab import commit, machine
 
 from reallm.evaluate.measure import versions
-from reallm.model import open_source
+from reallm.source import open_source
 
 COMMAND = [sys.executable, "-c", "import sys; from reallm.cli import main; sys.exit(main())"]
 LOAD = "import sys, reallm; reallm.load(sys.argv[1], mode=sys.argv[2])"

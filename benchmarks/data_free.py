@@ -22,10 +22,10 @@ from lab import Arm, FormatOf, Lab, Workers, arguments, asked_for, earlier_runs,
 from reallm.allocate import Choice, MatrixInfo, Problem, load_recipe, plan_from_recipe
 from reallm.fit import gaussian_error
 from reallm.formats import WeightFormat, from_spec, to_spec
-from reallm.model import Walk
 from reallm.pipeline import Settings
-from reallm.pipeline.budgeting import format_options
+from reallm.pipeline.budget import format_options
 from reallm.pipeline.byte_budget import plan_for_bits
+from reallm.source import Walk
 
 RANKS = (16, 32, 64)
 BUDGETS = (2.0, 2.5, 3.0, 3.25, 3.5, 4.0)

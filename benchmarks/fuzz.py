@@ -35,11 +35,13 @@ import yaml
 import reallm
 from reallm.allocate import MatrixInfo, plan_from_recipe
 from reallm.allocate.recipe import parse_recipe
-from reallm.artifact import read_ledger
-from reallm.artifact.integrity import compute_checksums
+from reallm.checkpoint import read_ledger
+from reallm.checkpoint.checksums import compute_checksums
 from reallm.errors import ReallmError
 from reallm.fit import fit
-from reallm.model import MODES, artifact_memory_footprint, open_source, unquantized_tensors, verify_artifact, walk
+from reallm.hf import MODES, verify_artifact
+from reallm.hf import artifact_memory_footprint, unquantized_tensors
+from reallm.source import open_source, walk
 
 RECIPE = """
 name: every format
@@ -203,7 +205,7 @@ def make_artifacts(place: Path) -> list[Path]:
     """One artifact in one file, the same in shards, one with entropy-coded tensors, and one with neural decoders."""
     from safetensors.torch import load_file
 
-    from reallm.artifact import write_shards
+    from reallm.checkpoint import write_shards
 
     (place / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     whole = place / "whole"

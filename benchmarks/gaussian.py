@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from lab import commit, machine
 
+from reallm.cli.tables.format_table import SHAPE, formats_text, measure_formats
 from reallm.evaluate.measure import versions
 from reallm.formats import from_spec, known_formats
-from reallm.report.formats import SHAPE, formats_text, measure_formats
 
 
 def shape(text: str) -> tuple[int, int]:

@@ -14,13 +14,13 @@ import json
 from pathlib import Path
 
 from reallm.allocate.candidates import calibrated_candidates, data_free_candidates, neural_candidates
-from reallm.artifact import encode_tensors
+from reallm.checkpoint import encode_tensors
 from reallm.fit import fit
 from reallm.fit.quality import gaussian, measured_gaussian_error
 from reallm.formats import WeightFormat, to_spec
 from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.scaled import Scaled
-from reallm.formats.shared import rename_shared_decoders
+from reallm.formats.shared_decoders import rename_shared_decoders
 
 TABLE = Path(__file__).parents[1] / "src" / "reallm" / "fit" / "gaussian_errors.json"
 STATE_BITS = (10, 12, 16)

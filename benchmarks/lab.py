@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 from reallm.allocate import MatrixInfo
+from reallm.calibrate.text import leading_bos, load_text, text_sha256, tokenize
 from reallm.evaluate.measure import versions
 from reallm.evaluate.perplexity import Evaluation, evaluate
 from reallm.fit import Objective, fit
 from reallm.formats import WeightFormat
-from reallm.model import load_tokenizer, open_source, walk
-from reallm.model.text import leading_bos, load_text, text_sha256, tokenize
+from reallm.hf import load_tokenizer
+from reallm.source import open_source, walk
 
 FormatOf = Callable[[MatrixInfo], WeightFormat | None]
 

@@ -28,10 +28,10 @@ import torch
 from lab import commit, machine
 from safetensors.torch import save_file
 
-from reallm.artifact import read_ledger
+from reallm.checkpoint import read_ledger
 from reallm.evaluate.measure import versions
-from reallm.model import meta_model
 from reallm.pipeline.cost import COPIES_WHILE_FITTING
+from reallm.source import meta_model
 
 COMPRESS = "import sys; from reallm.cli import main; sys.exit(main(sys.argv[1:]))"
 BEYOND = 1_500_000_000  # bytes promised beyond the working set

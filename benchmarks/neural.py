@@ -42,13 +42,13 @@ from torch import Tensor
 
 import reallm
 from reallm.allocate.candidates import neural_candidates
-from reallm.artifact import read_ledger, read_manifest
+from reallm.checkpoint import read_ledger, read_manifest
+from reallm.cli.tables.names import short_name
 from reallm.evaluate.measure import measure, versions
 from reallm.fit import Objective, capture_fit_input, fit, relative_error, train_shared_decoder
 from reallm.formats import Tensors, WeightFormat, from_spec, to_spec, use_shared_decoders
 from reallm.formats.scaled import Scaled
-from reallm.model import Matrix, Source, open_source, read_matrix, walk
-from reallm.report.names import short_name
+from reallm.source import Matrix, Source, open_source, read_matrix, walk
 
 ORIGINAL, SHUFFLED, NOISE, SMOOTH = "original", "shuffled", "noise", "smooth"
 VQ = "vq"

@@ -40,8 +40,9 @@ from data_free import finished
 from lab import Arm, Lab, arguments, earlier_runs, original_of, save
 from safetensors.torch import load_file, save_file
 
-from reallm.model import load_tokenizer, open_source
-from reallm.model.calibration import windows_from_files
+from reallm.calibrate.windows import windows_from_files
+from reallm.hf import load_tokenizer
+from reallm.source import open_source
 
 Setting = dict[str, Any]
 

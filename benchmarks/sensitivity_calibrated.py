@@ -20,10 +20,10 @@ from calibrated import Bench, bench_of, trellis, turned
 from lab import Workers, arguments, save
 from torch import Tensor
 
+from reallm.calibrate.hidden_states import HiddenStateCache
 from reallm.fit import fit, squared_error
 from reallm.formats import from_spec
-from reallm.model import Matrix
-from reallm.model.stream import HiddenStateCache
+from reallm.source import Matrix
 
 FORMATS = {f"trellis {bits}": turned(trellis(bits)) for bits in (1, 2, 3)}
 DETAILED = "trellis 2"  # the format of the rows by block and by matrix

@@ -20,14 +20,14 @@ import torch
 from lab import commit, machine
 
 from reallm.analyze import shifts
-from reallm.analyze.running import sample_matrix
+from reallm.analyze.run_analysis import sample_matrix
+from reallm.cli.tables.structure import SHIFTS, chance_share
+from reallm.cli.tables.text_table import table
 from reallm.evaluate.measure import versions
 from reallm.fit import fit
 from reallm.fit.quality import relative_error
 from reallm.formats import from_spec
-from reallm.model import Matrix, Source, open_source, read_matrix, walk
-from reallm.report.structure import SHIFTS, chance_share
-from reallm.report.text import table
+from reallm.source import Matrix, Source, open_source, read_matrix, walk
 
 ROWS = 4096
 

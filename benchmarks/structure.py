@@ -18,9 +18,9 @@ import torch
 from lab import commit, machine
 
 from reallm.analyze import DEFAULT_CODECS, Scope, analyze, prepare
+from reallm.cli.tables.structure import structure_json, structure_text
 from reallm.formats import from_spec
 from reallm.formats.permuted import METHODS
-from reallm.report.structure import structure_json, structure_text
 
 VECTORS: dict[str, Any] = {"format": "codebook", "index_bits": 8, "vector_dim": 4}
 SPECS: list[dict[str, Any]] = [

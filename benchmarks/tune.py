@@ -30,20 +30,21 @@ import torch
 from lab import Lab, Workers, arguments, asked_for, earlier_runs, original_of, save
 
 import reallm
-from reallm.artifact import read_ledger
+from reallm.calibrate.text import load_text
+from reallm.checkpoint import read_ledger
 from reallm.errors import ReallmError
-from reallm.evaluate.generate import generate_stream
+from reallm.evaluate.generation import generate_stream
 from reallm.evaluate.measure import measure
-from reallm.evaluate.tasks import score_tasks
 from reallm.formats import to_spec
+from reallm.formats.base import from_spec
 from reallm.formats.gain import Gain
 from reallm.formats.rotated import Rotated
-from reallm.formats.waist import from_spec
-from reallm.model import load, load_tokenizer, open_source, walk
-from reallm.model.text import load_text
+from reallm.hf import load, load_tokenizer
+from reallm.integrations.lm_eval_tasks import score_tasks
 from reallm.pipeline import Settings as PipelineSettings
 from reallm.pipeline import prepare, run
-from reallm.tune.settings import Settings
+from reallm.source import open_source, walk
+from reallm.tuning.tune_settings import Settings
 
 C4 = ("c4", "c4-train-sample.jsonl")
 PLAIN = (

@@ -22,9 +22,9 @@ import torch
 from lab import commit, machine
 
 import reallm
-from reallm.artifact import read_ledger
+from reallm.checkpoint import read_ledger
 from reallm.evaluate.measure import versions
-from reallm.model import open_source
+from reallm.source import open_source
 
 
 def main() -> None:

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import reallm
-from reallm.artifact import work_folder
+from reallm.calibrate.text import load_text, tokenize
+from reallm.calibrate.windows import generate_windows, windows_from_files
+from reallm.checkpoint import work_folder
 from reallm.cli import main
 from reallm.errors import ArtifactError, RecipeError, TextError
-from reallm.model import load, load_tokenizer, open_source
-from reallm.model.calibration import generate_windows, windows_from_files
-from reallm.model.text import load_text, tokenize
+from reallm.hf import load, load_tokenizer
 from reallm.pipeline import Settings, prepare, run
+from reallm.source import open_source
 
 RECIPE = """
 rules:
@@ -94,8 +95,8 @@ def test_a_resumed_run_asks_the_original_for_no_text_and_no_gradients_again(tiny
 
     with killed(when=lambda name, *_: name == "model.layers.0.self_attn.v_proj") as kill:
         run(job, tmp_path / "out", progress=kill)
-    monkeypatch.setattr("reallm.pipeline.calibrating.generate_windows", None)
-    monkeypatch.setattr("reallm.pipeline.original.guidance", None)
+    monkeypatch.setattr("reallm.pipeline.calibration_inputs.generate_windows", None)
+    monkeypatch.setattr("reallm.pipeline.teacher_outputs.guidance", None)
     (work_folder(tmp_path / "out") / "model.layers.0.self_attn.q_proj.safetensors").unlink()  # as a size would
     run(job, tmp_path / "out", resume=True)
     files = [tmp_path / name / "model.safetensors" for name in ("whole", "out")]
@@ -311,8 +312,9 @@ def test_a_context_beyond_what_the_model_was_made_for_is_not_counted(tiny_llama,
 def test_the_work_folder_stays_within_what_is_announced_and_twice_the_source(
     tiny_llama, tmp_path, settings, monkeypatch
 ):
-    from reallm.pipeline import running, work_bytes
-    from reallm.pipeline.whole import nbytes_by_file
+    from reallm.pipeline import run_job as running
+    from reallm.pipeline import work_bytes
+    from reallm.pipeline.artifact_size import nbytes_by_file
 
     job = prepare(tiny_llama, Settings(**settings))
     found, staged = [], running._stage_artifact

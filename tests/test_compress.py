@@ -13,10 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import reallm
-import reallm.artifact.writer
-from reallm.artifact import work_folder
+import reallm.checkpoint.writer
+from reallm.checkpoint import work_folder
 from reallm.errors import ArtifactError, RecipeError, SourceError
-from reallm.pipeline import Settings, fitting, prepare, run, running
+from reallm.pipeline import Settings, prepare, run
+from reallm.pipeline import fit_job as fitting
+from reallm.pipeline import run_job as running
 
 RECIPE = """
 rules:
@@ -173,7 +175,7 @@ def full_in_rust(*_, **__):
 @pytest.mark.parametrize(
     ("module", "name", "failing"),
     [
-        (reallm.artifact.writer, "save_file", full_in_rust),
+        (reallm.checkpoint.writer, "save_file", full_in_rust),
         (running, "_write_auxiliary_files", full),
         (running, "write_shards", full_in_rust),
         (os, "rename", full),
@@ -213,7 +215,7 @@ def test_ctrl_c_says_where_the_finished_matrices_are_and_how_to_go_on(
     tiny_llama, recipe, whole, tmp_path, same_files, finished_matrices
 ):
     code = "import sys; from reallm.cli import main; sys.exit(main(sys.argv[1:]))"
-    slow = "import time, reallm.pipeline.fitting as m, sys; f = m.checked_weight;"
+    slow = "import time, reallm.pipeline.fit_job as m, sys; f = m.checked_weight;"
     slow += "m.checked_weight = lambda *a: (time.sleep(0.5), f(*a))[1];"
     arguments = ["compress", str(tiny_llama), "-o", str(tmp_path / "out"), "--recipe", recipe]
     running = subprocess.Popen(

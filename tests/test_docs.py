@@ -12,10 +12,10 @@ import pytest
 from safetensors.torch import load_file
 
 import reallm
-from reallm.artifact import VERSION, decode_tensor, read_manifest
+from reallm.checkpoint import VERSION, decode_tensor, read_manifest
+from reallm.cli.tables.results import update_page
 from reallm.formats import known_formats
-from reallm.formats.waist import strip_prefix
-from reallm.report.results import update_page
+from reallm.formats.base import strip_prefix
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import reallm
-import reallm.pipeline.budgeting as budgeting
+import reallm.pipeline.budget as budgeting
 from reallm.formats.low_rank_plus import LowRankPlus
-from reallm.model import load_tokenizer, open_source
+from reallm.hf import load_tokenizer
 from reallm.pipeline import Settings, prepare
-from reallm.pipeline.whole import nbytes_by_file
+from reallm.pipeline.artifact_size import nbytes_by_file
+from reallm.source import open_source
 
 SIZES = [80_000, 100_000]
 CALIBRATION = {"calibration_windows": 6, "calibration_context": 64}

@@ -5,8 +5,10 @@ import torch
 from safetensors.torch import load_file
 
 import reallm
-from reallm.artifact import read_manifest
-from reallm.model import MODES, load, meta_model, open_source, unquantized_tensors, walk
+from reallm.checkpoint import read_manifest
+from reallm.hf import MODES, load
+from reallm.hf import unquantized_tensors
+from reallm.source import meta_model, open_source, walk
 
 RECIPE = """
 rules:

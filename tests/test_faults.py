@@ -8,11 +8,11 @@ import shutil
 
 import pytest
 
-from reallm.artifact import read_manifest, work_folder
+from reallm.checkpoint import read_manifest, work_folder
 from reallm.cli import main
 from reallm.errors import ArtifactError, RecipeError, SourceError
-from reallm.model import open_source
 from reallm.pipeline import Settings, prepare, run
+from reallm.source import open_source
 
 RECIPE = "rules: [{match: '*', format: {format: uniform, bits: 3}}]"
 

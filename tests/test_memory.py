@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reallm.artifact import read_ledger
+from reallm.checkpoint import read_ledger
 
 # Most matrices are only cast, which takes no time; the limit is on reading and writing.
 RECIPE = """

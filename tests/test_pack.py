@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 import reallm
-from reallm.artifact import unpack as decoder
+from reallm.checkpoint import unpack as decoder
 from reallm.cli import main
 from reallm.errors import ArtifactError, RecipeError, SourceError
 from reallm.fit import Objective, fit
 from reallm.formats import from_spec, to_spec
-from reallm.pipeline import packing
+from reallm.pipeline import pack_file as packing
 
 
 def noise(*shape, seed=0):

@@ -26,8 +26,8 @@ def run_clean(code):
         "from transformers import LlamaForCausalLM; import reallm",
         "from transformers import AutoModelForCausalLM; import reallm, transformers.modeling_utils",
         "import reallm; from transformers.models.gpt2 import modeling_gpt2",
-        "import reallm.model.quantizer",
-        "import reallm; reallm.load; import reallm.model.quantizer",
+        "import reallm.hf.quantizer",
+        "import reallm; reallm.load; import reallm.hf.quantizer",
     ],
 )
 def test_transformers_knows_us_in_any_order_of_imports(imports):
@@ -41,7 +41,7 @@ def test_import_reallm_alone_loads_nothing_heavy():
 @pytest.mark.slow
 def test_the_exported_names_are_functions_also_after_their_files_were_imported():
     run_clean(
-        "import reallm, reallm.pipeline, reallm.model.load, inspect\n"
+        "import reallm, reallm.pipeline, reallm.hf.load, inspect\n"
         "assert all(inspect.isfunction(f) for f in (reallm.compress, reallm.load, reallm.load_tokenizer))"
     )
 

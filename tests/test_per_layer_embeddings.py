@@ -7,11 +7,11 @@ import torch
 import yaml
 
 import reallm
-from reallm.artifact import read_manifest
+from reallm.checkpoint import read_manifest
 from reallm.cli import main
-from reallm.model import open_source, walk
+from reallm.cli.tables.predictions import plan_file
 from reallm.pipeline import Settings, prepare
-from reallm.report.predicted import plan_file
+from reallm.source import open_source, walk
 
 IDS = torch.randint(2, 60, (1, 9), generator=torch.Generator().manual_seed(0))
 
@@ -45,7 +45,7 @@ def test_the_table_is_an_embedding_of_a_role_of_its_own(folder):
     assert sum(matrix.kind == "embedding" for matrix in found.matrices) == 2
 
 
-@pytest.mark.parametrize("mode", reallm.model.MODES)
+@pytest.mark.parametrize("mode", reallm.hf.MODES)
 def test_a_model_with_it_computes_what_its_decoded_matrices_say_in_both_modes(folder, mode, tmp_path):
     (tmp_path / "lossless.yaml").write_text(
         'rules: [{match: "*", format: {format: dense, dtype: float32}}]\n'

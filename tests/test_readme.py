@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from reallm.cli import main
+from reallm.cli.tables.results import update_page
 from reallm.formats import known_formats
-from reallm.report.results import update_page
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text(encoding="utf-8")

@@ -10,15 +10,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import reallm
-from reallm.artifact import read_ledger, read_manifest, work_folder
+from reallm.checkpoint import read_ledger, read_manifest, work_folder
+from reallm.cli.tables.ledger_table import ledger_dict, ledger_text
 from reallm.errors import ArtifactError, FormatError
 from reallm.formats import collect_shared_decoders, from_spec, shared_decoder_tensors, use_shared_decoders
-from reallm.formats.waist import strip_prefix
-from reallm.model import DECODE_AT_LOAD, DECODE_PER_USE, load
-from reallm.model.swap import compressed_modules
+from reallm.formats.base import strip_prefix
+from reallm.hf import DECODE_AT_LOAD, DECODE_PER_USE, load
+from reallm.hf.replacement import compressed_modules
 from reallm.pipeline import Settings, estimate, prepare, run
-from reallm.pipeline.whole import ArtifactSize
-from reallm.report.ledger import ledger_dict, ledger_text
+from reallm.pipeline.artifact_size import ArtifactSize
 
 CODEWORD = "{format: codeword, index_bits: 5, vector_dim: 4, hidden: 4, shared: %s}"
 RECIPE = f"""

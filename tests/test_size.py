@@ -9,15 +9,15 @@ import torch
 import yaml
 
 import reallm
-from reallm.allocate.analysis import load_corrections
 from reallm.allocate.candidates import calibrated_candidates
+from reallm.allocate.loss_prediction import load_corrections
 from reallm.allocate.options import parse_size
-from reallm.artifact import read_ledger, read_manifest
+from reallm.checkpoint import read_ledger, read_manifest
 from reallm.errors import RecipeError
 from reallm.formats import from_spec
 from reallm.pipeline import Settings, prepare, run
+from reallm.pipeline.artifact_size import ArtifactSize, nbytes_by_file
 from reallm.pipeline.job import RESERVED_FOR_TUNING
-from reallm.pipeline.whole import ArtifactSize, nbytes_by_file
 
 CALIBRATION = {"calibration_windows": 6, "calibration_context": 64}
 
@@ -69,7 +69,7 @@ def test_a_size_with_calibration_is_met_and_a_second_budget_asks_the_model_nothi
     settings = {"calibration": (str(text_file),), "analysis": str(tmp_path / "cache"), **CALIBRATION}
     reallm.compress(tiny_llama, tmp_path / "out", size=size, **settings)
     assert 0.995 * size <= taken(tmp_path / "out") <= size
-    monkeypatch.setattr("reallm.pipeline.budgeting.compute_analysis", None)
+    monkeypatch.setattr("reallm.pipeline.budget.compute_analysis", None)
     small, large = (prepare(tiny_llama, Settings(size=size + more, **settings)).forecast for more in (0, 20_000))
     assert small.calibrated and large.loss < small.loss
 

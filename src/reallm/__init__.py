@@ -27,7 +27,7 @@ __all__ = ["__version__", "compress", "load", "load_tokenizer", "pack", "tune", 
 # else has imported what loads models, and only then tells it about our format. The module that holds
 # `from_pretrained` is the one to wait for: when it is complete, so is `transformers.quantizers`.
 _MODELING_UTILS = "transformers.modeling_utils"
-_QUANTIZER = "reallm.model.quantizer"
+_QUANTIZER = "reallm.hf.quantizer"
 
 
 def _import_quantizer(module: types.ModuleType) -> None:
@@ -90,11 +90,11 @@ def _register() -> None:
 
 _LAZY_EXPORTS = {
     "compress": "reallm.pipeline",
-    "load": "reallm.model",
-    "load_tokenizer": "reallm.model",
-    "pack": "reallm.pipeline.packing",
-    "tune": "reallm.tune",
-    "unpack": "reallm.artifact.unpack",
+    "load": "reallm.hf",
+    "load_tokenizer": "reallm.hf",
+    "pack": "reallm.pipeline.pack_file",
+    "tune": "reallm.tuning",
+    "unpack": "reallm.checkpoint.unpack",
 }
 
 

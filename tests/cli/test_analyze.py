@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reallm.analyze import Scope, prepare
-from reallm.analyze.running import sample_matrix, sampled_shape
+from reallm.analyze.run_analysis import sample_matrix, sampled_shape
 from reallm.cli import main
+from reallm.cli.tables.structure import bits_over_all
 from reallm.errors import FormatError
 from reallm.formats import from_spec
-from reallm.report.structure import bits_over_all
 
 UNIFORM = "{format: uniform, bits: 3}"
 

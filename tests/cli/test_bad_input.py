@@ -204,7 +204,7 @@ def test_weights_that_are_not_finite_are_named_and_no_work_folder_stays(refused,
 
 
 def test_kept_weights_are_checked_before_anything_is_fitted(refused, damaged, monkeypatch):
-    monkeypatch.setattr(sys.modules["reallm.pipeline.fitting"], "fit", None)
+    monkeypatch.setattr(sys.modules["reallm.pipeline.fit_job"], "fit", None)
     folder = damaged(lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
     assert "model.norm.weight" in refused(folder, "--recipe", "rtn3")
 

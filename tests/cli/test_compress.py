@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM
 
 import reallm
 from reallm.allocate import shipped_recipes
-from reallm.artifact import read_ledger, read_manifest
+from reallm.checkpoint import read_ledger, read_manifest
 from reallm.cli import main
-from reallm.model import MODES, load_tokenizer, walk
+from reallm.hf import MODES, load_tokenizer
 from reallm.pipeline import Settings, estimate, prepare
+from reallm.source import walk
 
 IDS = torch.randint(2, 500, (2, 12), generator=torch.Generator().manual_seed(0))
 # Rows of an artifact of the tiny Llama that are cheap to fit.

@@ -8,7 +8,7 @@ import torch
 from reallm.cli import main
 from reallm.errors import RecipeError, SourceError
 from reallm.pipeline import Settings, analysis_seconds, estimate, prepare
-from reallm.pipeline.settings import for_analysis
+from reallm.pipeline.compress_settings import for_analysis
 
 COSTS = sys.modules["reallm.pipeline.cost"]
 SAID = "predicted from typical sensitivities of each role; the run measures them first: about "
@@ -46,8 +46,8 @@ def never_asked(monkeypatch):
     def asked(*_arguments, **_options):
         raise AssertionError("a dry run asked the model")
 
-    monkeypatch.setattr("reallm.model.gradients._backward_each", asked)
-    monkeypatch.setattr("reallm.model.source.FolderSource.load", asked)
+    monkeypatch.setattr("reallm.calibrate.loss_gradients._backward_each", asked)
+    monkeypatch.setattr("reallm.source.model_source.FolderSource.load", asked)
     monkeypatch.setattr(COSTS, "_timed_fit", lambda *_: 1e-3)
     monkeypatch.setattr(COSTS, "seconds_a_step", lambda *_: 1e-3)
     monkeypatch.setattr(COSTS, "_sample_tables", lambda *_: ({}, 0.0))

@@ -8,8 +8,8 @@ import typer
 
 import reallm
 from reallm import cli
+from reallm.calibrate.text import text_sha256
 from reallm.cli import main
-from reallm.model.text import text_sha256
 
 
 def run(capsys, *arguments):

@@ -5,9 +5,9 @@ import sys
 import pytest
 
 from reallm.cli import main
+from reallm.cli.tables.format_table import formats_dict, formats_text, measure_formats
 from reallm.fit import Quality
 from reallm.formats import from_spec, known_formats
-from reallm.report.formats import formats_dict, formats_text, measure_formats
 
 SMALL = (32, 64)
 
@@ -79,8 +79,8 @@ def test_formats_are_measured_on_the_device_asked_for(monkeypatch):
         devices.append(device)
         return Quality(3.0, 0.02, 0.1, 0.1)
 
-    monkeypatch.setattr("reallm.report.formats.gaussian_quality", measure)
-    monkeypatch.setattr("reallm.model.devices.check_device", lambda device: None)
+    monkeypatch.setattr("reallm.cli.tables.format_table.gaussian_quality", measure)
+    monkeypatch.setattr("reallm.source.devices.check_device", lambda device: None)
     assert main(["formats", "--measure", "--device", "cuda:1", "--spec", ROTATED]) == 0
     assert devices == ["cuda:1"]
 

@@ -24,7 +24,7 @@ def test_each_piece_is_shown_when_it_comes(tiny_llama, capsys, monkeypatch):
             yield piece
             shown.append(capsys.readouterr().out)
 
-    monkeypatch.setattr("reallm.evaluate.generate.generate_stream", pieces)
+    monkeypatch.setattr("reallm.evaluate.generation.generate_stream", pieces)
     assert run(capsys, tiny_llama, "count") == (0, "\n", "")
     assert shown == ["one", " two"]
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import reallm.artifact
+import reallm.checkpoint
 from reallm.cli import main
-from reallm.pipeline import Settings, prepare, run, running
+from reallm.pipeline import Settings, prepare, run
+from reallm.pipeline import run_job as running
 
 IDS = torch.arange(12)[None]
 ALL_ROLES = """

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from reallm.errors import SourceError, TextError
-from reallm.evaluate import generate
-from reallm.evaluate.generate import encode_prompt, generate_stream
+from reallm.evaluate import generation as generate
+from reallm.evaluate.generation import encode_prompt, generate_stream
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import torch
 
 from reallm.errors import FormatError
 from reallm.fit import Objective, capture_fit_input, fit, relative_error, train_shared_decoder
-from reallm.fit.codeword import refine_decoder
+from reallm.fit.neural_codebook import refine_decoder
 from reallm.formats import from_spec, parameters, use_shared_decoders
 
 SHAPE = (96, 256)

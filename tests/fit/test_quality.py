@@ -7,14 +7,14 @@ import torch
 
 import reallm.fit.quality as quality_module
 from reallm.allocate.candidates import calibrated_candidates, data_free_candidates, neural_candidates
+from reallm.cli.tables.names import short_name
 from reallm.errors import FormatError
 from reallm.fit import Quality, gaussian_error, gaussian_quality, relative_error
 from reallm.fit.quality import gaussian, measured_gaussian_error
 from reallm.formats import example_formats, from_spec, known_formats, to_spec
 from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.scaled import Scaled
-from reallm.formats.shared import rename_shared_decoders
-from reallm.report.names import short_name
+from reallm.formats.shared_decoders import rename_shared_decoders
 
 SHAPE = (64, 512)
 # ½ log2 of how far the mean square of so many normal weights may be from 1, at four standard deviations.

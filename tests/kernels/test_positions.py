@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from reallm.kernels.positions import pack_positions, positions_nbytes, unpack_positions
+from reallm.kernels.elias_fano import pack_positions, positions_nbytes, unpack_positions
 
 
 @pytest.mark.parametrize(

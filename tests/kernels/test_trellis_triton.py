@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from reallm.kernels import closest_states, ring_states
-from reallm.kernels.trellis import _path
+from reallm.kernels.viterbi import _path
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,7 +29,7 @@ def cost(states, targets, values, importance):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("bound", [False, True])
 def test_the_kernel_finds_paths_as_good_as_the_plain_algorithm(bits, state_bits, weighted, bound):
-    from reallm.kernels.trellis_triton import path
+    from reallm.kernels.viterbi_triton import path
 
     values, targets = drawn(1 << state_bits), drawn(3, 32, seed=1)
     importance = drawn(3, 32, seed=2).square() if weighted else None

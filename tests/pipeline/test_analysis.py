@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from reallm.allocate.analysis import Analysis, kind_of_error
+from reallm.allocate.loss_prediction import Analysis, kind_of_error
+from reallm.calibrate.loss_gradients import curvatures
+from reallm.calibrate.windows import windows_from_files
 from reallm.fit import Objective, fit
 from reallm.fit.feedback import costs_in_feedback, feedback, importance_in_feedback
 from reallm.formats import from_spec
-from reallm.model import load_tokenizer, open_source, walk
-from reallm.model.calibration import windows_from_files
-from reallm.model.gradients import curvatures
-from reallm.pipeline.analysis import compute_analysis, entropy_factor, measure_format
+from reallm.hf import load_tokenizer
+from reallm.pipeline.loss_analysis import compute_analysis, entropy_factor, measure_format
+from reallm.source import open_source, walk
 
 
 def noise(*shape, seed=0):

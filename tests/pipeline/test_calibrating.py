@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from reallm.model import open_source
-from reallm.model.devices import multiplies_bfloat16
-from reallm.pipeline.calibrating import gradient_dtype
+from reallm.pipeline.calibration_inputs import gradient_dtype
+from reallm.source import open_source
+from reallm.source.devices import multiplies_bfloat16
 
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_gradients_are_in_bfloat16_only_where_the_processor_multiplies_it(tiny_llama, monkeypatch, native, dtype):
-    monkeypatch.setattr("reallm.pipeline.calibrating.multiplies_bfloat16", lambda: native)
+    monkeypatch.setattr("reallm.pipeline.calibration_inputs.multiplies_bfloat16", lambda: native)
     source = open_source(tiny_llama)
     assert gradient_dtype(source, "cpu") == dtype and gradient_dtype(source, "cuda") == torch.float32
 

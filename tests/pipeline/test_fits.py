@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import reallm
-from reallm.artifact import read_ledger
+from reallm.checkpoint import read_ledger
 from reallm.errors import RecipeError
 from reallm.fit import Objective
 from reallm.formats import from_spec
-from reallm.pipeline import fitting
-from reallm.pipeline.fits import fit_key
+from reallm.pipeline import fit_job as fitting
+from reallm.pipeline.fit_cache import fit_key
 
 MATRICES = 15  # of the tiny Llama: 14 in blocks and the embedding
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reallm
-from reallm.artifact import read_manifest
+from reallm.checkpoint import read_manifest
 from reallm.errors import SourceError
 
 UP = "model.layers.0.mlp.up_proj"

@@ -6,7 +6,7 @@ import pytest
 
 import reallm
 from reallm.errors import RecipeError, TextError
-from reallm.pipeline.settings import make_settings
+from reallm.pipeline.compress_settings import make_settings
 
 
 @pytest.mark.parametrize("size", ["75KB", "75000", 75_000])

@@ -1,6 +1,6 @@
 """Which matrix gets which format: recipes by rule, and the choice under a budget of bytes."""
 
-from reallm.allocate.plan import MatrixInfo, Plan, PlanEntry
+from reallm.allocate.format_plan import MatrixInfo, Plan, PlanEntry
 from reallm.allocate.problem import Choice, Problem
 from reallm.allocate.recipe import Recipe, load_recipe, plan_from_recipe, recipe_of_plan, shipped_recipes
 

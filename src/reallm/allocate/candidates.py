@@ -8,11 +8,11 @@ import importlib.util
 from reallm.errors import install_hint
 from reallm.formats import WeightFormat
 from reallm.formats.codebook import Codebook
-from reallm.formats.codeword import NeuralCodebook
 from reallm.formats.dense import Dense
 from reallm.formats.e8 import E8
 from reallm.formats.entropy_coded import EntropyCoded
 from reallm.formats.low_rank_plus import INT8, LowRankPlus
+from reallm.formats.neural_codebook import NeuralCodebook
 from reallm.formats.normal_float import NormalFloat
 from reallm.formats.rotated import Rotated
 from reallm.formats.scaled import BOTH, INPUTS, OUTPUTS, Scaled

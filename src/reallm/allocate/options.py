@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from reallm.allocate.plan import MatrixInfo, Plan, PlanEntry, shared_decoder_nbytes
+from reallm.allocate.format_plan import MatrixInfo, Plan, PlanEntry, shared_decoder_nbytes
 from reallm.allocate.problem import Choice, Problem
 from reallm.allocate.recipe import KEEP, FormatSpec, set_rank
 from reallm.errors import FormatError, RecipeError

@@ -30,7 +30,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from reallm.allocate.plan import PER_LAYER, ROLES, MatrixInfo, Plan, PlanEntry
+from reallm.allocate.format_plan import PER_LAYER, ROLES, MatrixInfo, Plan, PlanEntry
 from reallm.errors import RecipeError
 from reallm.formats import WeightFormat, from_spec, to_spec
 from reallm.formats.low_rank_plus import LowRankPlus

@@ -13,7 +13,7 @@ import json
 from importlib import resources
 from typing import Any
 
-from reallm.allocate.plan import MatrixInfo
+from reallm.allocate.format_plan import MatrixInfo
 from reallm.formats import WeightFormat
 
 # A fused or renamed matrix suffers as the most delicate of the parts it plays.

@@ -8,8 +8,8 @@ from reallm.analyze.control import DEFAULT_CODECS, CodecErrors, codec_errors, sh
 from reallm.analyze.locality import Autocorrelation, autocorrelation, predictable_bits
 from reallm.analyze.matrix import Structure, analyze_matrix
 from reallm.analyze.orders import View, describe_view, views
-from reallm.analyze.running import AnalysisJob, Scope, analyze, estimate_seconds, prepare
-from reallm.analyze.scales import kurtosis, noise_like, remove_scales, scale_bits
+from reallm.analyze.run_analysis import AnalysisJob, Scope, analyze, estimate_seconds, prepare
+from reallm.analyze.scale_statistics import kurtosis, noise_like, remove_scales, scale_bits
 from reallm.analyze.shifts import Shift, Shifts, shifts
 from reallm.analyze.spectrum import Spectrum, marchenko_pastur, spectrum, top_share
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reallm.analyze.control import CodecErrors, codec_errors
 from reallm.analyze.orders import View, views
-from reallm.analyze.scales import ScaleBits, kurtosis, noise_like, remove_scales, scale_bits
+from reallm.analyze.scale_statistics import ScaleBits, kurtosis, noise_like, remove_scales, scale_bits
 from reallm.analyze.shifts import Shifts, shifts
 from reallm.analyze.spectrum import Spectrum, spectrum
 from reallm.formats import Shape, WeightFormat

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reallm.analyze.locality import Autocorrelation, autocorrelation, magnitudes, predictable_bits
-from reallm.analyze.scales import kurtosis, scale_bits
+from reallm.analyze.scale_statistics import kurtosis, scale_bits
 from reallm.errors import FormatError
 from reallm.fit.permutation import find_column_orders, find_row_order
 from reallm.formats.dense import Dense

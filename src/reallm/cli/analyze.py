@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from reallm.cli.options import Model, Seed, parse_formats
 from reallm.cli.progress import progress_bar
+from reallm.cli.shared_options import Model, Seed, parse_formats
 
 
 def command(
@@ -65,7 +65,7 @@ def command(
     Everything stands beside Gaussian noise with the same scales of rows and columns, so that chance can be told apart.
     """
     from reallm.analyze import DEFAULT_CODECS, Scope, analyze, estimate_seconds, prepare
-    from reallm.report.structure import check_writable, structure_text, work_line, write_structure
+    from reallm.cli.tables.structure import check_writable, structure_text, work_line, write_structure
 
     scope = Scope(
         matrices=tuple(matrix or ()),

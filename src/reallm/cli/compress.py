@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from reallm.cli.options import Candidates, Corrections, Exclude, Include, Model, Seed, note_missing_formats
 from reallm.cli.progress import progress_bar
+from reallm.cli.shared_options import Candidates, Corrections, Exclude, Include, Model, Seed, note_missing_formats
 
 DEFAULT_RECIPE = "mixed"
 
@@ -150,14 +150,14 @@ def command(
 ) -> None:
     """Compress a model into a folder that from_pretrained loads."""
     from reallm.allocate.options import parse_size
-    from reallm.artifact import check_output, work_folder
+    from reallm.checkpoint import check_output, work_folder
+    from reallm.cli.tables.changes import changes_table
+    from reallm.cli.tables.costs import analysis_line, calibration_line, cost_table, plan_table
+    from reallm.cli.tables.ledger_table import summary
+    from reallm.cli.tables.names import model_name
+    from reallm.cli.tables.predictions import loss_line
+    from reallm.cli.tables.text_table import size as in_units
     from reallm.pipeline import Settings, prepare, run, work_bytes
-    from reallm.report.changed import changes_table
-    from reallm.report.cost import analysis_line, calibration_line, cost_table, plan_table
-    from reallm.report.ledger import summary
-    from reallm.report.names import model_name
-    from reallm.report.predicted import loss_line
-    from reallm.report.text import size as in_units
 
     if not dry_run:
         check_output(output, resume)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reallm.cli.options import Adapter
+from reallm.cli.shared_options import Adapter
 from reallm.errors import ReallmError, install_hint
 
 Model = Annotated[
@@ -87,7 +87,7 @@ def command(
 
     The text is cut into windows that do not overlap, each is scored on its own.
     """
-    from reallm.artifact import check_new_file
+    from reallm.checkpoint import check_new_file
     from reallm.evaluate.measure import to_json
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
@@ -102,7 +102,7 @@ def command(
     options["adapter"] = adapter
     result: dict[str, Any] = {}
     if names:  # first: a name that nobody knows is found before a text of minutes
-        from reallm.evaluate.tasks import score_tasks
+        from reallm.integrations.lm_eval_tasks import score_tasks
 
         result = score_tasks(model, names, data=tasks_data, limit=limit, batch_size=batch_size or 16, **options)
     if text is not None:

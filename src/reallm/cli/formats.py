@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from reallm.cli.options import parse_formats
+from reallm.cli.shared_options import parse_formats
 
 
 def command(
@@ -35,8 +35,8 @@ def command(
     With --measure also the error on independent normal weights beside the least that any code can reach
     with as many bits, and the seconds to fit and to decode.
     """
-    from reallm.model.devices import check_device
-    from reallm.report.formats import formats_dict, formats_text, measure_formats
+    from reallm.cli.tables.format_table import formats_dict, formats_text, measure_formats
+    from reallm.source.devices import check_device
 
     more = parse_formats(spec or [], "--spec")
     check_device(device)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from reallm.cli.options import Adapter
+from reallm.cli.shared_options import Adapter
 
 
 def command(
@@ -55,9 +55,9 @@ def command(
     ] = True,
 ) -> None:
     """Answer a prompt, printing the text as it is made."""
-    from reallm.evaluate.generate import generate_stream
-    from reallm.evaluate.loading import load_options
-    from reallm.model import load, load_tokenizer
+    from reallm.evaluate.generation import generate_stream
+    from reallm.evaluate.load_options import load_options
+    from reallm.hf import load, load_tokenizer
 
     tokenizer = load_tokenizer(model)  # first: it is cheap, and a model takes minutes
     pieces = generate_stream(

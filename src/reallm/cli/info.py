@@ -17,6 +17,6 @@ def command(
     ] = True,
 ) -> None:
     """Where every byte went; the total is that of the files on disk."""
-    from reallm.report.ledger import ledger_dict, ledger_text
+    from reallm.cli.tables.ledger_table import ledger_dict, ledger_text
 
     print(json.dumps(ledger_dict(folder, verify), indent=2) if as_json else ledger_text(folder, matrices, verify))

@@ -20,8 +20,8 @@ def command(
     longer hold: bits and bytes before and after are printed. To have several tasks over one model, keep their
     adapters: generate and eval take --adapter.
     """
-    from reallm.report.merged import merged_text
-    from reallm.tune.adapters import merge
+    from reallm.cli.tables.merge_table import merged_text
+    from reallm.tuning.adapter_merge import merge
 
     merge(artifact, adapter, output)
     print(merged_text(artifact, adapter, output))

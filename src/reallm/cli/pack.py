@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from reallm.cli.options import Seed, note_missing_formats
+from reallm.cli.shared_options import Seed, note_missing_formats
 
 
 def command(
@@ -27,8 +27,8 @@ def command(
 ) -> None:
     """Pack a state dict and code files into one file, read it back, and print error and margin."""
     from reallm.allocate.options import parse_size
-    from reallm.pipeline.packing import pack
-    from reallm.report.packed import packed_text
+    from reallm.cli.tables.pack_table import packed_text
+    from reallm.pipeline.pack_file import pack
 
     note_missing_formats()
     report = pack(state, output, parse_size(max_bytes), extra_files or (), seed, device)

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from reallm.cli.compress import embedding_format
-from reallm.cli.options import Candidates, Corrections, Exclude, Include, Model, Seed, note_missing_formats
 from reallm.cli.progress import progress_bar
+from reallm.cli.shared_options import Candidates, Corrections, Exclude, Include, Model, Seed, note_missing_formats
 
 
 def command(
@@ -100,12 +100,12 @@ def command(
     import json
 
     from reallm.allocate.options import parse_size
-    from reallm.artifact import check_new_file
+    from reallm.checkpoint import check_new_file
+    from reallm.cli.tables.costs import budget_table, plan_table
+    from reallm.cli.tables.predictions import frontier, plan_file, plot_frontier
     from reallm.errors import RecipeError
-    from reallm.model import open_source
     from reallm.pipeline import Settings, prepare
-    from reallm.report.cost import budget_table, plan_table
-    from reallm.report.predicted import frontier, plan_file, plot_frontier
+    from reallm.source import open_source
 
     if sizes is not None and (size is not None or bits is not None or bits_per_parameter is not None):
         raise RecipeError("--sizes is given beside another goal; give one")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reallm.cli.options import Seed
+from reallm.cli.shared_options import Seed
 
 
 def _rank(word: str) -> int:
@@ -187,9 +187,9 @@ def command(
     outgrow the size is refused. Several processes share the work when started by torchrun:
     torchrun --no-python --nproc-per-node 2 -- reallm tune …
     """
-    from reallm.artifact import work_folder
-    from reallm.report.tuned import tuned_text
-    from reallm.tune import Settings, run
+    from reallm.checkpoint import work_folder
+    from reallm.cli.tables.tune_table import tuned_text
+    from reallm.tuning import Settings, run
 
     settings = Settings(
         text=_paths(text),
@@ -241,7 +241,7 @@ def _progress() -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function that shows events on stderr: a line each, steps on a line that is written over."""
     from rich.console import Console
 
-    from reallm.report.tuned import event_line
+    from reallm.cli.tables.tune_table import event_line
 
     console = Console(stderr=True)
     tenths = -1

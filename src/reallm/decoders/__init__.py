@@ -3,7 +3,7 @@
 They know nothing of formats: how their parameters are stored is `formats/parameters.py`, how they are trained `fit/`.
 """
 
-from reallm.decoders.codeword import CodebookNet
+from reallm.decoders.codebook_net import CodebookNet
 from reallm.decoders.conv import ConvNet
 
 __all__ = ["CodebookNet", "ConvNet"]

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from reallm.decoders.parameters import Shapes, count, split
+from reallm.decoders.flat_vector import Shapes, count, split
 
 _TILE = 256  # weights along the side of a tile: 256² · width numbers at a time
 _HALO = 2  # latents around a tile that reach into it: 1 + 1/2 + 1/4 … + that of the head, below 2

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import reallm
-from reallm import model as models
+from reallm import hf
+from reallm.calibrate import text as texts
 from reallm.errors import ReallmError, SourceError
-from reallm.evaluate.loading import load_options
+from reallm.evaluate.load_options import load_options
 from reallm.evaluate.perplexity import evaluate
-from reallm.model import text as texts
 
 
 def measure(
@@ -28,7 +28,7 @@ def measure(
     batch_size: int = 1,
     device: str = "auto",
     dtype: str = "auto",
-    mode: str = models.DECODE_AT_LOAD,
+    mode: str = hf.DECODE_AT_LOAD,
     verify: bool = True,
     adapter: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -41,12 +41,12 @@ def measure(
     """
     loading = load_options(device, dtype) | {"mode": mode, "verify": verify}
     documents = texts.load_text(text)  # first: it is cheap, and most often what is wrong
-    tokenizer = models.load_tokenizer(model)
+    tokenizer = hf.load_tokenizer(model)
     token_ids = texts.tokenize(tokenizer, documents)
     if reference is not None:
         _check_tokenizers(tokenizer, reference)
-    loaded = models.load(model, adapter=adapter, **loading)
-    other = None if reference is None else models.load(reference, **loading)
+    loaded = hf.load(model, adapter=adapter, **loading)
+    other = None if reference is None else hf.load(reference, **loading)
     start = time.perf_counter()
     figures = evaluate(
         loaded,
@@ -93,7 +93,7 @@ def _finite(value: Any) -> Any:
 def _check_tokenizers(tokenizer: Any, reference: str) -> None:
     """SourceError if the reference reads other tokens. Equal sizes do not show it: many vocabularies have 32,000."""
     try:
-        other = models.load_tokenizer(reference)
+        other = hf.load_tokenizer(reference)
     except ReallmError:
         return  # a reference may come without a tokenizer; the sizes are still compared
     if tokenizer.get_vocab() != other.get_vocab():

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.errors import SourceError, TextError
-from reallm.model.devices import module_device
+from reallm.source.devices import module_device
 
 # Log-probabilities are made for so many values at a time (64 MiB in float32). The logits of one window
 # are 2,048 × 49,152 values, 400 MB; a log-softmax of all of them at once would double that, KL triple it.

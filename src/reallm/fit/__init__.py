@@ -4,9 +4,9 @@ import importlib
 import pkgutil
 
 from reallm.fit.dispatch import fit, relative_error, squared_error
+from reallm.fit.joint_training import capture_fit_input, train_shared_decoder
 from reallm.fit.objective import Objective
 from reallm.fit.quality import Quality, gaussian_error, gaussian_quality, gaussian_share
-from reallm.fit.shared import capture_fit_input, train_shared_decoder
 
 # Every file of this folder registers its ways of fitting when imported.
 for _module in pkgutil.iter_modules(__path__):

@@ -19,7 +19,7 @@ from reallm.fit.rounding import GroupScaledCoder, normalize
 from reallm.formats import Unpacked
 from reallm.formats import scales as scale_store
 from reallm.formats.additive import Additive, UnpackedAdditive, sum_of_entries
-from reallm.formats.codeword import NeuralCodebook
+from reallm.formats.neural_codebook import NeuralCodebook
 
 _BEAM = 8
 _ROUNDS = 4

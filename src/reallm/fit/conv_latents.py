@@ -11,15 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from reallm.decoders.parameters import split
-from reallm.fit.codeword import root_mean_squares
+from reallm.decoders.flat_vector import split
 from reallm.fit.dispatch import fit, matrix_shape
 from reallm.fit.encoder import encode, initial_parameters
 from reallm.fit.entropy_coded import BIT
+from reallm.fit.joint_training import FitInput, record_fit_input, train_shared_decoder
 from reallm.fit.latent_rate import LatentRate
+from reallm.fit.neural_codebook import root_mean_squares
 from reallm.fit.objective import Objective
 from reallm.fit.rounding import divisors
-from reallm.fit.shared import FitInput, record_fit_input, train_shared_decoder
 from reallm.fit.training import (
     Adam,
     compute_gradients,

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reallm.decoders import ConvNet
-from reallm.decoders.parameters import Shapes, count, split
+from reallm.decoders.flat_vector import Shapes, count, split
 
 _BLOCKS, _WIDTH = 2, 32
 

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reallm.fit.dispatch import fit, matrix_shape
+from reallm.fit.joint_training import FitInput, record_fit_input, train_shared_decoder
 from reallm.fit.objective import Objective
-from reallm.fit.shared import FitInput, record_fit_input, train_shared_decoder
 from reallm.fit.training import quantize_parameters
 from reallm.formats import Unpacked, parameters
 from reallm.formats.linear_latents import LinearLatents, UnpackedLinearLatents

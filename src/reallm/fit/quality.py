@@ -16,18 +16,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reallm.fit.dispatch import fit, relative_error
+from reallm.fit.joint_training import capture_fit_input, train_shared_decoder
 from reallm.fit.objective import Objective
-from reallm.fit.shared import capture_fit_input, train_shared_decoder
 from reallm.formats import Shape, WeightFormat, to_spec, use_shared_decoders
 from reallm.formats.scaled import Scaled
-from reallm.formats.shared import rename_shared_decoders
+from reallm.formats.shared_decoders import rename_shared_decoders
 
 Result = TypeVar("Result")
 
 # The least of so many decodings: what else the processor does only ever adds time.
 _DECODINGS = 5
 _WEIGHTS_PER_LEARNED = 16
-# A net with 100 weights a parameter was 9 % better on them than on others (fit/codeword.py).
+# A net with 100 weights a parameter was 9 % better on them than on others (fit/neural_codebook.py).
 _SAMPLES_PER_PARAMETER = 8
 _SEEN = (2048, 1024)  # as many vectors of 16 as a decoder is trained on
 _ANY = "x"  # stands for all names of shared decoders

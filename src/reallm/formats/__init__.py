@@ -3,15 +3,7 @@
 import importlib
 import pkgutil
 
-from reallm.formats.rounding import fake_quantize, fake_quantizer, shared_decoder_name, zero_value
-from reallm.formats.rows import decode_rows
-from reallm.formats.shared import (
-    collect_shared_decoders,
-    shared_decoder_layout,
-    shared_decoder_tensors,
-    use_shared_decoders,
-)
-from reallm.formats.waist import (
+from reallm.formats.base import (
     Shape,
     SharedDecoder,
     Tensors,
@@ -26,6 +18,14 @@ from reallm.formats.waist import (
     register,
     replace_tensors,
     to_spec,
+)
+from reallm.formats.fake_quantize import fake_quantize, fake_quantizer, shared_decoder_name, zero_value
+from reallm.formats.rows import decode_rows
+from reallm.formats.shared_decoders import (
+    collect_shared_decoders,
+    shared_decoder_layout,
+    shared_decoder_tensors,
+    use_shared_decoders,
 )
 
 # Every file of this folder is a format or serves one: importing them registers all.

@@ -20,9 +20,7 @@ from reallm.decoders import ConvNet
 from reallm.errors import FormatError
 from reallm.formats import parameters
 from reallm.formats import scales as scale_store
-from reallm.formats.entropy_coded import EntropyCoded
-from reallm.formats.shared import check_shared_name, shared_decoder_tensors
-from reallm.formats.waist import (
+from reallm.formats.base import (
     Shape,
     SharedDecoder,
     Tensors,
@@ -32,6 +30,8 @@ from reallm.formats.waist import (
     register,
     strip_prefix,
 )
+from reallm.formats.entropy_coded import EntropyCoded
+from reallm.formats.shared_decoders import check_shared_name, shared_decoder_tensors
 from reallm.kernels import one_thread
 
 MAX_CHANNELS, MAX_WIDTH, MAX_STAGES = 256, 256, 4

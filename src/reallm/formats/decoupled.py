@@ -18,8 +18,8 @@ from torch import Tensor
 
 from reallm.errors import FormatError
 from reallm.formats import scales as scale_store
-from reallm.formats.waist import Shape, Tensors, Unpacked, WeightFormat, add_prefix, empty, register, strip_prefix
-from reallm.kernels.positions import pack_positions, positions_nbytes, unpack_positions
+from reallm.formats.base import Shape, Tensors, Unpacked, WeightFormat, add_prefix, empty, register, strip_prefix
+from reallm.kernels.elias_fano import pack_positions, positions_nbytes, unpack_positions
 
 COLUMNS, ROWS, ENTRIES = "columns", "rows", "entries"
 KINDS = (COLUMNS, ROWS, ENTRIES)

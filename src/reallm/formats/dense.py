@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reallm.errors import FormatError
-from reallm.formats.waist import Shape, Tensors, WeightFormat, empty, register
+from reallm.formats.base import Shape, Tensors, WeightFormat, empty, register
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

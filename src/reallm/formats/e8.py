@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.errors import FormatError
-from reallm.formats.waist import Shape, Tensors, WeightFormat, empty, register
+from reallm.formats.base import Shape, Tensors, WeightFormat, empty, register
 
 VECTOR_DIM = 8
 FIRST_BITS = 16

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.errors import FormatError
-from reallm.formats.waist import Shape, Tensors, WeightFormat, empty, register
+from reallm.formats.base import Shape, Tensors, WeightFormat, empty, register
 from reallm.kernels import pack_bits, packed_nbytes, unpack_bits
 from reallm.kernels.ans import AnsReader, AnsWriter
 from reallm.kernels.e8_stream import are_lattice_points, frequency_table, largest_code, read_codes, write_codes

@@ -18,8 +18,7 @@ from torch import Tensor
 from reallm.decoders.linear import DCT, HADAMARD, LEARNED, TRANSFORMS, fixed_basis
 from reallm.errors import FormatError
 from reallm.formats import parameters
-from reallm.formats.shared import check_shared_name, shared_decoder_tensors
-from reallm.formats.waist import (
+from reallm.formats.base import (
     Shape,
     SharedDecoder,
     Tensors,
@@ -29,6 +28,7 @@ from reallm.formats.waist import (
     register,
     strip_prefix,
 )
+from reallm.formats.shared_decoders import check_shared_name, shared_decoder_tensors
 
 MAX_PATCH = 256  # weights; a learned basis has 65,536 numbers then
 

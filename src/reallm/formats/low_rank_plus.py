@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reallm.errors import FormatError
-from reallm.formats.waist import Shape, Tensors, Unpacked, WeightFormat, add_prefix, empty, register, strip_prefix
+from reallm.formats.base import Shape, Tensors, Unpacked, WeightFormat, add_prefix, empty, register, strip_prefix
 
 BFLOAT16 = "bfloat16"
 INT8 = "int8"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from reallm.errors import FormatError
 from reallm.formats import scales as scale_store
-from reallm.formats.waist import Shape, Tensors, WeightFormat, empty, register
+from reallm.formats.base import Shape, Tensors, WeightFormat, empty, register
 from reallm.kernels import pack_bits, packed_nbytes, unpack_bits
 
 

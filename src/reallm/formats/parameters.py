@@ -11,9 +11,9 @@ from torch import Tensor
 
 from reallm.errors import FormatError
 from reallm.formats import scales as scale_store
+from reallm.formats.base import Shape, Tensors, WeightFormat, add_prefix, strip_prefix
 from reallm.formats.dense import Dense, UnpackedDense
 from reallm.formats.uniform import Uniform, UnpackedUniform
-from reallm.formats.waist import Shape, Tensors, WeightFormat, add_prefix, strip_prefix
 
 PREFIX = "decoder"
 BITS = (3, 4, 6, 8, 16)

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reallm.formats.base import WeightFormat
 from reallm.formats.dense import Dense
 from reallm.formats.scales import BFLOAT16, FLOAT16
-from reallm.formats.waist import WeightFormat
 
 # Scales are as small as 1/30 of the root mean square at 8 bits: 3e-6, which float16 has to 1 %, and as large as twice
 # the largest weight.

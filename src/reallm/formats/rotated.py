@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reallm.errors import FormatError
-from reallm.formats.waist import Shape, Tensors, Unpacked, WeightFormat, add_prefix, register, strip_prefix
+from reallm.formats.base import Shape, Tensors, Unpacked, WeightFormat, add_prefix, register, strip_prefix
 from reallm.kernels import rotate, rotate_back
 
 SIDES = ("both", "inputs", "outputs")

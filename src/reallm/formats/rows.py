@@ -8,10 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.formats import scales as scale_store
+from reallm.formats.base import Shape, Tensors, WeightFormat, strip_prefix
 from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.normal_float import NormalFloat, UnpackedNormalFloat
 from reallm.formats.uniform import Uniform, UnpackedUniform
-from reallm.formats.waist import Shape, Tensors, WeightFormat, strip_prefix
 from reallm.kernels import unpack_bits
 
 

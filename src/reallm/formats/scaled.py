@@ -16,7 +16,7 @@ from torch import Tensor
 
 from reallm.errors import FormatError
 from reallm.formats import scales as scale_store
-from reallm.formats.waist import Shape, Tensors, Unpacked, WeightFormat, add_prefix, register, strip_prefix
+from reallm.formats.base import Shape, Tensors, Unpacked, WeightFormat, add_prefix, register, strip_prefix
 
 BOTH, INPUTS, OUTPUTS = "both", "inputs", "outputs"
 _AXES = {"row": OUTPUTS, "column": INPUTS}

@@ -15,7 +15,7 @@ from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
 from reallm.errors import FormatError
-from reallm.formats.waist import Shape, Tensors, empty
+from reallm.formats.base import Shape, Tensors, empty
 
 FLOAT16 = "float16"
 BFLOAT16 = "bfloat16"

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.errors import FormatError
-from reallm.formats.waist import Shape, Tensors, WeightFormat, empty, register
+from reallm.formats.base import Shape, Tensors, WeightFormat, empty, register
 from reallm.kernels import pack_bits, packed_nbytes, quantile_of_state, ring_states, unpack_bits
 
 TILE = 256  # weights of a ring

@@ -1,14 +1,14 @@
 """Functions on plain tensors; nothing here knows what a format is."""
 
+from reallm.kernels.bit_packing import pack_bits, packed_nbytes, unpack_bits
+from reallm.kernels.deterministic import average, one_thread, total
 from reallm.kernels.hadamard import rotate, rotate_back
-from reallm.kernels.heap import set_mmap_threshold
 from reallm.kernels.lookup import entries
+from reallm.kernels.malloc import set_mmap_threshold
 from reallm.kernels.nearest import entry_table, nearest_entry, nearest_level
-from reallm.kernels.ordered import average, one_thread, total
-from reallm.kernels.packing import pack_bits, packed_nbytes, unpack_bits
 from reallm.kernels.segments import segment_sum
 from reallm.kernels.straight_through import straight_through
-from reallm.kernels.trellis import closest_states, quantile_of_state, ring_states
+from reallm.kernels.viterbi import closest_states, quantile_of_state, ring_states
 
 __all__ = [
     "average",

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reallm.kernels.ordered import one_thread
+from reallm.kernels.deterministic import one_thread
 
 _MASK = (1 << 64) - 1
 # Values that a processor transforms at once: three copies of them lie in its cache, not three of a hessian in memory.

@@ -4,11 +4,11 @@ Finished matrices are kept in a work folder beside the output as they come, so t
 on from there; the output folder appears by one rename when everything is in it.
 """
 
+from reallm.pipeline.compress_settings import Settings
 from reallm.pipeline.cost import Estimate, analysis_seconds, estimate, work_bytes
 from reallm.pipeline.job import Forecast, Job
-from reallm.pipeline.preparing import prepare
-from reallm.pipeline.running import compress, run
-from reallm.pipeline.settings import Settings
+from reallm.pipeline.prepare_job import prepare
+from reallm.pipeline.run_job import compress, run
 
 __all__ = [
     "Estimate",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from reallm.allocate import MatrixInfo, Plan, PlanEntry
+from reallm.allocate.format_plan import shared_decoder_nbytes
 from reallm.allocate.options import (
     LEAST_SHARE,
     NbytesFn,
@@ -18,9 +19,8 @@ from reallm.allocate.options import (
     predicted_bytes,
     solve_plan,
 )
-from reallm.allocate.plan import shared_decoder_nbytes
 from reallm.errors import RecipeError
-from reallm.pipeline.whole import ArtifactSize
+from reallm.pipeline.artifact_size import ArtifactSize
 
 _BITS_TOLERANCE = 0.01
 _NEAR_SMALLEST = 0.02

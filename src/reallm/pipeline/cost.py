@@ -15,24 +15,24 @@ from typing import Any
 import torch
 
 from reallm.allocate import PlanEntry
-from reallm.artifact import predict_nbytes
+from reallm.calibrate.hidden_states import TOKENS_PER_PASS, nbytes_per_token
+from reallm.calibrate.loss_gradients import fast_products
+from reallm.calibrate.windows import GENERATION_BATCH, SELF, seconds_per_step
+from reallm.checkpoint import predict_nbytes
 from reallm.errors import FormatError
 from reallm.fit import Objective, capture_fit_input, fit, train_shared_decoder
 from reallm.fit.objective import FISHER, GUIDED, OUTPUTS
 from reallm.formats import Tensors, WeightFormat, to_spec, use_shared_decoders
+from reallm.formats.base import add_prefix
 from reallm.formats.low_rank_plus import LowRankPlus
-from reallm.formats.waist import add_prefix
-from reallm.model.calibration import GENERATION_BATCH, SELF, seconds_per_step
-from reallm.model.gradients import fast_products
-from reallm.model.source import Source
-from reallm.model.stream import TOKENS_PER_PASS, nbytes_per_token
-from reallm.model.walk import Walk, block_index
-from reallm.pipeline.calibrating import gradient_dtype
-from reallm.pipeline.fitting import calibration_dtype
+from reallm.pipeline.artifact_size import artifact_tensors
+from reallm.pipeline.calibration_inputs import gradient_dtype
+from reallm.pipeline.compress_settings import Settings, for_analysis
+from reallm.pipeline.fit_job import calibration_dtype
 from reallm.pipeline.job import Job
-from reallm.pipeline.original import teacher_layouts
-from reallm.pipeline.settings import Settings, for_analysis
-from reallm.pipeline.whole import artifact_tensors
+from reallm.pipeline.teacher_outputs import teacher_layouts
+from reallm.source.model_source import Source
+from reallm.source.walk import Walk, block_index
 
 # Beside the largest matrix in float32 a fit holds its decoding, the error and a few chunks.
 COPIES_WHILE_FITTING = 6

@@ -11,11 +11,11 @@ import torch
 
 from reallm.allocate import MatrixInfo, Plan, PlanEntry
 from reallm.allocate.options import Options
-from reallm.artifact import Manifest, StoredMatrix
+from reallm.checkpoint import Manifest, StoredMatrix
 from reallm.fit.objective import GUIDED
-from reallm.model import Matrix, Source, Walk
-from reallm.model.walk import EXCLUDED_BY_PLAN
-from reallm.pipeline.settings import Settings, calibration_record
+from reallm.pipeline.compress_settings import Settings, calibration_record
+from reallm.source import Matrix, Source, Walk
+from reallm.source.walk import EXCLUDED_BY_PLAN
 
 # Bytes of a size that are left for notes of tuning: one takes 190 to 390, and later ones make room for themselves.
 RESERVED_FOR_TUNING = 600

@@ -15,9 +15,9 @@ from reallm.errors import SourceError
 from reallm.fit import Objective, fit, relative_error
 from reallm.formats import Tensors, WeightFormat
 from reallm.formats.range import is_beyond_float16, ordinary_magnitude, with_wide_range
-from reallm.model import Matrix
 from reallm.pipeline.job import Job
-from reallm.pipeline.reading import load_weight, matrix_seed
+from reallm.pipeline.load_weight import load_weight, matrix_seed
+from reallm.source import Matrix
 
 # Of the squared error at an ordinary magnitude; fits that start at random differ by some per cent.
 _MORE, _LITTLE = 1.5, 0.01

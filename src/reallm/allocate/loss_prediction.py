@@ -1,0 +1,179 @@
+"""What a model's end loss says of its matrices, as numbers: predicted loss of any format = number · error.
+
+The number of a matrix is the loss (KL to the original, nats a token) at a relative error of 1, to second order. How
+errors spread over weights differs, and so do the numbers:
+
+* `grouped`: in proportion to the variance of their group (scales of groups, unrotated);
+* `stepped`: alike everywhere (one step a matrix, entropy-coded);
+* `rotated_1`, `rotated_8`, `rotated_16`: alike everywhere after a rotation, coded so many columns at a time;
+* `inputs_rotated_1`, `outputs_rotated_8`, `both_rotated_16`, …: the same inside scales of columns, rows or both;
+* `beside_rank_1_grouped`, …: of embedding and head, the loss at a relative error of 1 of what the best term of rank 1
+  leaves. It foretells `low_rank_plus` by the error of its base.
+
+The model room computes them, `reallm.pipeline.loss_analysis`; a file keeps them, and this room only multiplies.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from reallm.allocate.format_plan import MatrixInfo
+from reallm.errors import RecipeError
+from reallm.formats import WeightFormat, from_spec, to_spec
+from reallm.formats.entropy_coded import EntropyCoded
+from reallm.formats.low_rank_plus import LowRankPlus
+from reallm.formats.rotated import Rotated
+from reallm.formats.scaled import Scaled
+
+ROTATED_WIDTHS = (1, 8, 16)
+# Relative squared error of a format on Gaussian weights.
+ErrorFn = Callable[[WeightFormat], float]
+VERSION = 3
+PLUS_RANK_ONE = "beside_rank_1_"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A format tried on (some rows of) a matrix: its relative error, and stored bytes / bytes before entropy coding.
+
+    Of `low_rank_plus` both are those of its base on what rank 1 leaves.
+    """
+
+    error: float
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """`numbers` by matrix and kind of error; `measured` by matrix and format (JSON of its spec); `origin`: of what."""
+
+    numbers: dict[str, dict[str, float]]
+    measured: dict[str, dict[str, Measured]] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    def knows(self, name: str) -> bool:
+        """Whether calibration reached the matrix."""
+        return name in self.numbers
+
+    def loss(self, name: str, fmt: WeightFormat, error_fn: ErrorFn) -> float:
+        """Predicted KL to the original, nats a token, if this matrix alone is stored so."""
+        measured = self.measured.get(name, {}).get(spec_key(fmt))
+        numbers, kind = self.numbers[name], kind_of_error(fmt)
+        if isinstance(fmt, LowRankPlus) and PLUS_RANK_ONE + kind in numbers:
+            fmt, kind = fmt.base, PLUS_RANK_ONE + kind
+        return numbers[kind] * (measured.error if measured else error_fn(fmt))
+
+    def share(self, name: str, fmt: WeightFormat) -> float | None:
+        """Measured stored bytes / bytes before entropy coding; None for what was not tried."""
+        measured = self.measured.get(name, {}).get(spec_key(fmt))
+        return measured.share if measured else None
+
+    def save(self, path: Path) -> None:
+        """Write the file."""
+        values = {"version": VERSION, **asdict(self)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    @staticmethod
+    def load(path: Path) -> Analysis:
+        """Read the file. Errors: RecipeError if it is damaged or of another version."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["version"] != VERSION:
+                raise RecipeError(f"{path}: an analysis of version {values['version']!r}; remove it")
+            measured = {n: {k: Measured(**v) for k, v in of.items()} for n, of in values["measured"].items()}
+            return Analysis(values["numbers"], measured, values["origin"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, RecipeError):
+                raise
+            raise RecipeError(f"{path}: damaged ({error}); remove it") from error
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def spec_key(fmt: WeightFormat) -> str:
+    """A format as a key of JSON objects."""
+    return json.dumps(to_spec(fmt))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def kind_of_error(fmt: WeightFormat) -> str:
+    """Which of a matrix's numbers a format's error is multiplied by."""
+    rotated, scaled = False, ""
+    while (base := getattr(fmt, "base", None)) is not None:
+        if isinstance(fmt, Scaled) and not rotated:
+            scaled = f"{fmt.sides}_"
+        rotated, fmt = rotated or isinstance(fmt, Rotated), base
+    if not rotated:
+        return "stepped" if isinstance(fmt, EntropyCoded) else "grouped"
+    width = getattr(fmt, "tile_columns", getattr(fmt, "vector_dim", 8 if fmt.name == "e8" else 1))
+    return f"{scaled}rotated_{min((w for w in ROTATED_WIDTHS if w >= width), default=ROTATED_WIDTHS[-1])}"
+
+
+class LossRow(BaseModel):
+    """Predicted loss of the matrices whose names fit `match` in one format."""
+
+    model_config = ConfigDict(extra="forbid")
+    match: str
+    format: dict[str, Any]
+    loss: float
+
+
+class Corrections(BaseModel):
+    """What is known better than predicted: a file for `--corrections`.
+
+    factors: {v: 1.4, rotated_16: 0.9, v/rotated_16: 1.2}  # by role, by kind of error, or both; they multiply
+    losses:
+    - {match: "*.0.self_attn.v_proj", format: {format: uniform, bits: 8}, loss: 0.002}
+    candidates:                       # in place of the lists that come with the library
+      block: [{format: uniform, bits: 8}, ...]
+      embedding: [...]
+      head: [...]
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    factors: dict[str, float] = {}
+    losses: list[LossRow] = []
+    candidates: dict[str, list[dict[str, Any]]] = {}
+
+    def correct_loss(self, matrix: MatrixInfo, fmt: WeightFormat, loss: float) -> float:
+        """The loss of a matrix in a format: a row of `losses` that fits, or `loss` times the factors."""
+        for row in self.losses:
+            if from_spec(row.format) == fmt and fnmatch.fnmatchcase(matrix.name, row.match):
+                return row.loss
+        kind = kind_of_error(fmt)
+        for key in (matrix.role, kind, f"{matrix.role}/{kind}"):
+            loss *= self.factors.get(key, 1.0)
+        return loss
+
+    def select_candidates(self, kind: str, otherwise: Sequence[WeightFormat]) -> list[WeightFormat]:
+        """The candidate formats for matrices of a kind."""
+        specs = self.candidates.get(kind)
+        return list(otherwise) if specs is None else [from_spec(spec) for spec in specs]
+
+
+def load_corrections(path: str | Path | None) -> Corrections:
+    """The corrections in a YAML or JSON file; none without one.
+
+    Errors: RecipeError if it cannot be read.
+    """
+    if path is None:
+        return Corrections()
+    try:
+        return Corrections.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise RecipeError(f"{path}: {where}: {first['msg'].lower()}") from error

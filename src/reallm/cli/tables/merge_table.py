@@ -1,0 +1,25 @@
+"""What merging an adapter did, in a few lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reallm.checkpoint import read_ledger
+from reallm.cli.tables.tune_table import files_text, lines
+from reallm.tuning.adapter_merge import read_adapter
+
+
+def merged_text(before: Path, adapter: Path, after: Path) -> str:
+    """Matrices and ranks of the adapter, the bytes of its residuals, and bits and bytes of both artifacts."""
+    factors = read_adapter(adapter)
+    ranks = sorted({pair.left.shape[1] for pair in factors.values()})
+    ledgers = [read_ledger(folder) for folder in (before, after)]
+    residual = [ledger.sum_bytes("role").get("residual", 0) for ledger in ledgers]
+    return lines(
+        [
+            ("merged", f"{len(factors)} matrices, rank {', '.join(map(str, ranks))}"),
+            ("residuals", f"{residual[1] - residual[0]:,} bytes more"),
+            ("bits", " a weight before, ".join(f"{ledger.bits_per_weight:.4f}" for ledger in ledgers) + " after"),
+            ("files", files_text(before, after)),
+        ]
+    )

@@ -1,0 +1,216 @@
+"""The numbers that predict losses, from one pass of the original model over the calibration windows, kept in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reallm.allocate.format_plan import PER_LAYER
+from reallm.allocate.loss_prediction import PLUS_RANK_ONE, ROTATED_WIDTHS, VERSION, Analysis, Measured, spec_key
+from reallm.calibrate.loss_gradients import Curvature, EmbeddingHeadCurvature, curvatures
+from reallm.checkpoint import encode_untrained_tensors
+from reallm.fit import Objective, fit, relative_error
+from reallm.fit.feedback import costs_in_feedback
+from reallm.fit.low_rank import low_rank
+from reallm.fit.scaled import balancing_scales, moving_gain
+from reallm.formats import WeightFormat
+from reallm.formats.low_rank_plus import LowRankPlus
+from reallm.formats.rotated import Rotated
+from reallm.formats.scaled import BOTH, INPUTS, OUTPUTS
+from reallm.kernels import one_thread
+from reallm.kernels.hadamard import rotate_by_products
+from reallm.pipeline.calibration_inputs import Progress, phase_callback
+from reallm.source import Matrix, Source, Walk, read_matrix
+
+ANALYSIS = "analysis: gradients"  # a phase, counted in windows; that of matrices follows
+# Weights share a scale with so many neighbours of their row.
+_GROUP = 64
+# Rows of an embedding on which scalar codes are tried; BPE numbers its tokens by frequency, so that they are spread.
+_SAMPLE_ROWS = 1024
+# Rows of an embedding whose term of rank 1 is looked for without calibration: by chance it is 0.3 % of 576 columns.
+_RANK_ONE_ROWS = 4096
+# Steps a standard deviation in the histogram that tells how far from Gaussian weights are.
+_BINS = 8
+
+
+def compute_analysis(
+    source: Source,
+    walk: Walk,
+    model: torch.nn.Module,
+    windows: Tensor,
+    device: str,
+    seed: int,
+    embedding_candidates: Sequence[WeightFormat] = (),
+    origin: dict[str, Any] | None = None,
+    guided: bool = False,
+    progress: Progress | None = None,
+) -> Analysis:
+    """Numbers of every matrix that calibration reaches, and the ends' scalar codes tried on a sample of rows.
+
+    `windows` are token ids (windows, context); `origin` is kept in the file; `guided`: fits will weigh tokens by the
+    end loss.
+    """
+    matrices = {matrix.name: matrix for matrix in walk.matrices}
+    blocks = [matrix for matrix in walk.matrices if matrix.kind == "block" and matrix.expert is None]
+    numbers: dict[str, dict[str, float]] = {}
+
+    def add_block(name: str, curvature: Curvature) -> None:
+        with torch.no_grad():
+            weight = read_matrix(source, matrices[name]).to(device, torch.float32)
+            numbers[name] = block_losses(weight, curvature, guided)
+        if progress:
+            progress(f"analysis of {name}", len(numbers), len(blocks))
+
+    passes = phase_callback(progress, ANALYSIS, len(windows))
+    embedding_head = curvatures(model, windows, blocks, device, add_block, seed, guided, passes)
+    tied = bool(walk.tied_heads)
+    measured: dict[str, dict[str, Measured]] = {}
+    with torch.no_grad():
+        for matrix in walk.matrices:
+            if matrix.kind != "block" and matrix.role != PER_LAYER:  # of such a table the ends say nothing
+                weight = read_matrix(source, matrix).to(device, torch.float32)
+                left = rank_one_residual(weight)
+                beside = embedding_losses(left, matrix.kind, embedding_head, tied)
+                numbers[matrix.name] = embedding_losses(weight, matrix.kind, embedding_head, tied) | {
+                    PLUS_RANK_ONE + kind: number for kind, number in beside.items()
+                }
+                measured[matrix.name] = {
+                    spec_key(fmt): _measure_embedding_format(fmt, weight, left, seed) for fmt in embedding_candidates
+                }
+    return Analysis(dict(sorted(numbers.items())), measured, origin or {})
+
+
+def block_losses(weight: Float[Tensor, "out in"], curvature: Curvature, guided: bool) -> dict[str, float]:
+    """Losses at relative error 1 of a matrix whose codes are found with error feedback; see `allocate.analysis`.
+
+    Feedback as one half of the windows asks for it, its cost on the other half: on its own half a matrix would look
+    several times more robust than it is (docs/log.md, 2026-11-24). Scales of rows likewise: of `guided` fits, chosen by
+    one half, tried on the other.
+    """
+    pair = (curvature.feedback_hessian, curvature.hessian)
+    seen, tested = (Objective.output_error(hessian.to(weight.device)) for hessian in pair)
+    size = (curvature.hessian.diagonal().mean() / 2).item()
+    outputs = curvature.outputs.to(weight.device)
+    columns = costs_in_feedback(seen.hessian, tested.hessian, (1,))[1]
+    turn = _turn
+    spread = outputs.sum().item() * weight.square().mean().item() * size
+    numbers = {
+        "grouped": size * _grouped_loss(weight, outputs, columns),
+        "stepped": spread * columns.sum().item() * entropy_factor(weight),
+    }
+    known, cost = curvature.halves.to(weight.device)
+    known = known if guided else torch.ones_like(known)
+    sizes = balancing_scales(weight, both=False)[1]
+    for scale, without, beside in ((None, "", OUTPUTS), (sizes, INPUTS, BOTH)):
+        turned, pair = weight, (seen, tested)
+        if scale is not None:
+            turned, pair = weight / scale, tuple(one.divide_columns(scale[0]) for one in pair)
+        costs = costs_in_feedback(*(one.rotated(turn).hessian for one in pair), ROTATED_WIDTHS)
+        energy, moved = turned.square().mean().item(), moving_gain(turned, known, cost)
+        for width, column_costs in costs.items():
+            number = outputs.sum().item() * energy * size * column_costs.sum().item()
+            numbers |= {f"{without}_rotated_{width}".lstrip("_"): number, f"{beside}_rotated_{width}": number * moved}
+    return numbers
+
+
+def embedding_losses(
+    weight: Float[Tensor, "out in"], kind: str, embedding_head: EmbeddingHeadCurvature, tied: bool
+) -> dict[str, float]:
+    """Losses at relative error 1 of embedding, head, or both in one; no feedback, since they are fitted by weights."""
+    parts = []
+    if kind == "embedding":
+        parts.append((embedding_head.frequencies, embedding_head.inputs))
+    if kind == "head" or tied:
+        parts.append((embedding_head.outputs, embedding_head.states))
+    parts = [(rows.to(weight.device), columns.to(weight.device)) for rows, columns in parts]
+    energy = weight.square().mean().item() / 2
+    flat = energy * sum((rows.sum() * columns.sum()).item() for rows, columns in parts)
+    grouped = sum(_grouped_loss(weight, rows, columns) for rows, columns in parts) / 2
+    sides = ("", f"{INPUTS}_", f"{OUTPUTS}_", f"{BOTH}_")  # scales without data gain nothing that is known
+    rotated = {f"{side}rotated_{width}": flat for side in sides for width in ROTATED_WIDTHS}
+    return {"grouped": grouped, "stepped": flat * entropy_factor(weight), **rotated}
+
+
+def rank_one_residual(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    """What the best term of rank 1 leaves of a matrix."""
+    with one_thread():
+        left, right = low_rank(weight, 1)
+        return torch.addmm(weight, left, right.T, alpha=-1)
+
+
+def rank_one_residual_share(source: Source, matrix: Matrix) -> float:
+    """Share of a matrix's energy that its best term of rank 1 leaves, by `_RANK_ONE_ROWS` of its rows."""
+    sample = _spread_rows(read_matrix(source, matrix), _RANK_ONE_ROWS).to(torch.float32)
+    energy = sample.square().sum()
+    return (rank_one_residual(sample).square().sum() / energy).item() if energy > 0 else 1.0
+
+
+def _measure_embedding_format(fmt: WeightFormat, weight: Tensor, left: Tensor, seed: int) -> Measured:
+    """`low_rank_plus` by its base on what is `left` beside rank 1: a fit of both would take several of the base."""
+    return measure_format(fmt.base, left, seed) if isinstance(fmt, LowRankPlus) else measure_format(fmt, weight, seed)
+
+
+def measure_format(fmt: WeightFormat, weight: Float[Tensor, "out in"], seed: int, most: int = _SAMPLE_ROWS) -> Measured:
+    """Relative error and share after entropy coding on at most `most` rows of a matrix, fitted without calibration."""
+    sample = _spread_rows(weight, most)
+    shape = (sample.shape[0], sample.shape[1])
+    parts = fit(fmt, sample, Objective.relative_columns(sample), seed)
+    stored, _ = encode_untrained_tensors(fmt, fmt.pack(parts, shape))
+    share = sum(tensor.nbytes for tensor in stored.values()) / fmt.nbytes(shape)
+    return Measured(relative_error(sample, fmt.decode(parts, shape)), min(share, 1.0))
+
+
+def _spread_rows(weight: Float[Tensor, "out in"], most: int) -> Float[Tensor, "rows in"]:
+    rows = torch.linspace(0, len(weight) - 1, min(len(weight), most), device=weight.device).round().long()
+    return weight[rows].contiguous()
+
+
+def entropy_factor(weight: Float[Tensor, "out in"]) -> float:
+    """The variance of Gaussian weights that take as many bits at one step, over the variance of these: at most about 1.
+
+    2^(2 (h - h_Gauss)), entropies of histograms of `_BINS` steps a standard deviation.
+    """
+    size = weight.square().mean().sqrt()
+    if size == 0:
+        return 1.0
+    bins = (weight / size * _BINS).round().clamp(-20 * _BINS, 20 * _BINS).long() + 20 * _BINS
+    share = torch.bincount(bins.reshape(-1)).double() / weight.numel()
+    share = share[share > 0]
+    entropy = -(share * share.log2()).sum().item()
+    return 2 ** (2 * (entropy - math.log2(_BINS) - math.log2(2 * math.pi * math.e) / 2))
+
+
+def _grouped_loss(weight: Tensor, rows: Float[Tensor, " out"], columns: Float[Tensor, " in"]) -> float:
+    """Σ_ij rows_i · columns_j · variance of the group of weight ij."""
+    width = weight.shape[1]
+    filled = torch.nn.functional.pad(weight.square(), (0, -width % _GROUP)).view(len(weight), -1, _GROUP)
+    sizes = torch.full((filled.shape[1],), float(_GROUP), device=weight.device)
+    sizes[-1] = width - _GROUP * (filled.shape[1] - 1)
+    variances = filled.sum(2) / sizes
+    weights = torch.nn.functional.pad(columns, (0, -width % _GROUP)).view(-1, _GROUP).sum(1)
+    return (rows @ (variances @ weights)).item()
+
+
+def _turn(rows: Float[Tensor, "rows in"]) -> Float[Tensor, "rows in"]:
+    """Rows over the inputs turned as `rotated` does, by products: a quarter of the time that its sums take on a CPU."""
+    from reallm.formats.uniform import Uniform
+
+    seed = Rotated(Uniform(bits=8)).seed  # of any base
+    return rotate_by_products(rows, seed)
+
+
+FILES = "analysis-*.json"
+
+
+def analysis_file(folder: Path, fingerprint: str, calibration: dict[str, Any] | None, seed: int) -> Path:
+    """Where the analysis of a model and a calibration is kept: found again whatever the budget is."""
+    key = json.dumps([VERSION, fingerprint, calibration, seed], sort_keys=True)
+    return folder / FILES.replace("*", hashlib.sha256(key.encode()).hexdigest()[:16])

@@ -1,0 +1,129 @@
+"""Tensors that transformers puts together of several when it loads a family, read part by part.
+
+Mixtures are mostly saved expert by expert, and run with all experts in one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from reallm.checkpoint.headers import Header, read_tensor
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightConverter
+
+
+@dataclass(frozen=True)
+class FusedExperts:
+    """A tensor (experts, rows, columns): `experts` holds what is joined along the rows of each."""
+
+    experts: tuple[tuple[Header, ...], ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of all parts."""
+        return self.experts[0][0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(experts, rows, columns)."""
+        rows, columns = sum(part.shape[0] for part in self.experts[0]), self.experts[0][0].shape[1:]
+        return (len(self.experts), rows, *columns)
+
+    def read(self, index: int | None = None) -> Tensor:
+        """All experts, or one."""
+        if index is not None:
+            return torch.cat([read_tensor(part) for part in self.experts[index]])
+        return torch.stack([self.read(expert) for expert in range(len(self.experts))])
+
+
+def map_state_dict(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, Header | FusedExperts] | None:
+    """What each tensor of the state dict is made of, as transformers says for this family; without tied ones.
+
+    None where it does more than rename tensors and join those of experts, or where this transformers says it otherwise.
+    Errors: ValueError for experts of which parts are missing, or too many.
+    """
+    try:
+        return _map_state_dict(skeleton, headers)
+    except (ImportError, AttributeError, TypeError):  # insides of transformers that are no interface
+        return None
+
+
+def named_by_transformers(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, str] | None:
+    """Name that transformers gives every tensor of the files, in the state dict or not.
+
+    None where this transformers says it otherwise.
+    """
+    try:
+        return {key: name for key, name, _ in _rename_scales(skeleton, headers)}
+    except (ImportError, AttributeError, TypeError):  # insides of transformers that are no interface
+        return None
+
+
+def _rename_scales(
+    skeleton: nn.Module, headers: Mapping[str, Header]
+) -> Iterator[tuple[str, str, tuple[WeightConverter, str] | None]]:
+    """(key, its name in the model, converter that it is given to and the pattern that it fits) of every tensor.
+
+    The way of `from_pretrained`: keys in natural order, all renamings, then at most one converter.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(skeleton)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix, state = skeleton.base_model_prefix, skeleton.state_dict()
+    for key in sorted(headers, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = key, None
+        yield key, name, None if pattern is None else (by_pattern[pattern], pattern)
+
+
+def _map_state_dict(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, Header | FusedExperts] | None:
+    state = skeleton.state_dict()
+    found: dict[str, Header | FusedExperts] = {}
+    groups: dict[str, tuple[WeightConverter, dict[str, list[Header]]]] = {}
+    for key, name, converted in _rename_scales(skeleton, headers):
+        if name not in state:
+            continue
+        if converted is None:
+            found.setdefault(name, headers[key])
+        else:
+            converter, parts = groups.setdefault(name, (converted[0], {}))
+            parts.setdefault(converted[1], []).append(headers[key])
+    for name, (converter, parts) in groups.items():
+        if name in found or (merged := _fused_experts(name, converter, parts)) is None:
+            return None
+        found[name] = merged
+    return found
+
+
+def _fused_experts(name: str, converter: WeightConverter, parts: Mapping[str, list[Header]]) -> FusedExperts | None:
+    """The experts of one tensor, if that is all that a converter does.
+
+    Errors: ValueError naming the tensor for experts that do not fit together.
+    """
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    steps = [(type(step), step.dim) for step in converter.operations]
+    joined = [(MergeModulelist, 0), (Concatenate, 1)][: len(converter.source_patterns)]
+    if steps != joined or len(converter.target_patterns) != 1:
+        return None
+    counts = {pattern: len(parts.get(pattern, ())) for pattern in converter.source_patterns}
+    if len(set(counts.values())) != 1:
+        found = ", ".join(f"{count} of {pattern}" for pattern, count in counts.items())
+        raise ValueError(f"{name!r} is to be joined of as many tensors of each kind, and there are {found}")
+    columns = [parts[pattern] for pattern in converter.source_patterns]
+    kinds = {(part.dtype, part.shape[1:]) for column in columns for part in column}
+    heights = {tuple(part.shape[0] for part in expert if part.shape) for expert in zip(*columns, strict=True)}
+    if len(kinds) != 1 or len(heights) != 1 or any(len(part.shape) != 2 for part in columns[0]):
+        return None
+    return FusedExperts(tuple(zip(*columns, strict=True)))

@@ -1,0 +1,78 @@
+"""Gradients of the end loss by every block's output, of some windows: a file a window, read a block at a time.
+
+A number takes a byte: 8-bit floats (4 bits of exponent, 3 of mantissa) times a power of two for each token. Their
+relative error of 3 % is nothing beside that of a draw.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from reallm.checkpoint import save_tensors
+from reallm.errors import ArtifactError, RecipeError
+
+_EIGHT_BITS = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients of windows, whose files are named in their order."""
+
+    files: Sequence[Path]
+
+    def missing_windows(self) -> list[int]:
+        """The windows whose files are not there."""
+        return [number for number, file in enumerate(self.files) if not file.is_file()]
+
+    def write(self, window: int, gradients: Float[Tensor, "blocks context hidden"]) -> None:
+        """Write a window's file."""
+        largest = gradients.abs().amax(-1, keepdim=True).clamp(min=1e-30)  # a token that nothing comes after has none
+        # Halved once more, as the power of two below a quotient can round to the one above it.
+        scales = torch.exp2(torch.floor(torch.log2(torch.finfo(_EIGHT_BITS).max / largest)) - 1)
+        codes = (gradients * scales).to(_EIGHT_BITS).view(torch.uint8)
+        save_tensors({"gradients": codes, "scales": scales[..., 0]}, self.files[window])
+
+    def read(self, block: int, windows: slice, device: str | torch.device) -> Float[Tensor, "windows context hidden"]:
+        """What `write` was given of a block, float32.
+
+        Errors: ArtifactError naming the damaged file.
+        """
+        codes, scales = zip(*(self._read(file, block) for file in self.files[windows]), strict=True)
+        numbers = torch.stack(codes).to(device).view(_EIGHT_BITS).float()
+        return numbers / torch.stack(scales).to(device)[..., None]
+
+    def remove(self) -> None:
+        """Delete the files."""
+        for file in self.files:
+            file.unlink(missing_ok=True)
+
+    @staticmethod
+    def nbytes(windows: int, blocks: int, context: int, hidden: int) -> int:
+        """Bytes that the files of so many windows take."""
+        return windows * blocks * context * (hidden + 4)
+
+    @staticmethod
+    def _read(path: Path, block: int) -> tuple[Tensor, Tensor]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_slice("gradients")[block], file.get_slice("scales")[block]
+        except SafetensorError as error:
+            raise ArtifactError(f"{path}: damaged ({error}); remove {path.parent} to start anew") from error
+
+
+def check_disk_space(folder: Path, nbytes: int) -> None:
+    """Errors: RecipeError for a disk without room for gradients of so many bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise RecipeError(
+            f"--block-error loss keeps {nbytes / 1e9:.1f} GB of gradients in {folder}, where {free / 1e9:.1f} GB are "
+            "free; take fewer --block-windows, or --block-error outputs"
+        )

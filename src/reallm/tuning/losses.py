@@ -1,0 +1,156 @@
+"""Cross-entropy and KL to the original from hidden states, some tokens at a time: logits of all never exist at once.
+
+Logits of 8 windows of 1,024 tokens over 49,152 words are 1.6 GB in float32, and a loss wants several copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from reallm.source.decoder_blocks import decoder_of
+from reallm.source.devices import module_device
+from reallm.tuning.tune_settings import CE, KL
+
+# Logits at a time: 64 MiB in float32, and 128 MiB on a GPU, which waits for the processor between small kernels.
+CHUNK_VALUES = {"cpu": 1 << 24, "cuda": 1 << 25}
+
+Head = Callable[[Tensor], Tensor]  # hidden states (tokens, hidden) -> logits (tokens, vocabulary)
+
+
+@dataclass(frozen=True)
+class SplitModel:
+    """A model as body (ids -> hidden states) and head (hidden states -> logits)."""
+
+    body: Callable[[Tensor], Tensor]
+    head: Head
+    vocabulary: int
+
+
+def split_model(model: nn.Module) -> SplitModel:
+    """The model cut before its output embedding, if that is all there is behind the decoder; else before nothing.
+
+    Models that cap or scale their logits afterwards answer with whole logits, which takes more memory.
+    """
+    decoder, head = decoder_of(model), model.get_output_embeddings()
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+
+    def hidden_states(ids: Tensor) -> Tensor:
+        return decoder(input_ids=ids, use_cache=False).last_hidden_state
+
+    def logits(ids: Tensor) -> Tensor:
+        return model(input_ids=ids, use_cache=False).logits
+
+    if head is not None and decoder is not model:
+        device = module_device(model)
+        probe = torch.arange(4, device=device)[None] % vocabulary
+        with torch.no_grad():
+            ours, theirs = head(hidden_states(probe)), logits(probe)
+        if ours.shape == theirs.shape and torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-4):
+            return SplitModel(hidden_states, head, vocabulary)
+    return SplitModel(logits, lambda states: states, vocabulary)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What the original says of some tokens: all its hidden states, or its likeliest tokens."""
+
+    head: Head | None = None
+    states: Float[Tensor, "tokens hidden"] | None = None
+    token_ids: Int[Tensor, "tokens k"] | None = None
+    log_probs: Float[Tensor, "tokens k"] | None = None
+
+    def divergence(self, log_probs: Float[Tensor, "n vocab"], rows: slice) -> Float[Tensor, " n"]:
+        """KL(original ‖ model) of tokens; what is not among the likeliest counts as one token."""
+        if self.token_ids is None:
+            assert self.head is not None and self.states is not None
+            theirs = self.head(self.states[rows]).float().log_softmax(-1)
+            return (theirs.exp() * (theirs - log_probs)).sum(-1)
+        assert self.log_probs is not None
+        theirs = self.log_probs[rows].float()
+        ours = log_probs.gather(-1, self.token_ids[rows].long())
+        return (theirs.exp() * (theirs - ours)).sum(-1) + _residual_mass_kl(theirs, ours)
+
+
+def top_k_log_probs(logits: Float[Tensor, "n vocab"], k: int) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+    """The k likeliest tokens as int32 and their log-probabilities as float16, as they are kept on disk."""
+    values, token_ids = logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
+    return token_ids.to(torch.int32), values.to(torch.float16)
+
+
+def loss_sums(
+    head: Head,
+    states: Float[Tensor, "tokens hidden"],
+    targets: Int[Tensor, " tokens"],
+    teacher: Teacher | None,
+    loss: str,
+    vocabulary: int,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "2"]]:
+    """(sum of the loss, which has a gradient; sums of KL, nan without teacher, and cross-entropy) over tokens, nats.
+
+    Logits are made in chunks and once more for the gradient.
+    """
+
+    def chunk_loss(hidden_states: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        log_probs = head(hidden_states).float().log_softmax(-1)
+        ce = -log_probs.gather(-1, targets[rows, None])[:, 0].sum()
+        kl = ce.new_full((), torch.nan) if teacher is None else teacher.divergence(log_probs, rows).sum()
+        chosen = {CE: ce, KL: kl}.get(loss, (ce + kl) / 2)
+        return chosen, torch.stack([kl.detach(), ce.detach()])
+
+    total = states.new_zeros((), dtype=torch.float32)
+    measured = states.new_zeros(2, dtype=torch.float64)
+    values = CHUNK_VALUES.get(states.device.type, CHUNK_VALUES["cpu"])
+    for rows in _slices(len(states), max(1, values // vocabulary)):
+        chunk_total, sums = checkpoint(chunk_loss, states[rows], rows, use_reentrant=False, preserve_rng_state=False)
+        total, measured = total + chunk_total, measured + sums
+    return total, measured
+
+
+@contextlib.contextmanager
+def autocast_to_dtype(device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
+    """Products in `dtype`; float32 means no autocast."""
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        yield
+
+
+@contextlib.contextmanager
+def deterministic_kernels(device: torch.device | str) -> Iterator[None]:
+    """Kernels on a GPU that add up in one order, where torch has them: attention's gradient has two.
+
+    A CPU's are such already. Memory is not filled first, which that mode of torch would do with every new tensor;
+    and cuBLAS is told its workspace, as torch would else warn of every product.
+    """
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic.*")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+def _residual_mass_kl(theirs: Tensor, ours: Tensor) -> Tensor:
+    """The term of all other tokens taken as one."""
+    p, q = ((1 - log_probs.exp().sum(-1)).clamp(min=1e-6) for log_probs in (theirs, ours))
+    return p * (p.log() - q.log())
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, start + step) for start in range(0, length, step))
