@@ -146,7 +146,7 @@ def test_a_run_killed_after_its_last_rename_is_finished_by_resume(
 ):
     arguments = {"text": (tuning_text,), "reference": str(tiny_llama), **SHORT}
     with monkeypatch.context() as patch, killed(at=1) as kill:
-        patch.setattr("reallm.tuning.tuning_run.remove", kill)
+        patch.setattr("reallm.tuning.tuning_run.remove_work_folder", kill)
         reallm.tune(compressed, tmp_path / "out", **arguments)
     assert (tmp_path / "out").exists() and work_folder(tmp_path / "out").exists()
     reallm.tune(compressed, tmp_path / "out", resume=True, **arguments)
@@ -160,7 +160,7 @@ def test_an_adapter_killed_after_its_last_rename_is_finished_by_resume(
 ):
     arguments = {"text": (tuning_text,), "loss": "ce", "adapter": 2, "context": 32, "batch": 4, "tokens": 256}
     with monkeypatch.context() as patch, killed(at=1) as kill:
-        patch.setattr("reallm.tuning.tuning_run.remove", kill)
+        patch.setattr("reallm.tuning.tuning_run.remove_work_folder", kill)
         reallm.tune(compressed, tmp_path / "out", **arguments)
     found = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     reallm.tune(compressed, tmp_path / "out", resume=True, **arguments)
@@ -224,8 +224,13 @@ def test_a_log_that_cannot_be_written_is_refused_before_any_work(compressed, tin
 
 def test_other_settings_are_refused_on_resume(compressed, tiny_llama, tuning_text, tmp_path):
     arguments = {"text": (tuning_text,), "reference": str(tiny_llama), **SHORT}
+
+    def stop(event):  # once there is something to resume from
+        if event["phase"] == "validation":
+            raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError):
-        reallm.tune(compressed, tmp_path / "out", listener=lambda _: 1 / 0, **arguments)
+        reallm.tune(compressed, tmp_path / "out", listener=stop, **arguments)
     with pytest.raises(RecipeError, match="--resume: learning rate was 0.005 and is now 0.0001; go back"):
         reallm.tune(compressed, tmp_path / "out", resume=True, **{**arguments, "learning_rate": 1e-4})
     with pytest.raises(RecipeError, match="--resume: block error was loss and is now outputs; go back"):
@@ -570,7 +575,10 @@ def test_the_kl_of_the_likeliest_tokens_is_called_that(compressed, tiny_llama, t
     words += ["--top-k", "4", "--log", str(log)]
     assert main(["tune", str(compressed), "-o", str(tmp_path / "out"), *words]) == 0
     out, err = capsys.readouterr()
-    assert "\ntop-k KL    " in out and "4 likeliest tokens, the rest as one: less than the KL that eval gives" in out
+    assert (
+        "\ntop-k KL    " in out
+        and "teacher's top 4 tokens, all others as one: lower than the KL that eval measures" in out
+    )
     assert "validation top-4 KL" in err and "\nKL " not in out and "validation KL" not in err
     events = [json.loads(line) for line in log.read_text().splitlines()]
     assert all(event["top_k"] == 4 for event in events if "kl" in event)
