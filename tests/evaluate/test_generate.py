@@ -22,7 +22,7 @@ def tokenizer(tiny_llama):
     return AutoTokenizer.from_pretrained(tiny_llama)
 
 
-def written(model, tokenizer, prompt="the river", **settings):
+def generate_text(model, tokenizer, prompt="the river", **settings):
     return "".join(generate_stream(model, tokenizer, prompt, **{"max_new_tokens": 12, **settings}))
 
 
@@ -46,9 +46,9 @@ def test_a_character_that_never_becomes_whole_is_not_lost(tokenizer):
     assert "".join(generate._decode_stream(tokenizer, iter([first]))) == "\ufffd"
 
 
-def test_a_space_between_two_words_is_kept_wherever_decoding_starts_anew(monkeypatch):
+def test_a_space_between_two_words_is_kept_wherever_decoding_starts_again(monkeypatch):
     class Strips:
-        """Tokens are words with their space before them; decoding drops the first one's, as many tokenizers do."""
+        """Tokens are words with a leading space; decoding drops the first one's, as many tokenizers do."""
 
         def decode(self, ids, **_):
             return "".join(f" w{number}" for number in ids)[1:]
@@ -65,20 +65,20 @@ def test_a_long_answer_is_the_same_however_it_is_cut(tokenizer, monkeypatch):
 
 
 def test_the_same_seed_draws_the_same_text_and_another_does_not(model, tokenizer):
-    texts = [written(model, tokenizer, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
+    texts = [generate_text(model, tokenizer, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_greedy_text_ignores_the_sampling_defaults_that_a_model_brings(model, tokenizer, monkeypatch):
-    plain = written(model, tokenizer)
+    plain = generate_text(model, tokenizer)
     monkeypatch.setattr(model.generation_config, "do_sample", True)
     monkeypatch.setattr(model.generation_config, "temperature", 5.0)
-    assert written(model, tokenizer) == plain
+    assert generate_text(model, tokenizer) == plain
 
 
 def test_a_repetition_penalty_changes_a_repeating_answer(model, tokenizer):
-    plain = written(model, tokenizer, max_new_tokens=40, repetition_penalty=1.0)
-    assert written(model, tokenizer, max_new_tokens=40, repetition_penalty=3.0) != plain
+    plain = generate_text(model, tokenizer, max_new_tokens=40, repetition_penalty=1.0)
+    assert generate_text(model, tokenizer, max_new_tokens=40, repetition_penalty=3.0) != plain
 
 
 def test_the_chat_template_is_used_when_there_is_one(tokenizer):
@@ -132,7 +132,7 @@ def test_an_error_inside_the_thread_reaches_the_reader(model, tokenizer, monkeyp
 
     monkeypatch.setattr(model, "generate", fail)
     with pytest.raises(RuntimeError, match="a broken layer"):
-        written(model, tokenizer)
+        generate_text(model, tokenizer)
 
 
 def test_leaving_early_stops_the_model(model, tokenizer):
