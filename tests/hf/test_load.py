@@ -21,10 +21,17 @@ from transformers import (
 
 import reallm
 from reallm.errors import ArtifactError, FormatError, ReallmError, SourceError
-from reallm.hf import MODES, ReallmConfig, load, load_tokenizer, register_with_transformers
+from reallm.hf import (
+    MODES,
+    ReallmConfig,
+    get_memory_footprint,
+    load,
+    load_tokenizer,
+    predict_memory_footprint,
+    register_with_transformers,
+)
 from reallm.hf.modules import _CompressedModule
 from reallm.hf.replacement import compressed_modules
-from reallm.hf import get_memory_footprint, predict_memory_footprint
 
 FAMILIES = ["llama", "tied", "qwen2", "gemma3", "gpt2", "opt", "phi3", "neox", "mixtral", "qwen3_moe", "gpt_oss"]
 

@@ -14,8 +14,7 @@ import reallm
 from reallm.checkpoint.checksums import compute_checksums
 from reallm.errors import ArtifactError, ReallmError, SourceError
 from reallm.formats import from_spec
-from reallm.hf import MODES, load, load_tokenizer, verify_artifact
-from reallm.hf import artifact_memory_footprint
+from reallm.hf import MODES, artifact_memory_footprint, load, load_tokenizer, verify_artifact
 from reallm.source import open_source
 
 RECIPE = """

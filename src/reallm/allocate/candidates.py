@@ -6,7 +6,7 @@ import functools
 import importlib.util
 
 from reallm.errors import install_hint
-from reallm.formats import WeightFormat
+from reallm.formats import WeightFormat, known_formats
 from reallm.formats.codebook import Codebook
 from reallm.formats.dense import Dense
 from reallm.formats.e8 import E8
@@ -82,6 +82,14 @@ def calibrated_candidates(kind: str, state_bits: int, entropy: bool | None = Non
         *(_add_rank_one(fmt) for fmt in (*_embedding_candidates(groups=(64,)), *lattice)),
         Dense(),
     )
+
+
+def plugin_candidates(kind: str, device: str) -> tuple[WeightFormat, ...]:
+    """Return the formats that say themselves that budgets may choose them: those of other packages do.
+
+    `kind` of matrix: block, embedding or head; `device` that fits.
+    """
+    return tuple(fmt for cls in known_formats().values() for fmt in cls.candidates(kind, device))
 
 
 def missing_candidates() -> str | None:

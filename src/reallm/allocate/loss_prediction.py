@@ -29,10 +29,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from reallm.allocate.format_plan import MatrixInfo
 from reallm.errors import RecipeError
 from reallm.formats import WeightFormat, from_spec, to_spec
-from reallm.formats.entropy_coded import EntropyCoded
-from reallm.formats.low_rank_plus import LowRankPlus
-from reallm.formats.rotated import Rotated
-from reallm.formats.scaled import Scaled
 
 ROTATED_WIDTHS = (1, 8, 16)
 # Relative squared error of a format on Gaussian weights.
@@ -68,8 +64,8 @@ class Analysis:
         """Predicted KL to the original, nats a token, if this matrix alone is stored so."""
         measured = self.measured.get(name, {}).get(spec_key(fmt))
         numbers, kind = self.numbers[name], kind_of_error(fmt)
-        if isinstance(fmt, LowRankPlus) and PLUS_RANK_ONE + kind in numbers:
-            fmt, kind = fmt.base, PLUS_RANK_ONE + kind
+        if fmt.residual_rank() and PLUS_RANK_ONE + kind in numbers:
+            fmt, kind = fmt.without_residual(), PLUS_RANK_ONE + kind
         return numbers[kind] * (measured.error if measured else error_fn(fmt))
 
     def share(self, name: str, fmt: WeightFormat) -> float | None:
@@ -109,15 +105,11 @@ def spec_key(fmt: WeightFormat) -> str:
 @functools.lru_cache(maxsize=1 << 14)
 def kind_of_error(fmt: WeightFormat) -> str:
     """Which of a matrix's numbers a format's error is multiplied by."""
-    rotated, scaled = False, ""
-    while (base := getattr(fmt, "base", None)) is not None:
-        if isinstance(fmt, Scaled) and not rotated:
-            scaled = f"{fmt.sides}_"
-        rotated, fmt = rotated or isinstance(fmt, Rotated), base
-    if not rotated:
-        return "stepped" if isinstance(fmt, EntropyCoded) else "grouped"
-    width = getattr(fmt, "tile_columns", getattr(fmt, "vector_dim", 8 if fmt.name == "e8" else 1))
-    return f"{scaled}rotated_{min((w for w in ROTATED_WIDTHS if w >= width), default=ROTATED_WIDTHS[-1])}"
+    kind, _, width = fmt.error_model().rpartition("rotated_")
+    if not width.isdigit():
+        return fmt.error_model()
+    widest = ROTATED_WIDTHS[-1]
+    return f"{kind}rotated_{min((w for w in ROTATED_WIDTHS if w >= int(width)), default=widest)}"
 
 
 class LossRow(BaseModel):

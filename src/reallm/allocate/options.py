@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from reallm.allocate.format_plan import MatrixInfo, Plan, PlanEntry, shared_decoder_nbytes
 from reallm.allocate.problem import Choice, Problem
-from reallm.allocate.recipe import KEEP, FormatSpec, set_rank
+from reallm.allocate.recipe import KEEP, FormatSpec
 from reallm.errors import FormatError, RecipeError
 from reallm.formats import Shape, WeightFormat, collect_shared_decoders, from_spec
+from reallm.formats.low_rank_plus import LowRankPlus
 
 # The whole file is at least this share of its budget.
 LEAST_SHARE = 0.995
@@ -69,7 +70,7 @@ def matrix_options(
         given = (always or {}).get(matrix.name)
         bases = candidates(matrix) if fixed is None else [from_spec(fixed)]
         for base in bases if given is None else [given, *bases]:
-            fmt = set_rank(base, rank) if matrix.kind == "block" and base is not given else base
+            fmt = LowRankPlus.replace_residual(base, rank) if matrix.kind == "block" and base is not given else base
             if (full := cached_size(fmt, matrix.shape)) is not None:
                 nbytes = min(full, round(full * share(matrix, fmt)) + _CODED_TABLES)
                 rows.append(Option(fmt, nbytes, loss(matrix, base)))

@@ -197,18 +197,12 @@ def plan_from_recipe(
         spec = _find_spec(recipe, matrix, depth)
         fmt = _format(spec, recipe.name)
         if fmt is not None:
-            entries.append(PlanEntry(matrix, set_rank(fmt, rank) if matrix.kind == "block" else fmt))
+            entries.append(
+                PlanEntry(matrix, LowRankPlus.replace_residual(fmt, rank) if matrix.kind == "block" else fmt)
+            )
     plan = Plan(tuple(entries), recipe.name)
     plan.check()
     return plan
-
-
-def set_rank(fmt: WeightFormat, rank: int | None) -> WeightFormat:
-    """`fmt` with its residual, if any, replaced by one of `rank`; None leaves the format alone, 0 removes it."""
-    if rank is None:
-        return fmt
-    base, factors = (fmt.base, fmt.factors) if isinstance(fmt, LowRankPlus) else (fmt, "int8")
-    return LowRankPlus(base=base, rank=rank, factors=factors) if rank else base
 
 
 def recipe_of_plan(

@@ -32,15 +32,9 @@ def sensitivity(matrix: MatrixInfo, fmt: WeightFormat, depth: int) -> float:
 
     `depth` is the number of decoder blocks.
     """
-    roles = load_table()["roles"][_family(fmt)]
+    roles = load_table()["roles"]["vector" if fmt.codes_vectors() else "scalar"]
     role = _ALIKE.get(matrix.role, matrix.role)
     figure = roles.get(role, sum(roles.values()) / len(roles))
     if matrix.block == depth - 1:
         return figure * load_table()["last_block"]
     return figure * (load_table()["first_block"] if matrix.block == 0 else 1.0)
-
-
-def _family(fmt: WeightFormat) -> str:
-    while (base := getattr(fmt, "base", None)) is not None:
-        fmt = base
-    return "vector" if getattr(fmt, "vector_dim", 1) > 1 else "scalar"

@@ -20,7 +20,6 @@ from reallm.formats.base import (
     to_spec,
 )
 from reallm.formats.fake_quantize import fake_quantize, fake_quantizer, shared_decoder_name, zero_value
-from reallm.formats.rows import decode_rows
 from reallm.formats.shared_decoders import (
     collect_shared_decoders,
     shared_decoder_layout,
@@ -39,7 +38,6 @@ __all__ = [
     "Tensors",
     "WeightFormat",
     "fake_quantize",
-    "decode_rows",
     "example_formats",
     "from_spec",
     "known_format",

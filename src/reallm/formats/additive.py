@@ -71,6 +71,14 @@ class Additive(WeightFormat):
         """Indices of one row: `books` for each vector."""
         return -(-in_features // self.vector_dim) * self.books
 
+    def block_width(self) -> int:
+        """Return the weights of a vector."""
+        return self.vector_dim
+
+    def codes_vectors(self) -> bool:
+        """Return whether vectors are longer than one weight."""
+        return self.vector_dim > 1
+
     def check(self, shape: Shape) -> None:
         """Every shape fits: the last vector and the last group of a row may be short."""
 

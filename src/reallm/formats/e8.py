@@ -61,6 +61,10 @@ class E8(WeightFormat):
         """Codes of one row."""
         return -(-in_features // VECTOR_DIM)
 
+    def block_width(self) -> int:
+        """Return the weights of a lattice point."""
+        return 8
+
     def check(self, shape: Shape) -> None:
         """Every shape fits: the last vector of a row may be short."""
 

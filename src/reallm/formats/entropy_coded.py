@@ -71,6 +71,10 @@ class EntropyCoded(WeightFormat):
         """32-bit words for codes: what the budget leaves beside tables and step; may be negative."""
         return (math.floor(self.bits * shape[0] * shape[1] / 8) - self._overhead_nbytes(shape)) // _WORD_BYTES
 
+    def error_model(self) -> str:
+        """Return `stepped`: one step for the whole matrix."""
+        return "stepped"
+
     def check(self, shape: Shape) -> None:
         """Tables may take half of the bytes."""
         least = 2 * self._overhead_nbytes(shape)

@@ -90,6 +90,14 @@ class NeuralCodebook(WeightFormat):
         """Indices of one row."""
         return -(-in_features // self.vector_dim)
 
+    def block_width(self) -> int:
+        """Return the weights of a vector."""
+        return self.vector_dim
+
+    def codes_vectors(self) -> bool:
+        """Return whether vectors are longer than one weight."""
+        return self.vector_dim > 1
+
     def check(self, shape: Shape) -> None:
         """The last vector and the last group of a row may be short; 1/8 bit a weight is the least."""
         codes = packed_nbytes(shape[0] * self.vectors_per_row(shape[1]), self.index_bits)

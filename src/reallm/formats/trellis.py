@@ -58,6 +58,10 @@ class Trellis(WeightFormat):
         if not 0 <= self.table_bits <= self.state_bits:
             raise FormatError(f"trellis: table_bits={self.table_bits} is not in 0 … state_bits={self.state_bits}")
 
+    def block_width(self) -> int:
+        """Return the columns of a tile."""
+        return self.tile_columns
+
     def check(self, shape: Shape) -> None:
         """Every shape fits: the last tiles are filled."""
 

@@ -10,10 +10,10 @@ from typing import Any
 # Imported eagerly also so that `load` here is the function, not the file of that name.
 from reallm.hf.load import is_artifact, load, load_tokenizer
 from reallm.hf.memory_footprint import (
+    artifact_memory_footprint,
+    get_memory_footprint,
     predict_memory_footprint,
     unquantized_tensors,
-    get_memory_footprint,
-    artifact_memory_footprint,
     verify_artifact,
 )
 from reallm.hf.modules import (

@@ -24,7 +24,6 @@ from reallm.fit import Objective, capture_fit_input, fit, train_shared_decoder
 from reallm.fit.objective import FISHER, GUIDED, OUTPUTS
 from reallm.formats import Tensors, WeightFormat, to_spec, use_shared_decoders
 from reallm.formats.base import add_prefix
-from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.pipeline.artifact_size import artifact_tensors
 from reallm.pipeline.calibration_inputs import gradient_dtype
 from reallm.pipeline.compress_settings import Settings, for_analysis
@@ -175,13 +174,12 @@ def _sample_decoders(formats: Iterable[WeightFormat], device: str) -> tuple[dict
 
 def _timing_format(fmt: WeightFormat) -> WeightFormat:
     """The format that is timed in place of one that differs in the size of its groups or in a residual of rank 1."""
-    fmt, _ = _rank_one_base(fmt)
-    return dataclasses.replace(fmt, group_size=64) if hasattr(fmt, "group_size") else fmt
+    return fmt.timing_format()
 
 
 def _rank_one_base(fmt: WeightFormat) -> tuple[WeightFormat, int]:
     """(what is fitted beside a residual of rank 1, how often); another format is itself, once."""
-    return (fmt.base, _RANK_ONE_ROUNDS) if isinstance(fmt, LowRankPlus) and fmt.rank == 1 else (fmt, 1)
+    return (fmt.without_residual(), _RANK_ONE_ROUNDS) if fmt.residual_rank() == 1 else (fmt, 1)
 
 
 def _working_bytes(job: Job) -> int:

@@ -22,7 +22,6 @@ from reallm.fit.feedback import costs_in_feedback
 from reallm.fit.low_rank import low_rank
 from reallm.fit.scaled import balancing_scales, moving_gain
 from reallm.formats import WeightFormat
-from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.rotated import Rotated
 from reallm.formats.scaled import BOTH, INPUTS, OUTPUTS
 from reallm.kernels import one_thread
@@ -155,7 +154,7 @@ def rank_one_residual_share(source: Source, matrix: Matrix) -> float:
 
 def _measure_embedding_format(fmt: WeightFormat, weight: Tensor, left: Tensor, seed: int) -> Measured:
     """`low_rank_plus` by its base on what is `left` beside rank 1: a fit of both would take several of the base."""
-    return measure_format(fmt.base, left, seed) if isinstance(fmt, LowRankPlus) else measure_format(fmt, weight, seed)
+    return measure_format(fmt.without_residual(), left if fmt.residual_rank() else weight, seed)
 
 
 def measure_format(fmt: WeightFormat, weight: Float[Tensor, "out in"], seed: int, most: int = _SAMPLE_ROWS) -> Measured:

@@ -407,8 +407,8 @@ def _fold_constants(
         )
         if torch.equal(twice, 2 * once):  # a factor of the whole matrix: doubled, it doubles every bit exactly
             return _FOLDED, UnpackedDense(once.to(dtype)), {"values": name}
-    base = getattr(fmt, "base", None)
-    if not isinstance(base, WeightFormat):
+    base = fmt.children().get("base")
+    if base is None:
         return fmt, unpacked, {}
     inner_names = set(strip_prefix("base", {name: values[name] for name in inside}))
     form, folded, factors = _fold_constants(base, unpacked.base, fmt.inner_shape(shape), inner_names, dtype)

@@ -10,8 +10,7 @@ from typing import Any
 from reallm.checkpoint import Ledger, decoder_costs, decoding_seconds, read_ledger, read_manifest
 from reallm.cli.tables.names import short_name
 from reallm.cli.tables.text_table import duration, size, table, unused_lines
-from reallm.hf import verify_artifact
-from reallm.hf import artifact_memory_footprint, unquantized_tensors
+from reallm.hf import artifact_memory_footprint, unquantized_tensors, verify_artifact
 
 
 def ledger_dict(folder: Path, verify: bool = True) -> dict[str, Any]:
