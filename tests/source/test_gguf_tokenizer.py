@@ -50,6 +50,10 @@ def write(path, arch, kind, tokens, types, scores=(), merges=(), rows=None, stat
         getattr(writer, f"add_{name}")(value)
     shapes = {"attn_norm": (32,), "ffn_norm": (32,), "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32)}
     shapes |= {"attn_output": (32, 32), "ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
+    if arch.startswith("gemma"):
+        shapes |= {"post_attention_norm": (32,), "post_ffw_norm": (32,)}
+    if arch == "gemma3":
+        shapes |= {"attn_q_norm": (16,), "attn_k_norm": (16,)}
     shapes = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()}
     shapes |= {"token_embd.weight": (rows or len(tokens), 32), "output_norm.weight": (32,)}
     draw = np.random.default_rng(0)

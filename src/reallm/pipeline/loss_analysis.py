@@ -113,7 +113,7 @@ def block_losses(weight: Float[Tensor, "out in"], curvature: Curvature, guided: 
         turned, pair = weight, (seen, tested)
         if scale is not None:
             turned, pair = weight / scale, tuple(one.divide_columns(scale[0]) for one in pair)
-        costs = costs_in_feedback(*(one.rotated(turn).hessian for one in pair), ROTATED_WIDTHS)
+        costs = costs_in_feedback(*(one.rotate(turn).hessian for one in pair), ROTATED_WIDTHS)
         energy, moved = turned.square().mean().item(), moving_gain(turned, known, cost)
         for width, column_costs in costs.items():
             number = outputs.sum().item() * energy * size * column_costs.sum().item()
