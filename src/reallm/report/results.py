@@ -74,10 +74,10 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Rewrite the pages named, by default README.md and docs/*.md here, from results/ here."""
+    """Rewrite the pages named, by default README.md and all of docs/ here, from results/ here."""
     root = Path.cwd()
     named = sys.argv[1:] if arguments is None else arguments
-    for page in [Path(name) for name in named] or [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+    for page in [Path(name) for name in named] or [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         text = page.read_text(encoding="utf-8")
         if (new := updated(text, root / "results")) != text:
             page.write_text(new, encoding="utf-8")
