@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from lab import commit, machine
 
-from reallm.allocate import Candidate, choose
+from reallm.allocate import Choice, Problem
 from reallm.evaluate.measure import versions
 
-Tables = Sequence[Sequence[Candidate]]
+Tables = Sequence[Sequence[Choice]]
 WIDTH, INNER, BLOCKS, CANDIDATES = 4096, 11008, 32, 20
 SHAPES = {role: (WIDTH, WIDTH) for role in "qkvo"} | {
     "gate": (INNER, WIDTH), "up": (INNER, WIDTH), "down": (WIDTH, INNER)
@@ -37,23 +37,23 @@ SMALL_TABLES, SMALL_SHARES = 200, (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 SMALL_MATRICES, SMALL_CANDIDATES = 5, 6
 
 
-def of_7b(seed: int) -> list[list[Candidate]]:
+def of_7b(seed: int) -> list[list[Choice]]:
     """Candidates of all matrices, at 1 to 8 bits."""
     rng = random.Random(seed)
     return [_table(rng, rows * columns, CANDIDATES) for _ in range(BLOCKS) for rows, columns in SHAPES.values()]
 
 
-def small(seed: int) -> list[list[Candidate]]:
+def small(seed: int) -> list[list[Choice]]:
     """Few matrices of very different sizes, where the hull of all choices is coarse."""
     rng = random.Random(seed)
     sizes = (110_592, 331_776, 884_736, 28_311_552)
     return [_table(rng, rng.choice(sizes), SMALL_CANDIDATES) for _ in range(SMALL_MATRICES)]
 
 
-def _table(rng: random.Random, weights: int, count: int) -> list[Candidate]:
+def _table(rng: random.Random, weights: int, count: int) -> list[Choice]:
     sensitivity = rng.uniform(0.2, 5)
     bits = sorted(rng.uniform(1, 8) for _ in range(count))
-    return [Candidate(int(b * weights / 8), sensitivity * 4**-b * rng.uniform(0.8, 1.2)) for b in bits]
+    return [Choice(int(b * weights / 8), sensitivity * 4**-b * rng.uniform(0.8, 1.2)) for b in bits]
 
 
 def loss_of(tables: Tables, chosen: Sequence[int]) -> float:
@@ -80,7 +80,7 @@ def large_rows(seeds: Sequence[int]) -> list[dict[str, Any]]:
     for seed, bits in itertools.product(seeds, BUDGETS):
         tables, budget = of_7b(seed), int(bits * weights / 8)
         start = time.perf_counter()
-        chosen = choose(tables, budget)
+        chosen = Problem(tables, budget).solve()
         seconds = time.perf_counter() - start
         above = loss_of(tables, chosen) / lower_bound(tables, budget) - 1
         rows.append({"seed": seed, "bits": bits, "seconds": seconds, "above_bound": above})
@@ -95,7 +95,7 @@ def small_ratios() -> list[float]:
         least, most = (sum(pick(c.nbytes for c in table) for table in tables) for pick in (min, max))
         for share in SMALL_SHARES:
             budget = int(least + share * (most - least))
-            found.append(loss_of(tables, choose(tables, budget)) / optimum(tables, budget) - 1)
+            found.append(loss_of(tables, Problem(tables, budget).solve()) / optimum(tables, budget) - 1)
     return found
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from lab import Lab, Workers, arguments, asked_for, earlier_runs, original_of, save
 
-from reallm.allocate import Candidate, choose
+from reallm.allocate import Choice, Problem
 from reallm.allocate.candidates import calibrated_candidates
 from reallm.allocate.options import option_of, parse_size
 from reallm.artifact import read_ledger
@@ -297,13 +297,13 @@ def _by_role(chosen: Job) -> list[dict[str, Any]]:
     entries, options = _blocks(chosen), chosen.forecast.options
     budget = sum(option_of(entry, options).nbytes for entry in entries)
     names = {role: [e.matrix.name for e in entries if e.matrix.role == role] for role in ROLES}
-    rows: list[list[tuple[WeightFormat, Candidate]]] = []
+    rows: list[list[tuple[WeightFormat, Choice]]] = []
     for role in ROLES:
         of_each = [{option.fmt: option for option in options[name]} for name in names[role]]
         common = set.intersection(*(set(of) for of in of_each))
         sums = [(f, sum(of[f].nbytes for of in of_each), sum(of[f].loss for of in of_each)) for f in common]
-        rows.append([(fmt, Candidate(nbytes, loss)) for fmt, nbytes, loss in sums])
-    picked = choose([[candidate for _, candidate in row] for row in rows], budget)
+        rows.append([(fmt, Choice(nbytes, loss)) for fmt, nbytes, loss in sums])
+    picked = Problem([[choice for _, choice in row] for row in rows], int(budget)).solve()
     return [
         {"role": [role], "format": to_spec(row[place][0])} for role, row, place in zip(ROLES, rows, picked, strict=True)
     ]

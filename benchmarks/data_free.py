@@ -19,9 +19,13 @@ from typing import Any
 
 from lab import Arm, FormatOf, Lab, Workers, arguments, asked_for, earlier_runs, original_of, save
 
-from reallm.allocate import Candidate, MatrixInfo, choose, load_recipe, plan_for_bits, plan_from_recipe
+from reallm.allocate import Choice, MatrixInfo, Problem, load_recipe, plan_from_recipe
 from reallm.fit import gaussian_error
 from reallm.formats import WeightFormat, from_spec, to_spec
+from reallm.model import Walk
+from reallm.pipeline import Settings
+from reallm.pipeline.budgeting import options_of
+from reallm.pipeline.byte_budget import plan_for_bits
 
 RANKS = (16, 32, 64)
 BUDGETS = (2.0, 2.5, 3.0, 3.25, 3.5, 4.0)
@@ -92,7 +96,8 @@ class Task:
             plan = plan_from_recipe(load_recipe(self.recipe), infos)
         else:
             assert self.budget is not None
-            plan = plan_for_bits(self.budget, infos, gaussian_error)
+            options = options_of(infos, Walk(), Settings(bits=self.budget), None, False)
+            plan = plan_for_bits(infos, options, self.budget, f"{self.budget:g} bits")
         chosen = {entry.matrix: entry.fmt for entry in plan.entries}
         return chosen.get
 
@@ -102,9 +107,9 @@ def _mixture(ladder: str, bits: float, infos: list[MatrixInfo]) -> dict[MatrixIn
     formats = [from_spec(spec) for spec in LADDERS[ladder]]
     blocks = [info for info in infos if info.kind == "block"]
     tables = [
-        [Candidate(fmt.nbytes(info.shape), info.weights * gaussian_error(fmt)) for fmt in formats] for info in blocks
+        [Choice(fmt.nbytes(info.shape), info.weights * gaussian_error(fmt)) for fmt in formats] for info in blocks
     ]
-    chosen = choose(tables, int(bits * sum(info.weights for info in blocks) / 8))
+    chosen = Problem(tables, int(bits * sum(info.weights for info in blocks) / 8)).solve()
     return {info: formats[i] for info, i in zip(blocks, chosen, strict=True)}
 
 

@@ -13,8 +13,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from reallm.allocate.budget import candidate_formats
-from reallm.allocate.candidates import calibrated_candidates, neural_candidates
+from reallm.allocate.candidates import calibrated_candidates, data_free_candidates, neural_candidates
 from reallm.artifact import code
 from reallm.fit import fit
 from reallm.fit.quality import gaussian, measured_gaussian_error
@@ -30,7 +29,7 @@ FULL = ("trellis", "entropy_coded", "e8", "codeword")
 
 
 def main() -> None:
-    formats = dict.fromkeys(candidate_formats())
+    formats = dict.fromkeys(data_free_candidates())
     for kind in ("block", "embedding"):
         for bits in STATE_BITS:
             found = calibrated_candidates(kind, bits)

@@ -1,11 +1,78 @@
-"""Tiny models, built in place: random weights, a tokenizer trained on a few made-up lines."""
+"""How every test runs, and tiny models built in place: random weights, a tokenizer trained on made-up lines."""
 
+import contextlib
+import dataclasses
+import filecmp
+import functools
+import hashlib
+import inspect
 import json
+import os
 import random
 import weakref
 from pathlib import Path
 
+import jaxtyping
 import pytest
+
+# Set before torch is imported, here and for processes that tests start. One thread: matrices of a test are small, and
+# on busy cores threads that wait for each other make it up to six times slower. Where a test asks for two, the one that
+# waits sleeps: spinning, fit/test_threads.py takes 94 s of CPU on busy cores in place of 14.
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+os.environ |= {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+
+# Shapes and types are checked at the first calls that a test makes of a function, and then at one of so many: with
+# checks at every step of training loops fits take 2.5 times as long.
+CHECKED_CALLS, CHECKED_AFTERWARDS = 20, 50
+
+
+class _Calls:
+    """Which test runs: counts of calls begin again with each."""
+
+    test = 0
+
+
+def _checked_at_times(jaxtyped):
+    """`jaxtyping.jaxtyped`, whose checks of functions are left out at most calls of those called very often."""
+
+    @functools.wraps(jaxtyped)
+    def decorate(function=None, **options):
+        if function is None:
+            return functools.partial(decorate, **options)
+        checked = jaxtyped(function, **options)
+        if not inspect.isfunction(function):
+            return checked
+        calls, test = 0, 0
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            nonlocal calls, test
+            if test != _Calls.test:
+                calls, test = 0, _Calls.test
+            calls += 1
+            due = calls <= CHECKED_CALLS or calls % CHECKED_AFTERWARDS == 0
+            return (checked if due else function)(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+# The import hook of --jaxtyping-packages decorates by this name, module by module as they are imported.
+jaxtyping.jaxtyped = _checked_at_times(jaxtyping.jaxtyped)
+
+
+def pytest_runtest_logstart(nodeid, location):
+    _Calls.test += 1
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_for_torch():
+    """Where torch does not follow the variables of OpenMP. Tests of numbers of threads set their own."""
+    import torch
+
+    torch.set_num_threads(1)
+
 
 WORDS = "the a of and to in river stone light house green old small walks sees holds under over then never".split()
 CHAT_TEMPLATE = (
@@ -65,6 +132,103 @@ def build_tiny_llama(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def _content(value):
+    """What a value of an argument is known by: numbers of a tensor, fields of formats and objectives."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return tuple(value.shape), str(value.dtype), str(value.device), hashlib.sha256(raw).digest()
+    if dataclasses.is_dataclass(value):
+        fields = dataclasses.fields(value)
+        return type(value), *((field.name, _content(getattr(value, field.name))) for field in fields)
+    return value
+
+
+@pytest.fixture(scope="session")
+def remembered():
+    """remembered(function): the function, which computes once in a process for all calls with equal arguments."""
+
+    def of(function):
+        found = {}
+
+        @functools.wraps(function)
+        def once(*args):
+            key = tuple(map(_content, args))
+            if key not in found:
+                found[key] = function(*args)
+            return found[key]
+
+        return once
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def fitted(remembered):
+    """fitted(fmt, weight, objective=None, seed=0): `fit`, done once for all tests of a process that ask the same.
+
+    A caller is given its own copy of the tensors. Tests of what `fit` does anew (determinism, threads) call it itself.
+    """
+    import torch
+
+    from reallm.fit import fit
+    from reallm.formats import map_tensors
+
+    once = remembered(fit)
+
+    def copy(fmt, weight, objective=None, seed=0):
+        return map_tensors(torch.clone, once(fmt, weight, objective, seed))
+
+    return copy
+
+
+class Killed(Exception):
+    """Raised in the middle of a run."""
+
+
+@pytest.fixture(scope="session")
+def killed():
+    """`with killed(at=4) as kill: run(job, out, progress=kill)`: the run ends in the fourth call of `kill`.
+
+    `when` is a condition on what the call is given, in place of its number. A run that gets to its end fails the test.
+    """
+
+    @contextlib.contextmanager
+    def context(at=None, when=None):
+        calls = 0
+
+        def kill(*values):
+            nonlocal calls
+            calls += 1
+            if calls == at or (when is not None and when(*values)):
+                raise Killed
+
+        with pytest.raises(Killed):
+            yield kill
+
+    return context
+
+
+@pytest.fixture(scope="session")
+def same_files():
+    """same_files(one, other): whether two folders hold the same files, byte for byte, those named in `but` left out."""
+
+    def same(one, other, but=()):
+        first, second = (sorted({path.name for path in folder.iterdir()} - set(but)) for folder in (one, other))
+        return first == second and not any(filecmp.cmpfiles(one, other, first, shallow=False)[1:])
+
+    return same
+
+
+@pytest.fixture(scope="session")
+def finished_matrices():
+    """finished_matrices(out): names of the files of matrices that a run which did not end has left."""
+    from reallm.artifact import work_folder
+
+    return lambda out: sorted(path.name for path in work_folder(out).glob("*.safetensors"))
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     """A folder with a tiny Llama. Shared by all tests: read it, never write into it."""
@@ -85,9 +249,9 @@ def originals_alive(monkeypatch):
         originals.extend(map(weakref.ref, (model, *model.parameters())))
         return model
 
-    def watching(stream, block, state):
+    def watching(stream, *arguments):
         alive.append(sum(original() is not None for original in originals))
-        return through(stream, block, state)
+        return through(stream, *arguments)
 
     monkeypatch.setattr(FolderSource, "load", loading)
     monkeypatch.setattr(Stream, "through", watching)

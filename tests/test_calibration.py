@@ -63,17 +63,8 @@ def test_a_calibrated_artifact_is_as_large_as_an_uncalibrated_one(tiny_llama, re
 
 
 @pytest.mark.parametrize("matrices", [1, 3, 8, 15])
-def test_a_resumed_calibrated_run_gives_the_same_bytes(job, calibrated, tmp_path, matrices):
-    class Killed(Exception):
-        pass
-
-    left = iter(range(matrices - 1))
-
-    def kill(*_):
-        if next(left, None) is None:
-            raise Killed
-
-    with pytest.raises(Killed):
+def test_a_resumed_calibrated_run_gives_the_same_bytes(job, calibrated, tmp_path, matrices, killed):
+    with killed(at=matrices) as kill:
         run(job, tmp_path / "out", progress=kill)
     run(job, tmp_path / "out", resume=True)
     assert filecmp.cmp(calibrated / "model.safetensors", tmp_path / "out" / "model.safetensors", shallow=False)
@@ -95,17 +86,13 @@ def test_a_model_can_be_calibrated_on_what_it_writes(tiny_llama, recipe, tmp_pat
     assert filecmp.cmp(tmp_path / "one" / "model.safetensors", tmp_path / "two" / "model.safetensors", shallow=False)
 
 
-def test_a_resumed_run_asks_the_original_for_no_text_and_no_gradients_again(tiny_llama, tmp_path, monkeypatch):
+def test_a_resumed_run_asks_the_original_for_no_text_and_no_gradients_again(tiny_llama, tmp_path, monkeypatch, killed):
     (tmp_path / "own.yaml").write_text("rules: [{match: '*', format: {format: uniform, bits: 3}}]")
     settings = {"recipe": str(tmp_path / "own.yaml"), "calibration": ("self",), "objective": "guided"}
     job = prepare(tiny_llama, Settings(**settings, calibration_windows=3, calibration_context=24))
     run(job, tmp_path / "whole")
 
-    def kill(name, *_):
-        if name == "model.layers.0.self_attn.v_proj":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
+    with killed(when=lambda name, *_: name == "model.layers.0.self_attn.v_proj") as kill:
         run(job, tmp_path / "out", progress=kill)
     monkeypatch.setattr("reallm.pipeline.calibrating.windows_written", None)
     monkeypatch.setattr("reallm.pipeline.original.guidance", None)
@@ -142,7 +129,8 @@ def test_every_phase_of_a_calibrated_budget_is_told(tiny_llama, tmp_path, capsys
     lines = [line.split("%  ") for line in capsys.readouterr().err.splitlines() if "%  " in line]
     begun = [name for percent, name in lines if percent.strip() == "0"]
     text = "writing text to calibrate on"
-    assert begun == [text, "analysis: gradients", text, "gradients of the end loss"]
+    assert begun[0].startswith("analysis of 2 windows of 16 tokens, about ")
+    assert begun[1:] == [text, "analysis: gradients", text, "gradients of the end loss"]
     assert ["100 ", text] in lines and ["100 ", "gradients of the end loss"] in lines
     assert any(name.startswith("analysis of model.layers.1") for _, name in lines)
 

@@ -1,7 +1,6 @@
 """The pipeline: what an interrupted run leaves, how it goes on, and what it refuses."""
 
 import errno
-import filecmp
 import json
 import os
 import shutil
@@ -27,21 +26,6 @@ rules:
 MATRICES = 15  # of the tiny Llama: 14 in blocks and the embedding
 
 
-class Killed(Exception):
-    pass
-
-
-def after(matrices):
-    """A progress callback that kills the run when so many matrices are finished."""
-    left = iter(range(matrices - 1))
-
-    def progress(name, done, total):
-        if next(left, None) is None:
-            raise Killed
-
-    return progress
-
-
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     path = tmp_path_factory.mktemp("recipe") / "mine.yaml"
@@ -62,53 +46,46 @@ def whole(job, tmp_path_factory):
 
 
 @pytest.fixture
-def interrupted(job, tmp_path):
+def interrupted(job, tmp_path, killed):
     """An output whose run was killed after four matrices."""
     out = tmp_path / "out"
-    with pytest.raises(Killed):
-        run(job, out, progress=after(4))
+    with killed(at=4) as kill:
+        run(job, out, progress=kill)
     return out
 
 
 def count_fits(monkeypatch):
-    names, original = [], fitting._compressed
-    monkeypatch.setattr(fitting, "_compressed", lambda *a: names.append(a[1].name) or original(*a))
+    names, original = [], fitting.checked_weight  # every fit begins with it
+    monkeypatch.setattr(fitting, "checked_weight", lambda *a: names.append(a[1].name) or original(*a))
     return names
 
 
-def finished(out):
-    return sorted(path.name for path in work_folder(out).glob("*.safetensors"))
+def test_an_interrupted_run_leaves_finished_matrices_and_no_output(interrupted, finished_matrices):
+    assert not interrupted.exists() and len(finished_matrices(interrupted)) == 4
 
 
-def same(first, second):
-    names = sorted(path.name for path in first.iterdir())
-    return names == sorted(path.name for path in second.iterdir()) and not any(
-        filecmp.cmpfiles(first, second, names, shallow=False)[1:]
-    )
-
-
-def test_an_interrupted_run_leaves_finished_matrices_and_no_output(interrupted):
-    assert not interrupted.exists() and len(finished(interrupted)) == 4
-
-
-def test_a_resumed_run_gives_the_same_bytes_and_fits_nothing_twice(job, whole, interrupted, monkeypatch):
-    before, fitted = finished(interrupted), count_fits(monkeypatch)
+def test_a_resumed_run_gives_the_same_bytes_and_fits_nothing_twice(
+    job, whole, interrupted, monkeypatch, same_files, finished_matrices
+):
+    before, fitted = finished_matrices(interrupted), count_fits(monkeypatch)
     run(job, interrupted, resume=True)
-    assert same(interrupted, whole)
+    assert same_files(interrupted, whole)
     assert len(fitted) == MATRICES - 4 and not {f"{name}.safetensors" for name in fitted} & set(before)
     assert not work_folder(interrupted).exists()
 
 
-def test_a_run_may_be_interrupted_more_than_once_and_at_its_very_end(job, whole, interrupted, monkeypatch):
-    with pytest.raises(Killed):
-        run(job, interrupted, resume=True, progress=after(9))
-    with pytest.raises(Killed):
-        run(job, interrupted, resume=True, progress=after(MATRICES))
+def test_a_run_may_be_interrupted_more_than_once_and_at_its_very_end(
+    job, whole, interrupted, monkeypatch, killed, same_files
+):
+    with killed(at=9) as kill:
+        run(job, interrupted, resume=True, progress=kill)
+    with killed(at=MATRICES) as kill:
+        run(job, interrupted, resume=True, progress=kill)
     (work_folder(interrupted) / "artifact").mkdir()  # killed while writing the shards
     (work_folder(interrupted) / "artifact" / "shard-00001.safetensors.partial").write_bytes(b"half")
     fitted = count_fits(monkeypatch)
     run(job, interrupted, resume=True)
-    assert same(interrupted, whole) and fitted == []
+    assert same_files(interrupted, whole) and fitted == []
 
 
 def test_progress_counts_matrices_that_were_taken_over(job, interrupted):
@@ -117,15 +94,15 @@ def test_progress_counts_matrices_that_were_taken_over(job, interrupted):
     assert len(seen) == MATRICES and seen[-1][1] == seen[-1][2]
 
 
-def test_resume_without_an_interrupted_run_simply_starts(job, whole, tmp_path):
+def test_resume_without_an_interrupted_run_simply_starts(job, whole, tmp_path, same_files):
     run(job, tmp_path / "out", resume=True)
-    assert same(tmp_path / "out", whole)
+    assert same_files(tmp_path / "out", whole)
 
 
-def test_a_work_folder_without_resume_is_refused_with_both_remedies(job, interrupted):
+def test_a_work_folder_without_resume_is_refused_with_both_remedies(job, interrupted, finished_matrices):
     with pytest.raises(ArtifactError, match=r"out\.work is left .* add --resume to go on, or remove it"):
         run(job, interrupted)
-    assert len(finished(interrupted)) == 4
+    assert len(finished_matrices(interrupted)) == 4
 
 
 def test_somebody_elses_folder_is_never_taken_for_a_work_folder(job, tmp_path):
@@ -144,11 +121,13 @@ def test_somebody_elses_folder_is_never_taken_for_a_work_folder(job, tmp_path):
         ({"exclude": ("*embed_tokens",)}, "model.embed_tokens was .*uniform.* and is now not in the plan"),
     ],
 )
-def test_a_changed_plan_is_refused_naming_what_changed(tiny_llama, recipe, interrupted, change, says):
+def test_a_changed_plan_is_refused_naming_what_changed(
+    tiny_llama, recipe, interrupted, change, says, finished_matrices
+):
     other = prepare(tiny_llama, Settings(**{"recipe": recipe, **change}))
     with pytest.raises(RecipeError, match=f"--resume: .*{says}"):
         run(other, interrupted, resume=True)
-    assert len(finished(interrupted)) == 4
+    assert len(finished_matrices(interrupted)) == 4
 
 
 def test_a_changed_source_is_refused(other_llama, recipe, interrupted):
@@ -157,18 +136,20 @@ def test_a_changed_source_is_refused(other_llama, recipe, interrupted):
 
 
 @pytest.mark.parametrize("damage", [lambda d: d[:-5], lambda d: d[:3], lambda d: b"", lambda d: b"x" * len(d)])
-def test_a_damaged_finished_matrix_is_named_and_not_trusted(job, whole, interrupted, damage):
-    file = work_folder(interrupted) / finished(interrupted)[0]
+def test_a_damaged_finished_matrix_is_named_and_not_trusted(
+    job, whole, interrupted, damage, same_files, finished_matrices
+):
+    file = work_folder(interrupted) / finished_matrices(interrupted)[0]
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ArtifactError, match=f"{file.name}: damaged .* remove this file and add --resume"):
         run(job, interrupted, resume=True)
     file.unlink()
     run(job, interrupted, resume=True)
-    assert same(interrupted, whole)
+    assert same_files(interrupted, whole)
 
 
-def test_a_finished_matrix_with_other_tensors_is_not_trusted(job, interrupted):
-    file = work_folder(interrupted) / finished(interrupted)[0]
+def test_a_finished_matrix_with_other_tensors_is_not_trusted(job, interrupted, finished_matrices):
+    file = work_folder(interrupted) / finished_matrices(interrupted)[0]
     save_file({name + "x": tensor for name, tensor in load_file(file).items()}, file)
     with pytest.raises(ArtifactError, match="other tensors than the plan says"):
         run(job, interrupted, resume=True)
@@ -199,17 +180,19 @@ def full_in_rust(*_, **__):
         (os, "replace", full),
     ],
 )
-def test_a_full_disk_is_one_error_and_the_run_can_go_on(job, whole, tmp_path, module, name, failing):
+def test_a_full_disk_is_one_error_and_the_run_can_go_on(job, whole, tmp_path, module, name, failing, same_files):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, name, failing)
         with pytest.raises(ArtifactError, match="No space left on device.*add --resume") as caught:
             run(job, tmp_path / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
     run(job, tmp_path / "out", resume=True)
-    assert same(tmp_path / "out", whole)
+    assert same_files(tmp_path / "out", whole)
 
 
-def test_a_damaged_source_leaves_no_work_folder_but_never_removes_an_older_one(tiny_llama, recipe, tmp_path):
+def test_a_damaged_source_leaves_no_work_folder_but_never_removes_an_older_one(
+    tiny_llama, recipe, tmp_path, killed, finished_matrices
+):
     source = shutil.copytree(tiny_llama, tmp_path / "model")
     stored = load_file(source / "model.safetensors")
     stored["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
@@ -218,17 +201,20 @@ def test_a_damaged_source_leaves_no_work_folder_but_never_removes_an_older_one(t
     with pytest.raises(SourceError, match="up_proj"):
         run(job, out)
     assert not work_folder(out).exists()
-    with pytest.raises(Killed):
-        run(job, out, progress=after(3))
+    with killed(at=3) as kill:
+        run(job, out, progress=kill)
     with pytest.raises(SourceError, match="up_proj"):
         run(job, out, resume=True)
-    assert len(finished(out)) > 3
+    assert len(finished_matrices(out)) > 3
 
 
-def test_ctrl_c_says_where_the_finished_matrices_are_and_how_to_go_on(tiny_llama, recipe, whole, tmp_path):
+@pytest.mark.slow
+def test_ctrl_c_says_where_the_finished_matrices_are_and_how_to_go_on(
+    tiny_llama, recipe, whole, tmp_path, same_files, finished_matrices
+):
     code = "import sys; from reallm.cli import main; sys.exit(main(sys.argv[1:]))"
-    slow = "import time, reallm.pipeline.fitting as m, sys; f = m._compressed;"
-    slow += "m._compressed = lambda *a: (time.sleep(0.5), f(*a))[1];"
+    slow = "import time, reallm.pipeline.fitting as m, sys; f = m.checked_weight;"
+    slow += "m.checked_weight = lambda *a: (time.sleep(0.5), f(*a))[1];"
     arguments = ["compress", str(tiny_llama), "-o", str(tmp_path / "out"), "--recipe", recipe]
     running = subprocess.Popen(
         [sys.executable, "-c", slow + code, *arguments],
@@ -242,9 +228,9 @@ def test_ctrl_c_says_where_the_finished_matrices_are_and_how_to_go_on(tiny_llama
     _, err = running.communicate(timeout=60)
     assert running.returncode == 130
     assert err.splitlines()[-1] == f"stopped; finished matrices are in {tmp_path / 'out'}.work: add --resume to go on"
-    assert finished(tmp_path / "out") and not (tmp_path / "out").exists()
+    assert finished_matrices(tmp_path / "out") and not (tmp_path / "out").exists()
     reallm.compress(tiny_llama, tmp_path / "out", recipe=recipe, resume=True)
-    assert same(tmp_path / "out", whole)
+    assert same_files(tmp_path / "out", whole)
 
 
 def test_the_work_folder_holds_the_state_that_must_not_change(interrupted):

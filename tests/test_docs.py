@@ -77,6 +77,7 @@ def test_the_byte_specification_is_of_this_version():
     assert (DOCS / "artifact.md").read_text(encoding="utf-8").startswith(f"# The artifact, version {VERSION}\n")
 
 
+@pytest.mark.slow
 def test_the_example_format_of_the_guide_passes_the_contract(tmp_path):
     page = DOCS / "add_a_format.md"
     stored, found, example = code_blocks(page, "python")
@@ -84,6 +85,7 @@ def test_the_example_format_of_the_guide_passes_the_contract(tmp_path):
     shutil.copytree(ROOT / "src" / "reallm", tmp_path / "reallm", ignore=ignored)
     (tmp_path / "reallm" / "formats" / "sign.py").write_text(stored, encoding="utf-8")
     (tmp_path / "reallm" / "fit" / "sign.py").write_text(found, encoding="utf-8")
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     contract = (ROOT / "tests" / "formats" / "test_contract.py").read_text(encoding="utf-8")
     (tmp_path / "test_contract.py").write_text(contract.replace("EXAMPLES = [\n", f"EXAMPLES = [\n{example}", 1))
     done = subprocess.run(

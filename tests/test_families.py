@@ -57,6 +57,38 @@ FAMILIES = {
         "Qwen3MoeConfig",
         {**SIZES, "head_dim": 12, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     ),
+    # Experts that do not follow the interface of transformers: batched products, one by one, under `weight`.
+    "llama 4": (
+        "Llama4TextConfig",
+        {
+            **SIZES,
+            "head_dim": 12,
+            "intermediate_size_mlp": 80,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 1,
+        },
+    ),
+    "jet moe": (
+        "JetMoeConfig",
+        {
+            **{key: value for key, value in SIZES.items() if key != "num_attention_heads"},
+            "kv_channels": 12,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "inkling": (
+        "InklingTextConfig",
+        {
+            **SIZES,
+            "head_dim": 12,
+            "n_routed_experts": 3,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
     # Of these the library has no table: state spaces, linears of a class of their own, low-rank attention.
     "mamba": ("MambaConfig", {**PLAIN, "hidden_size": 48, "num_hidden_layers": 2}),
     "falcon": ("FalconConfig", {**PLAIN, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}),
@@ -118,6 +150,19 @@ def test_a_family_is_compressed_saved_loaded_and_generates_what_its_decoded_matr
         assert torch.equal(words, model.generate(IDS[:1], max_new_tokens=3, do_sample=False))
         loaded.save_pretrained(tmp_path / mode)
         torch.testing.assert_close(logits(load(tmp_path / mode)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama 4", "jet moe", "inkling"])
+def test_every_expert_of_fused_parameters_is_compressed(family):
+    model = build(family)
+    found = walk(model)
+    named = model.named_parameters()
+    experts = {name for name, p in named if p.ndim == 3 and ("expert" in name or "put_linear" in name)}
+    assert experts and experts == {matrix.parameter for matrix in found.matrices if matrix.expert is not None}
+    hidden = model.config.hidden_size
+    for matrix in (m for m in found.matrices if m.expert is not None):
+        reads = any(word in matrix.parameter for word in ("gate", "up_proj", "input_linear"))
+        assert (matrix.shape[1] if reads else matrix.shape[0]) == hidden
 
 
 @pytest.mark.parametrize("family", FAMILIES)

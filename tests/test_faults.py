@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import filecmp
 import os
 import resource
 import shutil
@@ -43,15 +42,6 @@ def shards(tiny_llama, tmp_path):
     return folder
 
 
-def same(first, second, but=()):
-    names = sorted({path.name for path in first.iterdir()} - set(but))
-    return not any(filecmp.cmpfiles(first, second, names, shallow=False)[1:])
-
-
-def finished(out):
-    return sorted(path.name for path in work_folder(out).glob("*.safetensors"))
-
-
 def once(action, after):
     """A progress callback that does something after so many matrices."""
     left = iter(range(after))
@@ -73,12 +63,14 @@ def files_no_larger_than(nbytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_the_system_refuses_to_write_on_and_the_run_goes_on_later(tiny_llama, recipe, whole, tmp_path):
+def test_the_system_refuses_to_write_on_and_the_run_goes_on_later(
+    tiny_llama, recipe, whole, tmp_path, finished_matrices
+):
     out = tmp_path / "out"
     # A limit of the operating system, as a quota is: matrices of 5 kB are written, the shard of 80 kB is not.
     with files_no_larger_than(30_000), pytest.raises(ArtifactError, match="too large.*add --resume") as caught:
         run(prepare(tiny_llama, Settings(recipe=recipe, exclude=("*embed_tokens",))), out)
-    assert "\n" not in str(caught.value) and not out.exists() and len(finished(out)) == 14
+    assert "\n" not in str(caught.value) and not out.exists() and len(finished_matrices(out)) == 14
     run(prepare(tiny_llama, Settings(recipe=recipe, exclude=("*embed_tokens",))), out, resume=True)
     assert not work_folder(out).exists() and len(read_manifest(out).matrices) == 14
 
@@ -106,17 +98,19 @@ def test_a_read_only_folder_is_one_line(tiny_llama, recipe, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["deleted", "cut"])
-def test_a_shard_that_vanishes_under_a_run_is_named_and_the_work_stays(shards, recipe, tmp_path, damage):
+def test_a_shard_that_vanishes_under_a_run_is_named_and_the_work_stays(
+    shards, recipe, tmp_path, damage, same_files, finished_matrices
+):
     out, job = tmp_path / "out", prepare(shards, Settings(recipe=recipe))
     names = job.source.files()
     last, kept = names[-1], names[-1].read_bytes()
     with pytest.raises(ArtifactError, match=f"{last.name}: .*what is finished is in .*out.work: mend it and add"):
         run(job, out, progress=once(last.unlink if damage == "deleted" else lambda: os.truncate(last, 300), 2))
-    assert 2 <= len(finished(out)) < 15 and not out.exists()
+    assert 2 <= len(finished_matrices(out)) < 15 and not out.exists()
     last.write_bytes(kept)
     run(prepare(shards, Settings(recipe=recipe)), out, resume=True)
     run(prepare(shards, Settings(recipe=recipe)), tmp_path / "other")
-    assert same(out, tmp_path / "other")
+    assert same_files(out, tmp_path / "other")
 
 
 def test_a_shard_that_vanishes_before_is_a_source_error(shards):
@@ -128,41 +122,40 @@ def test_a_shard_that_vanishes_before_is_a_source_error(shards):
         open_source(shards)
 
 
-def test_resuming_a_finished_run_changes_nothing_and_removes_what_is_left(tiny_llama, recipe, whole, tmp_path):
+def test_resuming_a_finished_run_changes_nothing_and_removes_what_is_left(
+    tiny_llama, recipe, whole, tmp_path, same_files
+):
     out = shutil.copytree(whole, tmp_path / "out")
     job = prepare(tiny_llama, Settings(recipe=recipe))
     for left_behind in (False, True):
         if left_behind:
             work_folder(out).mkdir()
         run(job, out, resume=True)
-        assert same(out, whole) and not work_folder(out).exists()
+        assert same_files(out, whole) and not work_folder(out).exists()
 
 
 @pytest.mark.parametrize(
     ("changed", "says"), [({"seed": 5}, "another seed"), ({"rank": 1}, "another plan"), ({}, "another source")]
 )
 def test_an_output_that_another_run_made_is_never_taken_for_ones_own(
-    tiny_llama, other_llama, recipe, whole, tmp_path, changed, says
+    tiny_llama, other_llama, recipe, whole, tmp_path, changed, says, same_files
 ):
     out = shutil.copytree(whole, tmp_path / "out")
     job = prepare(tiny_llama if changed else other_llama, Settings(**{"recipe": recipe, **changed}))
     with pytest.raises(ArtifactError, match=f"out exists and is of {says}; give another --output"):
         run(job, out, resume=True)
-    assert same(out, whole)
+    assert same_files(out, whole)
     (tmp_path / "plain").mkdir()
     with pytest.raises(ArtifactError, match="plain exists"):
         run(job, tmp_path / "plain", resume=True)
 
 
-def test_a_changed_calibration_is_refused_naming_it(tiny_llama, recipe, text_file, tmp_path):
+def test_a_changed_calibration_is_refused_naming_it(tiny_llama, recipe, text_file, tmp_path, killed, finished_matrices):
     out = tmp_path / "out"
 
-    def stop():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(prepare(tiny_llama, Settings(recipe=recipe)), out, progress=once(stop, 3))
+    with killed(at=3) as kill:
+        run(prepare(tiny_llama, Settings(recipe=recipe)), out, progress=kill)
     other = Settings(recipe=recipe, calibration=(str(text_file),), calibration_windows=2, calibration_context=32)
     with pytest.raises(RecipeError, match="calibration was None and is now texts the one .*, windows 2,"):
         run(prepare(tiny_llama, other), out, resume=True)
-    assert len(finished(out)) == 3
+    assert len(finished_matrices(out)) == 3

@@ -28,6 +28,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.parametrize("kind", RUNS)
 def test_killed_at_sixty_random_points_and_resumed_the_bytes_are_the_same(tiny_llama, text_file, tmp_path, kind):

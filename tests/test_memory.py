@@ -40,6 +40,7 @@ else:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings on Linux only")
 @pytest.mark.parametrize("calibrated", [False, True], ids=["without data", "calibrated"])
 def test_a_model_is_compressed_in_less_memory_than_it_takes(tmp_path, monkeypatch, text_file, calibrated):

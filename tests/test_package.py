@@ -18,6 +18,7 @@ def run_clean(code):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -37,6 +38,7 @@ def test_import_reallm_alone_loads_nothing_heavy():
     run_clean("import sys, reallm; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)")
 
 
+@pytest.mark.slow
 def test_the_exported_names_are_functions_also_after_their_files_were_imported():
     run_clean(
         "import reallm, reallm.pipeline, reallm.model.load, inspect\n"
@@ -44,6 +46,7 @@ def test_the_exported_names_are_functions_also_after_their_files_were_imported()
     )
 
 
+@pytest.mark.slow
 def test_python_m_reallm_is_the_command():
     done = subprocess.run([sys.executable, "-m", "reallm", "tune"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -115,18 +115,12 @@ def test_the_same_job_gives_the_same_bytes(job, artifact, tmp_path):
     assert filecmp.cmp(tmp_path / "out" / "model.safetensors", artifact / "model.safetensors", shallow=False)
 
 
-def test_a_run_killed_after_training_goes_on_with_the_decoder_it_has(job, artifact, tmp_path):
-    class Killed(Exception):
-        pass
-
-    def kill(*_):
-        raise Killed
-
-    with pytest.raises(Killed):
+def test_a_run_killed_after_training_goes_on_with_the_decoder_it_has(job, artifact, tmp_path, killed):
+    with killed(at=1) as kill:
         run(job, tmp_path / "out", progress=kill)
     decoder = work_folder(tmp_path / "out") / "reallm_shared.mlp.safetensors"
     made = decoder.stat().st_mtime_ns
-    with pytest.raises(Killed):
+    with killed(at=1) as kill:
         run(job, tmp_path / "out", resume=True, progress=kill)
     assert decoder.stat().st_mtime_ns == made
     run(job, tmp_path / "out", resume=True)

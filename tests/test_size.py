@@ -116,22 +116,14 @@ def test_what_is_kept_or_added_is_inside_the_size(tiny_llama, tmp_path, kept):
     assert 0.995 * size <= taken(tmp_path / "out") <= size
 
 
-def test_an_interrupted_run_with_a_size_goes_on_to_the_same_bytes(tiny_llama, tmp_path):
-    class Killed(Exception):
-        pass
-
+def test_an_interrupted_run_with_a_size_goes_on_to_the_same_bytes(tiny_llama, tmp_path, killed):
     job = prepare(tiny_llama, Settings(size=81_000))
     calls = []
     run(job, tmp_path / "whole", progress=lambda *values: calls.append(values))
     assert len(calls) > 15, "nothing was fitted anew: the size should be one that asks for it"
     for number in (5, 16, 29):
-        out, left = tmp_path / str(number), iter(range(number))
-
-        def kill(*_, left=left):
-            if next(left, None) is None:
-                raise Killed
-
-        with pytest.raises(Killed):
+        out = tmp_path / str(number)
+        with killed(at=number + 1) as kill:
             run(job, out, progress=kill)
         run(job, out, resume=True)
         for file in (tmp_path / "whole").iterdir():
@@ -215,19 +207,12 @@ def test_a_recipe_much_too_large_for_the_size_is_refused_before_any_work(tiny_ll
         prepare(tiny_llama, Settings(recipe="rtn4", size=size))
 
 
-def test_an_interrupted_run_that_changes_a_recipe_goes_on_to_the_same_bytes(tiny_llama, tmp_path):
-    class Killed(Exception):
-        pass
-
-    def kill(*_):
-        if next(left, None) is None:
-            raise Killed
-
+def test_an_interrupted_run_that_changes_a_recipe_goes_on_to_the_same_bytes(tiny_llama, tmp_path, killed):
     reallm.compress(tiny_llama, tmp_path / "fits", recipe="rtn4", coding=True)
     size = total(tmp_path / "fits") - 1_500
-    job, left = prepare(tiny_llama, Settings(recipe="rtn4", size=size)), iter(range(15))
+    job = prepare(tiny_llama, Settings(recipe="rtn4", size=size))
     run(job, tmp_path / "whole")
-    with pytest.raises(Killed):
+    with killed(at=16) as kill:
         run(job, tmp_path / "out", progress=kill)
     assert (tmp_path / "out.work" / "changed.json").is_file(), "killed before anything was changed"
     with pytest.raises(RecipeError, match=f"size was {size} bytes and is now 99000"):

@@ -260,6 +260,7 @@ def test_experts_of_one_tensor_are_compressed_together_or_not_at_all(models, tmp
     assert torch.isfinite(reallm.load(tmp_path / "out")(IDS).logits).all()
 
 
+@pytest.mark.slow
 def test_a_clean_process_without_the_original_computes_the_same_logits_and_saves_them(tiny_llama, tmp_path):
     source, out = shutil.copytree(tiny_llama, tmp_path / "source"), tmp_path / "out"
     compress(source, "-o", out, "--bits", 3)

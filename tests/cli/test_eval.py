@@ -131,6 +131,7 @@ def test_a_usage_error_names_the_command_whose_help_helps(capsys):
     assert capsys.readouterr().err.endswith("See: reallm eval --help\n")
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_running_command_with_130(tiny_llama, text_file):
     code = "import sys; from reallm.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["generate", str(tiny_llama), "x", "--max-new-tokens", "490", "--temperature", "3"]

@@ -1,10 +1,13 @@
+import importlib
+import inspect
 import re
+import typing
 from pathlib import Path
 
 import pytest
 
 from reallm.cli import COMMANDS, main
-from reallm.cli.reference import reference
+from reallm.cli.reference import declared_names, reference
 
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 
@@ -19,6 +22,31 @@ def test_every_option_in_help_is_in_the_reference(name, capsys):
     options = set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out)) - {"--help"}
     section = reference().split(f"## reallm {name}\n")[1].split("\n## ")[0]
     assert all(option in section for option in options)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_states_its_name(name):
+    command = importlib.import_module(f"reallm.cli.{name}").command
+    hints = typing.get_type_hints(command, include_extras=True)
+    for parameter in inspect.signature(command).parameters:
+        info = hints[parameter].__metadata__[0]
+        if type(info).__name__ == "OptionInfo":
+            assert any(word.startswith("--") for word in declared_names(info)), f"reallm {name}: {parameter}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_the_reference_is_in_help(name, capsys):
+    main([name, "--help"])
+    helped = set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out))
+    section = reference().split(f"## reallm {name}\n")[1].split("\n## ")[0]
+    rows = [line.split("`")[1] for line in section.splitlines() if line.startswith("| `-")]
+    assert {option for row in rows for option in re.findall(r"--[a-z][a-z0-9-]+", row)} <= helped
+
+
+def test_compress_and_plan_take_a_size(capsys):
+    for name in ("compress", "plan"):
+        main([name, "--help"])
+        assert "--size" in capsys.readouterr().out.split()
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -97,6 +97,16 @@ def test_the_result_says_what_was_scored_with_which_versions(tiny_llama, data):
 
 
 @needs_lm_eval
+def test_task_files_are_found_whatever_capitals_their_names_have(tiny_llama, data, tmp_path):
+    for file in data.iterdir():
+        (tmp_path / file.name.upper()).write_bytes(file.read_bytes())
+    names = ["piqa", "lambada"]
+    assert figures(score_tasks(str(tiny_llama), names, data=tmp_path)) == figures(
+        score_tasks(str(tiny_llama), names, data=data)
+    )
+
+
+@needs_lm_eval
 def test_the_command_prints_a_table_and_nothing_else_and_json_with_a_text(tiny_llama, text_file, data, capsys):
     arguments = ["eval", str(tiny_llama), "--tasks", "piqa,lambada", "--tasks-data", str(data)]
     assert main([*arguments, "--reference", str(tiny_llama)]) == 0

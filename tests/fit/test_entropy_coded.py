@@ -5,7 +5,7 @@ import torch
 
 from reallm.fit import Objective, fit, relative_error
 from reallm.formats.entropy_coded import EntropyCoded
-from reallm.kernels.e8_points import _points
+from reallm.kernels.e8_points import cheapest_points
 from reallm.kernels.e8_stream import on_lattice
 
 
@@ -55,9 +55,8 @@ def test_columns_of_other_sizes_gain_from_classes():
 
 def test_points_are_the_cheapest_of_their_lattice():
     target = 3 * drawn(50, 8, 1)
-    residues = torch.arange(4.0)[:, None, None, None]
-    codes = residues + 4 * ((target - residues) / 4).round()
-    found = _points(codes, (codes - target).square(), torch.zeros(2, 1))
+    free, one_class = (torch.zeros(1, 9), torch.zeros(2, 1)), torch.zeros(1, dtype=torch.int64)
+    found = cheapest_points(target.view(400, 1), torch.ones(1, 1), *free, one_class).view(50, 8, 1)
     assert on_lattice(found.reshape(-1, 1).long().numpy())
     # The covering radius of E8, here of spacing 2, is 2: no target is farther from its nearest point.
     distances = (found - target).square().sum(1)

@@ -1,12 +1,12 @@
 import json
 import math
+from importlib import resources
 
 import pytest
 import torch
 
 import reallm.fit.quality as quality_module
-from reallm.allocate.budget import candidate_formats
-from reallm.allocate.candidates import calibrated_candidates, neural_candidates
+from reallm.allocate.candidates import calibrated_candidates, data_free_candidates, neural_candidates
 from reallm.errors import FormatError
 from reallm.fit import Quality, gaussian_error, gaussian_quality, relative_error
 from reallm.fit.quality import gaussian, measured_gaussian_error
@@ -63,7 +63,7 @@ def test_a_shape_that_does_not_fit_says_so():
 
 
 def test_the_table_of_candidates_is_what_would_be_measured_now():
-    for fmt in candidate_formats()[::9]:
+    for fmt in data_free_candidates()[::9]:
         assert gaussian_error(fmt) == pytest.approx(measured_gaussian_error(fmt), rel=0.02)
 
 
@@ -72,7 +72,9 @@ def test_every_candidate_of_a_budget_is_in_the_table():
     # Scales around a format and a residual beside it change nothing on Gaussian weights: the table does not repeat it.
     plain = [fmt for fmt in calibrated if not isinstance(fmt, Scaled | LowRankPlus)]
     plain += [shared_as(fmt, "x") for fmt in neural_candidates("block") if not isinstance(fmt, Scaled)]
-    assert {json.dumps(to_spec(fmt)) for fmt in [*candidate_formats(), *plain]} == set(quality_module._table())
+    table = json.loads(resources.files("reallm.fit").joinpath("gaussian_errors.json").read_text(encoding="utf-8"))
+    known = {json.dumps(row["format"]) for row in table}
+    assert {json.dumps(to_spec(fmt)) for fmt in [*data_free_candidates(), *plain]} == known
 
 
 def test_a_codebook_as_large_as_the_sample_would_be_is_not_taken_for_a_perfect_code():

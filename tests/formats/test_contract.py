@@ -96,7 +96,8 @@ CASES = [
     for shape in SHAPES
     if fits(from_spec(spec), shape)
 ]
-each_case = pytest.mark.parametrize(("fmt", "shape"), CASES)
+# With the scope of a module all tests of one case run after each other, in one process: they share its fit.
+each_case = pytest.mark.parametrize(("fmt", "shape"), CASES, scope="module")
 each_format = pytest.mark.parametrize("fmt", [pytest.param(from_spec(spec), id=name_of(spec)) for spec in EXAMPLES])
 
 
@@ -105,43 +106,43 @@ def test_every_registered_format_has_an_example():
 
 
 @each_case
-def test_pack_writes_exactly_the_layout(fmt, shape):
-    tensors, layout = fmt.pack(fit(fmt, weight_of(shape)), shape), fmt.layout(shape)
+def test_pack_writes_exactly_the_layout(fitted, fmt, shape):
+    tensors, layout = fmt.pack(fitted(fmt, weight_of(shape)), shape), fmt.layout(shape)
     assert {name: (t.shape, t.dtype) for name, t in tensors.items()} == {
         name: (t.shape, t.dtype) for name, t in layout.items()
     }
 
 
 @each_case
-def test_nbytes_is_the_data_section_of_the_safetensors_file(fmt, shape):
-    file = save(fmt.pack(fit(fmt, weight_of(shape)), shape))
+def test_nbytes_is_the_data_section_of_the_safetensors_file(fitted, fmt, shape):
+    file = save(fmt.pack(fitted(fmt, weight_of(shape)), shape))
     header = int.from_bytes(file[:8], "little")
     assert len(file) - 8 - header == fmt.nbytes(shape)
 
 
 @each_case
-def test_packing_what_was_unpacked_changes_nothing(fmt, shape):
-    tensors = fmt.pack(fit(fmt, weight_of(shape)), shape)
+def test_packing_what_was_unpacked_changes_nothing(fitted, fmt, shape):
+    tensors = fmt.pack(fitted(fmt, weight_of(shape)), shape)
     again = fmt.pack(fmt.unpack(tensors, shape), shape)
     assert all(torch.equal(tensors[name], again[name]) for name in tensors)
 
 
 @each_case
-def test_the_file_decodes_to_what_the_fit_decoded_to(fmt, shape):
-    parts = fit(fmt, weight_of(shape))
+def test_the_file_decodes_to_what_the_fit_decoded_to(fitted, fmt, shape):
+    parts = fitted(fmt, weight_of(shape))
     assert torch.equal(fmt.decode(fmt.unpack(fmt.pack(parts, shape), shape), shape), fmt.decode(parts, shape))
 
 
 @each_case
-def test_decoding_has_the_shape_and_beats_zero(fmt, shape):
+def test_decoding_has_the_shape_and_beats_zero(fitted, fmt, shape):
     weight = weight_of(shape)
-    decoded = fmt.decode(fit(fmt, weight), shape)
+    decoded = fmt.decode(fitted(fmt, weight), shape)
     assert decoded.shape == weight.shape and decoded.dtype == torch.float32
     assert relative_error(weight, decoded) < 0.95
 
 
 @each_format
-def test_gradients_reach_every_float_part(fmt):
+def test_gradients_reach_every_float_part(fitted, fmt):
     shape, floats = SHAPES[0], []
 
     def trainable(tensor):
@@ -150,7 +151,7 @@ def test_gradients_reach_every_float_part(fmt):
         floats.append(tensor.clone().requires_grad_())
         return floats[-1]
 
-    parts = map_tensors(trainable, fit(fmt, weight_of(shape)))
+    parts = map_tensors(trainable, fitted(fmt, weight_of(shape)))
     fmt.decode(parts, shape).square().sum().backward()
     assert floats and all(part.grad is not None and part.grad.abs().sum() > 0 for part in floats)
 
@@ -173,21 +174,21 @@ def test_every_stored_tensor_has_a_ledger_role(fmt):
 
 
 @each_format
-def test_a_zero_matrix_stays_zero(fmt):
-    decoded = fmt.decode(fit(fmt, torch.zeros(SHAPES[0])), SHAPES[0])
+def test_a_zero_matrix_stays_zero(fitted, fmt):
+    decoded = fmt.decode(fitted(fmt, torch.zeros(SHAPES[0])), SHAPES[0])
     assert torch.equal(decoded, torch.zeros(SHAPES[0]))
 
 
 @each_case
-def test_single_rows_decode_as_in_the_whole(fmt, shape):
-    tensors = fmt.pack(fit(fmt, weight_of(shape)), shape)
+def test_single_rows_decode_as_in_the_whole(fitted, fmt, shape):
+    tensors = fmt.pack(fitted(fmt, weight_of(shape)), shape)
     rows = torch.tensor([shape[0] - 1, 0, shape[0] // 2])
     whole = fmt.decode(fmt.unpack(tensors, shape), shape)
     torch.testing.assert_close(decode_rows(fmt, tensors, shape, rows), whole[rows], rtol=1e-6, atol=1e-7)
 
 
 @each_format
-def test_huge_and_tiny_weights_stay_finite(fmt):
+def test_huge_and_tiny_weights_stay_finite(fitted, fmt):
     for size in (1e-12, 1e4):
-        decoded = fmt.decode(fit(fmt, weight_of(SHAPES[0]) * size), SHAPES[0])
+        decoded = fmt.decode(fitted(fmt, weight_of(SHAPES[0]) * size), SHAPES[0])
         assert torch.isfinite(decoded).all()

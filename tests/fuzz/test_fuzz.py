@@ -20,6 +20,7 @@ def fuzz():
     return module
 
 
+@pytest.mark.slow
 def test_every_mutant_loads_or_is_refused_by_one_error(fuzz):
     outcomes = fuzz.fuzz(120, seed=1)
     assert outcomes.failures == []

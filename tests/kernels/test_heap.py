@@ -22,6 +22,7 @@ print(resident() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_blocks_that_were_freed_are_not_resident_any_more():
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}

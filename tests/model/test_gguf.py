@@ -20,9 +20,19 @@ def interleaved(weight, heads):
 @pytest.fixture(scope="module")
 def file(tiny_llama, tmp_path_factory):
     """The tiny Llama and its tokenizer as one GGUF file of float32 tensors."""
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return write_llama(tmp_path_factory.mktemp("gguf") / "tiny.gguf", tiny_llama)
+
+
+@pytest.fixture
+def parts(tiny_llama, tmp_path):
+    """The same in three files, as llama-gguf-split leaves them."""
+    write_llama(tmp_path / "tiny.gguf", tiny_llama, split_max_tensors=8)
+    return sorted(tmp_path.glob("*.gguf"))
+
+
+def write_llama(path, tiny_llama, **options):
     model, config = load(tiny_llama), load(tiny_llama).config
-    writer = gguf.GGUFWriter(str(path), "llama")
+    writer = gguf.GGUFWriter(str(path), "llama", **options)
     writer.add_name("tiny")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -106,6 +116,67 @@ def test_a_file_is_parsed_once_and_again_when_it_has_changed(file, tmp_path, mon
     assert len(parsed) == 1
     copy.write_bytes(file.read_bytes().replace(b"llama.context_length", b"llama.contexT_length"))
     assert open_source(copy).config.max_position_embeddings != open_source(file).config.max_position_embeddings
+
+
+def test_a_model_in_parts_is_read_as_the_one_file_it_was(file, parts, tiny_llama):
+    assert [part.name for part in parts] == [f"tiny-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    source, whole = open_source(parts[0]), open_source(file)
+    assert source.lazy and source.files() == parts and source.nbytes == sum(part.stat().st_size for part in parts)
+    assert source.config.tie_word_embeddings and source.names() == whole.names()
+    loaded = source.load().state_dict()
+    for name in whole.names():
+        assert torch.equal(source.read(name), whole.read(name)) and torch.equal(loaded[name], whole.read(name)), name
+    assert load_tokenizer(parts[0])("river").input_ids == load_tokenizer(file)("river").input_ids
+
+
+def test_parts_change_the_fingerprint_and_are_parsed_again(parts):
+    before = open_source(parts[0]).fingerprint()
+    data = bytearray(parts[2].read_bytes())
+    data[-5] ^= 1
+    parts[2].write_bytes(data)
+    assert open_source(parts[0]).fingerprint() != before
+
+
+def test_other_parts_than_the_first_name_it(parts):
+    open_source(parts[0])
+    for number, part in enumerate(parts[1:], start=2):
+        for read in (open_source, load_tokenizer):
+            with pytest.raises(
+                SourceError, match=f"is part {number} of 3 .* give the first, .*-00001-of-00003.gguf, or"
+            ):
+                read(part)
+
+
+def test_parts_that_are_missing_swapped_or_renamed_are_one_line(parts, tiny_llama, tmp_path, capsys):
+    from reallm.cli import main
+
+    def refused(said, part=parts[0]):
+        assert main(["compress", str(part), "-o", str(tmp_path / "out"), "--recipe", "rtn4", "--dry-run"]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and said in err, err
+
+    third = parts[2].read_bytes()
+    parts[2].unlink()
+    refused(f"{parts[2]}: part 3 of 3 of a GGUF model is missing; copy it there")
+    parts[2].write_bytes(parts[1].read_bytes())
+    refused(f"{parts[2]}: is not part 3 of 3 of the model of {parts[0].name}; copy it again")
+    parts[2].write_bytes(third[:200])
+    refused(f"{parts[2]}: cannot be read as GGUF")
+    parts[2].write_bytes(third)
+    refused("is part 1 of 3 of a GGUF model, and not named so", parts[0].rename(tmp_path / "x.gguf"))
+    refused("is part 1 of 3", (tmp_path / "x.gguf").rename(tmp_path / "tiny-00001-of-00002.gguf"))
+
+
+def test_suffixes_in_capitals_are_gguf_too(file, parts, tmp_path):
+    copy = tmp_path / "COPY.GGUF"
+    copy.write_bytes(file.read_bytes())
+    assert torch.equal(open_source(copy).read("model.norm.weight"), open_source(file).read("model.norm.weight"))
+    assert torch.equal(load(copy).model.norm.weight, load(file).model.norm.weight)
+    assert load_tokenizer(copy)("river").input_ids == load_tokenizer(file)("river").input_ids
+    big = [part.rename(part.with_name(part.name.upper())) for part in parts]
+    assert open_source(big[0]).files() == big
+    with pytest.raises(SourceError, match="no such file or folder"):
+        open_source("NONE.GGUF")
 
 
 def test_reading_leaves_gguf_as_it_was(file):

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from reallm.model import walk
-from reallm.model.gradients import block_gradients, fisher, guidance
+from reallm.errors import SourceError
+from reallm.model import gradients, walk
+from reallm.model.gradients import block_gradients, curvatures, fisher, guidance
 from reallm.model.pieces import decoder_blocks
 from reallm.model.stream import Stream
 
@@ -68,7 +69,7 @@ def gradients_by_autograd(model, ids, counted, generators):
 
 def gradients_of_blocks(model, ids, counted, generators):
     found = []
-    block_gradients(model, ids, counted, "cpu", generators, lambda _, gradients: found.append(gradients))
+    block_gradients(model, ids, counted, "cpu", generators, lambda _, own: found.append(own))
     return torch.stack(found)
 
 
@@ -136,3 +137,65 @@ def test_weighted_moments_are_sums_of_weighted_tokens(build):
     rows = seen[0].reshape(-1, 64) * tokens[matrices[0].name].reshape(-1, 1).sqrt()
     torch.testing.assert_close(moments.of(matrices[0].name), rows.T @ rows / len(rows), rtol=1e-3, atol=1e-4)
     assert moments.leader_of[matrices[1].name] == matrices[1].name  # weights differ, so that nothing is shared
+
+
+def without_gradient(model, name, factor):
+    """The module's output counts for nothing (no factor), or its gradient is multiplied by the factor."""
+
+    def detached(_module, _inputs, output):
+        if factor is None:
+            return output.detach()
+        output = output.clone()
+        output.register_hook(lambda gradient: gradient * factor)
+        return output
+
+    return model.get_submodule(name).register_forward_hook(detached)
+
+
+@pytest.mark.parametrize("factor", [None, 0.0, float("nan"), float("inf")], ids=["none", "zero", "nan", "inf"])
+def test_modules_that_get_no_usable_gradient_are_left_out(build, factor):
+    model = build("llama")
+    name = "model.layers.0.self_attn.v_proj"
+    matrices = [m for m in blocks_of(model) if m.name in (name, "model.layers.1.mlp.up_proj")]
+    without_gradient(model, name, factor)
+    found = {}
+    curvatures(model, windows(), matrices, "cpu", lambda path, curvature: found.update({path: curvature}))
+    for names in (guidance(model, windows(), matrices, "cpu"), fisher(model, windows(), matrices, "cpu"), found):
+        assert set(names) == {"model.layers.1.mlp.up_proj"}
+
+
+def test_gradients_of_blocks_that_are_no_numbers_count_as_none(build):
+    model = build("llama")
+    decoder_blocks(model)[0].register_forward_hook(lambda _m, _i, output: output * 1.0)
+    without_gradient(model, "model.layers.1", float("nan"))
+    found = gradients_of_blocks(model, windows(), EVERY, draws(range(3)))
+    assert torch.isfinite(found).all() and (found[:, 0] == 0).all()
+
+
+def test_logits_that_are_no_numbers_are_one_error(build):
+    model = build("llama")
+    model.get_output_embeddings().register_forward_hook(lambda _m, _i, output: output * float("inf"))
+    with pytest.raises(SourceError, match="logits are NaN or infinite .* compress it without --calibration"):
+        guidance(model, windows(), blocks_of(model), "cpu")
+
+
+def test_tokens_are_drawn_by_their_probabilities_in_any_vocabulary():
+    for size in (5, 256, 700):
+        likely = torch.rand(40, size, generator=torch.Generator().manual_seed(size)).softmax(1)
+        uniform = torch.linspace(0.001, 0.999, 40)[:, None]
+        expected = torch.searchsorted(likely.double().cumsum(1), uniform.double())[:, 0]
+        assert (gradients._drawn(likely, uniform) - expected).abs().max() <= 1
+
+
+def test_lower_halves_of_sums_are_whole_sums():
+    rows = torch.randn(50, 500, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros(500, 500)
+    gradients._add_lower(total, rows)
+    torch.testing.assert_close(gradients._mirrored(total), rows.T @ rows, rtol=1e-4, atol=1e-4)
+
+
+def test_the_precision_of_products_is_given_back():
+    before = torch.get_float32_matmul_precision()
+    with gradients.fast_products("cpu"):
+        pass
+    assert torch.get_float32_matmul_precision() == before

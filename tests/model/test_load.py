@@ -1,5 +1,6 @@
 """Artifacts load, compute what the decoded matrices compute, save, and fail clearly."""
 
+import copy
 import json
 import os
 import shutil
@@ -10,7 +11,13 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 import reallm
 from reallm.errors import ArtifactError, FormatError, ReallmError, SourceError
@@ -23,6 +30,7 @@ from reallm.model import (
     register_with_transformers,
     resident_nbytes,
 )
+from reallm.model.modules import _Compressed
 from reallm.model.swap import compressed_modules
 
 FAMILIES = ["llama", "tied", "qwen2", "gemma3", "gpt2", "opt", "phi3", "neox", "mixtral", "qwen3_moe", "gpt_oss"]
@@ -81,6 +89,86 @@ def test_the_base_model_loads_alone(artifact, ids):
     with torch.no_grad():
         expected = load(artifact("tied")).model(ids).last_hidden_state
         assert torch.equal(base(ids).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "opener"),
+    [
+        ("tied", AutoModelForSequenceClassification),
+        ("llama", AutoModelForSequenceClassification),
+        ("llama", AutoModelForTokenClassification),
+        ("gpt2", AutoModelForQuestionAnswering),
+    ],
+)
+def test_another_class_has_the_decoder_of_the_artifact_and_a_fresh_head(artifact, ids, tmp_path, family, opener):
+    model, causal = opener.from_pretrained(artifact(family)), load(artifact(family))
+    with torch.no_grad():
+        assert torch.equal(model.base_model(ids)[0], causal.base_model(ids)[0])
+    (head,) = [m for m in model.children() if m is not model.base_model and isinstance(m, torch.nn.Linear)]
+    spread = head.weight.std() / causal.config.initializer_range
+    assert head.weight.requires_grad and 0.8 < spread < 1.25
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model(ids[:1])[0], opener.from_pretrained(tmp_path)(ids[:1])[0])
+
+
+def test_a_class_whose_decoder_has_another_name_says_what_artifacts_load_as(artifact):
+    with pytest.raises(ArtifactError, match=r"keeps its decoder under 'transformer\.'.*load as LlamaForCausalLM"):
+        AutoModelForQuestionAnswering.from_pretrained(artifact("llama"))
+
+
+def test_the_head_of_a_language_model_and_the_decoder_are_never_fresh(artifact, tmp_path):
+    folder = copied(artifact, tmp_path, "llama")
+    AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(tmp_path / "classifier")
+    with pytest.raises(ArtifactError, match="'lm_head.weight' is missing in what was saved of a LlamaForSequence"):
+        load(tmp_path / "classifier")
+    edit_tensors(folder, lambda t: t.pop("model.norm.weight"))
+    with pytest.raises(ArtifactError, match="'model.norm.weight' is missing"):
+        AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["llama", "tied", "gpt2", "mixtral"])
+def test_parameters_are_counted_as_the_original_counts_them(artifact, build, family, mode):
+    original, model = build(family), load(artifact(family), mode)
+    for embeddings in (False, True):
+        expected = original.num_parameters(exclude_embeddings=embeddings)
+        assert model.num_parameters(exclude_embeddings=embeddings) == expected
+    assert model.base_model.num_parameters() == original.base_model.num_parameters()
+    trainable = sum(parameter.numel() for parameter in model.parameters())
+    assert model.num_parameters(only_trainable=True) == trainable < original.num_parameters()
+    assert model.get_memory_footprint() == resident_nbytes(model)
+    assert copy.deepcopy(model).num_parameters() == original.num_parameters()
+    assert model.dequantize().num_parameters() == original.num_parameters()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "mixtral"])
+@pytest.mark.parametrize("mode", MODES)
+def test_no_module_decodes_before_loading_has_ended(artifact, family, mode, monkeypatch):
+    decoded = _Compressed.unpacked
+
+    def watched(module):
+        assert all(tensor.device.type != "meta" for tensor in module.stored().values())
+        assert not module.loading
+        return decoded(module)
+
+    monkeypatch.setattr(_Compressed, "unpacked", watched)
+    modules = compressed_modules(load(artifact(family), mode)).values()
+    assert not any(module.loading for module in modules)
+
+
+def test_an_entropy_coded_gpt2_loads_though_its_initialisation_asks_for_weights(build, save, tmp_path):
+    residual = {"format": "low_rank_plus", "rank": 8, "base": {"format": "codebook", "index_bits": 6}}
+    logits_of = []
+    for coding in (False, True):
+        recipe = {"name": "one", "coding": coding, "rules": [{"match": "*", "format": residual}]}
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+        folder = tmp_path / f"out-{coding}"
+        reallm.compress(save(build("gpt2"), tmp_path / "gpt2"), folder, recipe=tmp_path / "recipe.yaml")
+        logits_of.extend(logits(load(folder, mode), torch.arange(8)[None]) for mode in MODES)
+    coded = ReallmConfig(**json.loads((folder / "config.json").read_text())["quantization_config"]).coded_tensors()
+    assert any("base.scales" in names or "left" in names for names in coded.values())
+    assert all(torch.equal(found, logits_of[0]) for found in logits_of)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -271,6 +359,7 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_without_import_reallm_loading_fails_and_names_the_remedy(artifact):
     folder = str(artifact("tied"))
     lines = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({folder!r})"
@@ -279,6 +368,7 @@ def test_without_import_reallm_loading_fails_and_names_the_remedy(artifact):
     assert "IMPORT_REALLM" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_clean_process_computes_the_same_logits_without_the_original(tmp_path, ids, build, save, write_artifact):
     folder = write_artifact(save(build("tied"), tmp_path / "original"), tmp_path / "out")
     expected = logits(load(folder), ids)

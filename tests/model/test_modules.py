@@ -9,7 +9,8 @@ from torch import nn
 from reallm.fit import fit
 from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.uniform import Uniform
-from reallm.model import CompressedEmbedding, CompressedLinear, TiedLinear
+from reallm.model import CompressedEmbedding, CompressedExperts, CompressedLinear, TiedLinear
+from reallm.model.modules import CompressedExpert
 
 FMT = LowRankPlus(base=Uniform(bits=4, group_size=8), rank=2)
 
@@ -117,10 +118,61 @@ def test_a_tied_head_stores_nothing_and_follows_its_owner():
     head = TiedLinear(owner)
     assert head.state_dict() == {} and list(head.buffers()) == []
     owner.decode_once()
-    assert head.weight is owner.dense
+    assert head.weight.data_ptr() == owner.dense.data_ptr()
 
 
 def test_a_copied_model_ties_its_own_modules():
     owner = filled(CompressedEmbedding(FMT, (6, 16), torch.float32, nn.Embedding(6, 16)), torch.randn(6, 16))
     pair = copy.deepcopy(nn.ModuleList([owner, TiedLinear(owner)]))
     assert pair[1]._owner[0] is pair[0]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("decoded", [False, True])
+def test_experts_are_for_torch_the_whole_tensor(transposed, decoded):
+    weights = [filled(CompressedExpert(FMT, (6, 16), torch.float32), torch.randn(6, 16)) for _ in range(3)]
+    if decoded:
+        for module in weights:
+            module.decode_once()
+    experts = CompressedExperts(weights, transposed)
+    whole = torch.stack([module.decode().T if transposed else module.decode() for module in weights])
+    assert experts.shape == whole.shape and experts.ndim == 3 and experts.dtype == whole.dtype and len(experts) == 3
+    x = torch.randn(3, 5, whole.shape[1], requires_grad=True)
+    for product in (torch.bmm, torch.matmul, lambda a, b: a @ b, lambda a, b: torch.einsum("eni,eio->eno", a, b)):
+        torch.testing.assert_close(product(x, experts), product(x, whole))
+    product(x, experts).sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert torch.equal(experts.transpose(1, 2), whole.transpose(1, 2))
+    assert torch.equal(torch.stack(list(experts)), whole) and torch.equal(experts[1:], whole[1:])
+    assert torch.equal(experts[torch.tensor([2, 0])], whole[[2, 0]]) and torch.equal(experts[torch.tensor(2)], whole[2])
+    torch.testing.assert_close(torch.nn.functional.linear(x[0], experts[1].T), x[0] @ whole[1])
+
+
+def test_an_embedding_with_modules_of_its_own_holds_them_under_their_names():
+    class Normed(nn.Embedding):
+        def __init__(self):
+            super().__init__(6, 16)
+            self.embed_norm = nn.LayerNorm(16)
+            self.gain = nn.Parameter(torch.full((16,), 2.0))
+            self.register_buffer("scale", torch.tensor(3.0), persistent=False)
+
+        def forward(self, ids):
+            return self.embed_norm(super().forward(ids)) * self.gain * self.scale
+
+    original = Normed()
+    module = filled(CompressedEmbedding(FMT, (6, 16), torch.float32, original), torch.randn(6, 16))
+    others = set(original.state_dict()) - {"weight"}
+    assert others == {"embed_norm.weight", "embed_norm.bias", "gain"}
+    assert others == set(module.state_dict()) - set(FMT.layout((6, 16)))
+    module.shell.scale.fill_(3.0)  # as the family's initialisation does after loading
+    nn.init.normal_(module.embed_norm.bias)
+    nn.init.normal_(module.embed_norm.weight)  # as a loader puts another tensor there
+    module.gain = nn.Parameter(torch.randn(16))
+    ids = torch.tensor([[0, 3, 3]])
+    expected = module.embed_norm(module.decode()[ids]) * module.gain * 3.0
+    torch.testing.assert_close(module(ids), expected)
+    module(ids).sum().backward()
+    assert module.gain.grad is not None and module.embed_norm.bias.grad is not None
+    plain = module.dense_module(torch.float32)
+    assert set(plain.state_dict()) == set(original.state_dict())
+    torch.testing.assert_close(plain(ids), expected)

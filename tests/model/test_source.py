@@ -130,6 +130,89 @@ def test_companions_are_copied_byte_for_byte(tiny_llama, tmp_path):
     assert all((tmp_path / name).read_bytes() == (tiny_llama / name).read_bytes() for name in names)
 
 
+TRAVELLING = (
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json"),
+    *("spiece.model", "sentencepiece.bpe.model", "bpe.codes", "vocab.bpe", "encoder.json", "source.spm", "dict.txt"),
+    *("qwen.tiktoken", "tekken.json", "vocab", "LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md"),
+    *("additional_chat_templates/tool_use.jinja", "qformer_tokenizer/tokenizer_config.json"),
+    *("qformer_tokenizer/vocab.txt", "words/of.mine"),
+)
+STAYING = (
+    *("modeling_own.py", "tokenizer.py", "tokenizer.pkl", "vocab.bin", "training_args.bin", "README.md", "model.gguf"),
+    *("pytorch_model.bin.index.json", "trainer_state.json", "consolidated.safetensors", ".gitattributes", "a.png"),
+    *("onnx/config.json", "onnx/tokenizer_config.json", "onnx/tokenizer.json", "other/notes.txt", "words/of.pkl"),
+)
+
+
+def with_files(original, tmp_path, names):
+    folder = copied(original, tmp_path)
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}" if name.endswith(".json") else name)
+    named = {
+        "vocab_file": "words/of.mine",
+        "merges": ["words/of.pkl", "../x.txt", "/etc/hostname", "config.json", "a\0b"],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    return folder
+
+
+def test_auxiliary_files_of_tokenizers_and_processors_travel_and_code_and_pickles_do_not(original, tmp_path):
+    folder, out = with_files(original, tmp_path, TRAVELLING + STAYING), tmp_path / "out"
+    (tmp_path / "x.txt").write_text("outside")
+    out.mkdir()
+    source = open_source(folder)
+    source.save_companions(out)
+    found = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
+    assert found == {*TRAVELLING, "tokenizer_config.json", "generation_config.json"} == set(source.companion_bytes)
+    assert all((out / name).read_bytes() == (folder / name).read_bytes() for name in found)
+
+
+def test_the_same_files_are_downloaded(tmp_path, monkeypatch):
+    from reallm.model.source import DOWNLOADS_BELOW, NOT_DOWNLOADED
+
+    def any_of(name, patterns):
+        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+    def fetched(name):
+        return (any_of(name, DOWNLOADS) and not any_of(name, NOT_DOWNLOADED)) or any_of(name, DOWNLOADS_BELOW)
+
+    named = "words/of.mine"  # asked for once the settings that name it are there
+    assert [name for name in TRAVELLING if not fetched(name)] == [named]
+    dangerous = [name for name in STAYING if name.endswith((".py", ".bin", ".pkl", ".gguf")) and "/" not in name]
+    assert not any(map(fetched, [*dangerous, "onnx/model.safetensors", "original/x.bin"]))
+
+
+def test_files_that_settings_of_a_hub_model_name_are_fetched_too(original, tmp_path, monkeypatch):
+    folder, asked = with_files(original, tmp_path, ["words/of.mine"]), []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: asked.append(how) or str(folder))
+    source = open_source("someone/model")
+    assert "words/of.mine" in asked[1]["allow_patterns"] and "words/of.pkl" not in asked[1]["allow_patterns"]
+    assert source.label == "someone/model"
+
+
+def test_a_file_larger_than_any_tokenizers_stays_and_is_listed(original, tmp_path, monkeypatch):
+    monkeypatch.setattr("reallm.model.auxiliary.LARGEST", 10_000)
+    folder = copied(original, tmp_path)
+    (folder / "corpus.txt").write_text("x" * 10_001)
+    source = open_source(folder)
+    assert [(one.name, one.nbytes) for one in source.unused] == [("corpus.txt", 10_001)]
+    assert "corpus.txt" not in source.companion_bytes
+
+
+def test_a_size_counts_auxiliary_files_of_sub_folders(tiny_llama, tmp_path):
+    import reallm
+
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("x" * 20_000)
+    (folder / "NOTICE").write_text("x" * 5_000)
+    reallm.compress(folder, tmp_path / "out", size="130KB")
+    taken = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*") if file.is_file())
+    assert 0.98 * 130_000 < taken <= 130_000
+    assert (tmp_path / "out" / "additional_chat_templates" / "rag.jinja").is_file()
+
+
 def test_opening_changes_no_setting_of_transformers(original):
     from transformers.utils import logging as theirs
 
@@ -188,7 +271,7 @@ def test_a_config_that_is_not_json_is_named(original, tmp_path):
         open_source(folder)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "MODEL.PT"])
 def test_a_pickle_checkpoint_is_refused_with_the_remedy(original, tmp_path, name):
     folder = copied(original, tmp_path)
     (folder / "model.safetensors").rename(folder / name)

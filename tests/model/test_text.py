@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from reallm.errors import TextError
-from reallm.model.text import leading_bos, load_text, text_sha256, tokenize, wikitext_rows
+from reallm.model.text import json_rows, leading_bos, load_text, text_sha256, tokenize, wikitext_rows
 
 
 class Letters:
@@ -56,6 +56,13 @@ def test_each_line_of_a_json_file_is_a_document(tmp_path, name):
 def test_each_element_of_an_array_is_a_document_whatever_the_file_is_called(tmp_path, name, indent):
     array = json.dumps([{"text": "one"}, {"id": 3, "text": "two\n[{"}], indent=indent)
     assert load_text(written(tmp_path, name, f"\ufeff\r\n {array}\r\n\n")) == ["one", "two\n[{"]
+
+
+@pytest.mark.parametrize("name", ["A.JSONL", "A.Json"])
+def test_a_suffix_in_capitals_is_the_same_suffix(tmp_path, name):
+    path = written(tmp_path, name, '{"text": "one"}\n')
+    assert load_text(path) == ["one"] and json_rows(path) is not None
+    assert load_text(written(tmp_path, "A.RAW", "a\nb\n")) == [wikitext_rows("a\nb\n")]
 
 
 @pytest.mark.parametrize("text", ["[Verse 1]\nOld river\n", '[{"text": "one"}]', "[", "[1] Frantar et al."])

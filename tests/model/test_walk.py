@@ -6,6 +6,7 @@ import torch
 from reallm.allocate.plan import ROLES
 from reallm.model import meta_model, walk
 from reallm.model.families import role_of
+from reallm.model.walk import experts_transposed
 
 FAMILIES = ["llama", "tied", "qwen2", "gemma3", "phi3", "gpt2", "opt", "neox", "mixtral", "qwen3_moe", "gpt_oss"]
 
@@ -84,3 +85,25 @@ def test_a_linear_with_a_forward_of_its_own_is_kept_with_the_reason(build):
 def test_an_unknown_linear_has_the_role_other():
     assert role_of("model.layers.3.mixer.strange") == "other"
     assert role_of("model.layers.3.experts.gate_up_proj.12") == "gate_up"
+
+
+def experts_of(kind, **shapes):
+    module = type(kind, (torch.nn.Module,), {})()
+    for name, shape in shapes.items():
+        module.register_parameter(name, torch.nn.Parameter(torch.empty(shape, device="meta")))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("shapes", "transposed"),
+    [
+        ({"gate_up_proj": (4, 32, 20), "down_proj": (4, 10, 32)}, True),
+        ({"gate_up_proj": (4, 20, 32), "down_proj": (4, 32, 10)}, False),
+        ({"gate_up_proj": (4, 32, 32), "down_proj": (4, 16, 32)}, True),  # the first alone says nothing
+        ({"up_proj": (4, 32, 32), "down_proj": (4, 32, 32)}, None),
+        ({"up_proj": (4, 32, 8), "down_proj": (4, 32, 8)}, None),  # they contradict each other
+    ],
+)
+def test_how_unknown_experts_are_stored_follows_from_the_size_of_hidden_states(shapes, transposed):
+    assert experts_transposed(experts_of("SomeExperts", **shapes), 32) is transposed
+    assert experts_transposed(experts_of("SomeFilters", **shapes), 32) is None

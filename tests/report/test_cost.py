@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from reallm.formats import from_spec
 from reallm.pipeline import Settings, estimate, prepare
 from reallm.report.cost import cost_table
 
@@ -76,3 +77,18 @@ def test_samples_that_took_their_time_stand_for_formats_that_fit_in_the_same_way
     assert [fmt.name for fmt, _ in timed] == ["uniform", "entropy_coded"]
     weights = sum(entry.matrix.weights for entry in job.plan.entries if entry.matrix.block is not None)
     assert seconds == pytest.approx(1 + weights / math.prod(timed[1][1]), abs=0.5)
+
+
+def test_a_format_that_takes_long_is_timed_on_small_samples(monkeypatch):
+    shapes = []
+
+    def timed(fmt, shape, device):
+        shapes.append(shape)
+        return 0.1 + 1e-3 * math.prod(shape)  # 16-bit trellis codes
+
+    monkeypatch.setattr(COSTS, "_timed_fit", timed)
+    fixed, slope = COSTS.fitting_cost(from_spec({"format": "uniform", "bits": 4}), "cpu")
+    assert (fixed, slope) == (pytest.approx(0.1), pytest.approx(1e-3)) and shapes == [(16, 16), (16, 64)]
+    shapes.clear()
+    monkeypatch.setattr(COSTS, "_timed_fit", lambda fmt, shape, device: shapes.append(shape) or 5.0)
+    assert COSTS.fitting_cost(from_spec({"format": "uniform", "bits": 4}), "cpu") == (5.0, 0.0)

@@ -352,9 +352,99 @@ def test_peft_reads_our_adapter_with_equal_logits(adapters, compressed):
 
 
 @needs_peft
-def test_peft_alone_does_not_know_compressed_modules_as_the_readme_says(adapters, compressed):
-    with pytest.raises(ValueError, match=r"CompressedLinear[^$]* is not supported"):
-        peft.PeftModel.from_pretrained(load(compressed), str(adapters / "one"))
+def test_peft_needs_not_be_told_of_compressed_modules_as_the_readme_says(adapters, compressed):
+    theirs = peft.PeftModel.from_pretrained(load(compressed), str(adapters / "one"))
+    expected = logits(load(compressed, adapter=adapters / "one"))
+    torch.testing.assert_close(logits(theirs), expected, rtol=1e-4, atol=1e-4)
+
+
+PROMPT = {"num_virtual_tokens": 4}
+TARGETS = {"target_modules": ["q_proj", "down_proj"]}
+KINDS = {
+    "PromptTuningConfig": PROMPT,
+    "PromptTuningConfig of the vocabulary": PROMPT | {"prompt_tuning_init": "SAMPLE_VOCAB"},
+    "PrefixTuningConfig": PROMPT,
+    "PromptEncoderConfig": PROMPT | {"encoder_hidden_size": 16},
+    "IA3Config": TARGETS | {"feedforward_modules": ["down_proj"]},
+    "LoraConfig": TARGETS,
+    "LoraConfig of every linear": {"target_modules": "all-linear"},
+    "LoraConfig of the embedding": {"target_modules": ["embed_tokens"]},
+    "LoraConfig with magnitudes": TARGETS | {"use_dora": True},
+    "LoraConfig with a whole head": TARGETS | {"modules_to_save": ["lm_head"]},
+    "LoraConfig with a whole embedding": TARGETS | {"modules_to_save": ["embed_tokens"]},
+    "LoraConfig with some tokens": TARGETS | {"trainable_token_indices": [1, 2]},
+    "TrainableTokensConfig": {"token_indices": [1, 2]},
+    "AdaLoraConfig": TARGETS | {"total_step": 10},
+    "OFTConfig": TARGETS | {"oft_block_size": 16},
+    "BOFTConfig": TARGETS | {"boft_block_size": 16},
+    "VeraConfig": {"target_modules": ["q_proj"]},
+    "LoHaConfig": TARGETS,
+    "LoKrConfig": TARGETS,
+    "HRAConfig": TARGETS,
+    "LNTuningConfig": {"target_modules": ["input_layernorm"]},
+}
+
+
+@needs_peft
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_every_kind_of_peft_trains_over_an_artifact_and_comes_back(compressed, tmp_path, kind):
+    config = getattr(peft, kind.split()[0])(task_type="CAUSAL_LM", **KINDS[kind])
+    base = load(compressed, "decode_per_use")
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    torch.manual_seed(0)
+    model = peft.get_peft_model(base, config)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+    first = {name: p.detach().clone() for name, p in trained.items()}
+    adam = torch.optim.AdamW(trained.values(), lr=1e-2)
+    for _ in range(2):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        adam.step()
+    changed = [name for name, p in trained.items() if not torch.equal(p, first[name])]
+    assert changed
+    for whole in KINDS[kind].get("modules_to_save", []):
+        assert any(f"{whole}.modules_to_save" in name for name in changed)
+    if kind == "AdaLoraConfig":  # PEFT 0.21 computes no loss over one that is loaded for use
+        return
+    model.save_pretrained(tmp_path)
+    fresh = load(compressed, "decode_per_use")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.state_dict().items())
+    with torch.no_grad():
+        expected = model.eval()(input_ids=IDS).logits
+        found = peft.PeftModel.from_pretrained(fresh, str(tmp_path)).eval()(input_ids=IDS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_peft
+@pytest.mark.parametrize("mode", ["decode_at_load", "decode_per_use"])
+def test_what_peft_would_write_into_weights_is_refused_and_changes_nothing(compressed, mode):
+    refused = "cannot be merged into or changed.* take the default init_lora_weights"
+    expected = logits(load(compressed, mode))
+    for start in ("pissa", "olora"):
+        with pytest.raises(ArtifactError, match=refused):
+            peft.get_peft_model(load(compressed, mode), peft.LoraConfig(init_lora_weights=start, **TARGETS))
+    model = peft.get_peft_model(load(compressed, mode), peft.IA3Config(feedforward_modules=["down_proj"], **TARGETS))
+    for merge_it in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ArtifactError, match=refused):
+            merge_it()
+    with pytest.raises(ArtifactError, match="cannot be merged into"):
+        model.get_base_model().lm_head.weight = torch.nn.Parameter(torch.ones(2, 2))
+    assert torch.equal(logits(model.unload()), expected)
+
+
+@needs_peft
+def test_a_model_whose_modules_peft_wrapped_is_not_saved_as_an_artifact_and_none_is_resized(compressed, tmp_path):
+    wrapped = peft.get_peft_model(load(compressed), peft.LoraConfig(**TARGETS)).get_base_model()
+    with pytest.raises(ArtifactError, match="no longer in the model under their names"):
+        wrapped.save_pretrained(tmp_path)
+    with pytest.raises(ArtifactError, match="cannot be merged into or changed"):
+        load(compressed).resize_token_embeddings(600)
+
+
+def test_an_adapter_whose_start_was_taken_out_of_its_base_is_refused(compressed, tmp_path):
+    folder = hostile(tmp_path / "adapter", config={"init_lora_weights": "pissa_niter_4"})
+    with pytest.raises(ArtifactError, match="'pissa_niter_4' took its first factors out of the weights"):
+        load(compressed, adapter=folder)
 
 
 @needs_peft

@@ -119,10 +119,10 @@ def test_one_block_of_the_original_is_in_memory(nearby, tiny_llama, tuning_text,
     monkeypatch.setattr(blockwise, "Pieces", Watched)
     through = blockwise.Stream.through
 
-    def counting(stream, block, state):
+    def counting(stream, *arguments):
         full = [any(not p.is_meta for p in own.parameters()) for model in made for own in decoder_blocks(model)]
         counts.append(sum(full))
-        return through(stream, block, state)
+        return through(stream, *arguments)
 
     monkeypatch.setattr(blockwise.Stream, "through", counting)
     monkeypatch.setattr(FolderSource, "load", lambda *a, **k: whole.append(a))
@@ -139,20 +139,12 @@ def test_the_whole_original_is_gone_once_it_has_given_its_gradients(
     assert originals and alive and max(alive) == 0
 
 
-class Killed(Exception):
-    pass
-
-
-def test_gradients_are_kept_for_a_killed_run_and_gone_in_the_end(nearby, tiny_llama, tuning_text, tmp_path):
+def test_gradients_are_kept_for_a_killed_run_and_gone_in_the_end(nearby, tiny_llama, tuning_text, tmp_path, killed):
     options = {**SHORT, "text": (tuning_text,), "reference": str(tiny_llama)}
     work = work_folder(tmp_path / "out")
     reallm.tune(nearby, tmp_path / "whole", **options)
 
-    def kill(event):
-        if event["phase"] == "block" and event["block"] == 1:
-            raise Killed
-
-    with pytest.raises(Killed):
+    with killed(when=lambda event: event["phase"] == "block" and event["block"] == 1) as kill:
         reallm.tune(nearby, tmp_path / "out", listener=kill, **options)
     files = sorted(work.glob("gradients-*"))
     assert len(files) == 16 + 8
@@ -208,3 +200,42 @@ def test_a_block_that_keeps_no_tensor_and_trains_nothing_hands_the_states_on(tin
     sizes = {"context": 32, "batch": 4, "block_windows": 8, "block_epochs": 1, "validation_windows": 4}
     tuned = reallm.tune(tmp_path / "in", tmp_path / "out", **options, **sizes)
     assert {event["block"] for event in tuned.events if event["phase"] == "block"} == {0}
+
+
+@pytest.fixture(scope="module")
+def gemma3n(tiny_llama, tmp_path_factory):
+    """(folder of the original, of its 4 bits): states with a leading axis, per-layer inputs, shared keys and values."""
+    from transformers import AutoTokenizer, Gemma3nForCausalLM, Gemma3nTextConfig
+
+    folder = tmp_path_factory.mktemp("gemma3n")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    tables = {"vocab_size": 512, "vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 8}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.0] * 4}
+    torch.manual_seed(0)
+    config = Gemma3nTextConfig(
+        **sizes, **tables, **kinds, num_key_value_heads=1, head_dim=16, num_kv_shared_layers=2, laurel_rank=8
+    )
+    Gemma3nForCausalLM(config).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder / "model")
+    (folder / "mine.yaml").write_text(RECIPE.replace("bits: 4", "bits: 2").replace("group_size: 16", "group_size: 8"))
+    reallm.compress(folder / "model", folder / "out", recipe=str(folder / "mine.yaml"))
+    return folder / "model", folder / "out"
+
+
+def test_blocks_that_are_given_more_than_states_learn_with_what_belongs_to_their_batch(gemma3n, tuning_text, tmp_path):
+    original, compressed = gemma3n
+    options = {**SHORT, "block_epochs": 1, "text": tuning_text, "reference": str(original), "block_error": "outputs"}
+    events = reallm.tune(compressed, tmp_path / "out", **options).events
+    errors = [event for event in events if event["phase"] == "block"]
+    first, last = ([e["validation"] for e in errors if e["epoch"] == epoch] for epoch in (0, 1))
+    assert len(first) == 4 and all(after < before for before, after in zip(first, last, strict=True))
+
+
+def test_states_of_several_rows_per_token_are_refused_before_gradients_are_taken(
+    gemma3n, tuning_text, tmp_path, monkeypatch
+):
+    original, compressed = gemma3n
+    monkeypatch.setattr(blockwise, "block_gradients", None)
+    with pytest.raises(SourceError, match="Gemma3nForCausalLM: hidden states .* add --block-error outputs"):
+        reallm.tune(compressed, tmp_path / "out", text=tuning_text, reference=str(original), **SHORT)
+    assert not work_folder(tmp_path / "out").exists()

@@ -7,7 +7,6 @@ import torch
 
 import reallm
 from reallm.errors import RecipeError
-from reallm.fit import fit
 from reallm.formats import as_stored, example_formats, from_spec, known_formats, named_tensors, with_tensors
 from reallm.model import DECODE_PER_USE, load, walk
 from reallm.model.walk import meta_model
@@ -36,12 +35,15 @@ def fits(fmt):
 
 
 CASES = [pytest.param(fmt, id=f"{number}-{fmt.name}") for number, fmt in enumerate(FORMATS) if fits(fmt)]
-each_format = pytest.mark.parametrize("fmt", CASES)
+# With the scope of a module all tests of one format run after each other, in one process: they share its fit.
+each_format = pytest.mark.parametrize("fmt", CASES, scope="module")
 
 
-def stored_of(fmt):
+@pytest.fixture(scope="module")
+def stored_of(fitted):
+    """stored_of(fmt): a random matrix in the format, packed; the caller's own copy."""
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)) * 0.1
-    return fmt.pack(fit(fmt, weight), SHAPE)
+    return lambda fmt: fmt.pack(fitted(fmt, weight), SHAPE)
 
 
 def live_of(fmt, stored, chosen=None, kept_dtype=torch.float32):
@@ -66,13 +68,13 @@ def test_every_format_is_tried():
 
 
 @each_format
-def test_every_float_part_has_the_name_and_the_role_it_is_stored_under(fmt):
+def test_every_float_part_has_the_name_and_the_role_it_is_stored_under(stored_of, fmt):
     assert set(part_roles(fmt, stored := stored_of(fmt), SHAPE)) <= set(stored)
 
 
 @each_format
 @pytest.mark.parametrize("kept_dtype", [torch.float32, None])
-def test_before_training_it_decodes_to_the_same_matrix_and_packs_to_the_same_bytes(fmt, kept_dtype):
+def test_before_training_it_decodes_to_the_same_matrix_and_packs_to_the_same_bytes(stored_of, fmt, kept_dtype):
     stored = stored_of(fmt)
     live = live_of(fmt, stored, kept_dtype=kept_dtype)
     torch.testing.assert_close(live(), fmt.decode(fmt.unpack(stored, SHAPE), SHAPE), rtol=1e-5, atol=1e-7)
@@ -81,14 +83,14 @@ def test_before_training_it_decodes_to_the_same_matrix_and_packs_to_the_same_byt
 
 
 @each_format
-def test_every_chosen_part_has_a_gradient(fmt):
+def test_every_chosen_part_has_a_gradient(stored_of, fmt):
     live = live_of(fmt, stored_of(fmt))
     live().square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in live.parameters())
 
 
 @each_format
-def test_what_is_trained_on_is_what_the_file_decodes_to_and_it_is_no_larger(fmt):
+def test_what_is_trained_on_is_what_the_file_decodes_to_and_it_is_no_larger(stored_of, fmt):
     stored = stored_of(fmt)
     live = shaken(live_of(fmt, stored))
     written = packed(fmt, stored, live)
@@ -97,7 +99,7 @@ def test_what_is_trained_on_is_what_the_file_decodes_to_and_it_is_no_larger(fmt)
 
 
 @each_format
-def test_rounding_alone_does_what_packing_does(fmt):
+def test_rounding_alone_does_what_packing_does(stored_of, fmt):
     stored = stored_of(fmt)
     live = shaken(live_of(fmt, stored), size=1.0)  # large enough that scales without a sign go below 0
     back = named_tensors(fmt.unpack(packed(fmt, stored, live), SHAPE))
@@ -106,7 +108,7 @@ def test_rounding_alone_does_what_packing_does(fmt):
 
 
 @each_format
-def test_parts_that_grew_beyond_what_is_stored_come_back_as_finite_numbers(fmt):
+def test_parts_that_grew_beyond_what_is_stored_come_back_as_finite_numbers(stored_of, fmt):
     stored = stored_of(fmt)
     live = shaken(live_of(fmt, stored), size=1e30)
     parts = named_tensors(fmt.unpack(packed(fmt, stored, live), SHAPE))
@@ -114,7 +116,7 @@ def test_parts_that_grew_beyond_what_is_stored_come_back_as_finite_numbers(fmt):
 
 
 @each_format
-def test_one_part_alone_trains_and_the_rest_stays(fmt):
+def test_one_part_alone_trains_and_the_rest_stays(stored_of, fmt):
     stored = stored_of(fmt)
     first, *others = part_roles(fmt, stored, SHAPE)
     live = shaken(live_of(fmt, stored, chosen=[first]), size=0.5)  # a number of 3 bits must find another level
@@ -126,7 +128,7 @@ def test_one_part_alone_trains_and_the_rest_stays(fmt):
 
 
 @pytest.mark.parametrize("spec", COMPOSED[:3])
-def test_what_no_trained_part_changes_is_decoded_once(spec, monkeypatch):
+def test_what_no_trained_part_changes_is_decoded_once(stored_of, spec, monkeypatch):
     fmt = from_spec(spec)
     live = live_of(fmt, stored_of(fmt))
     base = fmt.base.base if fmt.base.name == "rotated" else fmt.base

@@ -123,24 +123,18 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
     assert same(tuned[0], tmp_path / "one") and not same(tuned[0], tmp_path / "two", ["model.safetensors"])
 
 
-class Killed(Exception):
-    pass
-
-
 def diverge(*_):
     raise Diverged
 
 
+def in_step_eight(event):
+    return event.get("step") == 8 and event["phase"] == "end-to-end"
+
+
 @pytest.mark.parametrize("events", [2, 6, 8, 9, 15, 18])
-def test_a_killed_run_goes_on_to_the_same_bytes(compressed, tiny_llama, tuning_text, tuned, tmp_path, events):
-    left = iter(range(events))
-
-    def kill(_):
-        if next(left, None) is None:
-            raise Killed
-
+def test_a_killed_run_goes_on_to_the_same_bytes(compressed, tiny_llama, tuning_text, tuned, tmp_path, events, killed):
     arguments = {"text": (tuning_text,), "reference": str(tiny_llama), **SHORT}
-    with pytest.raises(Killed):
+    with killed(at=events + 1) as kill:
         reallm.tune(compressed, tmp_path / "out", listener=kill, **arguments)
     assert not (tmp_path / "out").exists() and work_folder(tmp_path / "out").exists()
     reallm.tune(compressed, tmp_path / "out", resume=True, **arguments)
@@ -148,15 +142,11 @@ def test_a_killed_run_goes_on_to_the_same_bytes(compressed, tiny_llama, tuning_t
 
 
 def test_a_run_killed_after_its_last_rename_is_finished_by_resume(
-    compressed, tiny_llama, tuning_text, tuned, tmp_path, monkeypatch
+    compressed, tiny_llama, tuning_text, tuned, tmp_path, monkeypatch, killed
 ):
     arguments = {"text": (tuning_text,), "reference": str(tiny_llama), **SHORT}
-
-    def killed(_):
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("reallm.tune.running.remove", killed)
+    with monkeypatch.context() as patch, killed(at=1) as kill:
+        patch.setattr("reallm.tune.running.remove", kill)
         reallm.tune(compressed, tmp_path / "out", **arguments)
     assert (tmp_path / "out").exists() and work_folder(tmp_path / "out").exists()
     reallm.tune(compressed, tmp_path / "out", resume=True, **arguments)
@@ -165,14 +155,12 @@ def test_a_run_killed_after_its_last_rename_is_finished_by_resume(
         reallm.tune(compressed, tmp_path / "out", resume=True, **arguments)
 
 
-def test_an_adapter_killed_after_its_last_rename_is_finished_by_resume(compressed, tuning_text, tmp_path, monkeypatch):
+def test_an_adapter_killed_after_its_last_rename_is_finished_by_resume(
+    compressed, tuning_text, tmp_path, monkeypatch, killed
+):
     arguments = {"text": (tuning_text,), "loss": "ce", "adapter": 2, "context": 32, "batch": 4, "tokens": 256}
-
-    def killed(_):
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("reallm.tune.running.remove", killed)
+    with monkeypatch.context() as patch, killed(at=1) as kill:
+        patch.setattr("reallm.tune.running.remove", kill)
         reallm.tune(compressed, tmp_path / "out", **arguments)
     found = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     reallm.tune(compressed, tmp_path / "out", resume=True, **arguments)
@@ -190,16 +178,9 @@ def test_the_checksums_of_a_tuned_artifact_are_its_own(compressed, tuned, tmp_pa
         load(tmp_path / "mixed")
 
 
-def test_a_resumed_run_does_not_do_finished_work_again(compressed, tiny_llama, tuning_text, tmp_path):
-    seen = []
-
-    def kill(event):
-        seen.append(event)
-        if event.get("step") == 8 and event["phase"] == "end-to-end":
-            raise Killed
-
+def test_a_resumed_run_does_not_do_finished_work_again(compressed, tiny_llama, tuning_text, tmp_path, killed):
     arguments = {"text": (tuning_text,), "reference": str(tiny_llama), **SHORT}
-    with pytest.raises(Killed):
+    with killed(when=in_step_eight) as kill:
         reallm.tune(compressed, tmp_path / "out", listener=kill, **arguments)
     again = reallm.tune(compressed, tmp_path / "out", resume=True, **arguments).events
     assert not [event for event in again if event["phase"] == "block"]
@@ -211,13 +192,11 @@ DAMAGES = [(file, damage) for file in STATES for damage in ("cut", "other names"
 
 
 @pytest.mark.parametrize(("file", "damage"), [*DAMAGES, ("step.safetensors", "beyond the end")])
-def test_a_damaged_state_is_one_error_that_names_its_file(compressed, tiny_llama, tuning_text, tmp_path, file, damage):
-    def kill(event):
-        if event.get("step") == 8 and event["phase"] == "end-to-end":
-            raise Killed
-
+def test_a_damaged_state_is_one_error_that_names_its_file(
+    compressed, tiny_llama, tuning_text, tmp_path, file, damage, killed
+):
     arguments = {"text": (tuning_text,), "reference": str(tiny_llama), **SHORT}
-    with pytest.raises(Killed):
+    with killed(when=in_step_eight) as kill:
         reallm.tune(compressed, tmp_path / "out", listener=kill, **arguments)
     path = work_folder(tmp_path / "out") / file
     if file.startswith("block"):  # it is read as long as no step was saved
@@ -361,6 +340,7 @@ def curve(events):
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])  # through gloo, through NCCL
 def test_two_processes_give_the_loss_curve_of_one(compressed, tiny_llama, tuning_text, tmp_path, device):
     script = tmp_path / "tune.py"

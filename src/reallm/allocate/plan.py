@@ -10,6 +10,9 @@ from reallm.formats import Shape, Table, WeightFormat, tables_of
 
 # What a matrix does in a block, in the order a block uses them; recipes and reports speak of these words.
 ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "fc1", "fc2", "embedding", "head", "other")
+# Of a second table that tokens are looked up in, for inputs of every block (Gemma 3n and 4): an embedding to recipes,
+# unless one of their rules names it.
+PER_LAYER = "per_layer_embedding"
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from reallm.allocate.plan import ROLES, MatrixInfo, Plan, Planned
+from reallm.allocate.plan import PER_LAYER, ROLES, MatrixInfo, Plan, Planned
 from reallm.errors import RecipeError
 from reallm.formats import WeightFormat, from_spec, to_spec
 from reallm.formats.low_rank_plus import LowRankPlus
@@ -184,8 +184,9 @@ def plan_from_recipe(
     cannot be stored.
     """
     blocks = [matrix for matrix in model or matrices if matrix.kind == "block"]
+    nameable = [matrix for matrix in model or matrices if matrix.kind == "block" or matrix.role == PER_LAYER]
     for rule in recipe.rules:
-        if unmatched := rule.unmatched(blocks):
+        if unmatched := rule.unmatched(nameable):
             example = blocks[0].name if blocks else "none"
             raise RecipeError(f"recipe {recipe.name}: pattern {unmatched[0]!r} fits no matrix (one is {example})")
     entries = []
@@ -213,13 +214,17 @@ def recipe_of_plan(
 ) -> Recipe:
     """The plan as run, written as a recipe that names every matrix: running it again gives the same plan."""
     formats = {entry.matrix.name: to_spec(entry.fmt) for entry in plan.entries}
+    matrices = list(matrices)
+    ends = {m.kind: formats.get(m.name, KEEP) for m in matrices if m.kind != "block" and m.role != PER_LAYER}
     blocks = [matrix for matrix in matrices if matrix.kind == "block"]
+    # A table of its own is named only where it is stored in another way than the embedding.
+    like = ends.get("embedding", DEFAULT_EMBEDDING)
+    blocks += [m for m in matrices if m.role == PER_LAYER and formats.get(m.name, KEEP) != like]
     grouped: dict[str, tuple[FormatSpec, list[str]]] = {}
     for matrix in blocks:
         spec = formats.get(matrix.name, KEEP)
         grouped.setdefault(repr(spec), (spec, []))[1].append(matrix.name)
     rules = [Rule(match=names, format=spec) for spec, names in grouped.values()]
-    ends = {m.kind: formats.get(m.name, KEEP) for m in matrices if m.kind != "block"}
     more = {"coding": coding, "objective": objective, **ends}
     return Recipe(name=plan.recipe, description="the plan as run", rules=rules, **more)
 
@@ -233,6 +238,9 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _spec_for(recipe: Recipe, matrix: MatrixInfo, depth: int) -> FormatSpec:
+    if matrix.role == PER_LAYER:
+        named = (rule.format for rule in recipe.rules if matrix.name in (rule.match or ()))
+        return next(named, recipe.embedding)
     if matrix.kind != "block":
         return recipe.embedding if matrix.kind == "embedding" else recipe.head
     for rule in recipe.rules:

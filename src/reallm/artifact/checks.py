@@ -18,6 +18,7 @@ DEEPEST_JSON = 32
 # Every list or object of a header comes with its words; a header of brackets alone would take 100 times its size.
 _LEAST_PER_CONTAINER = 8
 _MOST_AXES = 16
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # can run code when read
 _LENGTH_BYTES = 8  # of the field before the header
 
 # Bytes of one number by the dtype words of the safetensors specification, as far as torch has them too.
@@ -27,6 +28,11 @@ DTYPE_BYTES = {
     **dict.fromkeys(("I32", "U32", "F32"), 4),
     **dict.fromkeys(("I64", "U64", "F64"), 8),
 }
+
+
+def suffix_of(path: Path) -> str:
+    """Return a file's suffix in lower case: X.GGUF and TEXT.TXT are found as often as the small ones."""
+    return path.suffix.lower()
 
 
 @dataclass(frozen=True)

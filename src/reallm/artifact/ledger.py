@@ -19,7 +19,7 @@ from reallm.errors import ArtifactError
 from reallm.formats import Shape, WeightFormat, table_tensors, tables_of
 from reallm.formats.parameters import ROLE
 
-_TOKENIZER_WORDS = ("token", "vocab", "merges", "chat_template", "spiece")
+_TOKENIZER_WORDS = ("token", "vocab", "merges", "chat_template", "spiece", ".model", ".bpe", ".spm", ".codes", "tekken")
 
 
 @dataclass(frozen=True)

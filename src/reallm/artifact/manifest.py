@@ -67,6 +67,13 @@ class Manifest:
         size = self.provenance.get("size")
         return size if type(size) is int and size > 0 else None
 
+    @property
+    def unused(self) -> list[dict[str, Any]]:
+        """What lay in the source's files and is no part of the model: name, reason, tensors (0: a file), nbytes."""
+        found = self.provenance.get("unused")
+        rows = found if isinstance(found, list) else []
+        return [row for row in rows if isinstance(row, dict) and _is_unused(row)]
+
     def check_tables(self) -> None:
         """Errors: ArtifactError if one name stands for two shared decoders, or the name of a matrix for one."""
         try:
@@ -122,6 +129,11 @@ class Manifest:
         manifest = Manifest(matrices, provenance, version, checksums)
         manifest.check_tables()
         return manifest
+
+
+def _is_unused(row: dict[str, Any]) -> bool:
+    words, numbers = (row.get("name"), row.get("reason")), (row.get("tensors"), row.get("nbytes"))
+    return all(isinstance(word, str) and word.isprintable() for word in words) and all(type(n) is int for n in numbers)
 
 
 def check_version(version: Any) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from reallm.artifact.checks import read_json
+from reallm.artifact.checks import read_json, suffix_of
 from reallm.artifact.manifest import read_manifest
 from reallm.errors import ArtifactError, FormatError, RecipeError, SourceError
 from reallm.formats import Tensors, to_spec
@@ -59,7 +59,7 @@ def check_new_file(file: Path, option: str, suffixes: tuple[str, ...] = ()) -> N
 
     Errors: ArtifactError that names the option, with the remedy.
     """
-    if suffixes and file.suffix.lower() not in suffixes:
+    if suffixes and suffix_of(file) not in suffixes:
         raise ArtifactError(f"{option} {file}: what is written is {suffixes[0][1:].upper()}; name it {suffixes[0]}")
     if not file.absolute().parent.is_dir():
         raise ArtifactError(f"{option} {file}: the folder {file.absolute().parent} does not exist; make it first")
@@ -115,22 +115,27 @@ def remove(work: Path) -> None:
 def opened(work: Path, state: dict[str, Any]) -> Iterator[None]:
     """Make the work folder, or go on in one whose `state` (source, seed, device, plan) is the same.
 
-    A run that fails leaves it for --resume, unless its own input is at fault: then nothing in it is of use.
+    A run that fails leaves it for --resume, unless its own input is at fault, when nothing in it is of use, or nothing
+    is in it yet.
     Errors: RecipeError naming what has changed; ArtifactError for a disk that is full or cannot be written.
     """
     new = not work.exists()
     try:
         _check_or_write(work, state)
         yield
-    except (SourceError, FormatError):
-        if new:
+    except BaseException as error:
+        if new and (isinstance(error, SourceError | FormatError) or not _has_results(work)):
             shutil.rmtree(work, ignore_errors=True)
-        raise
-    except (OSError, SafetensorError) as error:
+        if not isinstance(error, OSError | SafetensorError):
+            raise
         reason = getattr(error, "strerror", None) or error
         place = getattr(error, "filename", None) or work
         remedy = f"what is finished is in {work}: mend it and add --resume" if work.exists() else "mend it"
         raise ArtifactError(f"{place}: {reason}; {remedy}") from error
+
+
+def _has_results(work: Path) -> bool:
+    return work.is_dir() and any(not path.name.startswith(STATE_FILE) for path in work.iterdir())
 
 
 def check_finished(path: Path, layout: Tensors) -> None:

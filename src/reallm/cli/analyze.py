@@ -13,30 +13,33 @@ from reallm.cli.progress import progress_bar
 def command(
     model: Model,
     matrix: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Only matrices whose name fits; may be repeated.")
+        list[str] | None,
+        typer.Option("--matrix", metavar="PATTERN", help="Only matrices whose name fits; may be repeated."),
     ] = None,
     block: Annotated[
         list[int] | None,
         typer.Option(
+            "--block",
             metavar="N",
             help="Only these decoder blocks, -1 for the last; may be repeated. Without: 0, 1, the middle and the last, "
             "with embedding and head.",
         ),
     ] = None,
     role: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Only these roles (q, down, …); may be repeated.")
+        list[str] | None, typer.Option("--role", metavar="NAME", help="Only these roles (q, down, …); may be repeated.")
     ] = None,
     every_block: Annotated[bool, typer.Option("--all", help="Every block.")] = False,
     codec: Annotated[
         list[str] | None,
         typer.Option(
+            "--codec",
             metavar="SPEC",
             help="Format to try, as in a recipe: '{format: uniform, bits: 3}'; may be repeated. none: no codecs. "
             "Without: uniform, codebook and rotated trellis.",
         ),
     ] = None,
     sample: Annotated[
-        int, typer.Option(metavar="N", help="Rows and columns of a larger matrix that are looked at.")
+        int, typer.Option("--sample", metavar="N", help="Rows and columns of a larger matrix that are looked at.")
     ] = 2048,
     by_matrix: Annotated[bool, typer.Option("--by-matrix", help="Print every matrix, not every role.")] = False,
     json_file: Annotated[
@@ -53,7 +56,9 @@ def command(
         ),
     ] = None,
     seed: Seed = 0,
-    device: Annotated[str, typer.Option(metavar="NAME", help="Where to calculate: cpu, cuda, cuda:1 …")] = "cpu",
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="Where to calculate: cpu, cuda, cuda:1 …")
+    ] = "cpu",
 ) -> None:
     """Show what codes could use: spectra, scales, tails, orders with their bytes, and codecs on shuffled copies.
 

@@ -27,6 +27,7 @@ def command(
     size: Annotated[
         str | None,
         typer.Option(
+            "--size",
             metavar="SIZE",
             help="Bytes of everything that is written: 60MB (decimal), 57MiB, 800KB, 2GB or a number; never exceeded, "
             "and used to 99.5 %.",
@@ -34,11 +35,16 @@ def command(
     ] = None,
     bits_per_parameter: Annotated[
         float | None,
-        typer.Option(metavar="B", help="The same as bits: 8 times the bytes of everything / parameters of the model."),
+        typer.Option(
+            "--bits-per-parameter",
+            metavar="B",
+            help="The same as bits: 8 times the bytes of everything / parameters of the model.",
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
+            "--recipe",
             metavar="NAME|FILE",
             help=f"Shipped recipe (see: reallm recipes) or YAML file, in place of a budget; default: {DEFAULT_RECIPE}. "
             "Beside a size it is kept if it fits; if it does not, at most half of its matrices get smaller formats.",
@@ -46,37 +52,51 @@ def command(
     ] = None,
     rank: Annotated[
         int | None,
-        typer.Option(metavar="R", help="Low-rank residual of this rank for every block matrix; 0 removes a recipe's."),
+        typer.Option(
+            "--rank", metavar="R", help="Low-rank residual of this rank for every block matrix; 0 removes a recipe's."
+        ),
     ] = None,
     embedding: Annotated[
         str | None,
-        typer.Option(metavar="BITS", help="Bits of the embedding: 1 to 8, or keep. Without: the recipe's, else 8."),
+        typer.Option(
+            "--embedding", metavar="BITS", help="Bits of the embedding: 1 to 8, or keep. Without: the recipe's, else 8."
+        ),
     ] = None,
     head: Annotated[
         str | None,
-        typer.Option(metavar="BITS", help="Bits of the output head where it is not tied to the embedding: as above."),
+        typer.Option(
+            "--head", metavar="BITS", help="Bits of the output head where it is not tied to the embedding: as above."
+        ),
     ] = None,
     seed: Seed = 0,
-    device: Annotated[str, typer.Option(metavar="NAME", help="Where to fit: cpu, cuda, cuda:1 …")] = "cpu",
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="Where to fit: cpu, cuda, cuda:1 …")] = "cpu",
     include: Include = None,
     exclude: Exclude = None,
     calibration: Annotated[
         list[str] | None,
         typer.Option(
+            "--calibration",
             metavar="FILE|self",
             help="Text to calibrate on (.txt, .raw, .json, .jsonl; may be repeated), or self: text the model writes "
             "itself.",
         ),
     ] = None,
     calibration_windows: Annotated[
-        int, typer.Option(metavar="N", help="Windows of calibration text; fewer if the text is shorter.")
+        int,
+        typer.Option(
+            "--calibration-windows", metavar="N", help="Windows of calibration text; fewer if the text is shorter."
+        ),
     ] = 128,
     calibration_context: Annotated[
-        int, typer.Option(metavar="N", help="Tokens a window; at most what the model was made for.")
+        int,
+        typer.Option(
+            "--calibration-context", metavar="N", help="Tokens a window; at most what the model was made for."
+        ),
     ] = 2048,
     objective: Annotated[
         str | None,
         typer.Option(
+            "--objective",
             metavar="NAME",
             help="What calibration minimises: outputs (squared error of every matrix's outputs), guided (tokens "
             "weighted by the gradient of the end loss) or fisher (as outputs, save that codebooks are made by the "
@@ -94,6 +114,7 @@ def command(
     state_bits: Annotated[
         int | None,
         typer.Option(
+            "--state-bits",
             metavar="N",
             help="Window of the trellis codes that a budget with calibration chooses from: 6 to 16, or 0 for none. "
             "By default 16 on a GPU and none on a CPU, where 12 take an hour for 60 million weights.",
@@ -104,6 +125,7 @@ def command(
     analysis: Annotated[
         Path | None,
         typer.Option(
+            "--analysis",
             metavar="FOLDER",
             help="Where the analysis behind predicted losses is kept for the next budget; default: .reallm beside OUT.",
         ),
@@ -111,6 +133,7 @@ def command(
     fits: Annotated[
         Path | None,
         typer.Option(
+            "--fits",
             metavar="FOLDER",
             help="Keep fitted matrices here, and take those that are here already: the same matrix in the same format "
             "under the same objective, whatever the budget. Nothing is ever removed from it.",
@@ -130,7 +153,7 @@ def command(
     from reallm.artifact import check_output, work_folder
     from reallm.pipeline import Settings, prepare, run, work_bytes
     from reallm.report.changed import changes_table
-    from reallm.report.cost import calibration_line, cost_table, plan_table
+    from reallm.report.cost import analysis_line, calibration_line, cost_table, plan_table
     from reallm.report.ledger import summary
     from reallm.report.names import model_name
     from reallm.report.predicted import realised_line
@@ -163,13 +186,13 @@ def command(
         fits=None if fits is None else str(fits),
     )
     with progress_bar() as progress:
-        job = prepare(model, settings, progress)
+        job = prepare(model, settings, progress, analyse=not dry_run)
     if job.settings.calibration:
         print(f"calibration: {calibration_line(job, calibration_windows)}", file=sys.stderr)
     if job.forecast is not None:
         note_left_out()
     if dry_run:
-        print(plan_table(job), cost_table(job), sep="\n\n")
+        print(*filter(None, (plan_table(job), cost_table(job), analysis_line(job))), sep="\n\n")
         return
     print(f"work folder: {work_folder(output)}, up to {in_units(work_bytes(job))}, removed at the end", file=sys.stderr)
     if job.source.why_whole:

@@ -20,15 +20,19 @@ def command(
     text: Annotated[
         Path | None,
         typer.Option(
+            "--text",
             metavar="FILE",
             help="Text to score: .txt as it is, .raw by the WikiText protocol, .json and .jsonl by their text fields.",
         ),
     ] = None,
-    context: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens in a window.")] = 2048,
-    windows: Annotated[int | None, typer.Option(metavar="N", min=1, help="Score only the first N windows.")] = None,
+    context: Annotated[int, typer.Option("--context", metavar="N", min=2, help="Tokens in a window.")] = 2048,
+    windows: Annotated[
+        int | None, typer.Option("--windows", metavar="N", min=1, help="Score only the first N windows.")
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
+            "--tasks",
             metavar="NAMES",
             help="Zero-shot tasks of lm-eval, such as arc_easy,piqa,lambada (lambada_openai). "
             f"Needs lm-eval: {install('tasks')}.",
@@ -37,25 +41,29 @@ def command(
     tasks_data: Annotated[
         Path | None,
         typer.Option(
+            "--tasks-data",
             metavar="FOLDER",
             help="Files in place of the hub's data sets: ARC-Easy-Test.jsonl, ARC-Challenge-Test.jsonl, "
             "piqa-valid.jsonl with piqa-valid-labels.lst, lambada_test.jsonl.",
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Only the first N examples of every task.")
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N examples of every task.")
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Also measure KL and top-1 agreement with this model, and its tasks."),
+        typer.Option(
+            "--reference", metavar="MODEL", help="Also measure KL and top-1 agreement with this model, and its tasks."
+        ),
     ] = None,
     adapter: Adapter = None,
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[
-        str, typer.Option(metavar="NAME", help="What the models compute in: auto, float32, bfloat16 or float16.")
+        str,
+        typer.Option("--dtype", metavar="NAME", help="What the models compute in: auto, float32, bfloat16 or float16."),
     ] = "auto",
     mode: Annotated[
-        str, typer.Option(metavar="NAME", help="decode_at_load, or decode_per_use: slower, in less memory.")
+        str, typer.Option("--mode", metavar="NAME", help="decode_at_load, or decode_per_use: slower, in less memory.")
     ] = "decode_at_load",
     verify: Annotated[
         bool,
@@ -63,11 +71,16 @@ def command(
     ] = True,
     batch_size: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Windows (1) or answers of tasks (16) that go through a model at once."),
+        typer.Option(
+            "--batch-size",
+            metavar="N",
+            min=1,
+            help="Windows (1) or answers of tasks (16) that go through a model at once.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the JSON to this file. Must not exist.")
+        Path | None, typer.Option("--output", metavar="FILE", help="Also write the JSON to this file. Must not exist.")
     ] = None,
 ) -> None:
     """Perplexity of a text; with --reference also KL divergence and top-1 agreement. Tasks through lm-eval.
@@ -123,8 +136,11 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
+    if not console.is_terminal:  # rich below 14.3 writes an empty line for a bar that is switched off
+        yield lambda done, total: None
+        return
     columns = TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TextColumn("windows"), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -16,6 +16,7 @@ def command(
     spec: Annotated[
         list[str] | None,
         typer.Option(
+            "--spec",
             metavar="SPEC",
             help="A setting, as in a recipe: '{format: trellis, bits: 2, state_bits: 16}'; may be repeated. Only these "
             "and the formats named.",
@@ -24,7 +25,9 @@ def command(
     measure: Annotated[
         bool, typer.Option("--measure", help="Also measure error and time of each setting on Gaussian weights.")
     ] = False,
-    device: Annotated[str, typer.Option(metavar="NAME", help="Where to measure: cpu, cuda, cuda:1 …")] = "cpu",
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="Where to measure: cpu, cuda, cuda:1 …")
+    ] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """List the formats of a matrix: fields, papers, and the bits of a few settings, or of those given.

@@ -12,26 +12,35 @@ import typer
 Model: TypeAlias = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hugging Face folder with safetensors, hub id, or GGUF file.")
 ]
-Seed: TypeAlias = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything that is drawn.")]
+Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of everything that is drawn.")]
 Adapter: TypeAlias = Annotated[
     Path | None,
     typer.Option(
-        metavar="FOLDER", help="Adapter to use over the model: written by reallm tune --adapter, or by PEFT's LoRA."
+        "--adapter",
+        metavar="FOLDER",
+        help="Adapter to use over the model: written by reallm tune --adapter, or by PEFT's LoRA.",
     ),
 ]
 Include: TypeAlias = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN", help="Compress only matrices that fit; may be repeated.")
+    list[str] | None,
+    typer.Option("--include", metavar="PATTERN", help="Compress only matrices that fit; may be repeated."),
 ]
 Exclude: TypeAlias = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN", help="Keep matrices that fit as they are; may be repeated.")
+    list[str] | None,
+    typer.Option("--exclude", metavar="PATTERN", help="Keep matrices that fit as they are; may be repeated."),
 ]
 Corrections: TypeAlias = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="YAML with factors or figures for predicted losses, and candidate formats."),
+    typer.Option(
+        "--corrections",
+        metavar="FILE",
+        help="YAML with factors or figures for predicted losses, and candidate formats.",
+    ),
 ]
 Candidates: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(
+        "--candidates",
         metavar="WORD",
         help="What a budget may choose beside its own list: neural (codewords that a small net makes, shared by all "
         "matrices that take them; up to 12 index bits on a CPU, 16 elsewhere).",

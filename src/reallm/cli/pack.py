@@ -12,14 +12,15 @@ def command(
     state: Annotated[Path, typer.Argument(metavar="STATE", help="State dict as safetensors; no model is needed.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="File to write; must not exist.")],
     max_bytes: Annotated[
-        str, typer.Option(metavar="SIZE", help="Hard cap of the file: bytes, or 16MB (decimal), 15MiB, …")
+        str,
+        typer.Option("--max-bytes", metavar="SIZE", help="Hard cap of the file: bytes, or 16MB (decimal), 15MiB, …"),
     ],
     with_files: Annotated[
         list[Path] | None,
         typer.Option("--with", metavar="FILE", help="Code file to pack too, compressed; may be repeated."),
     ] = None,
     seed: Seed = 0,
-    device: Annotated[str, typer.Option(metavar="NAME", help="Where to fit: cpu, cuda, cuda:1 …")] = "cpu",
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="Where to fit: cpu, cuda, cuda:1 …")] = "cpu",
     matrices: Annotated[
         bool, typer.Option("--matrices", help="Also list every matrix with its bytes and error.")
     ] = False,

@@ -22,11 +22,13 @@ def command(
         ),
     ],
     size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Bytes of everything that will be written: 60MB, 57MiB, …")
+        str | None,
+        typer.Option("--size", metavar="SIZE", help="Bytes of everything that will be written: 60MB, 57MiB, …"),
     ] = None,
     sizes: Annotated[
         str | None,
         typer.Option(
+            "--sizes",
             metavar="SIZE,SIZE,…",
             help="Several budgets: predicted losses as JSON in FILE, and a picture beside it if matplotlib is there.",
         ),
@@ -35,42 +37,62 @@ def command(
         float | None, typer.Option("--bits", "-b", metavar="B", help="Stored bits per block weight.")
     ] = None,
     bits_per_parameter: Annotated[
-        float | None, typer.Option(metavar="B", help="8 times the bytes of everything / parameters of the model.")
+        float | None,
+        typer.Option(
+            "--bits-per-parameter", metavar="B", help="8 times the bytes of everything / parameters of the model."
+        ),
     ] = None,
     embedding: Annotated[
-        str | None, typer.Option(metavar="BITS", help="Bits of the embedding: 1 to 8, or keep. Without: chosen.")
+        str | None,
+        typer.Option("--embedding", metavar="BITS", help="Bits of the embedding: 1 to 8, or keep. Without: chosen."),
     ] = None,
     head: Annotated[
-        str | None, typer.Option(metavar="BITS", help="Bits of the output head where it is not tied: as above.")
+        str | None,
+        typer.Option("--head", metavar="BITS", help="Bits of the output head where it is not tied: as above."),
     ] = None,
     seed: Seed = 0,
-    device: Annotated[str, typer.Option(metavar="NAME", help="Where to calculate: cpu, cuda, cuda:1 …")] = "cpu",
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="Where to calculate: cpu, cuda, cuda:1 …")
+    ] = "cpu",
     include: Include = None,
     exclude: Exclude = None,
     calibration: Annotated[
         list[str] | None,
         typer.Option(
+            "--calibration",
             metavar="FILE|self",
             help="Text that tells what hurts the end loss (.txt, .raw, .json, .jsonl; may be repeated), or self.",
         ),
     ] = None,
     objective: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="What fits will minimise: guided unless outputs or fisher, as in compress."),
+        typer.Option(
+            "--objective",
+            metavar="NAME",
+            help="What fits will minimise: guided unless outputs or fisher, as in compress.",
+        ),
     ] = None,
     analysis_windows: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Windows of calibration text that losses are predicted from.")
+        int,
+        typer.Option(
+            "--analysis-windows", metavar="N", min=1, help="Windows of calibration text that losses are predicted from."
+        ),
     ] = 16,
-    analysis_context: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of each of them.")] = 1024,
+    analysis_context: Annotated[
+        int, typer.Option("--analysis-context", metavar="N", min=2, help="Tokens of each of them.")
+    ] = 1024,
     state_bits: Annotated[
-        int | None, typer.Option(metavar="N", help="Window of trellis candidates: 6 to 16, or 0 for none.")
+        int | None,
+        typer.Option("--state-bits", metavar="N", help="Window of trellis candidates: 6 to 16, or 0 for none."),
     ] = None,
     corrections: Corrections = None,
     candidates: Candidates = None,
     analysis: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="Where the analysis is kept for the next budget; default: .reallm beside FILE."
+            "--analysis",
+            metavar="FOLDER",
+            help="Where the analysis is kept for the next budget; default: .reallm beside FILE.",
         ),
     ] = None,
 ) -> None:

@@ -57,13 +57,17 @@ def _is_argument(info: typing.Any) -> bool:
 def _name(parameter: inspect.Parameter, info: typing.Any) -> str:
     if _is_argument(info):
         return info.metavar
-    names = ", ".join(_declared_names(info)) or "--" + parameter.name.replace("_", "-")
+    names = ", ".join(declared_names(info))
     # A bar would end the cell of the table.
     return f"{names} {info.metavar.replace('|', ' or ')}" if info.metavar else names
 
 
-def _declared_names(info: typing.Any) -> list[str]:
-    """The names in `typer.Option("--json")`: inside Annotated its first place, meant for the default, has one too."""
+def declared_names(info: typing.Any) -> list[str]:
+    """Return the names in `typer.Option("--json")`.
+
+    Inside Annotated its first place, meant for the default, has one too. Every option states them: Typer 0.27 gives
+    `size` and `spec` no names of their own.
+    """
     return [word for word in (info.default, *(info.param_decls or ())) if isinstance(word, str)]
 
 

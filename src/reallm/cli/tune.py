@@ -36,14 +36,18 @@ def command(
         ),
     ],
     reference: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The original model; needed for all but cross-entropy alone.")
+        str | None,
+        typer.Option(
+            "--reference", metavar="MODEL", help="The original model; needed for all but cross-entropy alone."
+        ),
     ] = None,
     method: Annotated[
-        str, typer.Option(metavar="NAME", help="blockwise, end-to-end, or both, one after the other.")
+        str, typer.Option("--method", metavar="NAME", help="blockwise, end-to-end, or both, one after the other.")
     ] = "end-to-end",
     train: Annotated[
         str,
         typer.Option(
+            "--train",
             metavar="WORDS",
             help="What trains, with commas between: residual, scales, gains, codebooks, decoders (of neural formats; "
             "those that matrices share train end to end), outliers, dense, norms, biases; embedding and head add "
@@ -53,6 +57,7 @@ def command(
     adapter: Annotated[
         int | None,
         typer.Option(
+            "--adapter",
             metavar="R",
             parser=_rank,
             help="Train a new residual of rank R over the frozen model instead, and write only that, in PEFT's form, "
@@ -60,25 +65,41 @@ def command(
         ),
     ] = None,
     loss: Annotated[
-        str, typer.Option(metavar="NAME", help="End-to-end: kl to the original, ce (cross-entropy), or mix, half each.")
+        str,
+        typer.Option(
+            "--loss", metavar="NAME", help="End-to-end: kl to the original, ce (cross-entropy), or mix, half each."
+        ),
     ] = "kl",
     tokens: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Tokens to train on end to end; without, the text once. More goes round again."),
+        typer.Option(
+            "--tokens",
+            metavar="N",
+            help="Tokens to train on end to end; without, the text once. More goes round again.",
+        ),
     ] = None,
-    context: Annotated[int, typer.Option(metavar="N", help="Tokens in a window.")] = 1024,
-    batch: Annotated[int, typer.Option(metavar="N", help="Windows a step.")] = 8,
+    context: Annotated[int, typer.Option("--context", metavar="N", help="Tokens in a window.")] = 1024,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Windows a step.")] = 8,
     micro_batch: Annotated[
-        int | None, typer.Option(metavar="N", help="Windows that go through the model at once; without, the batch.")
+        int | None,
+        typer.Option(
+            "--micro-batch", metavar="N", help="Windows that go through the model at once; without, the batch."
+        ),
     ] = None,
     learning_rate: Annotated[
-        float, typer.Option(metavar="X", help="End-to-end, relative to the size of each tensor that trains.")
+        float,
+        typer.Option(
+            "--learning-rate", metavar="X", help="End-to-end, relative to the size of each tensor that trains."
+        ),
     ] = 3e-3,
-    warm_up: Annotated[float, typer.Option(metavar="X", help="Share of the steps in which the rate rises.")] = 0.05,
-    clip: Annotated[float, typer.Option(metavar="X", help="Largest norm of a step's gradient.")] = 1.0,
+    warm_up: Annotated[
+        float, typer.Option("--warm-up", metavar="X", help="Share of the steps in which the rate rises.")
+    ] = 0.05,
+    clip: Annotated[float, typer.Option("--clip", metavar="X", help="Largest norm of a step's gradient.")] = 1.0,
     top_k: Annotated[
         int,
         typer.Option(
+            "--top-k",
             metavar="K",
             help="Ask the original once, and keep the K likeliest tokens on disk; 0 asks at every step. The KL then "
             "takes all other tokens as one, which makes it smaller than the KL of all, and is printed as top-k KL.",
@@ -86,15 +107,21 @@ def command(
     ] = 0,
     validation: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Text to validate on; without, windows of --text that do not train."),
+        typer.Option(
+            "--validation", metavar="FILE", help="Text to validate on; without, windows of --text that do not train."
+        ),
     ] = None,
-    validation_windows: Annotated[int, typer.Option(metavar="N", help="Windows to validate on.")] = 16,
+    validation_windows: Annotated[
+        int, typer.Option("--validation-windows", metavar="N", help="Windows to validate on.")
+    ] = 16,
     validate_every: Annotated[
-        int | None, typer.Option(metavar="N", help="Steps between validations; without, a twentieth of all.")
+        int | None,
+        typer.Option("--validate-every", metavar="N", help="Steps between validations; without, a twentieth of all."),
     ] = None,
     target: Annotated[
         str,
         typer.Option(
+            "--target",
             metavar="NAME",
             help="What a block should put out: what the original's does on the compressed model's stream (compressed) "
             "or on the original's (original), which was never clearly better.",
@@ -103,18 +130,27 @@ def command(
     block_error: Annotated[
         str,
         typer.Option(
+            "--block-error",
             metavar="NAME",
             help="What an error of a block's output costs: loss what the end loss would, by gradients of the original "
             "that are kept on disk meanwhile; outputs counts all alike.",
         ),
     ] = "loss",
-    block_windows: Annotated[int, typer.Option(metavar="N", help="Windows that blocks are tuned on.")] = 128,
-    block_epochs: Annotated[int, typer.Option(metavar="N", help="Rounds of these windows for each block.")] = 4,
+    block_windows: Annotated[
+        int, typer.Option("--block-windows", metavar="N", help="Windows that blocks are tuned on.")
+    ] = 128,
+    block_epochs: Annotated[
+        int, typer.Option("--block-epochs", metavar="N", help="Rounds of these windows for each block.")
+    ] = 4,
     block_patience: Annotated[
-        int, typer.Option(metavar="N", help="Rounds without a better validation that a block is given.")
+        int,
+        typer.Option("--block-patience", metavar="N", help="Rounds without a better validation that a block is given."),
     ] = 1,
     block_learning_rate: Annotated[
-        float, typer.Option(metavar="X", help="Block-wise, relative to the size of each tensor that trains.")
+        float,
+        typer.Option(
+            "--block-learning-rate", metavar="X", help="Block-wise, relative to the size of each tensor that trains."
+        ),
     ] = 1e-3,
     round_at_end: Annotated[
         bool, typer.Option("--round-at-end", help="Round what trains when it is stored, not at every step.")
@@ -131,11 +167,15 @@ def command(
         ),
     ] = False,
     seed: Seed = 0,
-    device: Annotated[str, typer.Option(metavar="NAME", help="Where to train: cpu, cuda, cuda:1 …")] = "cpu",
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="Where to train: cpu, cuda, cuda:1 …")
+    ] = "cpu",
     dtype: Annotated[
-        str, typer.Option(metavar="NAME", help="What products are computed in: auto, float32 or bfloat16.")
+        str, typer.Option("--dtype", metavar="NAME", help="What products are computed in: auto, float32 or bfloat16.")
     ] = "auto",
-    log: Annotated[Path | None, typer.Option(metavar="FILE", help="Append every step to this file, as JSON.")] = None,
+    log: Annotated[
+        Path | None, typer.Option("--log", metavar="FILE", help="Append every step to this file, as JSON.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the work folder of an interrupted run.")] = False,
 ) -> None:
     """Train scales, codebooks, gains and residuals of a compressed model; codes, formats and bits a weight stay.

@@ -106,9 +106,9 @@ def _written(names: Sequence[str], data: Path | None, folder: Path) -> dict[str,
     found = {}
     for name in names:
         local = LOCAL.get(name)
-        if local is None or not (data / local.files[0]).is_file():
+        if local is None or not _file(data, local.files[0]).is_file():
             continue
-        paths = [data / file for file in local.files]
+        paths = [_file(data, file) for file in local.files]
         rows = _read(local, paths)
         (folder / f"{local.task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         config = {
@@ -127,6 +127,12 @@ def _written(names: Sequence[str], data: Path | None, folder: Path) -> dict[str,
         (folder / f"{local.task}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
         found[name] = _Found(local.task, {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths})
     return found
+
+
+def _file(folder: Path, name: str) -> Path:
+    """Return the file of that name, or else one whose name differs in capitals alone."""
+    alike = (path for path in sorted(folder.iterdir()) if path.name.lower() == name.lower())
+    return folder / name if (folder / name).is_file() else next(alike, folder / name)
 
 
 def _read(local: _Local, paths: Sequence[Path]) -> Rows:

@@ -1,7 +1,8 @@
 """Scales of groups, and how they are stored; shared by every format that has groups.
 
 A group is `group_size` neighbouring inputs of one output row; the last group of a row may be shorter, and
-`group_size=0` means one group a row. Stored either as float16, one each, or in two levels: 8 bits against
+`group_size=0` means one group a row. Stored either as float16, one each (bfloat16 for matrices whose numbers are
+beyond its range, see `range.py`), or in two levels: 8 bits against
 one float32 per block of 256 groups (method of QLoRA's double quantisation, Dettmers et al.,
 arXiv:2305.14314, with our own companding). Signed scales, which some formats need, spend one of the 8 bits
 on the sign.
@@ -17,13 +18,14 @@ from reallm.errors import FormatError
 from reallm.formats.waist import Shape, Tensors, empty
 
 FLOAT16 = "float16"
+BFLOAT16 = "bfloat16"
 TWO_LEVEL = "two_level"
-KINDS = (FLOAT16, TWO_LEVEL)
+KINDS = (FLOAT16, TWO_LEVEL, BFLOAT16)
 ROLES = {"scales": "scales", "scales_max": "scales"}
 
 _BLOCK = 256  # groups that share one float32
 _LEVELS = {torch.uint8: 255, torch.int8: 127}
-_LARGEST_HALF = 65504.0
+_ONE_EACH = {FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
 
 
 def check_groups(owner: str, group_size: int, kind: str) -> None:
@@ -80,8 +82,8 @@ def grouped(weight: Float[Tensor, "out in"], group_size: int, fill: float = 0.0)
 
 def layout(kind: str, count: int, signed: bool = False) -> Tensors:
     """What `pack` writes for `count` scales, on the meta device."""
-    if kind == FLOAT16:
-        return {"scales": empty((count,), torch.float16)}
+    if kind in _ONE_EACH:
+        return {"scales": empty((count,), _ONE_EACH[kind])}
     blocks = -(-count // _BLOCK)
     return {"scales": empty((count,), _code_dtype(signed)), "scales_max": empty((blocks,), torch.float32)}
 
@@ -89,8 +91,9 @@ def layout(kind: str, count: int, signed: bool = False) -> Tensors:
 def pack(kind: str, scales: Float[Tensor, "out groups"], signed: bool = False) -> Tensors:
     """Store scales, row-major; they are >= 0 unless `signed`."""
     flat = scales.detach().reshape(-1)
-    if kind == FLOAT16:
-        return {"scales": flat.clamp(-_LARGEST_HALF, _LARGEST_HALF).to(torch.float16)}
+    if kind in _ONE_EACH:
+        largest_held = torch.finfo(_ONE_EACH[kind]).max
+        return {"scales": flat.clamp(-largest_held, largest_held).to(_ONE_EACH[kind])}
     codes, largest = _companded(flat, _code_dtype(signed))
     return {"scales": codes, "scales_max": largest}
 
@@ -98,7 +101,7 @@ def pack(kind: str, scales: Float[Tensor, "out groups"], signed: bool = False) -
 def unpack(kind: str, tensors: Tensors, shape: Shape) -> Float[Tensor, "out groups"]:
     """The inverse of `pack`, float32; `shape` is that of the scales."""
     stored = tensors["scales"]
-    if kind == FLOAT16:
+    if kind in _ONE_EACH:
         return stored.to(torch.float32).view(shape)
     return _expanded(stored, tensors["scales_max"]).view(shape)
 

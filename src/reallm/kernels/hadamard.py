@@ -34,6 +34,11 @@ def rotate_back(values: Float[Tensor, "*rows n"], seed: int) -> Float[Tensor, "*
     return _mixed(values, transposed=True) * _signs_on(values.shape[-1], seed, values.device, values.dtype)
 
 
+def rotate_by_products(values: Float[Tensor, "*rows n"], seed: int) -> Float[Tensor, "*rows n"]:
+    """`rotate` up to rounding, as a GPU does it: on a CPU faster for many rows, but no format's bytes go by it."""
+    return by_products(values * _signs_on(values.shape[-1], seed, values.device, values.dtype), transposed=False)
+
+
 @functools.lru_cache(maxsize=256)
 def _signs_on(n: int, seed: int, device: torch.device, dtype: torch.dtype) -> Float[Tensor, " n"]:
     with torch.inference_mode(False):

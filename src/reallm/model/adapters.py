@@ -22,6 +22,8 @@ from reallm.model.headers import Header, read_headers, read_tensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# Kinds of first factors that PEFT subtracts from the base's weights, which it changes for that.
+TAKEN_OUT = ("pissa", "olora", "loftq", "corda", "lora_ga")
 # Before `source_sha256` of the artifact that it was trained over, as the base's `revision` in CONFIG: a field of PEFT,
 # which keeps it. Metadata of WEIGHTS come in any order, so that equal adapters had other bytes.
 REVISION = "sha256:"
@@ -47,6 +49,11 @@ def read_adapter(folder: str | Path) -> dict[str, Factors]:
     headers = read_headers([folder / WEIGHTS], ArtifactError)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA" or config.get("use_dora"):
         raise ArtifactError(f"{folder}: only plain LoRA adapters can be read")
+    if str(begun := config.get("init_lora_weights")).startswith(TAKEN_OUT):
+        raise ArtifactError(
+            f"{folder}: init_lora_weights={begun!r} took its first factors out of the weights of its base, "
+            "which a compressed one still has; save it with PEFT's path_initial_model_for_weight_conversion"
+        )
     paths = [name.removesuffix(".lora_A.weight") for name in headers if name.endswith(".lora_A.weight")]
     if len(headers) != 2 * len(paths) or not all(f"{path}.lora_B.weight" in headers for path in paths):
         raise ArtifactError(f"{folder}: holds other tensors than pairs of lora_A and lora_B; only these can be read")

@@ -41,6 +41,17 @@ ROLE_OF: dict[str, str] = {
 ROUTER_NAMES = frozenset({"gate", "router", "wg", "shared_expert_gate", "expert_gate"})
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
+# Modules of fused experts that do not follow the interface of transformers: whether slices are stored (in, out).
+# Their weights are read one by one, or all at once by a batched product.
+FUSED_EXPERTS: dict[str, bool] = {
+    "Llama4TextExperts": True,
+    "InklingSharedExperts": False,
+    "JetMoeParallelExperts": False,
+    "LongcatFlashExperts": False,
+    "Step3p7Experts": False,
+}
+READ_HIDDEN, WRITE_HIDDEN = frozenset({"gate", "up", "gate_up", "fc1"}), frozenset({"down", "fc2"})  # roles of experts
+
 POSITION_WORDS = ("position", "wpe", "embed_pos")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from reallm.errors import SourceError
-from reallm.model.headers import read_into
+from reallm.model.headers import Header, read_into
 from reallm.model.silence import quiet
+from reallm.model.untrusted import said
 
 # What transformers makes of a tensor of these kinds of file depends on that tensor alone, or on those of one parameter.
 _BY_TENSOR = (
@@ -50,34 +52,18 @@ def gguf_arguments(path: Path) -> dict[str, Any]:
     return arguments
 
 
-def gguf_tokenizer(path: Path) -> Any:
-    """The tokenizer of a GGUF file, with the special tokens that the file states.
-
-    transformers 5.16 takes the end of text from its defaults instead.
-    """
-    import gguf
-    from transformers import AutoTokenizer
-
-    with quiet(), fast_reader():
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        fields = gguf.GGUFReader(str(path)).fields
-    for ours, theirs in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding")):
-        if (field := fields.get(f"tokenizer.ggml.{theirs}_token_id")) is not None:
-            setattr(tokenizer, ours, tokenizer.convert_ids_to_tokens(int(field.parts[-1][0])))
-    return tokenizer
-
-
 @dataclass(frozen=True)
 class _Stored:
     """A tensor as it lies in a GGUF file: rows of numbers, or of bytes where it is quantized."""
 
+    file: Path
     name: str
     kind: Any  # gguf.GGMLQuantizationType
     shape: tuple[int, ...]
     dtype: Any  # of numpy
     start: int
 
-    def read(self, path: Path, index: int | None = None) -> Any:
+    def read(self, index: int | None = None) -> Any:
         """The numbers in float32, or those of one slice of the first axis.
 
         Not mapped, as the gguf package does it: a file that becomes shorter under a mapping ends the process.
@@ -88,7 +74,9 @@ class _Stored:
         shape = self.shape if index is None else (1, *self.shape[1:])
         stored = np.empty(shape, self.dtype)
         if stored.nbytes:
-            read_into(path, self.start + (index or 0) * stored.nbytes, memoryview(stored.reshape(-1).view(np.uint8)))
+            read_into(
+                self.file, self.start + (index or 0) * stored.nbytes, memoryview(stored.reshape(-1).view(np.uint8))
+            )
         return gguf.dequantize(stored, self.kind)
 
 
@@ -114,18 +102,46 @@ class GGUFTensors:
                 raise LookupError(
                     f"of tensors of {family} in GGUF files we do not know one by one what becomes of them"
                 )
-            self._path, self._processor = path, kind(config=config)
+            self._processor = kind(config=config)
             self._names = legacy.get_gguf_hf_weights_map(skeleton, self._processor)
         self._stored: dict[str, list[_Stored]] = {}
+        self.left: dict[str, Header] = {}  # what the model has no place for, by name in the file
+        self._unread: dict[str, _Stored] = {}
         for tensor in reader.tensors:
-            stored = _Stored(
-                tensor.name, tensor.tensor_type, tensor.data.shape, tensor.data.dtype, int(tensor.data_offset)
-            )
+            array = tensor.data
+            file = reader.file_of[tensor.name]
+            stored = _Stored(file, tensor.name, tensor.tensor_type, array.shape, array.dtype, int(tensor.data_offset))
             if (name := self._names.get(tensor.name, self._names.get(tensor.name.removesuffix(".weight")))) is not None:
                 self._stored.setdefault(name, []).append(stored)
+            else:
+                shape, nbytes = tuple(int(size) for size in reversed(tensor.shape)), int(tensor.n_bytes)
+                self.left[tensor.name] = Header(file, torch.float32, shape, nbytes, stored.start)
+                self._unread[tensor.name] = stored
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored
+
+    def name_of(self, left: str) -> str:
+        """Return what a tensor that has no place would be called in the model, as far as its neighbours tell."""
+        module, _, leaf = left.rpartition(".")
+        for known, name in self._names.items():
+            if known in (module, f"{module}.weight"):
+                return f"{name.rpartition('.')[0]}.{leaf}"
+        block = re.match(r"blk\.(\d+)\.(.+)", left)
+        inside = next((name for known, name in self._names.items() if known.startswith("blk.0.")), None)
+        if block is None or inside is None or (place := re.search(r"(?<=\.)0(?=\.)", inside)) is None:
+            return left
+        return f"{inside[: place.start()]}{block[1]}.{block[2]}"
+
+    def is_zero(self, left: str) -> bool:
+        """Return whether a tensor that has no place is all zeros."""
+        return not self._unread[left].read().any()
+
+    def differ(self, one: str, other: str) -> bool:
+        """Return whether the file holds two tensors apart and with other values."""
+        if one not in self or other not in self or self._stored[one] == self._stored[other]:
+            return False
+        return not torch.equal(self.read(one), self.read(other))
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """A tensor in float32; `index` takes one slice of its first axis."""
@@ -134,7 +150,7 @@ class GGUFTensors:
         found: dict[str, Tensor] = {}
         for one in stored:
             result = self._processor.process(
-                weights=one.read(self._path, slices),
+                weights=one.read(slices),
                 name=one.name,
                 tensor_key_mapping=self._names,
                 parsed_parameters={"tensors": found},
@@ -160,8 +176,9 @@ def fast_reader() -> Iterator[list[Any]]:
 
     Every string of the vocabulary is a slice of the file; slices of a memmap run Python code each.
     A vocabulary of 49,152: 5.0 s before, 1.1 s after. And the map of tensor names, 20 ms, is asked for
-    once a module instead of once. Config, tokenizer and weights each open the file anew: it is parsed once. Gives the
-    readers that are asked for meanwhile.
+    once a module instead of once. Config, tokenizer and weights each open the file anew: it is parsed once, with the
+    tensors of the other parts of a model in parts. Gives the readers that are asked for meanwhile.
+    Errors: SourceError for files that cannot be read, or parts that are missing or do not belong together.
     """
     import gguf
     import numpy as np
@@ -190,16 +207,103 @@ def fast_reader() -> Iterator[list[Any]]:
         gguf.GGUFReader, gguf.get_tensor_name_map, legacy.tqdm = original, names, bar
 
 
-_last: tuple[tuple[str, int, int], Any] | None = None
+def open_reader(path: Path) -> Any:
+    """Return gguf's reader of a file, with the tensors of all parts of a model in parts and the file of each.
+
+    Errors: SourceError, as `fast_reader`'s.
+    """
+    import gguf
+
+    with fast_reader():
+        return gguf.GGUFReader(str(path))
+
+
+def gguf_files(path: Path) -> list[Path]:
+    """Return the files that a GGUF model lies in: one, or its parts in order. Errors: as `open_reader`."""
+    return list(dict.fromkeys([path, *open_reader(path).file_of.values()]))
+
+
+_last: tuple[str, dict[str, tuple[int, int]], Any] | None = None
 
 
 def _parsed(reader: Any, path: Any, *more: Any) -> Any:
-    """The reader of a GGUF file: the one made last, if the file is still the same."""
+    """The reader of a GGUF file: the one made last, if its files are still the same."""
     global _last
-    state = os.stat(path)
-    key = (os.path.realpath(path), state.st_size, state.st_mtime_ns)
     if more:  # to write into
         return reader(path, *more)
-    if _last is None or _last[0] != key:
-        _last = (key, reader(path))
-    return _last[1]
+    real = os.path.realpath(path)
+    if _last is None or _last[0] != real or _last[1] != _states(_last[1]):
+        _last = None
+        found = _read_whole(reader, path)
+        _join_parts(found, reader, Path(path))
+        _last = (real, _states([path, *found.file_of.values()]), found)
+    return _last[2]
+
+
+def _read_whole(reader: Any, path: Any) -> Any:
+    """Errors: SourceError naming the file."""
+    try:
+        return reader(path)
+    except Exception as problem:  # gguf reads damaged lengths as they are, and fails on them in any way
+        raise SourceError(
+            f"{path}: cannot be read as GGUF ({said(problem)}); copy or download the file again"
+        ) from problem
+
+
+def _states(files: Iterable[Any]) -> dict[str, tuple[int, int]]:
+    """Size and time of change of files; of none that are gone."""
+    real = {os.path.realpath(file) for file in files}
+    return {file: (os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in real if os.path.exists(file)}
+
+
+# As llama-gguf-split names them.
+_PART = re.compile(r"(.*-)(\d{5})(-of-)(\d{5})(\.gguf)", re.IGNORECASE)
+_MERGE = "or merge the parts with llama-gguf-split --merge"
+
+
+def _join_parts(reader: Any, opened: Any, path: Path) -> None:
+    """Add the tensors of the other parts to the first one's, and `file_of`, the file of each tensor by its name.
+
+    Errors: SourceError for another part than the first (which it names), a part that is missing or of another model.
+    """
+    reader.file_of = {tensor.name: path for tensor in reader.tensors}
+    number, count = _part_of(reader)
+    if count == 1:
+        return
+    name = _PART.fullmatch(path.name)
+    if name is None or (int(name[2]), int(name[4])) != (number, count):
+        raise SourceError(
+            f"{path}: is part {number} of {count} of a GGUF model, and not named so; "
+            f"name it NAME-{number:05d}-of-{count:05d}.gguf, {_MERGE}"
+        )
+    files = [path.with_name(f"{name[1]}{part:05d}{name[3]}{name[4]}{name[5]}") for part in range(1, count + 1)]
+    if number != 1:
+        raise SourceError(f"{path}: is part {number} of {count} of a GGUF model; give the first, {files[0]}, {_MERGE}")
+    for part, file in enumerate(files[1:], start=2):
+        if not file.is_file():
+            raise SourceError(f"{file}: part {part} of {count} of a GGUF model is missing; copy it there")
+        other = _read_whole(opened, file)
+        if _part_of(other) != (part, count) or any(tensor.name in reader.file_of for tensor in other.tensors):
+            raise SourceError(f"{file}: is not part {part} of {count} of the model of {path.name}; copy it again")
+        reader.tensors += other.tensors
+        reader.file_of |= {tensor.name: file for tensor in other.tensors}
+    said_count = reader.fields.get("split.tensors.count")
+    if said_count is not None and int(said_count.contents()) != len(reader.tensors):
+        wanted = said_count.contents()
+        raise SourceError(
+            f"{path}: its {count} parts hold {len(reader.tensors)} tensors, not {wanted}; copy them again"
+        )
+    family = str(reader.fields["general.architecture"].contents()) if "general.architecture" in reader.fields else ""
+    if _is_converted(family):
+        raise SourceError(
+            f"{path}: transformers reads GGUF files of {family} in one part only; merge the parts with "
+            "llama-gguf-split --merge"
+        )
+
+
+def _part_of(reader: Any) -> tuple[int, int]:
+    """(number from 1, how many) of a part; (1, 1) of a whole file."""
+    number, count = (reader.fields.get(f"split.{key}") for key in ("no", "count"))
+    if count is None or int(count.contents()) <= 1:
+        return 1, 1
+    return (0 if number is None else int(number.contents())) + 1, int(count.contents())

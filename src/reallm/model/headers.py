@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,27 +47,35 @@ class Header:
 
 
 def weight_files(folder: Path, error: type[ReallmError]) -> list[Path]:
-    """The safetensors files of a model folder: one, or the shards its index names.
+    """Return the safetensors files of a model folder: one, or the shards its index names.
 
-    Errors: `error` for no safetensors at all, an unreadable index, one that leads out of the folder, or a missing
-    shard (named).
+    Errors: `error` for no safetensors at all, for one file and an index of others, since loaders differ in which they
+    read, an unreadable index, one that leads out of the folder, or a missing shard (named).
     """
-    if (index := folder / INDEX).is_file():
-        try:
-            shards = sorted({check_shard_name(name) for name in read_json(index, error)["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError, TypeError) as problem:
-            if isinstance(problem, error):
-                raise
-            raise error(f"{index}: not a safetensors index ({problem}); copy or download the model again") from problem
-        files = [folder / shard for shard in shards]
-        if not files:
-            raise error(f"{index}: names no weight file; copy or download the model again")
-    else:
-        files = [folder / SINGLE]
+    single, index = folder / SINGLE, folder / INDEX
+    files = _indexed(index, error) if index.is_file() else [single]
+    if single.is_file() and files != [single]:
+        raise error(
+            f"{folder}: holds two sets of weights, {SINGLE} and the {len(files)} files that {INDEX} names, and loaders "
+            "differ in which they read; keep one of them, the other in another folder"
+        )
     for file in files:
         if not file.is_file():
             raise error(f"{file}: weight file is missing; copy or download the model again")
     return files
+
+
+def _indexed(index: Path, error: type[ReallmError]) -> list[Path]:
+    """The shards that an index names."""
+    try:
+        shards = sorted({check_shard_name(name) for name in read_json(index, error)["weight_map"].values()})
+    except (ValueError, KeyError, AttributeError, TypeError) as problem:
+        if isinstance(problem, error):
+            raise
+        raise error(f"{index}: not a safetensors index ({problem}); copy or download the model again") from problem
+    if not shards:
+        raise error(f"{index}: names no weight file; copy or download the model again")
+    return [index.parent / shard for shard in shards]
 
 
 def read_headers(files: list[Path], error: type[ReallmError]) -> dict[str, Header]:
@@ -97,6 +105,27 @@ def read_tensor(header: Header, index: int | None = None) -> Tensor:
     tensor = torch.empty(shape, dtype=header.dtype)
     read_into(header.file, start, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return tensor
+
+
+def same_values(one: Header, other: Header, dtype: torch.dtype) -> bool:
+    """Return whether two tensors are equal in a dtype; read in chunks of rows, up to the first that differs."""
+    if one == other:
+        return True
+    if one.shape != other.shape or not one.shape:
+        return False
+    rows = one.shape[0]
+    step = max(1, _CHUNK * rows // max(one.nbytes, other.nbytes, 1))
+    chunks = (range(start, min(start + step, rows)) for start in range(0, rows, step))
+    return all(torch.equal(_rows(one, chunk).to(dtype), _rows(other, chunk).to(dtype)) for chunk in chunks)
+
+
+_CHUNK = 1 << 25  # bytes
+
+
+def _rows(header: Header, rows: range) -> Tensor:
+    each = header.nbytes // header.shape[0]
+    shape, nbytes = (len(rows), *header.shape[1:]), len(rows) * each
+    return read_tensor(replace(header, shape=shape, nbytes=nbytes, start=header.start + rows.start * each))
 
 
 def read_into(path: Path, start: int, left: memoryview) -> None:

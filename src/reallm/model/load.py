@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from reallm.artifact.checks import read_json
+from reallm.artifact.checks import read_json, suffix_of
 from reallm.artifact.manifest import QUANT_METHOD, read_manifest
 from reallm.errors import ArtifactError, SourceError
 from reallm.model.adapters import Adapters, check_base, read_adapter
@@ -55,16 +55,17 @@ def load_tokenizer(path: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from reallm.model.gguf import gguf_tokenizer, require_gguf
+    from reallm.model.gguf import require_gguf
+    from reallm.model.gguf_tokenizer import gguf_tokenizer
 
     place = Path(path).expanduser()
     try:
-        if place.suffix == ".gguf" and place.is_file():
+        if suffix_of(place) == ".gguf" and place.is_file():
             require_gguf()
             return gguf_tokenizer(place)
         folder = place if place.is_dir() else open_source(path).folder
         refuse_adapter(folder)
-        if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+        if not any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*.bpe")):
             raise SourceError(f"{path}: has no tokenizer files; copy the tokenizer of the original model there")
         with quiet():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -5,13 +5,17 @@ Mixtures are mostly saved expert by expert, and run with all experts in one tens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from reallm.model.headers import Header, read_tensor
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightConverter
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ def stored_in(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, H
     """What each tensor of the state dict is made of, as transformers says for this family; without tied ones.
 
     None where it does more than rename tensors and join those of experts, or where this transformers says it otherwise.
+    Errors: ValueError for experts of which parts are missing, or too many.
     """
     try:
         return _stored_in(skeleton, headers)
@@ -49,8 +54,24 @@ def stored_in(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, H
         return None
 
 
-def _stored_in(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, Header | Merged] | None:
-    """The way of `from_pretrained`: keys in natural order, all renamings, then at most one converter."""
+def named_by_transformers(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, str] | None:
+    """Name that transformers gives every tensor of the files, in the state dict or not.
+
+    None where this transformers says it otherwise.
+    """
+    try:
+        return {key: name for key, name, _ in _renamed(skeleton, headers)}
+    except (ImportError, AttributeError, TypeError):  # insides of transformers that are no interface
+        return None
+
+
+def _renamed(
+    skeleton: nn.Module, headers: Mapping[str, Header]
+) -> Iterator[tuple[str, str, tuple[WeightConverter, str] | None]]:
+    """(key, its name in the model, converter that it is given to and the pattern that it fits) of every tensor.
+
+    The way of `from_pretrained`: keys in natural order, all renamings, then at most one converter.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -59,35 +80,48 @@ def _stored_in(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, 
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix, state = skeleton.base_model_prefix, skeleton.state_dict()
-    found: dict[str, Header | Merged] = {}
-    groups: dict[str, tuple[WeightConverter, dict[str, list[Header]]]] = {}
     for key in sorted(headers, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
             name, pattern = key, None
-        if name in state and pattern is None:
+        yield key, name, None if pattern is None else (by_pattern[pattern], pattern)
+
+
+def _stored_in(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, Header | Merged] | None:
+    state = skeleton.state_dict()
+    found: dict[str, Header | Merged] = {}
+    groups: dict[str, tuple[WeightConverter, dict[str, list[Header]]]] = {}
+    for key, name, converted in _renamed(skeleton, headers):
+        if name not in state:
+            continue
+        if converted is None:
             found.setdefault(name, headers[key])
-        elif name in state:
-            converter, parts = groups.setdefault(name, (by_pattern[pattern], {}))
-            parts.setdefault(pattern, []).append(headers[key])
+        else:
+            converter, parts = groups.setdefault(name, (converted[0], {}))
+            parts.setdefault(converted[1], []).append(headers[key])
     for name, (converter, parts) in groups.items():
-        if name in found or (merged := _merged(converter, parts)) is None:
+        if name in found or (merged := _merged(name, converter, parts)) is None:
             return None
         found[name] = merged
     return found
 
 
-def _merged(converter: object, parts: Mapping[str, list[Header]]) -> Merged | None:
-    """The experts of one tensor, if that is all that a converter does."""
+def _merged(name: str, converter: WeightConverter, parts: Mapping[str, list[Header]]) -> Merged | None:
+    """The experts of one tensor, if that is all that a converter does.
+
+    Errors: ValueError naming the tensor for experts that do not fit together.
+    """
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
     steps = [(type(step), step.dim) for step in converter.operations]
     joined = [(MergeModulelist, 0), (Concatenate, 1)][: len(converter.source_patterns)]
-    if steps != joined or len(converter.target_patterns) != 1 or set(parts) != set(converter.source_patterns):
+    if steps != joined or len(converter.target_patterns) != 1:
         return None
+    counts = {pattern: len(parts.get(pattern, ())) for pattern in converter.source_patterns}
+    if len(set(counts.values())) != 1:
+        found = ", ".join(f"{count} of {pattern}" for pattern, count in counts.items())
+        raise ValueError(f"{name!r} is to be joined of as many tensors of each kind, and there are {found}")
     columns = [parts[pattern] for pattern in converter.source_patterns]
-    if len({len(column) for column in columns}) != 1:
-        return None
     kinds = {(part.dtype, part.shape[1:]) for column in columns for part in column}
     heights = {tuple(part.shape[0] for part in expert if part.shape) for expert in zip(*columns, strict=True)}
     if len(kinds) != 1 or len(heights) != 1 or any(len(part.shape) != 2 for part in columns[0]):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from reallm.errors import SourceError
+from reallm.model.decoder import decoder_blocks
 from reallm.model.silence import quiet
 from reallm.model.source import Source
 from reallm.model.untrusted import bounded
@@ -35,21 +36,6 @@ def hollow_model(config: Any, dtype: torch.dtype) -> nn.Module:
         return model_of_config(config, dtype)
     finally:
         handle.remove()
-
-
-def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks in order: the longest list of modules in the decoder.
-
-    Errors: SourceError if there is none.
-    """
-    lists = [module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
-        raise SourceError(
-            f"{type(model).__name__} has no list of decoder blocks; "
-            "it can be neither calibrated nor tuned block by block"
-        )
-    first = max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()))
-    return list(first)
 
 
 @dataclass(frozen=True)

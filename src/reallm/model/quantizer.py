@@ -20,6 +20,7 @@ from reallm.errors import ArtifactError, FormatError
 from reallm.formats import WeightFormat, table_tensors, tables_of
 from reallm.model.headers import Header, read_headers
 from reallm.model.modules import DECODE_AT_LOAD, Anchor, check_mode
+from reallm.model.resident import count_matrices
 from reallm.model.silence import quiet
 from reallm.model.source import Source
 from reallm.model.swap import compressed_modules, swap_in, swap_out
@@ -134,12 +135,15 @@ class ReallmQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         named = {matrix.name: matrix for matrix in self.quantization_config.manifest().matrices}
         matrices = _within(model, named)
+        if _is_another_class(model):
+            matrices = self._without_a_head(model, matrices)
         swap_in(model, {path: matrix.fmt for path, matrix in matrices.items()})
         for path, module in compressed_modules(model).items():
             if module.shape != matrices[path].shape:
                 raise ArtifactError(
                     f"{path}: the model has {module.shape}, config.json stores {matrices[path].shape}; it is damaged"
                 )
+            module.loading = True
         check_own_tables(model, "artifact", ArtifactError)
         self._stored = {
             f"{path}.{local}": tensor
@@ -154,6 +158,25 @@ class ReallmQuantizer(HfQuantizer):
             self._check_files(model, [Path(file) for file in files])
         return model
 
+    def _without_a_head(self, model: nn.Module, matrices: dict[str, Any]) -> dict[str, Any]:
+        """Leave out a head that a model of another class, a classifier for instance, has not.
+
+        Errors: ArtifactError if it keeps its decoder under another name, as some for question answering do.
+        """
+        prefix = f"{model.base_model_prefix}."
+        lost = {path for path in matrices if not path.startswith(prefix) and not _is_there(model, path)}
+        if not hasattr(model, model.base_model_prefix) or not lost:
+            return matrices
+        if len(lost) == len(matrices):
+            raise ArtifactError(
+                f"{type(model).__name__}: keeps its decoder under {prefix!r}, the artifact has {max(lost)!r}; "
+                f"artifacts load as {_saved_class(model)}, and as classes that name its decoder alike"
+            )
+        # What is saved of this model lacks them too.
+        kept = self.quantization_config.matrices
+        self.quantization_config.matrices = {path: number for path, number in kept.items() if path not in lost}
+        return {path: matrix for path, matrix in matrices.items() if path not in lost}
+
     def _check_files(self, model: nn.Module, files: list[Path]) -> None:
         """Compare the headers with the model before any tensor is read, and note the markers."""
         headers = read_headers(files, ArtifactError)
@@ -162,13 +185,15 @@ class ReallmQuantizer(HfQuantizer):
         expected = model.state_dict()
         prefix = f"{model.base_model_prefix}."
         ties = set(model.all_tied_weights_keys)
+        fresh = _fresh_tensors(model) - set(self._stored) - set(self.quantization_config.checksums)
         optional = re.compile("|".join(model._keys_to_ignore_on_load_missing or ()) or "(?!)")
         for name, wanted in expected.items():
             header = headers.get(name) or headers.get(prefix + name) or headers.get(name.removeprefix(prefix))
-            if header is None and (name in ties or optional.search(name)):
+            if header is None and (name in ties or name in fresh or optional.search(name)):
                 continue
             if header is None:
-                raise ArtifactError(f"{files[0].parent}: tensor {name!r} is missing; copy the artifact again")
+                whose = f" in what was saved of a {_saved_class(model)}" if _is_another_class(model) else ""
+                raise ArtifactError(f"{files[0].parent}: tensor {name!r} is missing{whose}; copy the artifact again")
             # Kept parameters may be stored in another dtype than the model computes in; ours may not.
             dtype = wanted.dtype if name in self._stored else header.dtype
             shape = wanted.shape
@@ -188,6 +213,7 @@ class ReallmQuantizer(HfQuantizer):
                     tensor = self._uncoded(f"{path}.{local}", tensor)
                     module.put(local, tensor)
                 self._check_arrived(f"{path}.{local}", tensor)
+            module.loaded()
             try:
                 if self.quantization_config.mode == DECODE_AT_LOAD:
                     module.decode_once()
@@ -200,6 +226,7 @@ class ReallmQuantizer(HfQuantizer):
             module = next(iter(compressed_modules(model).values()))
             stored = next(iter(module.stored().values()))
             model.add_module("anchor", Anchor(module.compute_dtype, stored.device))
+        count_matrices(model)
         # What is saved from now on may differ from what was loaded.
         self.quantization_config.checksums = {}
         return model
@@ -233,6 +260,11 @@ class ReallmQuantizer(HfQuantizer):
         """What `save_pretrained` writes: the state dict, coded tensors coded again, and the markers."""
         markers = {name: torch.empty(0, dtype=torch.uint8) for name in self._markers}
         state = model.state_dict()
+        if lost := [name for name in self._stored if name not in state]:
+            raise ArtifactError(
+                f"{lost[0]!r} and {len(lost) - 1} other stored tensors are no longer in the model under their names "
+                "(resized, or wrapped by PEFT): save the adapter alone, or call model.dequantize() before the change"
+            )
         coded = {name: coded_tensor(state[name]) for name in self._coded}
         return {**state, **coded, **markers}, {}
 
@@ -252,6 +284,7 @@ class ReallmQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         swap_out(model, dtype or model.dtype)
+        count_matrices(model, False)
         return model
 
 
@@ -277,6 +310,43 @@ def _within(model: nn.Module, matrices: dict[str, Any]) -> dict[str, Any]:
     if hasattr(model, model.base_model_prefix) or not any(path.startswith(prefix) for path in matrices):
         return matrices
     return {path.removeprefix(prefix): matrix for path, matrix in matrices.items() if path.startswith(prefix)}
+
+
+def _saved_class(model: nn.Module) -> str:
+    """Class that an artifact was written for: config.json's, or the family's causal model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    saved = getattr(model.config, "architectures", None)
+    return saved[0] if saved else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type, "a causal model")
+
+
+def _is_another_class(model: nn.Module) -> bool:
+    return type(model).__name__ != _saved_class(model)
+
+
+def _fresh_tensors(model: nn.Module) -> set[str]:
+    """State-dict names that an artifact of another class need not have: a new head, which transformers initialises.
+
+    The decoder and a language model's head are never new: random numbers there would be taken for the artifact's.
+    """
+    decoder = getattr(model, model.base_model_prefix, None)
+    if not _is_another_class(model) or decoder is None:
+        return set()
+    parts = [part for part in (decoder, model.get_output_embeddings()) if part is not None]
+    known = {id(module) for part in parts for module in part.modules()}
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if id(module) not in known
+        for name in (*module._parameters, *module._buffers)
+    }
+
+
+def _is_there(model: nn.Module, path: str) -> bool:
+    """Whether a model has a module of this path, or a parameter whose slice it numbers."""
+    modules = dict(model.named_modules())
+    parent, _, last = path.rpartition(".")
+    return path in modules or (last.isdigit() and parent.rpartition(".")[0] in modules)
 
 
 def _check(what: str, dtype: torch.dtype, shape: Any, wanted_dtype: torch.dtype, wanted_shape: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from reallm.artifact.integrity import verify
 from reallm.errors import ArtifactError
 from reallm.formats import WeightFormat
 from reallm.model.headers import read_headers, weight_files
-from reallm.model.modules import DECODE_AT_LOAD, DECODE_PER_USE
+from reallm.model.modules import DECODE_AT_LOAD, DECODE_PER_USE, CompressedEmbedding
 from reallm.model.silence import quiet
 from reallm.model.source import read_config
 from reallm.model.swap import compressed_modules, swap_in
@@ -28,6 +29,42 @@ def resident_nbytes(model: nn.Module) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     storages = {storage._cdata: storage for tensor in tensors if (storage := tensor.untyped_storage()) is not None}
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """Count a model's parameters, every compressed matrix as the one it stands for: the original's number.
+
+    The method of transformers, which counts what is a parameter, for models whose matrices are buffers.
+    """
+    compressed = compressed_modules(model)
+    trained = tuple(f"{path}.live." for path in compressed)  # what a matrix is decoded from while it is tuned
+    embeddings = tuple(f"{path}." for path, module in model.named_modules() if _is_embedding(module))
+    total = 0
+    for name, parameter in model.named_parameters():
+        skipped = exclude_embeddings and name.startswith(embeddings)
+        skipped |= not parameter.requires_grad if only_trainable else name.startswith(trained)
+        total += 0 if skipped else parameter.numel()
+    if only_trainable:
+        return total
+    return total + sum(
+        module.shape[0] * module.shape[1]
+        for module in compressed.values()
+        if not (exclude_embeddings and _is_embedding(module))
+    )
+
+
+def count_matrices(model: nn.Module, compressed: bool = True) -> None:
+    """Have `num_parameters()` of a loaded model, and of models within it, count compressed matrices, or no longer.
+
+    The method is put on the instances: their class names stay those of transformers, which go into config.json.
+    """
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            vars(module).pop("num_parameters", None)
+            if compressed:
+                module.num_parameters = types.MethodType(num_parameters, module)  # type: ignore[method-assign]
 
 
 def expected_resident_nbytes(
@@ -74,3 +111,7 @@ def _building(folder: Path) -> Iterator[Any]:
     config = read_config(Path(folder), str(folder))
     with quiet(), bounded(str(folder), ArtifactError, len(headers)):
         yield config
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, CompressedEmbedding))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import abc
+import copy
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Container, Mapping, Sequence
@@ -16,34 +18,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reallm.artifact.checks import read_json
+from reallm.artifact.checks import PICKLES, read_json, suffix_of
 from reallm.artifact.manifest import QUANT_METHOD
 from reallm.errors import SourceError
 from reallm.model.adapters import CONFIG as ADAPTER
-from reallm.model.gguf import GGUFTensors, fast_reader, gguf_arguments, gguf_tokenizer, require_gguf
-from reallm.model.headers import INDEX, SINGLE, Header, read_headers, read_tensor, weight_files
-from reallm.model.merged import Merged, stored_in
+from reallm.model.auxiliary import PATTERNS, SETTINGS, TEMPLATES, auxiliary_files, named_below, too_large_files
+from reallm.model.gguf import GGUFTensors, fast_reader, gguf_arguments, gguf_files, open_reader, require_gguf
+from reallm.model.gguf_tokenizer import gguf_tokenizer
+from reallm.model.headers import INDEX, SINGLE, Header, read_headers, read_tensor, same_values, weight_files
+from reallm.model.merged import Merged, named_by_transformers, stored_in
 from reallm.model.silence import quiet
 from reallm.model.untrusted import bounded, check_plain, said
+from reallm.model.unused import Unused, unused_files, unused_tensors
 from reallm.model.walk import meta_model, tied_names
 
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-# What travels with a model beside config and weights; globs, since tokenizers differ.
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.tiktoken",
-    "*.model",
-    "chat_template.*",
-    "generation_config.json",
-)
-DOWNLOADS = ("config.json", INDEX, "*.safetensors", *COMPANIONS)
+DOWNLOADS = ("config.json", INDEX, "*.safetensors", *PATTERNS)
 # Copies of the same weights in other layouts, which would double a download.
 NOT_DOWNLOADED = ("*/*", "consolidated*")
+# A second look, since sub-folders are left out at first: they hold weights in other layouts too.
+DOWNLOADS_BELOW = (
+    f"{TEMPLATES}/*.jinja",
+    *(f"*/{name}" for name in ("config.json", "tokenizer*", "vocab*", "merges*", *SETTINGS)),
+)
 
 
 def open_source(model: str | Path, revision: str | None = None) -> Source:
@@ -60,7 +56,9 @@ def open_source(model: str | Path, revision: str | None = None) -> Source:
         return FolderSource(path)
     if _looks_like_a_path(str(model), path):
         raise SourceError(f"{model}: no such file or folder; MODEL is a model folder, a .gguf file or a hub id")
-    return FolderSource(_download(str(model), revision), label=str(model))
+    folder = _download(str(model), revision)
+    refuse_adapter(folder)
+    return FolderSource(folder, label=str(model))
 
 
 def refuse_adapter(folder: Path) -> None:
@@ -75,9 +73,9 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def _open_file(path: Path) -> Source:
-    if path.suffix == ".gguf":
+    if suffix_of(path) == ".gguf":
         return GGUFSource(path)
-    if any(path.match(pattern) for pattern in PICKLES):
+    if suffix_of(path) in PICKLES:
         raise SourceError(f"{path}: is a pickle checkpoint, which can run code when read; {_CONVERT}")
     raise SourceError(f"{path}: is a file; give the folder that holds the model, or a .gguf file")
 
@@ -87,7 +85,7 @@ _CONVERT = "convert it with model.save_pretrained(FOLDER), which writes safetens
 
 def _looks_like_a_path(text: str, path: Path) -> bool:
     """A hub id is `name` or `org/name`; anything else, or a name in an existing folder, was meant as a path."""
-    if text.startswith((".", "~", os.sep)) or text.endswith((os.sep, ".gguf", ".safetensors")):
+    if text.startswith((".", "~", os.sep)) or text.lower().endswith((os.sep, ".gguf", ".safetensors")):
         return True
     return text.count("/") > 1 or "\\" in text or " " in text or (path.parent != Path() and path.parent.is_dir())
 
@@ -100,6 +98,8 @@ def _download(name: str, revision: str | None) -> Path:
         folder = snapshot_download(
             name, revision=revision, allow_patterns=list(DOWNLOADS), ignore_patterns=list(NOT_DOWNLOADED)
         )
+        below = [*DOWNLOADS_BELOW, *named_below(Path(folder))]
+        snapshot_download(name, revision=revision, allow_patterns=below)
     except Exception as problem:  # the network stack raises exceptions of many libraries
         raise SourceError(
             f"{name}: no such file or folder, and not to be had from the Hugging Face hub ({said(problem)}); "
@@ -116,6 +116,7 @@ class Source(abc.ABC):
 
     label: str
     config: Any  # transformers' PreTrainedConfig
+    unused: tuple[Unused, ...] = ()  # what lies in the files and is no part of the model
 
     @abc.abstractmethod
     def read(self, name: str, index: int | None = None) -> Tensor:
@@ -129,15 +130,18 @@ class Source(abc.ABC):
     @property
     @abc.abstractmethod
     def nbytes(self) -> int:
-        """Bytes of the original weights as they lie in their files."""
+        """Bytes of the model's own weights as they lie in their files; those of `unused` do not count."""
 
     @abc.abstractmethod
     def files(self) -> list[Path]:
         """The weight files."""
 
+    def check(self) -> None:  # noqa: B027 - nothing to check is a fine answer
+        """Check what else can be known of the files without reading weights. Errors: SourceError."""
+
     @abc.abstractmethod
     def save_companions(self, folder: Path) -> None:
-        """Write tokenizer, generation config and chat template into an existing folder."""
+        """Write tokenizer, processors, generation config, chat templates and licence into an existing folder."""
 
     @abc.abstractmethod
     def load(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:
@@ -236,13 +240,35 @@ class Source(abc.ABC):
         if method is not None:
             raise SourceError(f"{self.label}: is quantized with {method}; give the original model")
         if type(self.config) not in AutoModelForCausalLM._model_mapping:
-            raise SourceError(f"{self.label}: model type {self.config.model_type!r} is not a causal language model")
+            whole = self.config.get_text_config(decoder=True) is self.config
+            remedy = "" if whole else "; save its text model alone, if transformers has it as one, and give that"
+            raise SourceError(
+                f"{self.label}: model type {self.config.model_type!r} is not a causal language model{remedy}"
+            )
 
     def _finish_config(self) -> None:
-        """What the config of a new model must say: dtype and class."""
+        """Say what the config of a new model must: dtype, and the class that transformers builds of it.
+
+        Of a larger model that it takes the text model of, the config is the text model's.
+        """
+        if type(self.skeleton.config) is not type(self.config):
+            self.config = copy.deepcopy(self.skeleton.config)
         self.config.dtype = self.dtype
-        if not self.config.architectures:
-            self.config.architectures = [type(self.skeleton).__name__]
+        self.config.architectures = [type(self.skeleton).__name__]
+
+    def _untie(self) -> None:
+        """Describe a model whose tied tensors are several, since they differ in the files.
+
+        Errors: SourceError for a family that ties them whatever its config says.
+        """
+        before = tied_names(self.skeleton)
+        untie_config(self.config)
+        del self.__dict__["skeleton"]
+        if left := before.keys() & tied_names(self.skeleton).keys():
+            raise SourceError(
+                f"{self.label}: {min(left)!r} and {before[min(left)]!r} differ, and this family ties them whatever its "
+                "config says; keep one of them"
+            )
 
 
 def quantized_by(config: Any) -> str | None:
@@ -253,6 +279,12 @@ def quantized_by(config: Any) -> str | None:
         return None
     method = found.get("quant_method", "an unknown method") if isinstance(found, dict) else found.quant_method
     return str(getattr(method, "value", method))
+
+
+def untie_config(config: Any) -> None:
+    """Say in a config, and in that of its text model, that the head is a matrix of its own."""
+    for part in (config, config.get_text_config(decoder=True)):
+        part.tie_word_embeddings = False
 
 
 class FolderSource(Source):
@@ -267,9 +299,17 @@ class FolderSource(Source):
         self.config = read_config(folder, self.label)
         self._check_config()
         self._refuse_pickle()
+        self._refuse_adapter_beside()
         self._headers = read_headers(weight_files(folder, SourceError), SourceError)
+        self._own = self._headers  # those that the model has a place for
         self._finish_config()
         self._keys = self._match()
+        if self.config.dtype != self.dtype:  # what the model has no place for was of another
+            del self.__dict__["skeleton"]
+            self._finish_config()
+        self._untied = self._is_untied()
+        if self._untied:
+            self._untie()
 
     @property
     def tensors(self) -> int:
@@ -289,7 +329,7 @@ class FolderSource(Source):
     def dtype(self) -> torch.dtype:
         """The floating dtype that holds most bytes."""
         sizes: dict[torch.dtype, int] = {}
-        for header in self._headers.values():
+        for header in self._own.values():
             if header.dtype.is_floating_point:
                 sizes[header.dtype] = sizes.get(header.dtype, 0) + header.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
@@ -300,8 +340,8 @@ class FolderSource(Source):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors in the files."""
-        return sum(header.nbytes for header in self._headers.values())
+        """Bytes of the tensors that the model has a place for."""
+        return sum(header.nbytes for header in self._own.values())
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """A tensor of the state dict.
@@ -317,42 +357,115 @@ class FolderSource(Source):
 
     def load(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:
         """The original model through `from_pretrained`, safetensors only."""
-        return self._from_pretrained(self.folder, device, dtype=dtype or "auto", use_safetensors=True)
+        model = self._from_pretrained(self.folder, device, dtype=dtype or "auto", use_safetensors=True)
+        if self._untied:
+            untie_config(model.config)
+        return model
 
     def save_companions(self, folder: Path) -> None:
         """Copy the files byte for byte."""
-        for pattern in COMPANIONS:
-            for file in sorted(self.folder.glob(pattern)):
-                if file.is_file():
-                    shutil.copyfile(file, folder / file.name)
+        for file in auxiliary_files(self.folder):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.folder / file, folder / file)
 
     def _refuse_pickle(self) -> None:
         if (self.folder / INDEX).is_file() or (self.folder / SINGLE).is_file():
             return
-        for pattern in PICKLES:
-            if found := sorted(self.folder.glob(pattern)):
-                raise SourceError(f"{found[0]}: is a pickle checkpoint, which can run code when read; {_CONVERT}")
+        if found := sorted(file for file in self.folder.iterdir() if suffix_of(file) in PICKLES):
+            raise SourceError(f"{found[0]}: is a pickle checkpoint, which can run code when read; {_CONVERT}")
+        if others := sorted(file.name for file in self.folder.glob("*.safetensors")):
+            raise SourceError(
+                f"{self.label}: holds {others[0]}, but neither {SINGLE} nor {INDEX}, which transformers reads; rename "
+                "a single file, or copy the index that belongs to the shards"
+            )
         raise SourceError(f"{self.label}: holds no safetensors weights ({SINGLE} or {INDEX}); {_CONVERT}")
+
+    def _refuse_adapter_beside(self) -> None:
+        """Errors: SourceError for an adapter in the folder: transformers would load it too, and we read the model."""
+        if (self.folder / ADAPTER).is_file():
+            raise SourceError(
+                f"{self.label}: holds a model and an adapter ({ADAPTER}), which loading adds and compressing would "
+                "not; move the adapter to a folder of its own, or merge it and save the merged model"
+            )
 
     def _match(self) -> dict[str, Header | Merged] | None:
         """What is read for each name of the state dict; None where transformers does more than rename and join.
 
-        Errors: SourceError naming a tensor that is missing or has another shape than the config says.
+        Notes what the model has no place for.
+        Errors: SourceError naming a tensor that is missing, has another shape than the config says, or changes what the
+        model computes and has no place in it.
         """
-        held: Mapping[str, Header | Merged] = self._headers
-        keys, missing = named_in(held, self.skeleton, self.names())
+        held: Mapping[str, Header | Merged] | None = self._headers
+        keys, missing = named_in(self._headers, self.skeleton, self.names())
+        left = self._headers.keys() - set(keys.values())
+        theirs: dict[str, str] | None = {}
         # Where every tensor of the files has its place already, nothing is left that could become the missing one.
-        if missing and set(held) - set(keys.values()) and self._converted():
-            if (stored := stored_in(self.skeleton, self._headers)) is None:
-                return None
-            held = stored
-            keys, missing = named_in(held, self.skeleton, self.names())
+        joined = bool(left and self._converted())
+        if joined:
+            theirs = named_by_transformers(self.skeleton, self._headers)
             if missing:
-                return None
-        if missing:
-            raise SourceError(f"{self.label}: tensor {missing[0]!r} is missing; copy or download the model again")
+                left = {key for key, name in (theirs or {}).items() if name not in self._shapes}
+        self._note_unused(left, theirs or {})
+        if joined and missing:
+            held = self._joined()
+            keys, missing = named_in(held or set((theirs or {}).values()), self.skeleton, self.names())
+        if held is None and (theirs is None or self._splits()):
+            return None
+        optional = re.compile("|".join(self.skeleton._keys_to_ignore_on_load_missing or ()) or "(?!)")
+        if found := [name for name in missing if not optional.search(name)]:
+            raise SourceError(f"{self.label}: tensor {found[0]!r} is missing; copy or download the model again")
+        if held is None or missing:
+            return None
         self._check_shapes(held, keys)
         return {name: held[key] for name, key in keys.items()}
+
+    def _joined(self) -> dict[str, Header | Merged] | None:
+        """What each tensor is made of. Errors: SourceError for experts that are not complete."""
+        try:
+            return stored_in(self.skeleton, self._headers)
+        except ValueError as problem:
+            raise SourceError(f"{self.label}: {problem}; copy or download the model again") from problem
+
+    def _note_unused(self, left: Container[str], names: Mapping[str, str]) -> None:
+        """List what the model has no place for, and files that are not read.
+
+        Errors: SourceError for a tensor without which the model would compute something else.
+        """
+
+        def is_zero(key: str) -> bool:
+            return not read_tensor(self._headers[key]).any()
+
+        stored = {key: header for key, header in self._headers.items() if key in left}
+        tensors = unused_tensors(self.label, self.skeleton, stored, names, is_zero)
+        files = unused_files(self._other_weights(), "weights that are not read")
+        large = unused_files(too_large_files(self.folder), "larger than the files of any tokenizer: not copied")
+        self.unused = (*tensors, *files, *large)
+        self._own = {key: header for key, header in self._headers.items() if key not in stored}
+
+    def _other_weights(self) -> list[Path]:
+        """Weight files of the folder beside those that are read."""
+        read = {file.name for file in self.files()}
+        found = {file for file in self.folder.iterdir() if suffix_of(file) in (".safetensors", *PICKLES)}
+        return sorted(file for file in found if file.is_file() and file.name not in read)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.shapes()
+
+    def _is_untied(self) -> bool:
+        """Whether the files hold tensors apart that config.json ties, of other values: then transformers keeps both."""
+        headers: Mapping[str, Any] = self._keys or self._headers
+        pairs = ((headers.get(target), headers.get(owner)) for target, owner in tied_names(self.skeleton).items())
+        return any(
+            isinstance(one, Header) and isinstance(other, Header) and not same_values(one, other, self.dtype)
+            for one, other in pairs
+        )
+
+    def _splits(self) -> bool:
+        """Whether transformers makes several tensors of one of the files, so that names do not say what is missing."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        return any(len(entry.target_patterns) > 1 for entry in get_model_conversion_mapping(self.skeleton))
 
     def _converted(self) -> bool:
         """Whether transformers renames or merges tensors of this family on load."""
@@ -361,7 +474,7 @@ class FolderSource(Source):
         return bool(get_model_conversion_mapping(self.skeleton))
 
     def _check_shapes(self, held: Mapping[str, Header | Merged], keys: dict[str, str]) -> None:
-        for name, shape in self.shapes().items():
+        for name, shape in self._shapes.items():
             found = held[keys[name]].shape
             if found != shape:
                 raise SourceError(
@@ -375,7 +488,7 @@ class FolderSource(Source):
 
 
 class GGUFSource(Source):
-    """A GGUF file; a tensor's blocks are decoded to dense weights when it is read.
+    """A GGUF file, or several parts of one; a tensor's blocks are decoded to dense weights when it is read.
 
     Where we do not know what transformers makes of the file tensor by tensor, all are decoded at the first `read`.
     """
@@ -385,6 +498,7 @@ class GGUFSource(Source):
         from transformers import AutoConfig
 
         self.path, self.label = path, str(path)
+        self._files = gguf_files(path)
         try:
             with quiet(), fast_reader():
                 self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
@@ -396,6 +510,13 @@ class GGUFSource(Source):
             del self.config.quantization_config
         self._check_config()
         self._finish_config()
+        if not isinstance(self._tensors, str):
+            tensors = self._tensors[0]
+            names = {name: tensors.name_of(name) for name in tensors.left}
+            self.unused = tuple(unused_tensors(self.label, self.skeleton, tensors.left, names, tensors.is_zero))
+            if any(tensors.differ(target, owner) for target, owner in tied_names(self.skeleton).items()):
+                self._untie()
+                del self.__dict__["_tensors"]
 
     @property
     def why_whole(self) -> str | None:
@@ -404,8 +525,8 @@ class GGUFSource(Source):
         return found if isinstance(found, str) else None
 
     def files(self) -> list[Path]:
-        """The file."""
-        return [self.path]
+        """The file, or its parts."""
+        return self._files
 
     @property
     def dtype(self) -> torch.dtype:
@@ -414,8 +535,8 @@ class GGUFSource(Source):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the file."""
-        return self.path.stat().st_size
+        """Bytes of the file, or its parts, but for tensors that the model has no place for."""
+        return sum(file.stat().st_size for file in self._files) - sum(one.nbytes for one in self.unused)
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """A tensor of the state dict, in float32.
@@ -448,6 +569,8 @@ class GGUFSource(Source):
         except (ImportError, AttributeError, TypeError) as problem:  # insides of transformers that are no interface
             return f"this transformers reads GGUF files in another way ({said(problem)})"
         keys, missing = named_in(tensors, self.skeleton, self.names())
+        if missing and not tensors.left:  # nothing in the file could become it
+            raise SourceError(f"{self.label}: tensor {missing[0]!r} is missing; copy or download the model again")
         return f"tensor {missing[0]!r} is not in the file by that name" if missing else (tensors, keys)
 
     def load(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:
@@ -460,6 +583,19 @@ class GGUFSource(Source):
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         return model
+
+    def check(self) -> None:
+        """Build the tokenizer, and compare what the header says with the embedding.
+
+        Errors: SourceError with the remedy.
+        """
+        rows = {int(t.shape[-1]) for t in open_reader(self.path).tensors if t.name == "token_embd.weight"}
+        if rows - {self.config.vocab_size}:
+            raise SourceError(
+                f"{self.path}: says that it has {self.config.vocab_size:,} tokens, and its embedding has "
+                f"{max(rows):,} rows; copy or download the file again"
+            )
+        gguf_tokenizer(self.path)
 
     def save_companions(self, folder: Path) -> None:
         """Convert the tokenizer of the file and write it as Hugging Face files."""

@@ -17,16 +17,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reallm.errors import SourceError
+from reallm.model import calls
+from reallm.model.calls import Calls
+from reallm.model.decoder import decoder_blocks, decoder_of
 from reallm.model.devices import device_of
-from reallm.model.pieces import Pieces, decoder_blocks
+from reallm.model.pieces import Pieces, hollow_model
+from reallm.model.silence import quiet
 from reallm.model.walk import Matrix, linear_shape
 
 # Tokens a pass: 8,192 of 4,096 hidden numbers are 128 MB in float32, and keep a processor's products large.
 TOKENS_PER_PASS = 8192
-
-
-class _Reached(Exception):
-    """Ends a forward pass at the block whose inputs were wanted."""
 
 
 @dataclass
@@ -79,6 +79,18 @@ class Moments:
         self.tokens[name] += len(rows)
 
 
+def nbytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Return the bytes that a stream through a model of a config holds per token, from a pass that reads no weight.
+
+    Where only a run can tell it is one row of hidden numbers.
+    """
+    text = config.get_text_config(decoder=True)
+    with quiet():
+        model = hollow_model(config, dtype).eval()
+    found = calls.nbytes_per_token(model, decoder_of(model), decoder_blocks(model))
+    return text.hidden_size * dtype.itemsize if found is None else found
+
+
 class Stream:
     """Windows of token ids inside a dense model, whose weights its owner replaces block by block."""
 
@@ -100,16 +112,19 @@ class Stream:
         self.batches = list(windows.split(batch or max(1, TOKENS_PER_PASS // windows.shape[1])))
         self.blocks = decoder_blocks(model)
         self.position = 0
-        self._arguments: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
         with torch.no_grad(), _plain_arithmetic(self.device):
-            for size in {len(batch): batch for batch in self.batches}.values():
-                self._record_arguments(size)
-            self.states = [self._embedded(batch) for batch in self.batches]
+            self._calls = Calls(model, decoder_of(model), self.blocks, self.batches, self._in_memory)
+        self.states = self._calls.states
 
     @property
     def nbytes(self) -> int:
-        """Memory that the hidden states take."""
-        return sum(state.nbytes for state in self.states)
+        """Memory of the hidden states and of what blocks are given with them."""
+        return sum(state.nbytes for state in self.states) + self._calls.nbytes
+
+    @property
+    def reached(self) -> bool:
+        """Whether the model calls the present block on text; it passes over cross-attention to images."""
+        return self.position in self._calls.order
 
     def moments(
         self, matrices: Sequence[Matrix], weights: dict[str, Float[Tensor, "windows context"]] | None = None
@@ -119,11 +134,18 @@ class Stream:
         `weights` of every window's tokens by module, where tokens do not count alike.
         """
         moments, block = Moments(), self.blocks[self.position]
+        if not self.reached:
+            return moments
         alike: dict[str, Tensor] = {}
         hooks, span = [], slice(0, 0)
 
         def count(name: str, inputs: Tensor) -> None:
             own = weights.get(name) if weights else None
+            if own is not None and inputs.shape[0] not in (span.stop - span.start, own[span].numel()):
+                raise SourceError(
+                    f"{name}: its inputs are {tuple(inputs.shape)} for {span.stop - span.start} windows, so that its "
+                    "tokens cannot be weighted; take --objective outputs"
+                )
             moments.add(name, inputs, alike, None if own is None else own[span])
 
         for matrix in matrices:
@@ -133,10 +155,10 @@ class Stream:
                     module.register_forward_pre_hook(lambda _, inputs, name=matrix.name: count(name, inputs[0]))
                 )
         with torch.no_grad(), self.on_device(block):
-            for state in self.states:
+            for number, batch in enumerate(self.batches):
                 alike.clear()
-                span = slice(span.stop, span.stop + len(state))
-                self.through(block, state)
+                span = slice(span.stop, span.stop + len(batch))
+                self.through(block, number)
         for hook in hooks:
             hook.remove()
         return moments
@@ -144,9 +166,11 @@ class Stream:
     def advance(self) -> None:
         """Carry the states through the present block, as it is now, to the next."""
         block = self.blocks[self.position]
-        with torch.no_grad(), self.on_device(block):
-            for number, state in enumerate(self.states):
-                self.states[number] = self.through(block, state).to(state.device)
+        if self.reached:
+            with torch.no_grad(), self.on_device(block):
+                for number, state in enumerate(self.states):
+                    self.states[number] = self.through(block, number, True).to(state.device)
+        self._calls.forget(self.position)
         self.position += 1
 
     @contextlib.contextmanager
@@ -158,77 +182,25 @@ class Stream:
             yield
             block.to(home)
 
-    def through(self, block: nn.Module, state: Tensor) -> Tensor:
-        """What a block makes of hidden states that stand before the present one; it must be on the device."""
-        rest, named = self._arguments[self.position, len(state)]
-        output = block(state.to(self.device), *_moved(rest, self.device), **_moved(named, self.device))
-        return output if isinstance(output, Tensor) else output[0]
+    def through(self, block: nn.Module, number: int, keep: bool = False) -> Float[Tensor, "*states hidden"]:
+        """Return what a block makes of a batch's hidden states, in place of the present one; it must be on the device.
 
-    def _record_arguments(self, batch: Tensor) -> None:
-        """What the model hands each block beside the hidden states (positions, masks): one real forward pass.
-
-        Blocks go to the device one by one here too: on a CPU a batch takes 10 s through 135 M parameters.
+        With `keep` later blocks are handed its other outputs. A block that the model passes over changes nothing.
         """
-        home = self._home
+        if not self.reached:
+            return self.states[number].to(self.device)
+        return self._calls.run(self.position, block, self.states[number], number, self.device, keep)
 
-        def note(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], number: int) -> Any:
-            if not arguments:
-                raise SourceError(f"block {number} is called without positional hidden states; it cannot be calibrated")
-            self._arguments[number, len(batch)] = arguments[1:], named
-            if self._pieces is not None:
-                self._pieces.fill(number)
-            block.to(self.device)
-            return _moved(arguments, self.device), _moved(named, self.device)
-
-        def leave(block: nn.Module, output: Any, number: int) -> Any:
-            block.to(home)
-            if self._pieces is not None:
-                self._pieces.empty(number)
-            return _moved(output, home)
-
-        hooks = [
-            block.register_forward_hook(lambda b, _, output, n=number: leave(b, output, n))
-            for number, block in enumerate(self.blocks)
-        ]
-        hooks += [
-            block.register_forward_pre_hook(lambda b, a, k, n=number: note(b, a, k, n), with_kwargs=True)
-            for number, block in enumerate(self.blocks)
-        ]
-        self._run(batch)
-        for hook in hooks:
-            hook.remove()
-
-    def _embedded(self, batch: Tensor) -> Tensor:
-        found: list[Tensor] = []
-
-        def stop(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            found.append(arguments[0])
-            raise _Reached
-
-        hook = self.blocks[0].register_forward_pre_hook(stop)
-        with contextlib.suppress(_Reached):
-            self._run(batch)
-        hook.remove()
-        return found[0]
-
-    def _run(self, batch: Tensor) -> None:
-        self.model.get_decoder()(input_ids=batch.to(self._home), use_cache=False)
-
-    @property
-    def _home(self) -> torch.device:
-        """Where the model lies."""
-        return next(p.device for p in self.model.get_decoder().parameters() if not p.is_meta)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors inside tuples, lists and dicts on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(inner, device) for key, inner in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_moved(inner, device) for inner in value)
-    return value
+    @contextlib.contextmanager
+    def _in_memory(self, number: int) -> Iterator[torch.device]:
+        """A block filled and on the device; on a CPU a batch takes 10 s through 135 M parameters."""
+        block = self.blocks[number]
+        if self._pieces is not None:
+            self._pieces.fill(number)
+        with self.on_device(block):
+            yield self.device
+        if self._pieces is not None:
+            self._pieces.empty(number)
 
 
 @contextlib.contextmanager

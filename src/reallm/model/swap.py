@@ -19,7 +19,14 @@ from reallm.model.modules import (
     TiedLinear,
     _Compressed,
 )
-from reallm.model.walk import has_fused_experts, is_conv1d, linear_shape, tied_names
+from reallm.model.walk import (
+    experts_transposed,
+    follows_experts_interface,
+    hidden_size_of,
+    is_conv1d,
+    linear_shape,
+    tied_names,
+)
 
 
 def swap_in(model: nn.Module, formats: dict[str, WeightFormat]) -> None:
@@ -38,8 +45,11 @@ def swap_in(model: nn.Module, formats: dict[str, WeightFormat]) -> None:
             experts[parent][int(last)] = fmt
         else:
             model.set_submodule(path, _replacement(_module(model, path), path, fmt))
+    holders = {path: model.get_submodule(path.rpartition(".")[0]) for path in experts}
+    # Before the first is replaced: of some modules all parameters together tell it.
+    transposed = {path: experts_transposed(holder, hidden_size_of(model)) for path, holder in holders.items()}
     for path, by_number in experts.items():
-        _swap_experts(model, path, by_number)
+        _swap_experts(model, path, by_number, transposed[path])
     for target, owner in ties.items():
         _swap_tied(model, target.removesuffix(".weight"), owner.removesuffix(".weight"))
     if tables := tables_of(formats.values()):
@@ -86,17 +96,16 @@ def _replacement(module: nn.Module, path: str, fmt: WeightFormat) -> nn.Module:
     return CompressedLinear(fmt, shape, module.weight.dtype, getattr(module, "bias", None), is_conv1d(module))
 
 
-def _swap_experts(model: nn.Module, path: str, by_number: dict[int, WeightFormat]) -> None:
+def _swap_experts(model: nn.Module, path: str, by_number: dict[int, WeightFormat], transposed: bool | None) -> None:
     """Replace a fused parameter by modules, one per expert."""
     parent, _, name = path.rpartition(".")
     holder, parameter = model.get_submodule(parent), model.get_parameter(path)
     count = parameter.shape[0]
-    if not has_fused_experts(holder) or parameter.ndim != 3:
+    if transposed is None or parameter.ndim != 3:
         raise ArtifactError(f"{path}: is not a parameter of experts; the artifact is of another model")
     if sorted(by_number) != list(range(count)):
         missing = sorted(set(range(count)) - set(by_number))
         raise ArtifactError(f"{path}: {len(by_number)} of {count} experts have a format; expert {missing} has none")
-    transposed = bool(holder.is_transposed)
     shape = tuple(reversed(parameter.shape[1:])) if transposed else tuple(parameter.shape[1:])
     experts = []
     for number in range(count):
@@ -105,8 +114,9 @@ def _swap_experts(model: nn.Module, path: str, by_number: dict[int, WeightFormat
     del holder._parameters[name]
     holder.add_module(name, CompressedExperts(experts, transposed))
     holder._is_hf_initialized = True
-    # Only the eager loop reads experts one by one; the batched ways want one tensor.
-    holder.config._experts_implementation = "eager"
+    if follows_experts_interface(holder):
+        # Only the eager loop reads experts one by one; the batched ways want one tensor.
+        holder.config._experts_implementation = "eager"
 
 
 def _swap_tied(model: nn.Module, path: str, owner_path: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from reallm.artifact.checks import suffix_of
 from reallm.errors import TextError
 
 _JSON = (".json", ".jsonl")
@@ -29,9 +30,9 @@ def load_text(path: str | Path, option: str = "--text") -> list[str]:
     """
     path = Path(path)
     text = _read(path, option)
-    if path.suffix == ".raw":
+    if suffix_of(path) == ".raw":
         documents = [wikitext_rows(text)]
-    elif path.suffix in _JSON:
+    elif suffix_of(path) in _JSON:
         documents = [json_text(where, row, "text") for where, row in _json_rows(path, text)]
     else:
         documents = [text]
@@ -46,7 +47,7 @@ def json_rows(path: Path, option: str = "--text") -> Iterator[tuple[str, Any]] |
     Rows are lines, blank ones left out, or the elements of the one array that the file is; both count from 1.
     Errors: as `load_text`; of lines that are not JSON when they are come to.
     """
-    return _json_rows(path, _read(path, option)) if path.suffix in _JSON else None
+    return _json_rows(path, _read(path, option)) if suffix_of(path) in _JSON else None
 
 
 def json_text(where: str, row: Any, field: str) -> str:

@@ -9,8 +9,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from reallm.allocate.plan import PER_LAYER
 from reallm.formats import Shape
-from reallm.model.families import POSITION_WORDS, is_router, role_of
+from reallm.model.decoder import decoder_of
+from reallm.model.families import FUSED_EXPERTS, POSITION_WORDS, READ_HIDDEN, WRITE_HIDDEN, is_router, role_of
 
 LEFT_OUT = "left out by the plan"  # why a matrix is kept
 
@@ -127,9 +129,35 @@ def _acts_as_linear(module: nn.Module) -> bool:
     return isinstance(found, Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-6)
 
 
-def has_fused_experts(module: nn.Module) -> bool:
-    """Whether a module follows the experts interface of transformers: 3-D parameters, read one by one."""
+def follows_experts_interface(module: nn.Module) -> bool:
+    """Whether a module is one of transformers' experts, of which one forward of several is chosen."""
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+
+
+def experts_transposed(module: nn.Module, hidden_size: int | None) -> bool | None:
+    """Whether the 3-D parameters of a module of fused experts hold slices (in, out); None for all other modules.
+
+    Of experts that no table knows the size of hidden states tells it, which gate and up read and down writes; where it
+    does not, None.
+    """
+    if follows_experts_interface(module):
+        return bool(module.is_transposed)
+    kind = type(module).__name__
+    if kind in FUSED_EXPERTS:
+        return FUSED_EXPERTS[kind]
+    sides = set()
+    for name, parameter in module.named_parameters(recurse=False):
+        role = role_of(name)
+        if parameter.ndim == 3 and role in READ_HIDDEN | WRITE_HIDDEN and "expert" in kind.lower():
+            hidden = [size == hidden_size for size in parameter.shape[1:]]
+            if sum(hidden) == 1:  # (in, out) if those that read it have it first
+                sides.add(hidden[0] == (role in READ_HIDDEN))
+    return sides.pop() if len(sides) == 1 else None
+
+
+def hidden_size_of(model: nn.Module) -> int | None:
+    """Size of the hidden states between a model's decoder blocks, if its config says so."""
+    return getattr(model.config.get_text_config(decoder=True), "hidden_size", None)
 
 
 def _own_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -146,9 +174,10 @@ class _Place:
     def __init__(self, model: nn.Module) -> None:
         paths = {id(module): path for path, module in model.named_modules()}
         self.config = model.config.get_text_config(decoder=True)
+        self.hidden_size = hidden_size_of(model)
         self.embedding = paths.get(id(model.get_input_embeddings()))
         self.head = paths.get(id(model.get_output_embeddings()))
-        self.decoder = paths.get(id(model.get_decoder()), "")
+        self.decoder = paths.get(id(decoder_of(model)), "")
         self.tied = tied_names(model)
         self.tied_heads = [n.removesuffix(".weight") for n in self.tied if n == f"{self.head}.weight"]
 
@@ -157,24 +186,34 @@ class _Place:
         full = f"{path}.{name}" if path else name
         if name == "weight" and path == self.embedding and isinstance(module, nn.Embedding):
             return [Matrix(path, full, tuple(tensor.shape), "embedding", "embedding")]
+        if name == "weight" and self._looks_up_tokens(path, module):
+            return [Matrix(path, full, tuple(tensor.shape), PER_LAYER, "embedding")]
         shape = linear_shape(module) if name == "weight" else None
         if shape is not None and path == self.head:
             return [Matrix(path, full, shape, "head", "head", transposed=is_conv1d(module))]
         if shape is not None and self._in_block(path) and not is_router(path, shape[0], self.config):
             return [Matrix(path, full, shape, role_of(path), "block", block_of(path), is_conv1d(module))]
-        if tensor.ndim == 3 and has_fused_experts(module) and self._in_block(path):
-            return self._experts(full, module, tensor)
+        if tensor.ndim == 3 and name in module._parameters and self._in_block(path):
+            transposed = experts_transposed(module, self.hidden_size)
+            if transposed is not None:
+                return self._experts(full, transposed, tensor)
         return self._reason(path, module, name, tensor)
 
-    def _experts(self, full: str, module: nn.Module, tensor: Tensor) -> list[Matrix]:
+    def _experts(self, full: str, transposed: bool, tensor: Tensor) -> list[Matrix]:
         """One matrix per slice of a fused (experts, ...) parameter."""
         rows, columns = tensor.shape[1:]
-        transposed = bool(module.is_transposed)
         shape = (columns, rows) if transposed else (rows, columns)
         return [
             Matrix(f"{full}.{e}", full, shape, role_of(full), "block", block_of(full), transposed, e)
             for e in range(tensor.shape[0])
         ]
+
+    def _looks_up_tokens(self, path: str, module: nn.Module) -> bool:
+        """Whether a module of the decoder is another table of the whole vocabulary."""
+        if not isinstance(module, nn.Embedding) or (self.decoder and not path.startswith(f"{self.decoder}.")):
+            return False
+        sizes = {value for key, value in vars(self.config).items() if key.startswith("vocab_size")}
+        return module.num_embeddings in sizes and not _is_position(path, module)
 
     def _in_block(self, path: str) -> bool:
         inside = not self.decoder or path.startswith(f"{self.decoder}.")
@@ -190,8 +229,7 @@ class _Place:
         if "norm" in kind.lower() or "norm" in path.rpartition(".")[2].lower():
             return "norm"
         if isinstance(module, nn.Embedding):
-            position = any(word in f"{path} {kind}".lower() for word in POSITION_WORDS)
-            return "position embedding" if position else "embedding beside the input's"
+            return "position embedding" if _is_position(path, module) else "embedding beside the input's"
         if tensor.ndim == 1:
             return "1-D"
         if "router" in kind.lower() or is_router(path, tensor.shape[0], self.config):
@@ -199,6 +237,10 @@ class _Place:
         if linear_shape(module) is not None:
             return "outside the decoder blocks"
         return f"{tensor.ndim}-D parameter of {kind}"
+
+
+def _is_position(path: str, module: nn.Module) -> bool:
+    return any(word in f"{path} {type(module).__name__}".lower() for word in POSITION_WORDS)
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

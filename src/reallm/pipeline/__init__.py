@@ -4,7 +4,7 @@ Finished matrices are kept in a work folder beside the output as they come, so t
 on from there; the output folder appears by one rename when everything is in it.
 """
 
-from reallm.pipeline.cost import Estimate, estimate, work_bytes
+from reallm.pipeline.cost import Estimate, analysis_seconds, estimate, work_bytes
 from reallm.pipeline.job import Forecast, Job
 from reallm.pipeline.preparing import prepare
 from reallm.pipeline.running import compress, run
@@ -16,6 +16,7 @@ __all__ = [
     "Job",
     "Settings",
     "compress",
+    "analysis_seconds",
     "estimate",
     "prepare",
     "run",

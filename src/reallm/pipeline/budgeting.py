@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from reallm.allocate import MatrixInfo, Plan
 from reallm.allocate.analysis import Analysis, load_corrections
 from reallm.allocate.candidates import NEURAL, calibrated_candidates, data_free_candidates, neural_candidates
 from reallm.allocate.options import Options, options_for, predicted_bytes, predicted_loss
+from reallm.allocate.plan import PER_LAYER
 from reallm.allocate.recipe import DEFAULT_EMBEDDING
 from reallm.allocate.sensitivity import sensitivity
 from reallm.fit import gaussian_error, gaussian_share
@@ -22,11 +23,13 @@ from reallm.formats import WeightFormat
 from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.scaled import Scaled
 from reallm.model import Source, Walk
-from reallm.pipeline.analysis import analysed, analysis_file, share_beside_rank_one
+from reallm.pipeline.analysis import FILES, analysed, analysis_file, share_beside_rank_one
 from reallm.pipeline.byte_budget import plan_for_bits, plan_for_size, shrink_recipe
-from reallm.pipeline.calibrating import Progress, calculation_dtype, calibration_windows
+from reallm.pipeline.calibrating import Progress, calibration_windows, gradient_dtype
+from reallm.pipeline.cost import seconds_of_analysis
 from reallm.pipeline.job import Forecast, Job
-from reallm.pipeline.settings import Settings, calibration_of
+from reallm.pipeline.reading import checked_original
+from reallm.pipeline.settings import Settings, calibration_of, for_analysis
 from reallm.pipeline.whole import WholeFile
 
 # Without calibration: KL per unit of relative error of an embedding that is the head too, and of each by itself;
@@ -44,11 +47,12 @@ def from_budget(
     settings: Settings,
     given: Plan | None = None,
     progress: Progress | None = None,
+    analyse: bool = True,
 ) -> Job:
     """A job whose plan has the least predicted loss within `size`, `bits_per_parameter` or `bits`.
 
     A `given` plan is taken as it is; its options are for the changes that bring it into the size, should it be too
-    large once it is measured.
+    large once it is measured. Without `analyse` only an analysis that is kept is used.
 
     Errors: RecipeError naming what is possible.
     """
@@ -56,13 +60,15 @@ def from_budget(
     if settings.bits_per_parameter is not None:
         size = math.floor(settings.bits_per_parameter * source.total_parameters / 8)
     coding = size is not None if settings.coding is None else settings.coding
-    analysis = analysis_of(source, walked, settings, progress) if settings.calibration else None
+    analysis = _analysis(source, walked, settings, progress, analyse) if settings.calibration else None
+    to_analyse = bool(settings.calibration) and analysis is None
     if given is not None:
         matrices = [entry.matrix for entry in given.entries]
     walked_as = {matrix.name: matrix for matrix in walked.matrices}
     left = functools.cache(lambda name: share_beside_rank_one(source, walked_as[name]))
-    options = options_of(matrices, walked, settings, analysis, coding and size is not None, given, left)
-    forecast = Forecast(options, size, None, math.nan, analysis is not None)
+    reached = {m.name for m in walked.matrices if m.expert is None} if to_analyse else frozenset()
+    options = options_of(matrices, walked, settings, analysis, coding and size is not None, given, left, reached)
+    forecast = Forecast(options, size, None, math.nan, analysis is not None, to_analyse)
     draft = Job(source, walked, Plan((), _name(settings, size)), settings, coding, forecast)
     if given is not None:
         plan, nbytes = given, WholeFile(draft).overhead(given) + predicted_bytes(given, options)
@@ -90,10 +96,12 @@ def options_of(
     coding: bool,
     given: Plan | None = None,
     left: Callable[[str], float] = lambda name: 1.0,
+    to_analyse: Collection[str] = (),
 ) -> Options:
     """What every matrix can be stored as, with bytes and predicted losses.
 
     `left`: share of an embedding's or head's energy that a term of rank 1 leaves, asked for where analysis is not.
+    `to_analyse`: matrices that an analysis will know; they choose from what it will let them choose from.
     """
     corrections = load_corrections(settings.corrections)
     ends = {"embedding": settings.embedding, "head": settings.head}
@@ -103,13 +111,13 @@ def options_of(
 
     def candidates(matrix: MatrixInfo) -> Sequence[WeightFormat]:
         known = analysis is not None and analysis.knows(matrix.name)
-        if matrix.kind == "block" and not known:
+        if matrix.kind == "block" and not known and matrix.name not in to_analyse:
             found: Sequence[WeightFormat] = data_free_candidates()
         else:
             found = calibrated_candidates(matrix.kind, _state_bits(settings))
         more = neural_candidates(matrix.kind, _index_bits(settings)) if NEURAL in settings.candidates else ()
         if not known:  # scales around a format are nothing to a prediction by roles
-            more = tuple(fmt for fmt in more if not isinstance(fmt, Scaled))
+            found, more = (tuple(fmt for fmt in formats if not isinstance(fmt, Scaled)) for formats in (found, more))
         return [*corrections.candidates_of(matrix.kind, found), *more]
 
     def loss(matrix: MatrixInfo, fmt: WeightFormat) -> float:
@@ -121,7 +129,9 @@ def options_of(
         else:
             beside = max(left(matrix.name), _LEAST_BESIDE_RANK_ONE) if isinstance(fmt, LowRankPlus) else 1.0
             error = gaussian_error(fmt.base if isinstance(fmt, LowRankPlus) else fmt)
-            predicted = _ENDS["tied" if walked.tied_heads else matrix.kind] * beside * error
+            predicted = (
+                _ENDS["tied" if walked.tied_heads and matrix.role != PER_LAYER else matrix.kind] * beside * error
+            )
         return corrections.corrected(matrix, fmt, predicted)
 
     def share(matrix: MatrixInfo, fmt: WeightFormat) -> float:
@@ -151,19 +161,20 @@ def _index_bits(settings: Settings) -> int:
 
 
 def analysis_of(source: Source, walked: Walk, settings: Settings, progress: Progress | None = None) -> Analysis:
-    """Numbers of every matrix: from the folder of analyses if they are there, else computed and put there."""
-    path = None
-    context = min(settings.calibration_context, settings.analysis_context)
-    most = settings.calibration_windows * (settings.calibration_context // context)  # in the text that calibrates
-    windows = min(settings.analysis_windows, most)
-    few = dataclasses.replace(settings, calibration_windows=windows, calibration_context=context)
-    calibration = calibration_of(few)
-    fingerprint = source.fingerprint()
-    if settings.analysis is not None:
-        path = analysis_file(Path(settings.analysis), fingerprint, calibration, settings.seed)
-        if path.is_file():
-            return Analysis.load(path)
-    model = source.load(calculation_dtype(source), "cpu").eval()
+    """Numbers of every matrix: from the folder of analyses if they are there, else computed and put there.
+
+    Errors: SourceError naming a tensor that is not finite.
+    """
+    few = for_analysis(settings)
+    path = _kept_as(source, few)
+    if path is not None and path.is_file():
+        return Analysis.load(path)
+    fingerprint, calibration = source.fingerprint(), calibration_of(few)
+    if progress:
+        seconds = seconds_of_analysis(source, walked, settings)
+        count, context = few.calibration_windows, few.calibration_context
+        progress(f"analysis of {count} windows of {context:,} tokens, about {seconds:.0f} s", 0, count)
+    model = checked_original(source, gradient_dtype(source, settings.device))
     windows = calibration_windows(source, few, lambda: model, progress)
     codes = ("uniform", "normal_float")
     tried = [fmt for fmt in calibrated_candidates("embedding", 0) if getattr(fmt, "base", fmt).name in codes]
@@ -173,3 +184,22 @@ def analysis_of(source: Source, walked: Walk, settings: Settings, progress: Prog
     if path is not None:
         found.save(path)
     return found
+
+
+def _analysis(
+    source: Source, walked: Walk, settings: Settings, progress: Progress | None, analyse: bool
+) -> Analysis | None:
+    """The analysis; without `analyse` the one that is kept, if there is one."""
+    if analyse:
+        return analysis_of(source, walked, settings, progress)
+    if settings.analysis is None or not any(Path(settings.analysis).glob(FILES)):
+        return None  # nothing is kept of any model: do not read the files for their fingerprint
+    path = _kept_as(source, for_analysis(settings))
+    return Analysis.load(path) if path is not None and path.is_file() else None
+
+
+def _kept_as(source: Source, few: Settings) -> Path | None:
+    """Where the analysis of these windows is kept; None where none is."""
+    if few.analysis is None:
+        return None
+    return analysis_file(Path(few.analysis), source.fingerprint(), calibration_of(few), few.seed)

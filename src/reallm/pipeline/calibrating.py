@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reallm.model import Source, load_tokenizer
 from reallm.model.calibration import SELF, windows_of_files, windows_written
+from reallm.model.devices import multiplies_bfloat16
 from reallm.pipeline.settings import Settings
 
 # (matrix just finished, weights done, weights in all), or the same of a phase, which begins with 0 done
@@ -63,3 +64,12 @@ def _context(source: Source, settings: Settings) -> int:
 def calculation_dtype(source: Source) -> torch.dtype:
     """float32 for all that a workstation holds twice; 16 bits beyond."""
     return torch.float32 if source.total_parameters < _IN_FLOAT32 else torch.bfloat16
+
+
+def gradient_dtype(source: Source, device: str) -> torch.dtype:
+    """What gradients of the end loss are computed in: bfloat16 where a CPU multiplies it, sums apart.
+
+    Only squares of gradients are read, and means of thousands of them.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    return torch.bfloat16 if on_cpu and multiplies_bfloat16() else calculation_dtype(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,17 +16,22 @@ import torch
 
 from reallm.allocate import Planned
 from reallm.artifact import foretold_nbytes
+from reallm.errors import FormatError
 from reallm.fit import Objective, demand_of, fit, train_shared
 from reallm.fit.objective import FISHER, GUIDED, OUTPUTS
 from reallm.formats import Tensors, WeightFormat, tables_at_hand, to_spec
 from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.waist import under
 from reallm.model.calibration import SELF, WRITTEN_AT_ONCE, seconds_a_step
-from reallm.model.stream import TOKENS_PER_PASS
-from reallm.model.walk import block_of
+from reallm.model.gradients import fast_products
+from reallm.model.source import Source
+from reallm.model.stream import TOKENS_PER_PASS, nbytes_per_token
+from reallm.model.walk import Walk, block_of
+from reallm.pipeline.calibrating import gradient_dtype
 from reallm.pipeline.fitting import stream_dtype
 from reallm.pipeline.job import Job
 from reallm.pipeline.original import kept_layouts
+from reallm.pipeline.settings import Settings, for_analysis
 from reallm.pipeline.whole import tensors_of
 
 # Beside the largest matrix in float32 a fit holds its decoding, the error and a few chunks.
@@ -34,7 +40,10 @@ COPIES_WHILE_FITTING = 6
 _SMALL, _LARGE = (64, 1024), (96, 1024)
 # Of all samples together, about; then formats that fit in the same way count as one. A plan may hold 24 rates of
 # entropy-coded ones, and each takes 6 to 12 s with a residual.
-_SAMPLE_SECONDS = 10.0
+_SAMPLE_SECONDS = 4.0
+# Sizes on the way to the samples: a format that takes this long (trellis codes of 16 bits: 1 ms a weight on a CPU) is
+# not tried on larger ones.
+_FIRST, _LONG = ((16, 16), (16, 64), (16, 256)), 0.3
 # Fields in which formats that fit in the same way may differ.
 _SAME_WAY = ("bits", "largest", "group_size", "scales", "sides", "seed")
 # Fits of the base beside a residual of rank 1: 3 to 5 on SmolLM2's embedding. Samples are noise, which has no mean to
@@ -50,6 +59,9 @@ _ACTIVATIONS = 4
 _PLANS_NOTED = 24
 # Formats of all matrices stand in the state, twice while it is written, in the plan and, with shapes, in the config.
 _TEXTS, _CONFIG_BYTES = 6, 8_192
+# Of gradients: attention, norms, the softmax over the vocabulary and squares take as long as products of matrices.
+_NOT_PRODUCTS = 2.5
+_OF_FACTORS = 20  # products of a cube of a matrix's inputs in its numbers: three factorisations and what they are for
 _LIBRARY_BYTES = 600_000_000  # Python, torch and transformers once imported
 
 
@@ -74,7 +86,7 @@ def estimate(job: Job) -> Estimate:
         compressed_bytes=compressed,
         kept_bytes=kept,
         bits_per_weight=job.plan.block_bits,
-        seconds=_predicted_seconds(job) + _stream_seconds(job) + _writing_seconds(job),
+        seconds=_predicted_seconds(job) + _stream_seconds(job) + _writing_seconds(job) + analysis_seconds(job),
         peak_memory_bytes=_LIBRARY_BYTES + job.source.loaded_nbytes + _working_bytes(job),
         disk_bytes=work_bytes(job),
     )
@@ -175,7 +187,7 @@ def _working_bytes(job: Job) -> int:
 
 def _asks_the_whole(job: Job) -> bool:
     """Whether the whole original is in memory once: for text of its own, gradients, or a budget's analysis."""
-    analysed = job.forecast is not None and job.forecast.calibrated
+    analysed = job.forecast is not None and (job.forecast.calibrated or job.forecast.to_analyse)
     return analysed or job.settings.objective != OUTPUTS or SELF in job.settings.calibration
 
 
@@ -190,12 +202,13 @@ def _end_loss_bytes(job: Job) -> int:
 
 
 def _stream_bytes(job: Job) -> int:
-    """Memory on the way through the blocks: hidden states, what lies outside the blocks, and the largest block.
+    """Memory on the way through the blocks: hidden states, other arguments of blocks that are made of the tokens, what
+    lies outside the blocks, and the largest block.
 
     With a block go the second moments of its inputs, and a pass of tokens or one fit. Nothing of it is ever on disk.
     """
-    itemsize = stream_dtype(job).itemsize
-    config = job.source.config.get_text_config(decoder=True)
+    dtype = stream_dtype(job)
+    itemsize = dtype.itemsize
     weights: dict[int | None, int] = defaultdict(int)
     heads = {matrix.parameter for matrix in job.walk.matrices if matrix.kind == "head"}
     for name, shape in job.source.shapes().items():
@@ -209,7 +222,7 @@ def _stream_bytes(job: Job) -> int:
     tokens = min(_stream_tokens(job), max(TOKENS_PER_PASS, job.settings.calibration_context))
     one_pass = tokens * widest * _ACTIVATIONS * (itemsize + 4)
     one_fit = max((_calibrated_fit_bytes(shape) for shape in shapes), default=0)
-    outside = weights.pop(None, 0) * itemsize + _stream_tokens(job) * config.hidden_size * itemsize
+    outside = weights.pop(None, 0) * itemsize + _stream_tokens(job) * nbytes_per_token(job.source.config, dtype)
     largest = max((itemsize * size + beside[block] for block, size in weights.items()), default=0)
     return outside + largest + max(one_pass, one_fit)
 
@@ -230,15 +243,51 @@ def _stream_seconds(job: Job) -> float:
     """
     if not job.settings.calibration:
         return 0.0
-    sample = torch.randn(1024, 1024, dtype=stream_dtype(job)).to(job.settings.device)
-    begun = time.perf_counter()
-    (sample @ sample).sum().item()
-    per_operation = (time.perf_counter() - begun) / (2 * 1024**3)
+    device = job.settings.device
+    per_operation = _seconds_an_operation(stream_dtype(job), device)
     in_blocks = sum(math.prod(matrix.shape) for matrix in job.walk.matrices if matrix.block is not None)
     sums = sum(matrix.shape[1] ** 2 for matrix, _ in job.compressed if matrix.block is not None)
-    of_end_loss = 0 if job.settings.objective == OUTPUTS else 3 * job.source.total_parameters
-    operations = 2 * (2 * in_blocks + sums + of_end_loss)
-    return _stream_tokens(job) * operations * per_operation
+    seconds = 2 * (2 * in_blocks + sums) * per_operation
+    if job.settings.objective != OUTPUTS:
+        seconds += _gradient_seconds(job.source, device)
+    return _stream_tokens(job) * seconds
+
+
+def _gradient_seconds(source: Source, device: str) -> float:
+    """Of a token on its way through the whole model and back to the inputs of every matrix."""
+    an_operation = _seconds_an_operation(gradient_dtype(source, device), device, fast=True)
+    return _NOT_PRODUCTS * 4 * source.total_parameters * an_operation
+
+
+def analysis_seconds(job: Job) -> float:
+    """What a run takes to measure losses first; 0 where it need not."""
+    if job.forecast is None or not job.forecast.to_analyse:
+        return 0.0
+    return seconds_of_analysis(job.source, job.walk, job.settings)
+
+
+def seconds_of_analysis(source: Source, walked: Walk, settings: Settings) -> float:
+    """Gradients of a few windows, second moments of what every matrix is fed, and their factors."""
+    few, device = for_analysis(settings), settings.device
+    tokens = few.calibration_windows * few.calibration_context
+    columns = [matrix.shape[1] for matrix in walked.matrices if matrix.block is not None and matrix.expert is None]
+    moments = sum(2 * tokens * width**2 for width in columns) * _seconds_an_operation(torch.float32, device, True)
+    factors = sum(_OF_FACTORS * width**3 for width in columns) * _seconds_an_operation(torch.float32, "cpu")
+    return tokens * _gradient_seconds(source, device) + moments + factors
+
+
+def _seconds_an_operation(dtype: torch.dtype, device: str, fast: bool = False) -> float:
+    """Of a product of two matrices; `fast`: as gradients are computed. On a CPU by its own time: it may be busy."""
+    clock, shared = time.perf_counter, 1
+    if torch.device(device).type == "cpu":
+        clock, shared = time.process_time, torch.get_num_threads()
+    sample, seconds = torch.randn(1024, 1024, dtype=dtype).to(device), []
+    with fast_products(device) if fast else contextlib.nullcontext():
+        for _ in range(3):  # the first loads what it needs
+            begun = clock()
+            (sample @ sample).sum().item()
+            seconds.append((clock() - begun) / shared)
+    return min(seconds) / (2 * 1024**3)
 
 
 def _writing_seconds(job: Job) -> float:
@@ -265,6 +314,17 @@ def _writing_seconds(job: Job) -> float:
 
 def fitting_cost(fmt: WeightFormat, device: str) -> tuple[float, float]:
     """(seconds a matrix, seconds a weight) of fitting."""
+    before = None
+    for shape in _FIRST:
+        try:
+            fmt.check(shape)
+        except FormatError:  # a residual of more ranks, a group of more columns
+            continue
+        seconds = _timed_fit(fmt, shape, device)
+        if before is not None and seconds > _LONG and seconds > 2 * before[0]:  # not what every fit takes to begin
+            slope = (seconds - before[0]) / (math.prod(shape) - before[1])
+            return max(0.0, seconds - slope * math.prod(shape)), slope
+        before = seconds, math.prod(shape)
     times = [_timed_fit(fmt, shape, device) for shape in (_SMALL, _LARGE)]
     slope = max(0.0, (times[1] - times[0]) / (math.prod(_LARGE) - math.prod(_SMALL)))
     return max(0.0, times[0] - slope * math.prod(_SMALL)), slope

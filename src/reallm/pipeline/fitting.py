@@ -25,14 +25,16 @@ from reallm.fit.objective import OUTPUTS
 from reallm.formats import WeightFormat, tables_at_hand
 from reallm.formats.waist import inner, under
 from reallm.model import Matrix
+from reallm.model.decoder import block_numbers
 from reallm.model.gradients import Guidance, fisher
 from reallm.model.pieces import Pieces
 from reallm.model.stream import Moments, Stream
-from reallm.pipeline.calibrating import Progress, calculation_dtype, telling
+from reallm.pipeline.calibrating import Progress, calculation_dtype, gradient_dtype, telling
 from reallm.pipeline.fits import Fits, key_of
 from reallm.pipeline.job import Job
+from reallm.pipeline.magnitudes import check_held
 from reallm.pipeline.original import GRADIENTS, guidance_of, windows_of
-from reallm.pipeline.reading import checked_weight, seed_of
+from reallm.pipeline.reading import checked_original, checked_weight, seed_of
 from reallm.pipeline.sharing import missing_tables, trained_tables
 
 ObjectiveOf = Callable[[Matrix], Objective | None]  # None: calibration tells nothing of this matrix
@@ -52,12 +54,13 @@ def fit_all(job: Job, work: Path, progress: Progress | None) -> None:
 def _fit_along_the_stream(job: Job, work: Path, done: Callable[[Matrix], None], progress: Progress | None) -> None:
     """Block by block: sum up its inputs, fit it, and let the compressed block carry the inputs on.
 
-    Embedding and head come first, by their weights alone: the stream begins behind the compressed embedding. Of the
-    dense model one block at a time is in memory, beside what lies outside the blocks.
+    Embedding, head and whatever else lies outside the blocks come first, by their weights alone: the stream begins
+    behind the compressed embedding. Of the dense model one block at a time is in memory, with what lies outside them.
     """
     by_block: dict[int | None, list[tuple[Matrix, Planned]]] = defaultdict(list)
+    numbers = block_numbers(job.source.skeleton, [matrix.name for matrix, _ in job.compressed])
     for matrix, planned in job.compressed:
-        by_block[matrix.block].append((matrix, planned))
+        by_block[numbers[matrix.name]].append((matrix, planned))
     with torch.no_grad():
         windows, knowledge = _asked_of_the_original(job, work, progress)
         tables = trained_tables(job, work, _before_the_stream(job, windows, work, knowledge))
@@ -91,8 +94,10 @@ def _before_the_stream(job: Job, windows: Tensor, work: Path, knowledge: _EndLos
     the model.
     """
     by_block: dict[int | None, list[Matrix]] = defaultdict(list)
-    for matrix, _ in missing_tables(job, work):
-        by_block[matrix.block].append(matrix)
+    missing = [matrix for matrix, _ in missing_tables(job, work)]
+    numbers = block_numbers(job.source.skeleton, [matrix.name for matrix in missing])
+    for matrix in missing:
+        by_block[numbers[matrix.name]].append(matrix)
     found: dict[str, Objective] = {}
     if not any(number is not None for number in by_block):
         return found
@@ -126,11 +131,14 @@ def _compressed(job: Job, matrix: Matrix, fmt: WeightFormat, objective: Objectiv
         objective = objective.to(weight.device) if objective else Objective.relative_columns(weight)
         seed = seed_of(job, matrix.name)
         if job.settings.fits is None or fmt.tables():  # the key knows nothing of decoders that matrices share
-            return fmt.pack(fit(fmt, weight, objective, seed), matrix.shape)
+            tensors = fmt.pack(fit(fmt, weight, objective, seed), matrix.shape)
+            check_held(job, matrix, fmt, weight, tensors, objective)
+            return tensors
         fits, key = Fits(Path(job.settings.fits)), key_of(fmt, weight, objective, seed)
         tensors = fits.found(key, fmt, matrix.shape)
         if tensors is None:
             tensors = fmt.pack(fit(fmt, weight, objective, seed), matrix.shape)
+            check_held(job, matrix, fmt, weight, tensors, objective)
             fits.keep(key, tensors)
         return tensors
 
@@ -211,7 +219,8 @@ def _asked_of_the_original(job: Job, work: Path, progress: Progress | None) -> t
     Text that the model writes itself and gradients of the end loss take the whole original in memory, and only they.
     Fisher weights, twice the bytes of a model of 16 bits, are not kept on disk: a resumed run asks for them again.
     """
-    original = functools.cache(lambda: job.source.load(stream_dtype(job), "cpu").eval())
+    dtype = stream_dtype(job) if job.settings.objective == OUTPUTS else gradient_dtype(job.source, job.settings.device)
+    original = functools.cache(lambda: checked_original(job.source, dtype))
     windows = windows_of(job, work, original, progress)
     open_ones = [
         matrix

@@ -26,7 +26,8 @@ class Forecast:
     """What a budget chose from: options by matrix, bytes that the whole artifact may take, and what was expected.
 
     `size` is None under --bits. `loss` is the predicted KL to the original in nats a token; `calibrated` says whether
-    it comes from this model's end loss or from the table of roles.
+    it comes from this model's end loss or from the table of roles. `to_analyse`: from the table for now, as in a dry
+    run, and a run measures first.
     """
 
     options: Options
@@ -34,6 +35,7 @@ class Forecast:
     nbytes: int | None
     loss: float
     calibrated: bool
+    to_analyse: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,10 @@ def provenance(job: Job, fingerprint: str) -> dict[str, Any]:
     """Where the artifact comes from; no time and no path, so that equal runs give equal bytes."""
     import reallm
 
+    unused = [one.to_dict() for one in job.source.unused]
     return {
         **({} if job.size is None else {"size": job.size}),
+        **({"unused": unused} if unused else {}),
         "reallm": reallm.__version__,
         "source": Path(job.source.label).name,
         "source_sha256": fingerprint,

@@ -30,6 +30,7 @@ from reallm.allocate import MatrixInfo, Plan
 from reallm.allocate.options import LEAST_SHARE, Option, option_of, options_for, solve_plan
 from reallm.artifact import coded_tensor
 from reallm.artifact import unpack as decoder
+from reallm.artifact.checks import PICKLES, suffix_of
 from reallm.errors import ArtifactError, RecipeError, SourceError
 from reallm.fit import Objective, fit
 from reallm.formats import Shape, Tensors, WeightFormat, to_spec
@@ -249,7 +250,7 @@ def _loss(plan: Plan, options: Any) -> float:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+    if suffix_of(path) in PICKLES:
         raise SourceError(f"{path}: is a pickle, which can run code when read; save it with safetensors and give that")
     if not path.is_file():
         raise SourceError(f"{path}: no such file; give a state dict saved with safetensors")

@@ -17,11 +17,14 @@ from reallm.pipeline.job import Job, info_of
 from reallm.pipeline.settings import Settings, check_calibration, check_goal, decided
 
 
-def prepare(model: str | Path | Source, settings: Settings, progress: Progress | None = None) -> Job:
+def prepare(
+    model: str | Path | Source, settings: Settings, progress: Progress | None = None, analyse: bool = True
+) -> Job:
     """Open the model, unless it is open already, and decide every matrix's format.
 
     The job's settings have the windows of calibration text that there are. `progress` of the analysis that a budget
-    with calibration takes.
+    with calibration takes. Without `analyse`, as for a dry run, it takes none: an analysis that is kept already is
+    used, else losses are predicted by roles, and a run with `analyse` may have another plan.
     Errors: SourceError, RecipeError, FormatError or TextError, before anything is written.
     """
     check_goal(settings)
@@ -33,6 +36,7 @@ def prepare(model: str | Path | Source, settings: Settings, progress: Progress |
     recipe = None if settings.recipe is None else load_recipe(settings.recipe)
     settings = decided(settings, recipe)
     source = model if isinstance(model, Source) else open_source(model)
+    source.check()
     settings = with_windows_there_are(source, settings)
     walked = walk(source.skeleton)
     chosen = [info_of(matrix) for matrix in _selected(walked.matrices, settings)]
@@ -40,9 +44,9 @@ def prepare(model: str | Path | Source, settings: Settings, progress: Progress |
     if recipe is not None:
         job = _from_recipe(source, walked, chosen, infos, settings, recipe)
         if settings.size is not None or settings.bits_per_parameter is not None:
-            job = from_budget(source, walked, chosen, settings, job.plan, progress)
+            job = from_budget(source, walked, chosen, settings, job.plan, progress, analyse)
     else:
-        job = from_budget(source, walked, chosen, settings, progress=progress)
+        job = from_budget(source, walked, chosen, settings, progress=progress, analyse=analyse)
     _check_plan(job.plan, walked)
     return job
 

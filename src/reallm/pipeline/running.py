@@ -42,8 +42,9 @@ from reallm.pipeline.byte_budget import adjust_plan, renamed, shrink_recipe, too
 from reallm.pipeline.calibrating import Progress
 from reallm.pipeline.fitting import fit_all
 from reallm.pipeline.job import Job
+from reallm.pipeline.magnitudes import within_range
 from reallm.pipeline.preparing import prepare
-from reallm.pipeline.reading import check_finite
+from reallm.pipeline.reading import check_finite, check_matrices
 from reallm.pipeline.settings import calibration_of, settings_from
 from reallm.pipeline.whole import WholeFile, nbytes_by_file, write_texts
 
@@ -70,6 +71,7 @@ def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = N
     check_output(out, resume)
     give_back_freed_blocks(_LARGE_BLOCK)
     fingerprint = job.source.fingerprint()
+    job = within_range(job)
     work, state = work_folder(out), _state(job, fingerprint)
     if finished := out.exists():
         # A job with a size may have changed formats on the way.
@@ -82,7 +84,7 @@ def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = N
 
 def _fit_and_write(job: Job, fingerprint: str, work: Path, out: Path, progress: Progress | None) -> None:
     """Fit everything, put the artifact together in the work folder, then in its place by one rename."""
-    _check_kept(job)
+    _check_weights(job, work)
     job, past = _as_left(job, work)
     fit_all(job, work, progress)
     staging = _staged(job, fingerprint, work)
@@ -118,8 +120,14 @@ def _state(job: Job, fingerprint: str) -> dict[str, Any]:
     }
 
 
-def _check_kept(job: Job) -> None:
-    """Tensors that are kept, before hours of fitting the others."""
+def _check_weights(job: Job, work: Path) -> None:
+    """Tensors that are kept, and with calibration the others too, which calculate with each other: before any work.
+
+    Without, nothing depends on a matrix before it is read and checked; and an analysis has checked them all.
+    """
+    analysed = job.forecast is not None and job.forecast.calibrated
+    if job.settings.calibration and not analysed:
+        check_matrices(job, (matrix for matrix, _ in job.compressed if not finished_file(work, matrix.name).is_file()))
     for name in job.kept:
         tensor = job.source.read(name)
         if tensor.is_floating_point():

@@ -115,6 +115,14 @@ def calibration_of(settings: Settings) -> dict[str, Any] | None:
     }
 
 
+def for_analysis(settings: Settings) -> Settings:
+    """The settings with the windows that an analysis reads: the first few of the text, and no longer than it needs."""
+    context = min(settings.calibration_context, settings.analysis_context)
+    most = settings.calibration_windows * (settings.calibration_context // context)  # in the text that calibrates
+    windows = min(settings.analysis_windows, most)
+    return dataclasses.replace(settings, calibration_windows=windows, calibration_context=context)
+
+
 def decided(settings: Settings, recipe: Recipe | None) -> Settings:
     """The settings with an objective: theirs, the recipe's, or the default.
 

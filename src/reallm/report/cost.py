@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from reallm.pipeline import Job, estimate
+from reallm.pipeline import Job, analysis_seconds, estimate
 from reallm.report.names import model_name, short_name
-from reallm.report.text import duration, size, table
+from reallm.report.text import duration, size, table, unused_lines
 
 
 def plan_table(job: Job) -> str:
-    """The plan, matrices of the same role, shape and format in one line, then what is kept."""
+    """The plan, matrices of the same role, shape and format in one line, then what is kept and what is not used."""
     groups: dict[tuple[str, tuple[int, int], str], list[int]] = defaultdict(list)
     for matrix, planned in job.compressed:
         groups[matrix.role, matrix.shape, short_name(planned.fmt)].append(planned.nbytes)
@@ -25,6 +25,7 @@ def plan_table(job: Job) -> str:
         kept[reason] += 1
     lines = [f"kept as they are: {count} tensors ({reason})" for reason, count in kept.items()]
     lines += [f"tied, stored once: {head} is the embedding" for head in job.walk.tied_heads]
+    lines += unused_lines([one.to_dict() for one in job.source.unused])
     return "\n".join([text, *lines])
 
 
@@ -44,6 +45,16 @@ def cost_table(job: Job) -> str:
         ("disk while working", f"about {size(cost.disk_bytes)}"),
     ]
     return "\n".join(f"{name:<22} {value}" for name, value in rows)
+
+
+def analysis_line(job: Job) -> str | None:
+    """That a budget's losses are not measured yet, and what it will take; None where they are, or no run does it."""
+    if job.forecast is None or not job.forecast.to_analyse:
+        return None
+    return (
+        "predicted from typical sensitivities of each role; the run measures them first: about "
+        f"{duration(max(analysis_seconds(job), 1.0))}. Its plan may differ from this one"
+    )
 
 
 def calibration_line(job: Job, asked: int | None = None) -> str:

@@ -10,18 +10,19 @@ from typing import Any
 from reallm.artifact import Ledger, decoder_costs, decoding_seconds, read_ledger, read_manifest
 from reallm.model import not_compressed, resident_of_artifact, verify_artifact
 from reallm.report.names import short_name
-from reallm.report.text import duration, size, table
+from reallm.report.text import duration, size, table, unused_lines
 
 
 def ledger_dict(folder: Path, verify: bool = True) -> dict[str, Any]:
-    """Everything of the ledger as JSON values, with what is not compressed and the resident bytes of both ways of
-    loading; `verify` compares the tensors with their checksums first."""
+    """Everything of the ledger as JSON values, with what is not compressed, what of the source was not used, and the
+    resident bytes of both ways of loading; `verify` compares the tensors with their checksums first."""
     manifest, ledger = read_manifest(folder), read_ledger(folder)
     if verify:
         verify_artifact(folder)
     return ledger.to_dict() | {
         "decoders": [cost.to_dict() for cost in decoder_costs(folder, ledger)],
         "not_compressed": not_compressed(folder),
+        "unused": manifest.unused,
         "resident_bytes": resident_of_artifact(folder),
         "verified": verify and bool(manifest.checksums),
         "provenance": manifest.provenance,
@@ -29,8 +30,8 @@ def ledger_dict(folder: Path, verify: bool = True) -> dict[str, Any]:
 
 
 def ledger_text(folder: Path, matrices: bool = False, verify: bool = True) -> str:
-    """Bytes by role and by kind, what is not compressed, sizes, and memory once loaded; with `matrices` a line for each
-    matrix; `verify` compares the tensors with their checksums first."""
+    """Bytes by role and by kind, what is not compressed or not used, sizes, and memory once loaded; with `matrices` a
+    line for each matrix; `verify` compares the tensors with their checksums first."""
     ledger = read_ledger(folder)
     if verify:
         verify_artifact(folder)
@@ -40,7 +41,7 @@ def ledger_text(folder: Path, matrices: bool = False, verify: bool = True) -> st
     parts = [
         table(("what the bytes are", "bytes", "share"), [*by_role, ("total", f"{total:,}", "")]),
         table(("whose they are", "bytes", "share"), by_kind),
-        _kept_table(folder, ledger),
+        "\n".join([_kept_table(folder, ledger), *unused_lines(read_manifest(folder).unused)]),
         _sizes(ledger),
         *_coding_lines(folder, ledger),
         *_decoder_tables(folder, ledger),
@@ -91,7 +92,8 @@ def _decoder_tables(folder: Path, ledger: Ledger) -> list[str]:
 
 def summary(folder: Path) -> str:
     """The few lines that end `reallm compress`."""
-    return f"{folder}\n{_sizes(read_ledger(folder))}\nevery byte: reallm info {folder}"
+    lines = [str(folder), _sizes(read_ledger(folder)), *unused_lines(read_manifest(folder).unused)]
+    return "\n".join([*lines, f"every byte: reallm info {folder}"])
 
 
 def _sizes(ledger: Ledger) -> str:

@@ -11,9 +11,10 @@ import torch
 
 from reallm.allocate import MatrixInfo
 from reallm.allocate.options import option_of
+from reallm.allocate.plan import PER_LAYER
 from reallm.allocate.recipe import KEEP
 from reallm.evaluate.perplexity import evaluate
-from reallm.model import load, load_tokenizer
+from reallm.model import Matrix, load, load_tokenizer
 from reallm.model.calibration import SELF, windows_written
 from reallm.model.text import leading_bos, load_text, tokenize
 from reallm.pipeline import Job
@@ -65,12 +66,12 @@ def plan_file(job: Job) -> str:
     """The plan as a recipe to edit: one rule a matrix, beside it the bytes and the loss that are expected."""
     entries = {entry.matrix.name: entry for entry in job.plan.entries}
     lines = [*_head(job), "", "rules:"]
-    for matrix in (info_of(matrix) for matrix in job.walk.matrices if matrix.kind == "block"):
+    for matrix in (info_of(matrix) for matrix in job.walk.matrices if _has_a_rule(matrix)):
         entry = entries.get(matrix.name)
         spec = KEEP if entry is None else _flow(entry.fmt)
         lines.append(f"- {{match: {json.dumps(matrix.name)}, format: {spec}}}{_comment(job, matrix)}")
     for kind in ("embedding", "head"):
-        named = [info_of(matrix) for matrix in job.walk.matrices if matrix.kind == kind]
+        named = [info_of(m) for m in job.walk.matrices if m.kind == kind and not _has_a_rule(m)]
         if named:
             entry = entries.get(named[0].name)
             lines.append(f"{kind}: {KEEP if entry is None else _flow(entry.fmt)}{_comment(job, named[0])}")
@@ -79,6 +80,11 @@ def plan_file(job: Job) -> str:
     if job.objective is not None:
         lines.append(f"objective: {job.objective}")
     return "\n".join(lines) + "\n"
+
+
+def _has_a_rule(matrix: Matrix) -> bool:
+    """Embedding and head have places of their own in a recipe."""
+    return matrix.kind == "block" or matrix.role == PER_LAYER
 
 
 def _head(job: Job) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 _UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 
@@ -27,6 +28,17 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def markdown_row(cells: Sequence[str]) -> str:
     """A row of one."""
     return f"| {' | '.join(cells)} |"
+
+
+def unused_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each thing in the source's files that is no part of the model, as `Unused.to_dict` has it."""
+    return [
+        f"not used: {row['name']}{_tensors(row['tensors'])}, {size(row['nbytes'])} ({row['reason']})" for row in rows
+    ]
+
+
+def _tensors(count: int) -> str:
+    return "" if not count else f", {count:,} tensor{'s' if count > 1 else ''}"
 
 
 def size(nbytes: int) -> str:

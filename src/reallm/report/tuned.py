@@ -30,7 +30,7 @@ def tuned_text(tuned: Tuned, before: Path, after: Path) -> str:
         rows += [("steps", f"{figures['steps']:,}, the best after {figures['best_step']:,}")]
         rows += [("stopped", figures["stopped"])] if "stopped" in figures else []
     if not (after / "config.json").is_file():  # an adapter
-        nbytes = sum(file.stat().st_size for file in after.iterdir())
+        nbytes = sum(file.stat().st_size for file in after.rglob("*") if file.is_file())
         return lines([*rows, ("adapter", f"{nbytes:,} bytes beside {read_ledger(before).total_bytes:,}")])
     bits = [read_ledger(folder).bits_per_weight for folder in (before, after)]
     rows += [("bits", f"{bits[0]:.4f} a weight before, {bits[1]:.4f} after"), ("files", files_text(before, after))]

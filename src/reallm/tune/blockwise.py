@@ -18,6 +18,7 @@ not to tune, with either cost (docs/experiments/block-wise-errors-per-token.md).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ from torch import Tensor, nn
 from reallm.artifact import read_kept, save_tensors
 from reallm.errors import SourceError
 from reallm.model import Source
+from reallm.model.decoder import decoder_blocks
 from reallm.model.gradients import block_gradients
-from reallm.model.pieces import Pieces, decoder_blocks
+from reallm.model.pieces import Pieces
 from reallm.model.stream import Stream
 from reallm.tune.data import Windows, drawn
 from reallm.tune.descent import Descent, Diverged, restore, snapshot
@@ -56,7 +58,9 @@ def tune_blocks(
     """Tune every block in turn; those whose file is in the work folder already are taken over.
 
     `training` windows fill whole batches, of which this process takes its share; validation it scores alone.
-    Errors: SourceError if the two models have other blocks, RecipeError for a disk without room for the gradients.
+    Blocks that the model passes over on text stay as they are.
+    Errors: SourceError if the two models have other blocks or theirs cannot be run one by one, RecipeError for a disk
+    without room for the gradients.
     """
     pieces = Pieces(source, torch.float32)
     check_blocks(pieces.model, trainables.model)
@@ -65,16 +69,19 @@ def tune_blocks(
     left = [n for n, block in enumerate(blocks) if trainables.within(block) and not files[n].is_file()]
     learned, checked = _shares(training, validation, settings, work, workers)
     if settings.block_error == END_LOSS and left:
+        # Hours of gradients end in no refusal: eight tokens go through the blocks before.
+        _Pair(pieces, trainables.model, dataclasses.replace(learned, windows=_beginning(learned.windows)), settings)
         _ask(source, (learned, checked), settings, workers, log)
     learning, checking = (_Pair(pieces, trainables.model, share, settings) for share in (learned, checked))
     pace = Pace(len(left), 0, 0)
     for number, block in enumerate(blocks):
-        parameters = trainables.within(block)
+        parameters = trainables.within(block) if learning.ours.reached else {}
         # The original's own states have to pass each block, the compressed model's only those that are tuned.
-        if number in left or settings.target != COMPRESSED:
+        tuned = number in left and learning.ours.reached
+        if tuned or settings.target != COMPRESSED:
             with _filled(pieces, number) as original:
                 goals, checks = learning.goals(number, original), checking.goals(number, original)
-        if number in left:
+        if tuned:
             seconds = pace.after(left.index(number))["eta_seconds"]
             present = _Block(number, parameters, learning, goals, checking, checks, seconds)
             _tune_block(present, settings, workers, log)
@@ -131,6 +138,11 @@ def _shares(
     )
 
 
+def _beginning(windows: Windows) -> Windows:
+    """Eight tokens of a window."""
+    return Windows(windows.ids[:1, :8], windows.counted[:1, :8])
+
+
 def _ask(source: Source, shares: Sequence[_Share], settings: Settings, workers: Processes, log: Log) -> None:
     """Have the gradients of all windows on disk; those that are there already stay."""
     missing = [(share, number) for share in shares for number in share.gradients.missing()]
@@ -172,6 +184,12 @@ class _Pair:
         ids, batch = share.windows.ids, share.batch
         self.gradients = share.gradients if settings.block_error == END_LOSS else None
         self.ours = Stream(ours, ids, settings.device, batch)
+        if self.gradients is not None and self.ours.states[0].ndim != 3:
+            shape = tuple(self.ours.states[0].shape)
+            raise SourceError(
+                f"{type(ours).__name__}: hidden states of {len(self.ours.batches[0])} windows have the shape {shape}, "
+                "more than one row per token, whose gradients are not taken; add --block-error outputs"
+            )
         self.theirs = None
         if settings.target != COMPRESSED:
             self.theirs = Stream(pieces.model, ids, settings.device, batch, pieces)
@@ -180,10 +198,15 @@ class _Pair:
         """What the present block should put out, batch by batch, and what errors cost."""
         if self.theirs is not None:
             self.theirs.advance()
-            return _Goals(number, list(self.theirs.states), self.gradients)
+            return _Goals(number, list(self.theirs.states), self._sizes, self.gradients)
         with torch.no_grad(), self.ours.on_device(original):
-            answers = [self.ours.through(original, state).to(state.device) for state in self.ours.states]
-        return _Goals(number, answers, self.gradients)
+            states = enumerate(self.ours.states)
+            answers = [self.ours.through(original, batch).to(state.device) for batch, state in states]
+        return _Goals(number, answers, self._sizes, self.gradients)
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [len(batch) for batch in self.ours.batches]
 
 
 @dataclass(frozen=True)
@@ -191,16 +214,17 @@ class _Goals:
     """What a block should answer, batch by batch, and what an error costs."""
 
     block: int
-    targets: Sequence[Float[Tensor, "batch context hidden"]]
+    targets: Sequence[Float[Tensor, "... hidden"]]  # the last batch may have fewer windows
+    sizes: Sequence[int]  # windows of each batch
     gradients: Gradients | None = None
 
-    def error(self, number: int, answer: Float[Tensor, "batch context hidden"]) -> Float[Tensor, ""]:
+    def error(self, number: int, answer: Float[Tensor, "*states hidden"]) -> Float[Tensor, ""]:
         """Of the answer to a batch: nats a token, or the mean relative squared error."""
         target = self.targets[number].to(answer.device).float()
         if self.gradients is None:
             return relative_error(answer, target)
-        first = sum(len(earlier) for earlier in self.targets[:number])
-        gradients = self.gradients.of(self.block, slice(first, first + len(target)), answer.device)
+        first = sum(self.sizes[:number])
+        gradients = self.gradients.of(self.block, slice(first, first + self.sizes[number]), answer.device)
         return cost(answer - target, gradients)
 
 
@@ -222,19 +246,19 @@ class _Block:
         block = stream.blocks[stream.position]
         for number in order:
             with computing(stream.device, dtype):
-                answer = stream.through(block, stream.states[number]).float()
+                answer = stream.through(block, number).float()
             yield goals.error(number, answer)
 
     def validated(self, dtype: torch.dtype) -> float:
         """The error on the validation windows."""
         with torch.no_grad():
-            sizes = [len(target) for target in self.checks.targets]
+            sizes = self.checks.sizes
             errors = self.errors(self.checking, self.checks, range(len(sizes)), dtype)
             return sum(e.item() * n for e, n in zip(errors, sizes, strict=True)) / sum(sizes)
 
 
 def relative_error(
-    answer: Float[Tensor, "batch context hidden"], target: Float[Tensor, "batch context hidden"]
+    answer: Float[Tensor, "*states hidden"], target: Float[Tensor, "*states hidden"]
 ) -> Float[Tensor, ""]:
     """Squared error of each token relative to the target's size, the mean over tokens."""
     size = target.square().mean(-1).clamp(min=1e-12)
@@ -252,7 +276,7 @@ def _tune_block(block: _Block, settings: Settings, workers: Processes, log: Log)
     """Train until the epochs are over or validation no longer falls; the best parameters stay."""
     dtype, batches = settings.compute_dtype, len(block.goals.targets)
     stream = block.learning.ours
-    tokens = sum(target.shape[0] * target.shape[1] for target in block.goals.targets) * workers.count
+    tokens = sum(batch.numel() for batch in stream.batches) * workers.count
     measure = {"unit": "relative" if block.goals.gradients is None else "nats"}
     with stream.on_device(stream.blocks[stream.position]):
         descent = Descent(

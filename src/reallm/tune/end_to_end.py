@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from reallm.artifact import read_kept, save_tensors
 from reallm.errors import SourceError
 from reallm.formats import Tensors
-from reallm.model.pieces import decoder_blocks
+from reallm.model.decoder import decoder_blocks
 from reallm.tune.data import Windows, drawn
 from reallm.tune.descent import Descent, Diverged, restore, snapshot
 from reallm.tune.log import Log, Pace

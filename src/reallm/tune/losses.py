@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from reallm.model.decoder import decoder_of
 from reallm.model.devices import device_of
 from reallm.tune.settings import CE, KL
 
@@ -39,7 +40,7 @@ def split_model(model: nn.Module) -> Split:
 
     Models that cap or scale their logits afterwards answer with whole logits, which takes more memory.
     """
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    decoder, head = decoder_of(model), model.get_output_embeddings()
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
 
     def hidden(ids: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def split_model(model: nn.Module) -> Split:
     def logits(ids: Tensor) -> Tensor:
         return model(input_ids=ids, use_cache=False).logits
 
-    if head is not None:
+    if head is not None and decoder is not model:
         device = device_of(model)
         probe = torch.arange(4, device=device)[None] % vocabulary
         with torch.no_grad():

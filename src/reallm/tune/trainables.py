@@ -47,7 +47,7 @@ from reallm.formats.shared import PREFIX as SHARED
 from reallm.formats.waist import inner, under
 from reallm.kernels import straight_through
 from reallm.model import CompressedLinear, Walk
-from reallm.model.pieces import decoder_blocks
+from reallm.model.decoder import decoder_blocks
 from reallm.model.swap import compressed_modules
 from reallm.tune.settings import PARTS
 

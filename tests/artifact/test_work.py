@@ -1,0 +1,28 @@
+"""What a run that fails leaves behind."""
+
+import pytest
+
+from reallm.artifact import check_output, opened, work_folder
+from reallm.errors import ArtifactError
+
+
+@pytest.mark.parametrize("error", [KeyError, RuntimeError, KeyboardInterrupt, OSError])
+def test_a_run_that_fails_without_results_does_not_stand_in_the_way_of_the_next(tmp_path, error):
+    out = tmp_path / "out"
+    with pytest.raises((error, ArtifactError)), opened(work_folder(out), {"plan": {}}):
+        raise error
+    assert not work_folder(out).exists()
+    check_output(out)
+
+
+def test_results_of_a_run_that_fails_are_left_for_resume(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyError), opened(work_folder(out), {"plan": {}}):
+        (work_folder(out) / "matrix.safetensors").write_bytes(b"")
+        raise KeyError
+    with pytest.raises(ArtifactError, match="add --resume"):
+        check_output(out)
+    # Failing again it stays: what was there before is not this run's.
+    with pytest.raises(KeyError), opened(work_folder(out), {"source": None, "plan": {}, "seed": 0, "device": "cpu"}):
+        raise KeyError
+    assert (work_folder(out) / "matrix.safetensors").exists()
