@@ -21,7 +21,8 @@ LEFT, RIGHT, TOP, BOTTOM = 62, 20, 46, 52
 SIZES = (35.0, 114.0)  # MB
 PERPLEXITIES = (18.5, 220.0)  # logarithmic; what lies above is named under the chart
 LEFT_OF_POINT = ("AutoRound 3 bit g64", "llama.cpp IQ3_S")  # where a label on the right would meet another point
-DOWN = {"HQQ 4 bit g64": 4, "HQQ 4 bit g64 axis 0": -7, "AutoRound 4 bit g64": 3}  # labels of points that lie close
+# How far labels of close points are moved down.
+DOWN = {"llama.cpp IQ2_S": -6, "HQQ 4 bit g64": 4, "HQQ 4 bit g64 axis 0": -7, "AutoRound 4 bit g64": 3}
 COLORS = {"reallm": "#0b57d0", "fine-tuned": "#b3261e", "other": "#5f6368"}
 
 
