@@ -92,7 +92,8 @@ def block_losses(weight: Float[Tensor, "out in"], curvature: Curvature, guided: 
     """Losses at relative error 1 of a matrix whose codes are found with error feedback; see `allocate.analysis`.
 
     Feedback as one half of the windows asks for it, its cost on the other half: on its own half a matrix would look
-    several times more robust than it is (docs/log.md, 2026-11-24). Scales of rows likewise: of `guided` fits, chosen by
+    several times more robust than it is
+    (docs/experiments/predicted-loss-and-entropy-coding.md). Scales of rows likewise: of `guided` fits, chosen by
     one half, tried on the other.
     """
     pair = (curvature.feedback_hessian, curvature.hessian)
