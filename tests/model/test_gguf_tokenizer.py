@@ -234,6 +234,19 @@ def test_special_tokens_that_are_no_bytes_stay_whole(byte_level, tmp_path):
     assert load_tokenizer(path).decode([len(tokens), len(tokens) + 1]) == "<｜User｜><think>"
 
 
+def test_runs_of_spaces_may_be_tokens_of_their_own_beside_those_that_merges_make(byte_level, tmp_path):
+    _, tokens, merges = byte_level
+    more, count = [*tokens, "ĠĠ", "  ", "    "], len(tokens)
+    types = [CONTROL] + [NORMAL] * count + [USER, USER]
+    path = write(tmp_path / "x.gguf", "llama", "gpt2", more, types, merges=[*merges, "Ġ Ġ"], eos_token_id=0)
+    assert {count + 1, count + 2} <= set(ids_of(path, "old  house    holds"))
+    more = [*tokens, "  "]
+    path = write(
+        tmp_path / "y.gguf", "llama", "gpt2", more, types[:1] + types[2:-1], merges=[*merges, "Ġ Ġ"], eos_token_id=0
+    )
+    assert load_tokenizer(path).decode(ids_of(path, "old  house")) == "old  house"
+
+
 def test_padding_of_the_embedding_is_no_misfit(byte_level, tmp_path):
     tokens = [*byte_level[1], "[PAD0]", "[PAD1]"]
     types = [CONTROL] + [NORMAL] * (len(tokens) - 3) + [5, 5]

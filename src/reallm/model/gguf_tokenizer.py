@@ -45,6 +45,15 @@ class _Stated:
         """Return how a token may be written in the tokenizers library: bytes as letters, spaces as underscores."""
         return (token, _byte_letters(token) if self.kind == "gpt2" else token.replace(" ", "▁"))
 
+    def has(self, number: int, token: str) -> bool:
+        """Return whether a token of the tokenizers library is the file's of that number."""
+        if number >= len(self.tokens):
+            return False
+        stated = self.tokens[number]
+        # T5's blanks are placeholders in the file.
+        blank = re.fullmatch(r"\[PAD\d+\]", stated) and re.fullmatch(r"<extra_id_\d+>", token)
+        return token == stated or token in self.spellings(stated) or bool(blank)
+
 
 def gguf_tokenizer(path: Path) -> Any:
     """Return the tokenizer of a GGUF file, with no tokens but the file's and the special tokens that it states.
@@ -132,7 +141,7 @@ def _only_of_file(built: Any, stated: _Stated) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     state = json.loads(built.backend_tokenizer.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < len(stated.tokens)]
+    state["added_tokens"] = [t for t in state["added_tokens"] if stated.has(t["id"], t["content"])]
     _spell_out(state, stated)
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
@@ -148,12 +157,17 @@ def _spell_out(state: dict[str, Any], stated: _Stated) -> None:
     if stated.kind != "gpt2":
         return
     vocab, known = state["model"]["vocab"], {token["id"] for token in state["added_tokens"]}
+    places = {token: number for number, token in enumerate(stated.tokens)}
+    made = {merge.replace(" ", "", 1) for merge in stated.merges}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     for number, (token, kind) in enumerate(zip(stated.tokens, stated.types, strict=False)):
-        if kind in (_CONTROL, _USER_DEFINED) and number not in known and token:
-            if vocab.get(spelled := _byte_letters(token)) == number:
-                vocab[token] = vocab.pop(spelled)
-            state["added_tokens"].append({"id": number, "content": token, "special": kind == _CONTROL, **flags})
+        spelled = _byte_letters(token) if kind in (_CONTROL, _USER_DEFINED) else ""
+        if not spelled or number in known or (spelled != token and spelled in made and spelled not in places):
+            continue
+        if spelled != token and vocab.get(spelled) == number:
+            del vocab[spelled]
+            vocab |= {token: number} | ({spelled: places[spelled]} if spelled in places else {})
+        state["added_tokens"].append({"id": number, "content": token, "special": kind == _CONTROL, **flags})
     state["added_tokens"].sort(key=lambda token: token["id"])
 
 
@@ -180,11 +194,8 @@ def _other_tokens(stated: _Stated, tokenizer: Any) -> Iterator[str]:
     for number, token in enumerate(stated.tokens):
         if (found := by_id.get(number)) == token:
             continue
-        allowed = stated.spellings(token)
-        twice = found is None and any(spelled in vocab for spelled in allowed)
-        # T5's blanks are placeholders in the file.
-        blank = re.fullmatch(r"\[PAD\d+\]", token) and re.fullmatch(r"<extra_id_\d+>", found or "")
-        if found not in allowed and not twice and not blank:
+        twice = found is None and any(spelled in vocab for spelled in stated.spellings(token))
+        if not twice and (found is None or not stated.has(number, found)):
             yield f"token {number} is {found!r}, in the file {token!r}"
     if more := sorted(number for number in by_id if number >= len(stated.tokens)):
         yield f"it has token {more[0]} ({by_id[more[0]]!r}), the file {len(stated.tokens):,} tokens"
