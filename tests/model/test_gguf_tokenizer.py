@@ -268,7 +268,7 @@ def test_a_tokenizer_that_cannot_be_built_or_is_damaged_is_one_line_before_any_w
     types, path = [NORMAL] * len(tokens), tmp_path / "x.gguf"
     said = lambda *arguments, **more: dry_run(write(path, "llama", *arguments, **more), tmp_path, capsys)  # noqa: E731
     assert "cannot build its tokenizer of kind 'rwkv'" in said("rwkv", tokens, types, merges=merges)
-    assert "holds no tokenizer" in said(None, tokens, types)
+    assert "holds no tokenizer" in said(None, tokens, types) and "holds no tokenizer" in said("none", tokens, types)
     assert "BPE without merges" in said("gpt2", tokens, types)
     assert "Unigram without scores" in said("t5", tokens, types)
     assert f"{len(tokens)} tokens, the embedding 300 rows" in said(
@@ -280,6 +280,9 @@ def test_a_tokenizer_that_cannot_be_built_or_is_damaged_is_one_line_before_any_w
     assert f"{len(tokens)} tokens and 300 types" in said("gpt2", tokens, types[:300], merges=merges)
     assert "eos_token is 330, of" in said("gpt2", tokens, types, merges=merges, eos_token_id=330)
     assert "cannot build" in said("gpt2", tokens, types, merges=[*merges, "no such"])
+    write(path, "llama", "gpt2", tokens, types, merges=merges)
+    path.write_bytes(path.read_bytes().replace(b"hou", b"h\xff\xfe", 1))
+    assert "cannot be read as GGUF" in dry_run(path, tmp_path, capsys)
 
 
 @pytest.fixture

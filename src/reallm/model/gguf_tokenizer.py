@@ -69,18 +69,19 @@ def gguf_tokenizer(path: Path) -> Any:
 def _checked(path: Path, size: int, changed: int) -> Any:
     import transformers
 
-    stated = _read(path)
+    stated = _read_stated(path)
     remedy = "give the Hugging Face folder of the model, or pip install -U transformers"
     try:
         with quiet(), fast_reader():
             built = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             tokenizer = _only_of_file(built, stated)
+        reason = next(_misfits(stated, tokenizer), None)
     except Exception as problem:  # it is code of many families that meets any file
         raise SourceError(
             f"{path}: transformers {transformers.__version__} cannot build its tokenizer of kind {stated.kind!r} "
             f"({said(problem)}); {remedy}"
         ) from problem
-    if (reason := next(_misfits(stated, tokenizer), None)) is not None:
+    if reason is not None:
         raise SourceError(
             f"{path}: its tokenizer as transformers {transformers.__version__} builds it is not the file's: {reason}; "
             f"{remedy}"
@@ -88,16 +89,28 @@ def _checked(path: Path, size: int, changed: int) -> Any:
     return tokenizer
 
 
-def _read(path: Path) -> _Stated:
+def _read_stated(path: Path) -> _Stated:
     """Errors: SourceError if the file holds no tokenizer, or one whose parts do not belong together."""
     reader = open_reader(path)
+    try:
+        stated = _stated_in(reader, path)
+        reason = _contradiction(stated)
+    except SourceError:
+        raise
+    except Exception as problem:  # values of other types than these keys have, text that is no UTF-8
+        reason = said(problem)
+    if reason is not None:
+        raise SourceError(f"{path}: its tokenizer is damaged: {reason}; give the Hugging Face folder of the model")
+    return stated
 
+
+def _stated_in(reader: Any, path: Path) -> _Stated:
     def value(key: str, default: Any) -> Any:
         field = reader.fields.get(f"tokenizer.ggml.{key}")
         return default if field is None else field.contents()
 
     tokens = value("tokens", [])
-    if "tokenizer.ggml.model" not in reader.fields or not tokens:
+    if value("model", "none") in ("none", "no_vocab") or not tokens:
         raise SourceError(
             f"{path}: holds no tokenizer (tokenizer.ggml.model and .tokens); give the Hugging Face folder of the model"
         )
@@ -109,10 +122,11 @@ def _read(path: Path) -> _Stated:
     special = {name: value(f"{key}_token_id", None) for name, key in _SPECIAL.items()}
     rows = next((int(t.shape[-1]) for t in reader.tensors if t.name == "token_embd.weight"), None)
     lists = (value("token_type", []), value("scores", []), value("merges", []))
-    stated = _Stated(kind, tokens, *lists, {n: int(i) for n, i in special.items() if i is not None}, adds, rows)
-    if (reason := _contradiction(stated)) is not None:
-        raise SourceError(f"{path}: its tokenizer is damaged: {reason}; give the Hugging Face folder of the model")
-    return stated
+    if not all(isinstance(one, list) for one in (tokens, *lists)) or not all(isinstance(t, str) for t in tokens):
+        raise ValueError("its tokens, types, scores or merges are no lists")
+    # llama.cpp writes its "no token", -1, as the largest number.
+    ids = {name: int(number) for name, number in special.items() if number not in (None, -1, 0xFFFFFFFF)}
+    return _Stated(kind, tokens, *lists, ids, adds, rows)
 
 
 def _contradiction(stated: _Stated) -> str | None:
