@@ -115,7 +115,9 @@ def test_the_ledger_says_what_is_coded_and_counts_the_bytes_of_the_file(pair, ca
     coded, plain = (read_ledger(folder) for folder in pair)
     assert coded.total_bytes == sum(file.stat().st_size for file in pair[0].iterdir()) < plain.total_bytes
     raw = {row.name: row.nbytes for row in plain.rows}
-    assert coded.entropy_coded_rows and all(raw[row.name] == row.raw_nbytes > row.nbytes for row in coded.entropy_coded_rows)
+    assert coded.entropy_coded_rows and all(
+        raw[row.name] == row.raw_nbytes > row.nbytes for row in coded.entropy_coded_rows
+    )
     assert not plain.entropy_coded_rows
     assert main(["info", str(pair[0]), "--matrices"]) == 0
     assert "decoded at load in about" in capsys.readouterr().out

@@ -23,6 +23,9 @@ def test_results_of_a_run_that_fails_are_left_for_resume(tmp_path):
     with pytest.raises(ArtifactError, match="add --resume"):
         check_output(out)
     # Failing again it stays: what was there before is not this run's.
-    with pytest.raises(KeyError), open_work_folder(work_folder(out), {"source": None, "plan": {}, "seed": 0, "device": "cpu"}):
+    with (
+        pytest.raises(KeyError),
+        open_work_folder(work_folder(out), {"source": None, "plan": {}, "seed": 0, "device": "cpu"}),
+    ):
         raise KeyError
     assert (work_folder(out) / "matrix.safetensors").exists()

@@ -5,4 +5,14 @@ from reallm.source.model_source import Source, open_source
 from reallm.source.transformers_logging import silence_transformers
 from reallm.source.walk import Unquantized, Matrix, Walk, meta_model, read_matrix, walk
 
-__all__ = ["Unquantized", "Matrix", "Source", "Walk", "meta_model", "open_source", "silence_transformers", "read_matrix", "walk"]
+__all__ = [
+    "Unquantized",
+    "Matrix",
+    "Source",
+    "Walk",
+    "meta_model",
+    "open_source",
+    "silence_transformers",
+    "read_matrix",
+    "walk",
+]

@@ -98,7 +98,7 @@ def _read_stated(path: Path) -> _Stated:
     except SourceError:
         raise
     except Exception as problem:  # values of other types than these keys have, text that is no UTF-8
-        reason = said(problem)
+        reason = error_line(problem)
     if reason is not None:
         raise SourceError(f"{path}: its tokenizer is damaged: {reason}; give the Hugging Face folder of the model")
     return stated
