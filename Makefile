@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: venv test test-slow test-lowest demo lint docs clean
+.PHONY: venv test test-slow test-lowest demo lint docs site clean
 
 venv: $(VENV)/.installed
 
@@ -68,7 +68,16 @@ lint: $(VENV)/.lint
 docs: $(VENV)/.installed
 	$(BIN)/python -m reallm.cli.reference > docs/cli.md
 	$(BIN)/python -m reallm.cli.tables.results
+	$(BIN)/python tools/chart.py
+
+# mkdocs alone: the pages are text, and need nothing of the library.
+$(VENV)/.site: pyproject.toml | $(BIN)/python
+	$(PIP) install "mkdocs-material>=9.5,<10"
+	touch $@
+
+site: $(VENV)/.site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) site build dist .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

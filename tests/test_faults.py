@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tiny_llama, recipe, tmp_pat
     monkeypatch.setattr(os, "mkdir", refused)
     assert main(["compress", str(tiny_llama), "-o", str(tmp_path / "out"), "--recipe", recipe]) == 2
     err = capsys.readouterr().err.splitlines()
-    assert err[-1].startswith("error: ") and f"out.work: {os.strerror(code)}; mend it" in err[-1]
+    assert err[-1].startswith("error: ") and f"out.work: {os.strerror(code)}; make room" in err[-1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -104,7 +104,7 @@ def test_a_shard_that_vanishes_under_a_run_is_named_and_the_work_stays(
     out, job = tmp_path / "out", prepare(shards, Settings(recipe=recipe))
     names = job.source.files()
     last, kept = names[-1], names[-1].read_bytes()
-    with pytest.raises(ArtifactError, match=f"{last.name}: .*what is finished is in .*out.work: mend it and add"):
+    with pytest.raises(ArtifactError, match=f"{last.name}: .*make room.*finished matrices are in .*out.work: then add"):
         run(job, out, progress=once(last.unlink if damage == "deleted" else lambda: os.truncate(last, 300), 2))
     assert 2 <= len(finished_matrices(out)) < 15 and not out.exists()
     last.write_bytes(kept)

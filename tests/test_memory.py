@@ -18,7 +18,7 @@ rules:
 SCRIPT = """
 import functools, resource, sys
 import torch
-from reallm.artifact import write_shards
+from reallm.checkpoint import write_shards
 from reallm.pipeline import Settings, estimate, prepare, run, running
 
 torch.set_num_threads(1)

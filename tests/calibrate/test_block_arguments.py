@@ -122,7 +122,7 @@ def test_a_pass_that_is_not_kept_leaves_later_blocks_what_the_kept_one_shares(mo
         stream.advance()
         with torch.no_grad():
             if number < 3:
-                stream.through(decoder_blocks(original)[number + 1], 0)
+                stream.forward_block(decoder_blocks(original)[number + 1], 0)
     expected = plain_states(model, stream.batches[0], stream.blocks[-1])
     torch.testing.assert_close(stream.states[0], expected, rtol=1e-5, atol=1e-5)
 

@@ -176,7 +176,7 @@ def test_gradients_of_blocks_that_are_no_numbers_count_as_none(build):
 def test_logits_that_are_no_numbers_are_one_error(build):
     model = build("llama")
     model.get_output_embeddings().register_forward_hook(lambda _m, _i, output: output * float("inf"))
-    with pytest.raises(SourceError, match="logits are NaN or infinite .* compress it without --calibration"):
+    with pytest.raises(SourceError, match="logits are NaN or infinite .* compress without --calibration"):
         guidance(model, windows(), blocks_of(model), "cpu")
 
 
@@ -185,7 +185,7 @@ def test_tokens_are_drawn_by_their_probabilities_in_any_vocabulary():
         likely = torch.rand(40, size, generator=torch.Generator().manual_seed(size)).softmax(1)
         uniform = torch.linspace(0.001, 0.999, 40)[:, None]
         expected = torch.searchsorted(likely.double().cumsum(1), uniform.double())[:, 0]
-        assert (gradients._drawn(likely, uniform) - expected).abs().max() <= 1
+        assert (gradients._sample_targets(likely, uniform) - expected).abs().max() <= 1
 
 
 def test_lower_halves_of_sums_are_whole_sums():

@@ -39,7 +39,7 @@ def test_there_is_an_artifact_of_every_version():
 
 def test_the_artifact_of_version_2_has_tensors_coded_in_both_ways():
     stored = load_file(DATA / "artifact_v2" / "model.safetensors")
-    widths = {int(stored[row.name][0]) for row in read_ledger(DATA / "artifact_v2").coded}
+    widths = {int(stored[row.name][0]) for row in read_ledger(DATA / "artifact_v2").entropy_coded_rows}
     assert 0 in widths and len(widths) > 2
 
 

@@ -11,7 +11,8 @@ def error(shape, **spec):
 
 
 def test_a_small_trellis_has_the_error_of_its_best_order_of_states():
-    # 0.0798 here, 0.0794 to 0.0806 with other seeds. Other orders of the states have 0.0816 to 0.1024 (docs/log.md).
+    # 0.0798 here, 0.0794 to 0.0806 with other seeds. Other orders of the states have 0.0816 to 0.1024
+    # (docs/experiments/values-of-trellis-states.md).
     assert error((64, 512), format="trellis", bits=2, state_bits=8) < 0.081
 
 

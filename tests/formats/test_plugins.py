@@ -86,12 +86,12 @@ def test_a_format_of_another_package_is_chosen_by_a_budget_and_loads(install, ti
 
     install(PLUGIN)
     spec = {"format": "ternary_of_a_plugin"}
-    # Eight bits for less than any loss: the budget takes it wherever it has room.
+    # At eight bits and no loss nothing is better, and the budget has room for it.
     free = {"losses": [{"match": "*q_proj", "format": spec, "loss": 0.0}]}
     (tmp_path / "free.yaml").write_text(yaml.safe_dump(free))
-    job = prepare(tiny_llama, Settings(bits=6.0, corrections=str(tmp_path / "free.yaml")))
+    job = prepare(tiny_llama, Settings(bits=8.3, corrections=str(tmp_path / "free.yaml")))
     assert {e.fmt.name for e in job.plan.entries if e.matrix.role == "q"} == {"ternary_of_a_plugin"}
-    reallm.compress(tiny_llama, tmp_path / "out", bits=6.0, corrections=str(tmp_path / "free.yaml"))
+    reallm.compress(tiny_llama, tmp_path / "out", bits=8.3, corrections=str(tmp_path / "free.yaml"))
     stored = {m.name: m.fmt.name for m in read_manifest(tmp_path / "out").matrices}
     assert stored["model.layers.1.self_attn.q_proj"] == "ternary_of_a_plugin"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

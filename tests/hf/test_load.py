@@ -145,14 +145,14 @@ def test_parameters_are_counted_as_the_original_counts_them(artifact, build, fam
 @pytest.mark.parametrize("family", ["gpt2", "opt", "mixtral"])
 @pytest.mark.parametrize("mode", MODES)
 def test_no_module_decodes_before_loading_has_ended(artifact, family, mode, monkeypatch):
-    decoded = _CompressedModule.unpacked
+    decoded = _CompressedModule.unpack
 
     def watched(module):
         assert all(tensor.device.type != "meta" for tensor in module.packed_tensors().values())
         assert not module.loading
         return decoded(module)
 
-    monkeypatch.setattr(_CompressedModule, "unpacked", watched)
+    monkeypatch.setattr(_CompressedModule, "unpack", watched)
     modules = compressed_modules(load(artifact(family), mode)).values()
     assert not any(module.loading for module in modules)
 

@@ -60,7 +60,7 @@ def test_scales_that_would_code_stay_as_they_are_under_a_size(tiny_llama, tuning
     size = total(tmp_path / "plain") + RESERVED_FOR_TUNING + 100
     reallm.compress(tiny_llama, tmp_path / "coded", recipe=recipe, coding=True)
     reallm.compress(tiny_llama, tmp_path / "sized", recipe=recipe, size=size)
-    roles = [{row.role for row in read_ledger(tmp_path / name).coded} for name in ("coded", "sized")]
+    roles = [{row.role for row in read_ledger(tmp_path / name).entropy_coded_rows} for name in ("coded", "sized")]
     assert "scales" in roles[0] and not roles[1] & TRAINED_ROLES
     loud = {**QUICK, "train": ("scales",), "learning_rate": 0.3, "tokens": 12 * 4 * 32}  # values that code worse
     for before, after in (("coded", "grown"), ("sized", "one"), ("one", "two")):

@@ -29,7 +29,8 @@ def data_free_candidates() -> tuple[WeightFormat, ...]:
     """Return what a budget without calibration chooses from for blocks: 1 to 8 bits and dense.
 
     Learned scalar codes in many group sizes, and vector codes of two: steps fine enough to land within 1 %. No
-    permutations: sorting helps some roles and harms others (docs/log.md, 2026-11-22), and the prediction cannot tell
+    permutations: sorting helps some roles and harms others
+    (docs/experiments/data-free-codes.md), and the prediction cannot tell
     which.
     """
     signs = [NormalFloat(bits=1, group_size=g) for g in (64, 128, 256)]
@@ -127,7 +128,7 @@ def _plain_entropy_coded(rates: tuple[float, ...]) -> list[WeightFormat]:
 def _add_rank_one(fmt: WeightFormat) -> WeightFormat:
     """The mean of all tokens is half of an embedding's energy, and a code that need not hold it is 0.4 bits ahead.
 
-    A rank of 2, 4 or 8 is within 0.02 bits of that (docs/log.md, 2026-11-28).
+    A rank of 2, 4 or 8 is within 0.02 bits of that (docs/experiments/rank-1-residual-for-embedding.md).
     """
     return LowRankPlus(base=fmt, rank=1, factors=INT8)
 

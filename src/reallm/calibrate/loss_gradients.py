@@ -399,8 +399,8 @@ def _by_logits(
         likely = logits[own].float().softmax(1)
         if not torch.isfinite(likely.sum()):
             raise SourceError(
-                f"the original's logits are NaN or infinite in {logits.dtype} on the calibration text: its activations "
-                "overflow; compress it without --calibration"
+                f"the original model's logits are NaN or infinite in {logits.dtype} on this text: it is damaged, or its "
+                "activations overflow; compress without --calibration, fine-tune with --block-error outputs"
             )
         if embedding_head:
             embedding_head.add_likely(likely)

@@ -130,7 +130,9 @@ def open_work_folder(work: Path, state: dict[str, Any]) -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or error
         place = getattr(error, "filename", None) or work
-        remedy = f"what is finished is in {work}: mend it and add --resume" if work.exists() else "mend it"
+        remedy = "make room, or give a folder that can be written"
+        if work.exists():
+            remedy += f"; finished matrices are in {work}: then add --resume"
         raise ArtifactError(f"{place}: {reason}; {remedy}") from error
 
 

@@ -14,7 +14,7 @@ HEAD = """# Commands
 
 Made by `make docs` from what `reallm COMMAND --help` shows; do not edit.
 
-Results go to stdout, progress to stderr. Exit codes: 0; 2 for a mistake that you can mend, named in one
+Results go to stdout, progress to stderr. Exit codes: 0; 2 for a mistake that you can fix, named in one
 line on stderr; 130 after Ctrl-C.
 """
 
@@ -58,7 +58,8 @@ def _name(parameter: inspect.Parameter, info: typing.Any) -> str:
     if _is_argument(info):
         return info.metavar
     names = ", ".join(declared_names(info))
-    return f"{names} {info.metavar}" if info.metavar else names
+    # A bar would end the cell of the table.
+    return f"{names} {info.metavar.replace('|', ' or ')}" if info.metavar else names
 
 
 def declared_names(info: typing.Any) -> list[str]:

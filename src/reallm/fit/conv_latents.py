@@ -151,7 +151,8 @@ class _MatrixState:
 
         Errors of the base are noise there, as in learned image compression: its errors with signs drawn anew. Latents
         that saw the same errors for some steps would answer them, and be rounded back, worse than before. Noise comes
-        with its negative, so that it moves no latents where a decoder is linear (docs/log.md, 2026-11-28).
+        with its negative, so that it moves no latents where a decoder is linear
+        (docs/experiments/rate-in-the-loss-of-convolutions.md).
         """
         if self.rate is None:
             return self.loss(latents, flat)

@@ -25,7 +25,8 @@ from reallm.kernels.e8_points import cheapest_points, points_with_feedback
 from reallm.kernels.e8_stream import DIM, largest_code
 
 # Squared steps that one bit is worth. Theory at high rates says 2 ln 2 · D = 0.40, D = 4 · 0.0717 (E8 of spacing 2).
-# 0.44 is best at 2 bits, 0.40 at 3 and 4, where the error hardly changes from 0.36 to 0.48 (docs/log.md, 2026-11-22).
+# 0.44 is best at 2 bits, 0.40 at 3 and 4, where the error hardly changes from 0.36 to 0.48
+# (docs/experiments/entropy-coded-and-shannon.md).
 BIT = 0.42
 _ROUNDS = 3
 # The step is sought on so many weights, and corrected on all.

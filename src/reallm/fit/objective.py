@@ -26,7 +26,7 @@ _LEAST_ENERGY = 1e-3
 # Inputs that calibration never saw (dead ones) count a millionth of the mean: rounding to nearest decides there.
 _LEAST_INPUT = 1e-6
 # Share of the mean diagonal that is added where exact weights answer for the errors of others. With 1e-4 the error on
-# text not calibrated on is 1 % higher (docs/log.md, 2026-11-24).
+# text not calibrated on is 1 % higher (docs/experiments/outliers-and-scales.md).
 COMPENSATION_DAMPING = 1e-2
 
 
@@ -59,7 +59,7 @@ class Objective:
 
         A network that was trained gives small weights to large inputs, so that equal errors hurt more where
         weights are small. On SmolLM2-135M this took vector codes at 3.13 bits from perplexity 80 to 51 and at
-        2.16 bits from 1.4e5 to 1.9e3, at a weight error 2 % higher (docs/log.md, 2026-11-22).
+        2.16 bits from 1.4e5 to 1.9e3, at a weight error 2 % higher (docs/experiments/errors-relative-to-columns.md).
         """
         largest = weight.abs().max()
         if largest == 0:

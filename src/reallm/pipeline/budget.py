@@ -37,7 +37,7 @@ from reallm.pipeline.loss_analysis import FILES, analysis_file, compute_analysis
 from reallm.source import Source, Walk
 
 # Without calibration: KL per unit of relative error of an embedding that is the head too, and of each by itself;
-# second-order, on SmolLM2-135M (docs/log.md, 2026-11-24).
+# second-order, on SmolLM2-135M (docs/experiments/predicted-loss-and-entropy-coding.md).
 _EMBEDDING_LOSS = {"tied": 9.75, "embedding": 0.9, "head": 8.85}
 # What rank 1 leaves of the embedding that these were measured on. A mean adds one number to all logits: where it is
 # larger, an error costs more than its share of the energy says, so that a residual is credited with no more than there.

@@ -186,7 +186,7 @@ class _TeacherOutputs:
 
     Errors are fed back by the stream's second moments in every case. Fisher weights of a matrix with 3,000 inputs have
     no hessian of their own (one of 9 million numbers for every row): by themselves they lost 0.62 nats of KL where
-    codebooks lose 0.25 with feedback, and behind a rotation they are nothing (docs/log.md, 2026-11-28).
+    codebooks lose 0.25 with feedback, and behind a rotation they are nothing (docs/experiments/guided-calibration.md).
     """
 
     guidance: dict[str, Guidance] | None = None

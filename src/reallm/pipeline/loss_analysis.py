@@ -91,7 +91,8 @@ def block_losses(weight: Float[Tensor, "out in"], curvature: Curvature, guided: 
     """Losses at relative error 1 of a matrix whose codes are found with error feedback; see `allocate.analysis`.
 
     Feedback as one half of the windows asks for it, its cost on the other half: on its own half a matrix would look
-    several times more robust than it is (docs/log.md, 2026-11-24). Scales of rows likewise: of `guided` fits, chosen by
+    several times more robust than it is
+    (docs/experiments/predicted-loss-and-entropy-coding.md). Scales of rows likewise: of `guided` fits, chosen by
     one half, tried on the other.
     """
     pair = (curvature.feedback_hessian, curvature.hessian)
@@ -112,7 +113,7 @@ def block_losses(weight: Float[Tensor, "out in"], curvature: Curvature, guided: 
         turned, pair = weight, (seen, tested)
         if scale is not None:
             turned, pair = weight / scale, tuple(one.divide_columns(scale[0]) for one in pair)
-        costs = costs_in_feedback(*(one.rotated(turn).hessian for one in pair), ROTATED_WIDTHS)
+        costs = costs_in_feedback(*(one.rotate(turn).hessian for one in pair), ROTATED_WIDTHS)
         energy, moved = turned.square().mean().item(), moving_gain(turned, known, cost)
         for width, column_costs in costs.items():
             number = outputs.sum().item() * energy * size * column_costs.sum().item()

@@ -12,7 +12,7 @@ outputs  |d|² / |target|², the mean over tokens: what follows a block is a nor
          would otherwise drown all others.
 
 Asked for the original's answer to x, a block learns to undo the errors of those before it. At 2 bits that is worse than
-not to tune, with either cost (docs/log.md, 2026-11-28).
+not to tune, with either cost (docs/experiments/block-wise-errors-per-token.md).
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ class _BlockTargets:
     """What a block should answer, batch by batch, and what an error costs."""
 
     block: int
-    targets: Sequence[Float[Tensor, "*states hidden"]]
+    targets: Sequence[Float[Tensor, "... hidden"]]  # the last batch may have fewer windows
     sizes: Sequence[int]  # windows of each batch
     gradients: Gradients | None = None
 

@@ -12,8 +12,8 @@ from reallm.cli.tables.text_table import markdown
 Row = dict[str, Any]
 
 _GROUPS = {
-    "best": "the best without a net",
-    "a": "codeword nets",
+    "best": "the best without a network",
+    "a": "codeword networks",
     "b": "linear decoders",
     "c": "convolutions",
     "order": "in an order of rows and columns",
@@ -32,7 +32,7 @@ def neural_tables(results: dict[str, Any]) -> str:
             if row["calibrated"]
         ],
     )
-    head = ("", "numbers of the net", "bits/weight", "gain, bits", "matrices", "over a shuffled copy", "over noise")
+    head = ("", "parameters", "bits/weight", "gain, bits", "matrices", "over a shuffled copy", "over noise")
     measured = sorted({(run["commit"][:12], run["machine"]) for run in results["runs"]})
     places = "; ".join(f"{commit}, {machine}" for commit, machine in measured)
     command = results["runs"][0]["command"]

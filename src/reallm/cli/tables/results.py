@@ -74,10 +74,10 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Rewrite the pages named, by default README.md and docs/*.md here, from results/ here."""
+    """Rewrite the pages named, by default README.md and all of docs/ here, from results/ here."""
     root = Path.cwd()
     named = sys.argv[1:] if arguments is None else arguments
-    for page in [Path(name) for name in named] or [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+    for page in [Path(name) for name in named] or [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         text = page.read_text(encoding="utf-8")
         if (new := update_page(text, root / "results")) != text:
             page.write_text(new, encoding="utf-8")
@@ -147,16 +147,16 @@ def _settings(results: dict[str, Any]) -> str:
 # Heading of a column and its cell. A column that is empty in all rows is left out.
 _COLUMNS: tuple[tuple[str, Callable[[Arm], str]], ...] = (
     ("bits/weight", lambda arm: f"{arm['bits']:.3f}"),
-    ("whole file, MB", lambda arm: _NOTHING if "nbytes" not in arm else f"{arm['nbytes'] / 1e6:.2f}"),
+    ("artifact, MB", lambda arm: _NOTHING if "nbytes" not in arm else f"{arm['nbytes'] / 1e6:.2f}"),
     ("perplexity", lambda arm: number(arm["perplexity"])),
     ("KL", lambda arm: number(arm.get("kl"), 3)),
-    ("KL foretold", lambda arm: number(arm.get("predicted"), 3)),
+    ("KL predicted", lambda arm: number(arm.get("predicted"), 3)),
     ("the same bytes without residual", lambda arm: _same_bytes(arm.get("same_bytes"))),
     ("relative error", lambda arm: number(arm.get("relative_error"), 4)),
     ("plan, s", lambda arm: number(_seconds(arm).get("plan"), 1)),
     ("fit, s", lambda arm: number(arm.get("fit_seconds", _seconds(arm).get("fit")), 1)),
     ("million tokens", lambda arm: number(_million(arm.get("tokens")), 1)),
-    ("tuned, s", lambda arm: number(_seconds(arm).get("tune"), 1)),
+    ("fine-tuning, s", lambda arm: number(_seconds(arm).get("tune"), 1)),
     ("tokens/s", lambda arm: _whole(arm.get("tokens_per_second"))),
     ("peak memory, MB", lambda arm: _megabytes(arm.get("peak_memory_bytes"))),
     ("scored on", lambda arm: arm.get("own_text") or _NOTHING),

@@ -115,8 +115,10 @@ def test_the_ledger_says_what_is_coded_and_counts_the_bytes_of_the_file(pair, ca
     coded, plain = (read_ledger(folder) for folder in pair)
     assert coded.total_bytes == sum(file.stat().st_size for file in pair[0].iterdir()) < plain.total_bytes
     raw = {row.name: row.nbytes for row in plain.rows}
-    assert coded.coded and all(raw[row.name] == row.raw_nbytes > row.nbytes for row in coded.coded)
-    assert not plain.coded
+    assert coded.entropy_coded_rows and all(
+        raw[row.name] == row.raw_nbytes > row.nbytes for row in coded.entropy_coded_rows
+    )
+    assert not plain.entropy_coded_rows
     assert main(["info", str(pair[0]), "--matrices"]) == 0
     assert "decoded at load in about" in capsys.readouterr().out
 
@@ -133,7 +135,7 @@ def test_a_damaged_coded_tensor_is_named(pair, tmp_path):
 
     folder = shutil.copytree(pair[0], tmp_path / "damaged")
     stored = load_file(folder / "model.safetensors")
-    name = next(row.name for row in read_ledger(folder).coded)
+    name = next(row.name for row in read_ledger(folder).entropy_coded_rows)
     stored[name][-40:] = 0
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ArtifactError, match=f"{name}.*checksum"):
