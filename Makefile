@@ -66,8 +66,8 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 
 docs: $(VENV)/.installed
-	$(BIN)/python -m reallm.cli.reference > docs/cli.md
-	$(BIN)/python -m reallm.cli.tables.results
+	$(BIN)/python tools/cli_reference.py > docs/cli.md
+	$(BIN)/python tools/result_tables.py
 	$(BIN)/python tools/chart.py
 
 # mkdocs alone: the pages are text, and need nothing of the library.

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 import reallm
 from reallm.checkpoint import VERSION, decode_tensor, read_manifest
-from reallm.cli.tables.results import update_page
 from reallm.formats import known_formats
 from reallm.formats.base import strip_prefix
+from result_tables import update_page
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

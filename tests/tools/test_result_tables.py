@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from reallm.cli.tables.results import number, table, update_page
 from reallm.errors import ReallmError
+from result_tables import number, table, update_page
 
 PAGE = "before\n<!-- results:run -->\nold\n<!-- /results -->\nafter\n"
 

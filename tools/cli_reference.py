@@ -1,4 +1,4 @@
-"""docs/cli.md from the commands' own declarations: `python -m reallm.cli.reference > docs/cli.md`.
+"""docs/cli.md from the commands' own declarations: `python tools/cli_reference.py > docs/cli.md`.
 
 Made from the same words that --help shows, not from its layout, which changes with Typer's versions.
 """

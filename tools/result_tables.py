@@ -1,4 +1,4 @@
-"""Tables in README.md and docs/ that are not written by hand: `python -m reallm.cli.tables.results`.
+"""Tables in README.md and docs/ that are not written by hand: `python tools/result_tables.py`.
 
 A page asks for a table by a pair of markers. Between `<!-- results:NAME -->` and `<!-- /results -->` comes the table
 of `results/NAME.json`, or nothing while that file does not exist; between `<!-- recipes -->` and `<!-- /recipes -->`
@@ -15,8 +15,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from neural_tables import neural_tables
 from reallm.allocate import shipped_recipes
-from reallm.cli.tables.neural import neural_tables
 from reallm.cli.tables.text_table import markdown, markdown_row
 from reallm.errors import ReallmError
 

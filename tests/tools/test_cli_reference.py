@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from cli_reference import declared_names, reference
 from reallm.cli import COMMANDS, main
-from reallm.cli.reference import declared_names, reference
 
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 

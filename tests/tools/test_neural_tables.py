@@ -1,6 +1,6 @@
 """Neural results as tables: gains over plain vectors, and what is left of them over a control."""
 
-from reallm.cli.tables.neural import neural_tables
+from neural_tables import neural_tables
 
 RUN = {"commit": "a" * 40, "machine": "x86_64 CPU", "command": "python benchmarks/neural.py"}
 
