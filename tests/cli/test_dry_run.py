@@ -50,7 +50,7 @@ def never_asked(monkeypatch):
     monkeypatch.setattr("reallm.source.model_source.FolderSource.load", asked)
     monkeypatch.setattr(COSTS, "_timed_fit", lambda *_: 1e-3)
     monkeypatch.setattr(COSTS, "seconds_per_step", lambda *_: 1e-3)
-    monkeypatch.setattr(COSTS, "_sample_tables", lambda *_: ({}, 0.0))
+    monkeypatch.setattr(COSTS, "_sample_decoders", lambda *_: ({}, 0.0))
 
 
 @pytest.mark.parametrize(("goal", "text", "more"), COMBINATIONS)
