@@ -24,7 +24,6 @@ MORE = {
     "plain": [],
     "outputs": ["--objective", "outputs"],
     "guided": ["--objective", "guided"],
-    "fisher": ["--objective", "fisher"],
     "neural": ["--candidates", "neural"],
     "trellis": ["--state-bits", "16"],
 }

@@ -13,7 +13,7 @@
     embedding: {format: uniform, bits: 8}   # or `keep`
     head: {format: uniform, bits: 8}        # or `keep`; a head tied to the embedding is the embedding
     coding: true                 # tensors that entropy coding makes smaller are stored coded; default false
-    objective: guided            # what calibration minimises, if there is any: outputs, guided or fisher
+    objective: guided            # what calibration minimises, if there is any: outputs or guided
 
 A format of `keep` leaves the matrix as it is.
 """
@@ -85,7 +85,7 @@ class Recipe(BaseModel):
     embedding: FormatSpec = DEFAULT_EMBEDDING
     head: FormatSpec = DEFAULT_EMBEDDING
     coding: bool = False
-    objective: Literal["outputs", "guided", "fisher"] | None = None  # of fit.objective.OBJECTIVES; None: the default
+    objective: Literal["outputs", "guided"] | None = None  # of fit.objective.OBJECTIVES; None: the default
 
 
 def parse_recipe(text: str, origin: str) -> Recipe:

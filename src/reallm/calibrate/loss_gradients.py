@@ -103,28 +103,6 @@ class _SquareSums:
         self.rows[name] = self.rows[name] + squares.sum(0) if name in self.rows else squares.sum(0)
 
 
-def fisher(
-    model: nn.Module,
-    windows: Int[Tensor, "windows context"],
-    matrices: Sequence[Matrix],
-    device: str | torch.device,
-    on_progress: OnProgress | None = None,
-) -> dict[str, Float[Tensor, "out in"]]:
-    """The diagonal of the Fisher information of every weight, tokens taken as independent: Σ_t g_ti² x_tj², mean 1.
-
-    Matrices that no gradient reaches, or none that is finite, are left out.
-    Errors: SourceError for a model whose logits are not finite.
-    """
-    found: dict[str, Tensor] = {}
-
-    def sink(name: str, inputs: Tensor, gradients: Tensor) -> None:
-        update = gradients.float().square().T @ inputs.float().square()
-        found[name] = found[name] + update.cpu() if name in found else update.cpu()
-
-    _backward_each(model, windows, _linears(model, matrices), device, sink, on_progress=on_progress)
-    return {name: total / average(total) for name, total in found.items() if _usable(average(total))}
-
-
 @dataclass(frozen=True)
 class Curvature:
     """What the end loss is to a matrix: its second derivatives, inputs apart from outputs (K-FAC, arXiv:1503.05671).

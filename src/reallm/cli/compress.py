@@ -98,9 +98,8 @@ def command(
         typer.Option(
             "--objective",
             metavar="NAME",
-            help="What calibration minimises: outputs (squared error of every matrix's outputs), guided (tokens "
-            "weighted by the gradient of the end loss) or fisher (as outputs, save that codebooks are made by the "
-            "Fisher information of every weight; behind a rotation the same as outputs). "
+            help="What calibration minimizes: outputs (squared error of every matrix's outputs) or guided (the same, "
+            "tokens weighted by the gradient of the end-to-end loss). "
             "Default: what the recipe says, guided under a budget, outputs without.",
         ),
     ] = None,

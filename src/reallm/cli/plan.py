@@ -69,7 +69,7 @@ def command(
         typer.Option(
             "--objective",
             metavar="NAME",
-            help="What fits will minimise: guided unless outputs or fisher, as in compress.",
+            help="What fits will minimise: outputs or guided, as in compress.",
         ),
     ] = None,
     analysis_windows: Annotated[

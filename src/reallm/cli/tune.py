@@ -118,15 +118,6 @@ def command(
         int | None,
         typer.Option("--validate-every", metavar="N", help="Steps between validations; without, a twentieth of all."),
     ] = None,
-    target: Annotated[
-        str,
-        typer.Option(
-            "--target",
-            metavar="NAME",
-            help="What a block should put out: what the original's does on the compressed model's stream (compressed) "
-            "or on the original's (original), which was never clearly better.",
-        ),
-    ] = "compressed",
     block_error: Annotated[
         str,
         typer.Option(
@@ -152,9 +143,6 @@ def command(
             "--block-learning-rate", metavar="X", help="Block-wise, relative to the size of each tensor that trains."
         ),
     ] = 1e-3,
-    round_at_end: Annotated[
-        bool, typer.Option("--round-at-end", help="Round what trains when it is stored, not at every step.")
-    ] = False,
     save_memory: Annotated[
         bool, typer.Option("--save-memory", help="Decode at every use also what training does not change.")
     ] = False,
@@ -209,13 +197,11 @@ def command(
         validation=_paths(validation),
         validation_windows=validation_windows,
         validate_every=validate_every,
-        target=target,
         block_error=block_error,
         block_windows=block_windows,
         block_epochs=block_epochs,
         block_patience=block_patience,
         block_learning_rate=block_learning_rate,
-        round_at_end=round_at_end,
         save_memory=save_memory,
         checkpointing=not no_checkpointing,
         seed=seed,

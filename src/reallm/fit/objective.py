@@ -14,11 +14,10 @@ from reallm.errors import FormatError
 from reallm.kernels import average, one_thread, total
 
 # What calibration can minimise.
-OUTPUTS, GUIDED, FISHER = "outputs", "guided", "fisher"
+OUTPUTS, GUIDED = "outputs", "guided"
 OBJECTIVES = {
     OUTPUTS: "squared error of every matrix's outputs",
     GUIDED: "the same, tokens weighted by the gradient of the end loss",
-    FISHER: "as outputs, save that codebooks are made by the Fisher information of every weight",
 }
 
 # A column that is (nearly) zero counts at most 1,000 times as much as the mean column.
@@ -37,7 +36,7 @@ class Objective:
     Σ importance · D², `importance` by column: one row of it for all, or one for every output row. With
     `hessian` = XᵀX / n_tokens of the calibration inputs the cost is tr(D H Dᵀ), the squared error of the
     layer's output per token (the objective of GPTQ, Frantar et al., arXiv:2210.17323), and importance is its
-    diagonal, for methods that treat columns apart: k-means of codebooks, and the choice of what is kept apart. Fisher
+    diagonal, for methods that treat columns apart: k-means of codebooks, and the choice of what is kept apart. Other
     weights stand there in place of the diagonal, one for every weight (SqueezeLLM, Kim et al., arXiv:2306.07629).
 
     `rows`: what an error of each output row costs beside, mean 1; None where all cost alike. Codes of one row do not

@@ -21,7 +21,7 @@ from reallm.calibrate.windows import GENERATION_BATCH, SELF, seconds_per_step
 from reallm.checkpoint import predict_nbytes
 from reallm.errors import FormatError
 from reallm.fit import Objective, capture_fit_input, fit, train_shared_decoder
-from reallm.fit.objective import FISHER, GUIDED, OUTPUTS
+from reallm.fit.objective import OUTPUTS
 from reallm.formats import Tensors, WeightFormat, to_spec, use_shared_decoders
 from reallm.formats.base import add_prefix
 from reallm.pipeline.artifact_size import artifact_tensors
@@ -202,13 +202,9 @@ def _requires_full_load(job: Job) -> bool:
 
 
 def _end_loss_bytes(job: Job) -> int:
-    """Weights of tokens (guided) or of weights (fisher), kept during all fits."""
-    in_blocks = [matrix.shape for matrix, _ in job.compressed_matrices if matrix.block is not None]
-    return {
-        OUTPUTS: 0,
-        GUIDED: 4 * _calibration_tokens(job) * len(in_blocks),
-        FISHER: 4 * sum(math.prod(shape) for shape in in_blocks),
-    }[job.settings.objective]
+    """Return the bytes of the weights of tokens that guided fits keep: one float32 per token and matrix of a block."""
+    in_blocks = sum(matrix.block is not None for matrix, _ in job.compressed_matrices)
+    return 4 * _calibration_tokens(job) * in_blocks if job.guided else 0
 
 
 def _calibration_bytes(job: Job) -> int:

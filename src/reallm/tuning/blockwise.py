@@ -1,7 +1,7 @@
 """Block-wise tuning: one decoder block after the other learns to answer as the original's does.
 
-compressed  x0'─▶ tuned 0 ─▶ x1'─▶ tuned 1 ─▶ …      target: the original block's answer to the states x' that the
-original    x0 ─▶ block 0 ─▶ x1 ─▶ block 1 ─▶ …      compressed blocks before it put out, or its answer to its own x
+compressed  x0'─▶ tuned 0 ─▶ x1'─▶ tuned 1 ─▶ …      target: the original block's output on the hidden states x' that
+                                                     the compressed blocks before it put out
 
 Of the original one block at a time is in memory. What an error d of a token's states costs:
 
@@ -11,8 +11,8 @@ loss     ½ (g · d)² nats, g the gradient of the original's end loss (see `cal
 outputs  |d|² / |target|², the mean over tokens: what follows a block is a norm, so that a token with huge states
          would otherwise drown all others.
 
-Asked for the original's answer to x, a block learns to undo the errors of those before it. At 2 bits that is worse than
-not to tune, with either cost (docs/experiments/block-wise-errors-per-token.md).
+The original's output on its own hidden states, as a target, makes a block undo the errors of those before it: at 2 bits
+that is worse than no fine-tuning, with either error (docs/experiments/block-wise-errors-per-token.md).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from reallm.tuning.log import Log, Throughput
 from reallm.tuning.losses import autocast_to_dtype
 from reallm.tuning.optimizer import Diverged, Optimizer, restore, snapshot
 from reallm.tuning.trainables import Trainables
-from reallm.tuning.tune_settings import COMPRESSED, END_LOSS, Settings
+from reallm.tuning.tune_settings import END_LOSS, Settings
 
 
 def tune_blocks(
@@ -70,35 +70,31 @@ def tune_blocks(
     learned, checked = _shards(training, validation, settings, work, workers)
     if settings.block_error == END_LOSS and left:
         # Hours of gradients end in no refusal: eight tokens go through the blocks before.
-        _HiddenStatePair(
-            block_loader, trainables.model, dataclasses.replace(learned, windows=_beginning(learned.windows)), settings
-        )
+        _HiddenStates(trainables.model, dataclasses.replace(learned, windows=_beginning(learned.windows)), settings)
         _compute_gradients(source, (learned, checked), settings, workers, log)
-    training_pair, validation_pair = (
-        _HiddenStatePair(block_loader, trainables.model, shard, settings) for shard in (learned, checked)
+    training_states, validation_states = (
+        _HiddenStates(trainables.model, shard, settings) for shard in (learned, checked)
     )
     throughput = Throughput(len(left), 0, 0)
     for number, block in enumerate(blocks):
-        parameters = trainables.module_parameters(block) if training_pair.student.reached else {}
-        # The original's own states have to pass each block, the compressed model's only those that are tuned.
-        tuned = number in left and training_pair.student.reached
-        if tuned or settings.target != COMPRESSED:
+        parameters = trainables.module_parameters(block) if training_states.student.reached else {}
+        tuned = number in left and training_states.student.reached
+        if tuned:
             with _loaded_block(block_loader, number) as original:
                 block_targets, checks = (
-                    training_pair.block_targets(number, original),
-                    validation_pair.block_targets(number, original),
+                    training_states.block_targets(number, original),
+                    validation_states.block_targets(number, original),
                 )
-        if tuned:
             seconds = throughput.rates(left.index(number))["eta_seconds"]
-            present = _Block(number, parameters, training_pair, block_targets, validation_pair, checks, seconds)
+            present = _Block(number, parameters, training_states, block_targets, validation_states, checks, seconds)
             _tune_block(present, settings, workers, log)
             if workers.is_main_process:
                 save_tensors(snapshot(parameters), files[number])
             workers.barrier()
         elif parameters:
             restore(parameters, read_work_tensors(files[number], parameters))
-        training_pair.student.advance()
-        validation_pair.student.advance()
+        training_states.student.advance()
+        validation_states.student.advance()
     for shard in (learned, checked):
         shard.gradients.remove()
 
@@ -188,10 +184,10 @@ def _loaded_block(block_loader: BlockLoader, number: int) -> Iterator[nn.Module]
         block_loader.unload_block(number)
 
 
-class _HiddenStatePair:
-    """The same windows on their way through the compressed model and, if its states are asked for, the original."""
+class _HiddenStates:
+    """Windows on their way through the compressed model, and what the original blocks make of its states."""
 
-    def __init__(self, block_loader: BlockLoader, student: nn.Module, shard: _Shard, settings: Settings) -> None:
+    def __init__(self, student: nn.Module, shard: _Shard, settings: Settings) -> None:
         ids, batch = shard.windows.ids, shard.batch
         self.gradients = shard.gradients if settings.block_error == END_LOSS else None
         self.student = HiddenStateCache(student, ids, settings.device, batch)
@@ -201,15 +197,9 @@ class _HiddenStatePair:
                 f"{type(student).__name__}: hidden states of {len(self.student.batches[0])} windows have the shape {shape}, "
                 "more than one row per token, whose gradients are not taken; add --block-error outputs"
             )
-        self.teacher = None
-        if settings.target != COMPRESSED:
-            self.teacher = HiddenStateCache(block_loader.model, ids, settings.device, batch, block_loader)
 
     def block_targets(self, number: int, original: nn.Module) -> _BlockTargets:
         """What the present block should put out, batch by batch, and what errors cost."""
-        if self.teacher is not None:
-            self.teacher.advance()
-            return _BlockTargets(number, list(self.teacher.states), self._sizes, self.gradients)
         with torch.no_grad(), self.student.on_device(original):
             states = enumerate(self.student.states)
             answers = [self.student.forward_block(original, batch).to(state.device) for batch, state in states]
@@ -245,14 +235,14 @@ class _Block:
 
     number: int
     parameters: dict[str, nn.Parameter]
-    training_pair: _HiddenStatePair
+    training_states: _HiddenStates
     block_targets: _BlockTargets
-    validation_pair: _HiddenStatePair
+    validation_states: _HiddenStates
     checks: _BlockTargets
     eta_seconds: float  # of this block and those after it
 
     def errors(
-        self, pair: _HiddenStatePair, block_targets: _BlockTargets, order: Sequence[int], dtype: torch.dtype
+        self, pair: _HiddenStates, block_targets: _BlockTargets, order: Sequence[int], dtype: torch.dtype
     ) -> Iterator:
         """The error of each batch named, with its gradient."""
         stream = pair.student
@@ -266,7 +256,7 @@ class _Block:
         """The error on the validation windows."""
         with torch.no_grad():
             sizes = self.checks.sizes
-            errors = self.errors(self.validation_pair, self.checks, range(len(sizes)), dtype)
+            errors = self.errors(self.validation_states, self.checks, range(len(sizes)), dtype)
             return sum(e.item() * n for e, n in zip(errors, sizes, strict=True)) / sum(sizes)
 
 
@@ -288,7 +278,7 @@ def cost(
 def _tune_block(block: _Block, settings: Settings, workers: ProcessGroup, log: Log) -> None:
     """Train until the epochs are over or validation no longer falls; the best parameters stay."""
     dtype, batches = settings.compute_dtype, len(block.block_targets.targets)
-    stream = block.training_pair.student
+    stream = block.training_states.student
     tokens = sum(batch.numel() for batch in stream.batches) * workers.count
     measure = {"unit": "relative" if block.block_targets.gradients is None else "nats"}
     with stream.on_device(stream.blocks[stream.position]):
@@ -334,10 +324,10 @@ def _tune_block(block: _Block, settings: Settings, workers: ProcessGroup, log: L
 def _epoch(block: _Block, descent: Optimizer, order: Sequence[int], dtype: torch.dtype, workers: ProcessGroup) -> float:
     """One step a batch; the mean error, over all processes."""
     total = torch.zeros(1, dtype=torch.float64)
-    for error in block.errors(block.training_pair, block.block_targets, order, dtype):
+    for error in block.errors(block.training_states, block.block_targets, order, dtype):
         (error / workers.count).backward()
         descent.step()
         total += error.item()
-    total = total.to(block.training_pair.student.device)
+    total = total.to(block.training_states.student.device)
     workers.all_reduce([total])
     return total.item() / len(order) / workers.count

@@ -71,13 +71,12 @@ class TrainableWeight(nn.Module):
         shape: Shape,
         stored: Tensors,
         chosen: Sequence[str],
-        rounded: bool,
         constant_dtype: torch.dtype | None,
         shared_decoders: Mapping[str, TrainableWeight] | None = None,
     ) -> None:
         """`chosen` are local names; `constant_dtype` is that of what no trained part changes, None decodes it each time."""
         super().__init__()
-        self.fmt, self.shape, self.rounded = fmt, shape, rounded
+        self.fmt, self.shape = fmt, shape
         unpacked = fmt.unpack(stored, shape)
         values = named_tensors(unpacked)
         # (part, table, part of the table), in a tuple that is no module's.
@@ -133,8 +132,6 @@ class TrainableWeight(nn.Module):
     def rounded_part(self, name: str) -> Tensor:
         """A trained part as training sees it: rounded, with gradients as if it were not."""
         values = self.part(name)
-        if not self.rounded:
-            return values
         # Once a step: a step runs every block twice, and its micro-batches and validation do so again.
         parameter = self.get_parameter(_leaf(name))
         version, rounded = self._rounded.get(name, (-1, values))
@@ -147,13 +144,13 @@ class TrainableWeight(nn.Module):
 class _UnquantizedTensor(nn.Module):
     """A kept tensor that trains: parameter · unit, rounded as it is stored."""
 
-    def __init__(self, unit: float, dtype: torch.dtype, rounded: bool) -> None:
+    def __init__(self, unit: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.unit, self.dtype, self.rounded = unit, dtype, rounded
+        self.unit, self.dtype = unit, dtype
 
     def forward(self, parameter: Tensor) -> Tensor:
         values = parameter * self.unit
-        return straight_through(values, values.detach().to(self.dtype).to(values.dtype)) if self.rounded else values
+        return straight_through(values, values.detach().to(self.dtype).to(values.dtype))
 
     def right_inverse(self, values: Tensor) -> Tensor:
         return values / self.unit
@@ -215,7 +212,6 @@ def choose(
     stored_dtypes: dict[str, torch.dtype],
     train: Sequence[str],
     *,
-    rounded: bool,
     constant_dtype: torch.dtype | None,
     device: str | torch.device = "cpu",
     blocks_only: bool = False,
@@ -233,7 +229,7 @@ def choose(
     modules = compressed_modules(model)
     wanted = [path for path in modules if kinds[path] == "block" or kinds[path] in train]
     shared_decoders = (
-        _trainable_decoders(model, [modules[path] for path in wanted], rounded) if decoder_store.ROLE in train else {}
+        _trainable_decoders(model, [modules[path] for path in wanted]) if decoder_store.ROLE in train else {}
     )
     for table, trainable_weight in shared_decoders.items():
         for name in trainable_weight.units:
@@ -255,7 +251,6 @@ def choose(
                 module.shape,
                 module.packed_tensors(),
                 chosen,
-                rounded,
                 constant_dtype,
                 device,
                 shared_decoders,
@@ -271,7 +266,7 @@ def choose(
         word = _UNQUANTIZED_GROUPS.get(entry.reason)
         there |= {word} if word else set()
         if word in train:
-            parameters[entry.name] = _train_unquantized(model, entry.name, stored_dtypes[entry.name], rounded)
+            parameters[entry.name] = _train_unquantized(model, entry.name, stored_dtypes[entry.name])
             unquantized[entry.name] = stored_dtypes[entry.name]
             counts[word] += parameters[entry.name].numel()
     if not parameters:
@@ -286,26 +281,24 @@ def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{path}." for path, module in model.named_modules() if id(module) in blocks)
 
 
-def _trainable_decoders(model: nn.Module, modules: Sequence[Any], rounded: bool) -> dict[str, TrainableWeight]:
+def _trainable_decoders(model: nn.Module, modules: Sequence[Any]) -> dict[str, TrainableWeight]:
     """The shared decoders that some modules name, as parameters; they become a part of the model."""
     found: dict[str, TrainableWeight] = {}
     for module in modules:
         for table, tensors in module.shared_decoder_tensors().items():
             if table not in found:
-                found[table] = _trainable_decoder(
-                    module.fmt, table, strip_prefix(decoder_store.PREFIX, tensors), rounded
-                )
+                found[table] = _trainable_decoder(module.fmt, table, strip_prefix(decoder_store.PREFIX, tensors))
                 model.get_submodule(SHARED).add_module(f"live_{table}", found[table])
     return dict(sorted(found.items()))
 
 
-def _trainable_decoder(fmt: WeightFormat, table: str, stored: Tensors, rounded: bool) -> TrainableWeight:
+def _trainable_decoder(fmt: WeightFormat, table: str, stored: Tensors) -> TrainableWeight:
     """The numbers of a decoder as one row; `fmt` is that of a matrix that names it."""
     while table not in fmt.own_shared_decoders():
         fmt = fmt.base
     storage, shape = decoder_store.storage(fmt.decoder_bits), (1, fmt.num_decoder_parameters)
     names = list(named_tensors(storage.unpack(stored, shape)))
-    return TrainableWeight(storage, shape, stored, names, rounded, None)
+    return TrainableWeight(storage, shape, stored, names, None)
 
 
 def choose_new_residuals(
@@ -314,7 +307,6 @@ def choose_new_residuals(
     rank: int,
     seed: int,
     *,
-    rounded: bool,
     constant_dtype: torch.dtype | None,
     device: str | torch.device = "cpu",
 ) -> Trainables:
@@ -336,9 +328,7 @@ def choose_new_residuals(
         factors = fmt.pack_factor("left", torch.zeros(rows, rank)) | fmt.pack_factor("right", right)
         stored = factors | add_prefix("base", module.packed_tensors())
         with use_shared_decoders(module.shared_decoder_tensors()):
-            matrices[path] = _make_trainable(
-                fmt, module.shape, stored, ("left", "right"), rounded, constant_dtype, device
-            )
+            matrices[path] = _make_trainable(fmt, module.shape, stored, ("left", "right"), constant_dtype, device)
         module.attach_trainable(matrices[path])
         parameters |= {f"{path}.{side}": matrices[path].get_parameter(_leaf(side)) for side in ("left", "right")}
     if not parameters:
@@ -351,7 +341,6 @@ def _make_trainable(
     shape: Shape,
     stored: Tensors,
     chosen: Sequence[str],
-    rounded: bool,
     constant_dtype: torch.dtype | None,
     device: str | torch.device,
     shared_decoders: Mapping[str, TrainableWeight] | None = None,
@@ -359,7 +348,7 @@ def _make_trainable(
     """A live matrix where the stored tensors are, made on `device`: to decode 210 trellises takes a CPU minutes."""
     home = next(iter(stored.values())).device
     there = {name: tensor.to(device) for name, tensor in stored.items()}
-    return TrainableWeight(fmt, shape, there, chosen, rounded, constant_dtype, shared_decoders).to(home)
+    return TrainableWeight(fmt, shape, there, chosen, constant_dtype, shared_decoders).to(home)
 
 
 def part_roles(fmt: WeightFormat, stored: Tensors, shape: Shape) -> dict[str, str]:
@@ -374,11 +363,11 @@ def power_of_two_unit(values: Tensor) -> float:
     return 2.0 ** round(math.log2(size)) if size > _NOTHING else _UNIT_OF_ZEROS
 
 
-def _train_unquantized(model: nn.Module, name: str, dtype: torch.dtype, rounded: bool) -> nn.Parameter:
+def _train_unquantized(model: nn.Module, name: str, dtype: torch.dtype) -> nn.Parameter:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     tensor = getattr(module, leaf)
-    parametrize.register_parametrization(module, leaf, _UnquantizedTensor(power_of_two_unit(tensor), dtype, rounded))
+    parametrize.register_parametrization(module, leaf, _UnquantizedTensor(power_of_two_unit(tensor), dtype))
     parameter = module.parametrizations[leaf].original
     return parameter.requires_grad_()
 

@@ -14,8 +14,6 @@ BLOCKWISE, END_TO_END, BOTH = "blockwise", "end-to-end", "both"
 METHODS = (BLOCKWISE, END_TO_END, BOTH)
 KL, CE, MIX = "kl", "ce", "mix"
 LOSSES = (KL, CE, MIX)
-ORIGINAL, COMPRESSED = "original", "compressed"
-TARGETS = (ORIGINAL, COMPRESSED)
 END_LOSS, OUTPUTS = "loss", "outputs"
 BLOCK_ERRORS = (END_LOSS, OUTPUTS)
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -54,13 +52,11 @@ class Settings:
     validation: tuple[str, ...] = ()  # files; without, windows of the text
     validation_windows: int = 16
     validate_every: int | None = None  # steps; None: twenty times in all
-    target: str = COMPRESSED  # whose stream the block-wise target comes from
     block_error: str = END_LOSS  # what an error of a block's output costs: by the end loss, or the same everywhere
     block_windows: int = 128
     block_epochs: int = 4
     block_patience: int = 1
     block_learning_rate: float = 1e-3
-    round_at_end: bool = False  # else parts are rounded as stored at every step, gradients passing straight through
     save_memory: bool = False  # decode everything at every use, also what no trained part changes
     checkpointing: bool = True
     seed: int = 0
@@ -96,7 +92,6 @@ def check_settings(settings: Settings) -> None:
     """Errors: RecipeError naming the option and its value."""
     _check_choice("--method", settings.method, METHODS)
     _check_choice("--loss", settings.loss, LOSSES)
-    _check_choice("--target", settings.target, TARGETS)
     _check_choice("--block-error", settings.block_error, BLOCK_ERRORS)
     _check_choice("--dtype", settings.dtype, tuple(DTYPES))
     for word in settings.train:
