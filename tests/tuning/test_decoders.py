@@ -84,7 +84,7 @@ def test_a_shared_decoder_is_one_set_of_parameters_for_all_its_matrices(shared):
     assert all(parameter.grad.abs().sum() > 0 for parameter in live.parameters.values())
 
 
-@pytest.mark.parametrize("kept_dtype", [torch.float32, None])
+@pytest.mark.parametrize("constant_dtype", [torch.float32, None])
 def test_what_is_trained_on_is_what_the_file_will_hold(shared, constant_dtype):
     live = chosen(shared, constant_dtype=constant_dtype)
     generator = torch.Generator().manual_seed(0)

@@ -49,7 +49,7 @@ def stored_of(fitted):
 
 def live_of(fmt, stored, chosen=None, constant_dtype=torch.float32):
     names = list(part_roles(fmt, stored, SHAPE)) if chosen is None else chosen
-    return TrainableWeight(fmt, SHAPE, stored, names, True, constant_dtype)
+    return TrainableWeight(fmt, SHAPE, stored, names, constant_dtype)
 
 
 def shaken(trainable_weight, size=0.05):
@@ -74,7 +74,7 @@ def test_every_float_part_has_the_name_and_the_role_it_is_stored_under(stored_of
 
 
 @each_format
-@pytest.mark.parametrize("kept_dtype", [torch.float32, None])
+@pytest.mark.parametrize("constant_dtype", [torch.float32, None])
 def test_before_training_it_decodes_to_the_same_matrix_and_packs_to_the_same_bytes(stored_of, fmt, constant_dtype):
     stored = stored_of(fmt)
     trainable_weight = live_of(fmt, stored, constant_dtype=constant_dtype)
