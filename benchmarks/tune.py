@@ -227,7 +227,7 @@ class Arm:
     tokens_per_second: float | None = None  # of the last step end to end
     tokens: int | None = None  # of tuning end to end
     learning_rate: float | None = None  # of tuning end to end
-    batch: int | None = None  # windows a step
+    batch: int | None = None  # windows per step
     checkpointing: bool | None = None  # whether blocks ran twice, which takes time and spares memory
     text: str = "wiki.test.raw"
     samples: list[dict[str, str]] = field(default_factory=list)

@@ -117,7 +117,7 @@ def test_damaged_text_of_its_own_is_named(tiny_llama, recipe, tmp_path):
     with pytest.raises(ZeroDivisionError):
         run(job, tmp_path / "out", progress=lambda name, *_: name.startswith("model") and 1 / 0)
     (work_folder(tmp_path / "out") / "written.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ArtifactError, match="written.safetensors: damaged .*remove .*out.work to start anew"):
+    with pytest.raises(ArtifactError, match="written.safetensors: damaged .*remove .*out.work to start again"):
         run(job, tmp_path / "out", resume=True)
 
 
@@ -128,8 +128,8 @@ def test_every_phase_of_a_calibrated_budget_is_told(tiny_llama, tmp_path, capsys
     begun = [name for percent, name in lines if percent.strip() == "0"]
     text = "writing text to calibrate on"
     assert begun[0].startswith("analysis of 2 windows of 16 tokens, about ")
-    assert begun[1:] == [text, "analysis: gradients", text, "gradients of the end loss"]
-    assert ["100 ", text] in lines and ["100 ", "gradients of the end loss"] in lines
+    assert begun[1:] == [text, "analysis: gradients", text, "gradients of the end-to-end loss"]
+    assert ["100 ", text] in lines and ["100 ", "gradients of the end-to-end loss"] in lines
     assert any(name.startswith("analysis of model.layers.1") for _, name in lines)
 
 

@@ -120,7 +120,7 @@ def test_an_interrupted_run_with_a_size_goes_on_to_the_same_bytes(tiny_llama, tm
     job = prepare(tiny_llama, Settings(size=81_000))
     calls = []
     run(job, tmp_path / "whole", progress=lambda *values: calls.append(values))
-    assert len(calls) > 15, "nothing was fitted anew: the size should be one that asks for it"
+    assert len(calls) > 15, "nothing was fitted again: the size should be one that asks for it"
     for number in (5, 16, 29):
         out = tmp_path / str(number)
         with killed(at=number + 1) as kill:

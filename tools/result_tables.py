@@ -45,7 +45,7 @@ def _add_own_text(results: dict[str, Any]) -> list[Arm]:
 
 
 def update_page(page: str, folder: Path) -> str:
-    """`page` with every marked section made anew from `folder`.
+    """`page` with every marked section made again from `folder`.
 
     Errors: ReallmError naming a results file that is not what this module reads.
     """
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = page.read_text(encoding="utf-8")
         if (new := update_page(text, root / "results")) != text:
             page.write_text(new, encoding="utf-8")
-            print(f"{page}: tables made anew", file=sys.stderr)
+            print(f"{page}: tables made again", file=sys.stderr)
 
 
 def _section_table(file: Path) -> str:

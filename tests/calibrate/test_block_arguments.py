@@ -140,8 +140,8 @@ def test_bytes_per_token_are_foretold_without_weights(model_of, family):
     for _ in stream.blocks:
         most = max(most, stream.nbytes - few.nbytes)
         stream.advance(), few.advance()
-    foretold = nbytes_per_token(model.config, torch.float32)
-    assert 0.9 * foretold <= most / (38 * 12) <= foretold
+    predicted = nbytes_per_token(model.config, torch.float32)
+    assert 0.9 * predicted <= most / (38 * 12) <= predicted
 
 
 @pytest.mark.parametrize(

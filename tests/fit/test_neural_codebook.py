@@ -99,7 +99,7 @@ def test_a_shared_decoder_serves_matrices_of_all_sizes_of_weights_and_is_nobodys
 
 
 def test_a_shared_decoder_that_nobody_trained_is_named():
-    with pytest.raises(FormatError, match="'nothing' is not at hand"):
+    with pytest.raises(FormatError, match="'nothing' is not loaded"):
         fit(from_spec({"format": "codeword", "index_bits": 5, "shared": "nothing"}), gaussian())
 
 

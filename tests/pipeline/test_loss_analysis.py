@@ -29,7 +29,7 @@ def windows(tiny_llama, text_file):
 
 
 def divergence(model, windows, name, noise_of):
-    """KL to the original with a disturbed matrix, nats a token."""
+    """KL to the original with a disturbed matrix, nats per token."""
     weight = model.get_submodule(name).weight
     with torch.no_grad():
         before = model(windows).logits.log_softmax(-1)

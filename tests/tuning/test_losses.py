@@ -1,4 +1,4 @@
-"""The teacher's likeliest tokens: KL to a distribution whose other tokens are one."""
+"""The teacher's top-k tokens: KL to a distribution whose other tokens are one."""
 
 import torch
 

@@ -560,7 +560,7 @@ def test_the_kl_of_the_likeliest_tokens_is_called_that(compressed, tiny_llama, t
     words += ["--top-k", "4", "--log", str(log)]
     assert main(["tune", str(compressed), "-o", str(tmp_path / "out"), *words]) == 0
     out, err = capsys.readouterr()
-    assert "\ntop-k KL    " in out and "4 likeliest tokens, the rest as one: less than the KL that eval gives" in out
+    assert "\ntop-k KL    " in out and "4 top-k tokens, the rest as one: less than the KL that eval gives" in out
     assert "validation top-4 KL" in err and "\nKL " not in out and "validation KL" not in err
     events = [json.loads(line) for line in log.read_text().splitlines()]
     assert all(event["top_k"] == 4 for event in events if "kl" in event)

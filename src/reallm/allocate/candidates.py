@@ -42,7 +42,7 @@ def data_free_candidates() -> tuple[WeightFormat, ...]:
 # Words of --candidates: what is added to the lists below.
 NEURAL = "neural"
 MORE = (NEURAL,)
-# (index bits, weights of a vector): 0.75 to 3.5 bits a weight.
+# (index bits, weights of a vector): 0.75 to 3.5 bits per weight.
 _CODEWORDS = ((12, 16), (16, 16), (8, 8), (10, 8), (12, 8), (14, 8), (16, 8), (10, 4), (12, 4), (14, 4))
 
 
@@ -51,7 +51,7 @@ def neural_candidates(kind: str, largest: int = 16) -> tuple[WeightFormat, ...]:
     """Rotated codeword decoders of up to `largest` index bits, for blocks. Each is shared by all matrices that take it.
 
     After a rotation all matrices are as Gaussian, so that one decoder serves them all and costs next to nothing; of
-    its own it would be 0.2 bits a weight of a matrix of 110,000. Search goes through all codewords: a CPU takes an hour
+    its own it would be 0.2 bits per weight of a matrix of 110,000. Search goes through all codewords: a CPU takes an hour
     for 10⁷ weights at 16 bits, so that 12 are the largest there.
     """
     if kind != BLOCK:

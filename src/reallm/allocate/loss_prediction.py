@@ -1,14 +1,14 @@
-"""What a model's end loss says of its matrices, as numbers: predicted loss of any format = number · error.
+"""What a model's end-to-end loss says of its matrices, as numbers: predicted loss of any format = number · error.
 
-The number of a matrix is the loss (KL to the original, nats a token) at a relative error of 1, to second order. How
+The number of a matrix is the loss (KL to the original, nats per token) at a relative error of 1, to second order. How
 errors spread over weights differs, and so do the numbers:
 
 * `grouped`: in proportion to the variance of their group (scales of groups, unrotated);
-* `stepped`: alike everywhere (one step a matrix, entropy-coded);
+* `stepped`: alike everywhere (one step per matrix, entropy-coded);
 * `rotated_1`, `rotated_8`, `rotated_16`: alike everywhere after a rotation, coded so many columns at a time;
 * `inputs_rotated_1`, `outputs_rotated_8`, `both_rotated_16`, …: the same inside scales of columns, rows or both;
 * `beside_rank_1_grouped`, …: of embedding and head, the loss at a relative error of 1 of what the best term of rank 1
-  leaves. It foretells `low_rank_plus` by the error of its base.
+  leaves. It predicts `low_rank_plus` by the error of its base.
 
 The model room computes them, `reallm.pipeline.loss_analysis`; a file keeps them, and this room only multiplies.
 """
@@ -61,7 +61,7 @@ class Analysis:
         return name in self.numbers
 
     def loss(self, name: str, fmt: WeightFormat, error_fn: ErrorFn) -> float:
-        """Predicted KL to the original, nats a token, if this matrix alone is stored so."""
+        """Predicted KL to the original, nats per token, if this matrix alone is stored so."""
         measured = self.measured.get(name, {}).get(spec_key(fmt))
         numbers, kind = self.numbers[name], kind_of_error(fmt)
         if fmt.residual_rank() and PLUS_RANK_ONE + kind in numbers:

@@ -14,7 +14,7 @@ from reallm.errors import FormatError, RecipeError
 from reallm.formats import Shape, WeightFormat, collect_shared_decoders, from_spec
 from reallm.formats.low_rank_plus import LowRankPlus
 
-# The whole file is at least this share of its budget.
+# The artifact is at least this share of its budget.
 LEAST_SHARE = 0.995
 # Tables of frequencies: what a coded matrix takes beside its share, and small tensors never earn.
 _CODED_TABLES = 200
@@ -23,7 +23,7 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 
 @dataclass(frozen=True)
 class Option:
-    """A format for a matrix, the bytes it will about take in the file, and its predicted loss in nats a token."""
+    """A format for a matrix, the bytes it will about take in the file, and its predicted loss in nats per token."""
 
     fmt: WeightFormat
     nbytes: int
@@ -144,7 +144,7 @@ def predicted_bytes(plan: Plan, options: Options) -> int:
 
 
 def predicted_loss(plan: Plan, options: Options) -> float:
-    """Predicted KL to the original, nats a token: losses of single matrices add up as long as they are small."""
+    """Predicted KL to the original, nats per token: losses of single matrices add up as long as they are small."""
     return sum(find_option(entry, options).loss for entry in plan.entries)
 
 

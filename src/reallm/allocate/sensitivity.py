@@ -28,7 +28,7 @@ def load_table() -> dict[str, Any]:
 
 
 def sensitivity(matrix: MatrixInfo, fmt: WeightFormat, depth: int) -> float:
-    """Predicted KL (nats a token) per unit of relative error if all of the matrix's role were compressed so.
+    """Predicted KL (nats per token) per unit of relative error if all of the matrix's role were compressed so.
 
     `depth` is the number of decoder blocks.
     """

@@ -1,4 +1,4 @@
-"""What the end loss says of a model's matrices and blocks: squared gradients on a text, in the original model."""
+"""What the end-to-end loss says of a model's matrices and blocks: squared gradients on a text, in the original model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GradientSink = Callable[[str, Float[Tensor, "tokens in"], Float[Tensor, "tokens 
 
 @dataclass(frozen=True)
 class Guidance:
-    """What the end loss says of a module's outputs: mean squared gradients by token and by channel, both of mean 1."""
+    """What the end-to-end loss says of a module's outputs: mean squared gradients by token and by channel, both of mean 1."""
 
     tokens: Float[Tensor, "windows context"]
     rows: Float[Tensor, " out"]
@@ -65,7 +65,7 @@ def block_gradients(
     draws: Iterable[torch.Generator],
     on_result: Callable[[int, Float[Tensor, "blocks context hidden"]], None],
 ) -> None:
-    """Gradients of the end loss by the hidden states that every decoder block puts out, handed over window by window.
+    """Gradients of the end-to-end loss by the hidden states that every decoder block puts out, handed over window by window.
 
     `on_result` gets a window's number and its gradients, float32 on the device; zeros where none arrive. Tokens to predict
     are drawn from the model, for each window by a generator of its own in `draws`, wherever the text's is `loss_mask`;
@@ -105,9 +105,9 @@ class _SquareSums:
 
 @dataclass(frozen=True)
 class Curvature:
-    """What the end loss is to a matrix: its second derivatives, inputs apart from outputs (K-FAC, arXiv:1503.05671).
+    """What the end-to-end loss is to a matrix: its second derivatives, inputs apart from outputs (K-FAC, arXiv:1503.05671).
 
-    An error D of the weights costs about ½ Σ_i outputs_i · (D H Dᵀ)_ii nats a token, with H = `hessian`, in which
+    An error D of the weights costs about ½ Σ_i outputs_i · (D H Dᵀ)_ii nats per token, with H = `hessian`, in which
     tokens count by their gradients (GuidedQuant, arXiv:2505.07004).
     """
 
@@ -413,7 +413,7 @@ def fast_products(device: str | torch.device) -> Iterator[None]:
     """Products of float32 matrices on a CPU by oneDNN, in bfloat16 where the processor multiplies tiles of that.
 
     Elsewhere they stay float32, 2.2 times as fast as by the BLAS on a processor with AVX-512 that is not Intel's
-    (240 against 107 GFLOPS a thread). A GPU goes on as it was.
+    (240 against 107 GFLOPS per thread). A GPU goes on as it was.
     """
     if torch.device(device).type != "cpu":
         yield

@@ -15,7 +15,7 @@ from pathlib import Path
 from reallm.checkpoint.validation import Entry, read_header
 from reallm.errors import ArtifactError
 
-DIGITS = 32  # of sha256, in hex: 128 bits a tensor, 0.03 % of a 135M model at 3 bits
+DIGITS = 32  # of sha256, in hex: 128 bits per tensor, 0.03 % of a 135M model at 3 bits
 _CHUNK = 1 << 22
 
 

@@ -24,7 +24,7 @@ _TOKENIZER_WORDS = ("token", "vocab", "merges", "chat_template", "spiece", ".mod
 
 @dataclass(frozen=True)
 class Row:
-    """Some bytes of one file: a stored tensor, a header, or a whole companion file.
+    """Some bytes of one file: a stored tensor, a header, or a whole auxiliary file.
 
     `role` says what the bytes are for (codes, scales, …), `matrix` whose they are; `kind` is block,
     embedding or head for compressed matrices, `kept` for tensors left as they were, else `file`. A decoder that
@@ -69,7 +69,7 @@ class Ledger:
 
     @property
     def bits_per_weight(self) -> float:
-        """8 · stored bytes / weights over the compressed block matrices, all side bytes included."""
+        """8 · stored bytes / weights over the compressed block matrices, scales, codebooks and headers included."""
         stored = sum(row.nbytes for row in self.rows if row.kind == "block")
         return 8 * stored / self.block_weights if self.block_weights else math.nan
 

@@ -1,4 +1,4 @@
-"""Reading what strangers wrote: sizes, shapes and names are checked before anything is allocated by them."""
+"""Reading untrusted files: sizes, shapes and names are checked before anything is allocated by them."""
 
 from __future__ import annotations
 

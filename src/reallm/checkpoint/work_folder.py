@@ -159,7 +159,7 @@ def read_work_tensors(path: Path, like: Tensors) -> Tensors:
 
     Errors: ArtifactError naming the damaged file.
     """
-    remedy = f"remove {path.parent} to start anew"
+    remedy = f"remove {path.parent} to start again"
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
@@ -188,8 +188,8 @@ def _check_state(path: Path, now: dict[str, Any]) -> None:
         before = read_json(path)
         old_plan, new_plan = dict(before["plan"]), now["plan"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path}: damaged; remove {path.parent} to start anew") from error
-    remedy = f"go back to that, or remove {path.parent} to start anew"
+        raise ArtifactError(f"{path}: damaged; remove {path.parent} to start again") from error
+    remedy = f"go back to that, or remove {path.parent} to start again"
     if before.get("source") != now["source"]:
         raise RecipeError(f"--resume: the weights of the source are not those the run began with; {remedy}")
     changes = [line for key in ("seed", "device", "calibration") for line in _changes(key, before.get(key), now[key])]

@@ -79,7 +79,7 @@ def command(
         ),
     ] = None,
     context: Annotated[int, typer.Option("--context", metavar="N", help="Tokens in a window.")] = 1024,
-    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Windows a step.")] = 8,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Windows per step.")] = 8,
     micro_batch: Annotated[
         int | None,
         typer.Option(
@@ -101,7 +101,7 @@ def command(
         typer.Option(
             "--top-k",
             metavar="K",
-            help="Ask the original once, and keep the K likeliest tokens on disk; 0 asks at every step. The KL then "
+            help="Ask the original once, and keep the top K tokens on disk; 0 asks at every step. The KL then "
             "takes all other tokens as one, which makes it smaller than the KL of all, and is printed as top-k KL.",
         ),
     ] = 0,
@@ -123,7 +123,7 @@ def command(
         typer.Option(
             "--block-error",
             metavar="NAME",
-            help="What an error of a block's output costs: loss what the end loss would, by gradients of the original "
+            help="What an error of a block's output costs: loss what the end-to-end loss would, by gradients of the original "
             "that are kept on disk meanwhile; outputs counts all alike.",
         ),
     ] = "loss",
@@ -166,10 +166,10 @@ def command(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the work folder of an interrupted run.")] = False,
 ) -> None:
-    """Train scales, codebooks, gains and residuals of a compressed model; codes, formats and bits a weight stay.
+    """Train scales, codebooks, gains and residuals of a compressed model; codes, formats and bits per weight stay.
 
     The weights take the bytes they took in OUT, unless what trained is entropy-coded (coding: true without --size):
-    that is coded anew, and may take some more or fewer. config.json grows by a note of some 200 to 400 bytes. A folder
+    that is coded again, and may take some more or fewer. config.json grows by a note of some 200 to 400 bytes. A folder
     that was made by --size or --bits-per-parameter stays within that however often it is tuned: compressing leaves 600
     bytes for notes, of which old ones give way, and codes nothing that trains by default. What else is coded and could
     outgrow the size is refused. Several processes share the work when started by torchrun:

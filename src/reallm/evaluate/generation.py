@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reallm.errors import ReallmError, SourceError, TextError
 
-# Tokens that are decoded anew for each piece: without a limit the cost of a piece would grow with the answer.
+# Tokens that are decoded again for each piece: without a limit the cost of a piece would grow with the answer.
 REDECODED_TOKENS = 64
 
 

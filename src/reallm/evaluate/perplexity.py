@@ -23,11 +23,11 @@ class Evaluation:
     """What was measured. All means are over the scored tokens."""
 
     perplexity: float  # exp(nll); inf when that overflows
-    nll: float  # mean negative log-likelihood, nats a token
+    nll: float  # mean negative log-likelihood, nats per token
     tokens: int  # scored tokens: every token of a window but its first
     windows: int
     context: int  # tokens in a window, a leading <bos> included
-    kl: float | None = None  # mean KL(reference ‖ model), nats a token
+    kl: float | None = None  # mean KL(reference ‖ model), nats per token
     top1: float | None = None  # share of tokens where both find the same token most likely
 
 

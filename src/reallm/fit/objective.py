@@ -17,7 +17,7 @@ from reallm.kernels import average, one_thread, total
 OUTPUTS, GUIDED = "outputs", "guided"
 OBJECTIVES = {
     OUTPUTS: "squared error of every matrix's outputs",
-    GUIDED: "the same, tokens weighted by the gradient of the end loss",
+    GUIDED: "the same, tokens weighted by the gradient of the end-to-end loss",
 }
 
 # A column that is (nearly) zero counts at most 1,000 times as much as the mean column.

@@ -123,7 +123,7 @@ class GroupScaledCoder:
         return self.scales.square()
 
     def expand_columns(self, values: Real[Tensor, "out groups"], start: int, count: int) -> Real[Tensor, "out count"]:
-        """One value a weight of `count` columns from column `start` on."""
+        """One value per weight of `count` columns from column `start` on."""
         return scale_store.expand_columns(values, start, count, self.fmt.group_size)
 
 

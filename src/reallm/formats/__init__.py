@@ -1,4 +1,4 @@
-"""What a matrix is: the waist, and one file per format. To add one, see docs/add_a_format.md."""
+"""What a matrix is: the interface of a format, and one file per format. To add one, see docs/add_a_format.md."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""The waist of the library: a matrix in a format.
+"""The core interface: a matrix in a format.
 
 format -> a frozen dataclass of plain numbers; parts -> tensors in natural units; tensors -> what is
 written. Everything above asks only the methods below; everything below knows only plain tensors.

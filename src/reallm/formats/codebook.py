@@ -33,7 +33,7 @@ class UnpackedCodebook:
 @register
 @dataclass(frozen=True)
 class Codebook(WeightFormat):
-    """`index_bits` bits a vector of `vector_dim` weights: index_bits / vector_dim bits a weight.
+    """`index_bits` bits per vector of `vector_dim` weights: index_bits / vector_dim bits per weight.
 
     2^index_bits entries in float16, 1 to 16 index bits. Rows that `vector_dim` does not divide are padded
     with zeros by one short vector, which is counted. `group_size` and `scales` as in `scales.py`.

@@ -2,7 +2,7 @@
 
 The size follows the entropy of the codes and not their largest (WaterSIC, arXiv:2603.04956), so that one step serves
 a whole matrix and no weight is clipped. Eight neighbouring rows of a column are a point of the lattice E8, which
-loses 0.15 bits a weight to Shannon's bound where separate codes lose 0.25 (a sphere packs space better than a cube).
+loses 0.15 bits per weight to Shannon's bound where separate codes lose 0.25 (a sphere packs space better than a cube).
 
 weight ── E8, rate and distortion (fit) ──▶ codes ── histogram, ANS (pack) ──▶ words, zeros up to the budget
 """
@@ -38,7 +38,7 @@ class UnpackedEntropyCoded:
 @register
 @dataclass(frozen=True)
 class EntropyCoded(WeightFormat):
-    """`bits` stored bits a weight, tables and step included; the size is exact and known before fitting.
+    """`bits` stored bits per weight, tables and step included; the size is exact and known before fitting.
 
     `fit` chooses the step so that the coded words fill the budget; what they leave is filled with zeros and counted.
     `largest` (1 to 127): codes of smaller magnitude have a frequency of their own, others take 16 bits more.

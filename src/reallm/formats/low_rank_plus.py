@@ -33,7 +33,7 @@ class UnpackedLowRankPlus:
 @register
 @dataclass(frozen=True)
 class LowRankPlus(WeightFormat):
-    """`base` plus `rank` terms; factors in bfloat16, or in int8 with one float16 scale a column."""
+    """`base` plus `rank` terms; factors in bfloat16, or in int8 with one float16 scale per column."""
 
     base: WeightFormat
     rank: int

@@ -32,7 +32,7 @@ class UnpackedTrellis:
 @register
 @dataclass(frozen=True)
 class Trellis(WeightFormat):
-    """`bits` bits a weight (1 to 4), window of `state_bits` bits, one scale a matrix.
+    """`bits` bits per weight (1 to 4), window of `state_bits` bits, one scale per matrix.
 
     Values are computed, the quantiles of a normal; with `table_bits` they are that many bits of the quantile
     looked up in a learned table, which is stored. A tile has `tile_columns` columns (4, 8 or 16) and

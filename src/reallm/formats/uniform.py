@@ -30,7 +30,7 @@ class UnpackedUniform:
 @register
 @dataclass(frozen=True)
 class Uniform(WeightFormat):
-    """2^bits levels a group, 1 to 8 bits.
+    """2^bits levels per group, 1 to 8 bits.
 
     Symmetric: a fixed zero code and a *signed* scale, so that the group's largest weight, whichever its
     sign, takes the one level that has no opposite. Asymmetric: an integer zero point of `bits` bits a

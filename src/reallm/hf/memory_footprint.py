@@ -1,4 +1,4 @@
-"""Bytes that a model takes in memory: measured, and foretold from shapes."""
+"""Bytes that a model takes in memory: measured, and predicted from shapes."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def estimate(job: Job) -> Estimate:
 def work_bytes(job: Job) -> int:
     """Bytes of the work folder at its fullest: finished matrices, the artifact that is put together of them, and more.
 
-    More is what the original was asked: text that it wrote, and gradients, 4 bytes a token and matrix. No tensor counts
+    More is what the original was asked: text that it wrote, and gradients, 4 bytes per token and matrix. No tensor counts
     as entropy-coded: what coding saves is what a size gives to other matrices on the way.
     """
     finished = [
@@ -127,7 +127,7 @@ def _predicted_seconds(job: Job) -> float:
 
 
 def _costs(largest: Mapping[WeightFormat, PlanEntry], device: str) -> dict[WeightFormat, tuple[float, float]]:
-    """(seconds a matrix, seconds a weight) by format, each with the largest matrix that gets it.
+    """(seconds per matrix, seconds per weight) by format, each with the largest matrix that gets it.
 
     The largest first, while `_SAMPLE_SECONDS` last; one of those that fit in the same way is timed whatever it takes.
     """
@@ -245,7 +245,7 @@ def _calibration_tokens(job: Job) -> int:
 def _calibration_seconds(job: Job) -> float:
     """Two passes of all tokens through every block and the sums of their inputs, at the speed of one product.
 
-    The end loss takes three more through the whole model: one forward and, twice as long, one back.
+    The end-to-end loss takes three more through the whole model: one forward and, twice as long, one back.
     """
     if not job.settings.calibration:
         return 0.0
@@ -277,9 +277,9 @@ def seconds_of_analysis(source: Source, walked: Walk, settings: Settings) -> flo
     few, device = for_analysis(settings), settings.device
     tokens = few.calibration_windows * few.calibration_context
     columns = [matrix.shape[1] for matrix in walked.matrices if matrix.block is not None and matrix.expert is None]
-    moments = sum(2 * tokens * width**2 for width in columns) * _seconds_an_operation(torch.float32, device, True)
+    second_moments = sum(2 * tokens * width**2 for width in columns) * _seconds_an_operation(torch.float32, device, True)
     factors = sum(_OF_FACTORS * width**3 for width in columns) * _seconds_an_operation(torch.float32, "cpu")
-    return tokens * _gradient_seconds(source, device) + moments + factors
+    return tokens * _gradient_seconds(source, device) + second_moments + factors
 
 
 def _seconds_an_operation(dtype: torch.dtype, device: str, fast: bool = False) -> float:
@@ -319,7 +319,7 @@ def _generation_seconds(job: Job) -> float:
 
 
 def fitting_cost(fmt: WeightFormat, device: str) -> tuple[float, float]:
-    """(seconds a matrix, seconds a weight) of fitting."""
+    """(seconds per matrix, seconds per weight) of fitting."""
     before = None
     for shape in _FIRST:
         try:

@@ -181,7 +181,7 @@ def calibration_dtype(job: Job) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _TeacherOutputs:
-    """What the gradients of the end-to-end loss say of tokens and channels; nothing for the objective `outputs`."""
+    """What the gradients of the end-to-end-to-end loss say of tokens and channels; nothing for the objective `outputs`."""
 
     guidance: dict[str, Guidance] | None = None
 
@@ -209,9 +209,9 @@ def _output_objective(matrix: Matrix, second_moments: SecondMoments, rows: Tenso
 
 
 def _teacher_outputs(job: Job, work: Path, progress: Progress | None) -> tuple[Tensor, _TeacherOutputs]:
-    """The windows, and what the end loss says, unless everything is fitted already.
+    """The windows, and what the end-to-end loss says, unless everything is fitted already.
 
-    Text that the model writes itself and gradients of the end loss take the whole original in memory, and only they.
+    Text that the model writes itself and gradients of the end-to-end loss take the whole original in memory, and only they.
     """
     dtype = (
         calibration_dtype(job) if job.settings.objective == OUTPUTS else gradient_dtype(job.source, job.settings.device)

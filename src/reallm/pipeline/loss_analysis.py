@@ -55,7 +55,7 @@ def compute_analysis(
     """Numbers of every matrix that calibration reaches, and the ends' scalar codes tried on a sample of rows.
 
     `windows` are token ids (windows, context); `origin` is kept in the file; `guided`: fits will weigh tokens by the
-    end loss.
+    end-to-end loss.
     """
     matrices = {matrix.name: matrix for matrix in walk.matrices}
     blocks = [matrix for matrix in walk.matrices if matrix.kind == "block" and matrix.expert is None]

@@ -68,7 +68,7 @@ def refuse_adapter(folder: Path) -> None:
         return
     config = read_json(file, SourceError)
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    name = " ".join(str(base or "another model").split())[:200]  # a stranger's words, in one line
+    name = " ".join(str(base or "another model").split())[:200]  # an untrusted words, in one line
     raise SourceError(f"{folder}: is an adapter of {name}; give that as MODEL, and --adapter {folder}")
 
 

@@ -68,14 +68,14 @@ def save_adapter(factors: dict[str, Factors], folder: Path, base: str, source_sh
 def merge(artifact: str | Path, adapter: str | Path, out: str | Path) -> None:
     """Write the artifact with the adapter in it, as a bfloat16 residual around each format.
 
-    That takes 2 · rank · (out + in) bytes a matrix, which its bits count.
+    That takes 2 · rank · (out + in) bytes per matrix, which its bits count.
     Errors: ArtifactError if the adapter is of another model, the artifact is damaged or `out` is in the way.
     """
     source, factors = Path(artifact), read_adapter(adapter)
     manifest = read_manifest(source)
     _check_fit(adapter, factors, source, manifest)
     check_output(Path(out))
-    # The checksums are made anew: what is damaged must not get right ones.
+    # The checksums are made again: what is damaged must not get right ones.
     verify(weight_files(source, ArtifactError), manifest.checksums)
 
     def change(matrix: StoredMatrix, stored: Tensors) -> tuple[StoredMatrix, Tensors]:

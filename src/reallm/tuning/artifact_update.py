@@ -52,7 +52,7 @@ def write_tuned(source: Path, staging: Path, trained: Tensors, note: dict[str, A
 
     `trained` are parts in natural units, kept tensors and packed shared decoders, by the name of what is stored of
     them. `note`, with what matters most first, is added to the provenance's list `tuned`. All other files are copied.
-    Of an artifact with entropy-coded tensors those that trained are coded anew, and may take some bytes more or fewer.
+    Of an artifact with entropy-coded tensors those that trained are coded again, and may take some bytes more or fewer.
     """
 
     def change(matrix: StoredMatrix, stored: Tensors) -> tuple[StoredMatrix, Tensors]:

@@ -5,7 +5,7 @@ compressed  x0'─▶ tuned 0 ─▶ x1'─▶ tuned 1 ─▶ …      target: t
 
 Of the original one block at a time is in memory. What an error d of a token's states costs:
 
-loss     ½ (g · d)² nats, g the gradient of the original's end loss (see `calibrate/loss_gradients.py`): what the end loss does
+loss     ½ (g · d)² nats, g the gradient of the original's end-to-end loss (see `calibrate/loss_gradients.py`): what the end-to-end loss does
          not see costs nothing. Before the first block the original is in memory as a whole, for a pass over the
          windows and back; what it finds lies on disk until the blocks are done.
 outputs  |d|² / |target|², the mean over tokens: what follows a block is a norm, so that a token with huge states
@@ -220,7 +220,7 @@ class _BlockTargets:
     gradients: Gradients | None = None
 
     def error(self, number: int, answer: Float[Tensor, "*states hidden"]) -> Float[Tensor, ""]:
-        """Of the answer to a batch: nats a token, or the mean relative squared error."""
+        """Of the answer to a batch: nats per token, or the mean relative squared error."""
         target = self.targets[number].to(answer.device).float()
         if self.gradients is None:
             return relative_error(answer, target)
@@ -271,7 +271,7 @@ def relative_error(
 def cost(
     errors: Float[Tensor, "batch context hidden"], gradients: Float[Tensor, "batch context hidden"]
 ) -> Float[Tensor, ""]:
-    """½ (g · d)² of errors d of tokens' states, the mean over tokens: nats a token, as if tokens erred alone."""
+    """½ (g · d)² of errors d of tokens' states, the mean over tokens: nats per token, as if tokens erred alone."""
     return (gradients * errors).sum(-1).square().mean() / 2
 
 

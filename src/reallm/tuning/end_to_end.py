@@ -59,7 +59,7 @@ class TrainingRun:
 
     @property
     def top_k(self) -> dict[str, int]:
-        """For events and figures: where it is, all but the `top_k` likeliest tokens count as one in the KL."""
+        """For events and figures: where it is, all but the `top_k` most probable tokens count as one in the KL."""
         return {"top_k": self.settings.top_k} if self.settings.top_k and self.original is not None else {}
 
     @property
@@ -165,7 +165,7 @@ class _LossEvaluator:
 
     @torch.no_grad()
     def means(self, windows: Windows) -> dict[str, float]:
-        """KL (nan without original) and cross-entropy of validation windows, nats a token."""
+        """KL (nan without original) and cross-entropy of validation windows, nats per token."""
         sums = torch.zeros(2, dtype=torch.float64)
         size = self.settings.micro_batch or self.settings.batch
         for part in torch.arange(len(windows)).split(size):
@@ -256,7 +256,7 @@ class _TeacherCache:
 
     @torch.no_grad()
     def _top_k_outputs(self, run: TrainingRun) -> Tensors:
-        """Of every window, training and validation, the likeliest tokens."""
+        """Of every window, training and validation, the top-k tokens."""
         assert self.split is not None
         found: Tensors = {}
         for kind, windows in ((TRAINING, run.training), (VALIDATION, run.validation)):

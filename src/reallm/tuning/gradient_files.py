@@ -1,4 +1,4 @@
-"""Gradients of the end loss by every block's output, of some windows: a file a window, read a block at a time.
+"""Gradients of the end-to-end loss by every block's output, of some windows: a file a window, read a block at a time.
 
 A number takes a byte: 8-bit floats (4 bits of exponent, 3 of mantissa) times a power of two for each token. Their
 relative error of 3 % is nothing beside that of a draw.
@@ -65,7 +65,7 @@ class Gradients:
             with safe_open(path, framework="pt") as file:
                 return file.get_slice("gradients")[block], file.get_slice("scales")[block]
         except SafetensorError as error:
-            raise ArtifactError(f"{path}: damaged ({error}); remove {path.parent} to start anew") from error
+            raise ArtifactError(f"{path}: damaged ({error}); remove {path.parent} to start again") from error
 
 
 def check_disk_space(folder: Path, nbytes: int) -> None:

@@ -51,7 +51,7 @@ class Log:
 
 
 class Throughput:
-    """Tokens a second and the time left, from the steps since this process began."""
+    """Tokens per second and the time left, from the steps since this process began."""
 
     def __init__(self, steps: int, done: int, tokens: int) -> None:
         self.steps, self.first, self.tokens, self.begun = steps, done, tokens, time.perf_counter()

@@ -61,7 +61,7 @@ def split_model(model: nn.Module) -> SplitModel:
 
 @dataclass(frozen=True)
 class Teacher:
-    """What the original says of some tokens: all its hidden states, or its likeliest tokens."""
+    """What the original says of some tokens: all its hidden states, or its top-k tokens."""
 
     head: Head | None = None
     states: Float[Tensor, "tokens hidden"] | None = None
@@ -69,7 +69,7 @@ class Teacher:
     log_probs: Float[Tensor, "tokens k"] | None = None
 
     def divergence(self, log_probs: Float[Tensor, "n vocab"], rows: slice) -> Float[Tensor, " n"]:
-        """KL(original ‖ model) of tokens; what is not among the likeliest counts as one token."""
+        """KL(original ‖ model) of tokens; what is not among the top k counts as one token."""
         if self.token_ids is None:
             assert self.head is not None and self.states is not None
             theirs = self.head(self.states[rows]).float().log_softmax(-1)
@@ -81,7 +81,7 @@ class Teacher:
 
 
 def top_k_log_probs(logits: Float[Tensor, "n vocab"], k: int) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
-    """The k likeliest tokens as int32 and their log-probabilities as float16, as they are kept on disk."""
+    """The top-k tokens as int32 and their log-probabilities as float16, as they are kept on disk."""
     values, token_ids = logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
     return token_ids.to(torch.int32), values.to(torch.float16)
 

@@ -6,7 +6,7 @@ A parameter is its part divided by a power of two near the part's size, which ch
 rate serves scales of 0.01 and codebook entries of 3 alike.
 
 The numbers of a decoder net are codes of a grid of few bits and its scales. Both train: the codes as real numbers that
-are rounded on the way forwards. A decoder that matrices share is one such matrix of numbers, which all of them look at.
+are rounded in the forward pass (straight-through estimator). A decoder that matrices share is one such matrix of numbers, which all of them look at.
 """
 
 from __future__ import annotations

@@ -43,16 +43,18 @@ class Settings:
     loss: str = KL
     tokens: int | None = None  # end-to-end, in all; None: every window once
     context: int = 1024
-    batch: int = 8  # windows a step
+    batch: int = 8  # windows per step
     micro_batch: int | None = None  # windows at once; None: the batch
     learning_rate: float = 3e-3
     warm_up: float = 0.05  # share of the steps
     clip: float = 1.0
-    top_k: int = 0  # the original's likeliest tokens kept on disk before training; 0: computed as needed
+    top_k: int = 0  # the original's top-k tokens kept on disk before training; 0: computed as needed
     validation: tuple[str, ...] = ()  # files; without, windows of the text
     validation_windows: int = 16
     validate_every: int | None = None  # steps; None: twenty times in all
-    block_error: str = END_LOSS  # what an error of a block's output costs: by the end loss, or the same everywhere
+    block_error: str = (
+        END_LOSS  # what an error of a block's output costs: by the end-to-end loss, or the same everywhere
+    )
     block_windows: int = 128
     block_epochs: int = 4
     block_patience: int = 1

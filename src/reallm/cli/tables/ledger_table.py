@@ -100,7 +100,7 @@ def _sizes(ledger: Ledger) -> str:
     bits = ledger.bits_per_weight
     lines = [
         f"{'files':<22} {ledger.total_bytes:,} bytes ({size(ledger.total_bytes)})",
-        f"{'bits per weight':<22} {bits:.4f} (compressed block matrices, all side bytes)",
+        f"{'bits per weight':<22} {bits:.4f} (compressed block matrices, all overhead)",
         f"{'bits per parameter':<22} {ledger.bits_per_parameter:.4f} (all files / {ledger.parameters:,} parameters)",
     ]
     return "\n".join(lines if not math.isnan(bits) else [lines[0], lines[2]])
