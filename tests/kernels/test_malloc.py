@@ -6,8 +6,8 @@ import pytest
 
 FREED = """
 import resource, sys, torch
-from reallm.kernels import give_back_freed_blocks
-if sys.argv[1] == "yes" and not give_back_freed_blocks():
+from reallm.kernels import set_mmap_threshold
+if sys.argv[1] == "yes" and not set_mmap_threshold():
     sys.exit(77)
 
 def resident():
