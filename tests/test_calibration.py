@@ -120,7 +120,7 @@ def test_damaged_text_of_its_own_is_named(tiny_llama, recipe, tmp_path):
     with pytest.raises(ZeroDivisionError):
         run(job, tmp_path / "out", progress=lambda name, *_: name.startswith("model") and 1 / 0)
     (work_folder(tmp_path / "out") / "written.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ArtifactError, match="written.safetensors: damaged .*remove .*out.work to start anew"):
+    with pytest.raises(ArtifactError, match="written.safetensors: damaged .*remove .*out.work to start again"):
         run(job, tmp_path / "out", resume=True)
 
 

@@ -153,7 +153,7 @@ def test_a_damaged_finished_matrix_is_named_and_not_trusted(
 def test_a_finished_matrix_with_other_tensors_is_not_trusted(job, interrupted, finished_matrices):
     file = work_folder(interrupted) / finished_matrices(interrupted)[0]
     save_file({name + "x": tensor for name, tensor in load_file(file).items()}, file)
-    with pytest.raises(ArtifactError, match="other tensors than the plan says"):
+    with pytest.raises(ArtifactError, match="its tensors differ from the plan"):
         run(job, interrupted, resume=True)
 
 
