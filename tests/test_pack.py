@@ -194,7 +194,7 @@ def test_fields_of_a_forged_format_take_no_memory():
         "codebook": np.zeros((4, 2), np.float16),
         "scales": np.ones(2, np.float16),
     }
-    with pytest.raises(ValueError, match="a codebook of another shape"):
+    with pytest.raises(ValueError, match="the shape of a codebook differs"):
         decoder._codebook(fmt, stored, 2, 8)
 
 

@@ -239,8 +239,8 @@ def test_the_frontier_is_drawn_where_matplotlib_is(tiny_llama, tmp_path):
 @pytest.mark.parametrize(
     ("name", "goal", "says"),
     [
-        ("text.txt", "--sizes", "what is written is JSON; name it .json"),
-        ("text.txt", "--size", "what is written is YAML; name it .yaml"),
+        ("text.txt", "--sizes", "the file is written as JSON; name it .json"),
+        ("text.txt", "--size", "the file is written as YAML; name it .yaml"),
         ("z.yaml", "--sizes", "name it .json"),
         ("z.json", "--size", "name it .yaml"),
         ("plan.yaml", "--size", "plan.yaml exists; give another name or remove it"),

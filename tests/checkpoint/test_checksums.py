@@ -26,7 +26,7 @@ def written(tiny_llama, tmp_path_factory):
 
 @pytest.fixture
 def flipped(written, tmp_path):
-    """A copy with one bit of one code changed, which nothing but a checksum can find."""
+    """A copy with one bit of one code flipped, which only a checksum can detect."""
     folder = shutil.copytree(written, tmp_path / "copy")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.codes"][7] ^= 4
@@ -58,7 +58,7 @@ def test_verification_can_be_skipped(flipped, recwarn):
 
 
 @pytest.mark.parametrize("command", ["info", "eval", "generate"])
-def test_every_command_verifies_unless_told_not_to(flipped, command, text_file, capsys):
+def test_every_command_verifies_by_default(flipped, command, text_file, capsys):
     rest = {
         "info": [],
         "eval": ["--text", str(text_file), "--context", "64", "--windows", "1"],
@@ -69,7 +69,7 @@ def test_every_command_verifies_unless_told_not_to(flipped, command, text_file, 
     assert main([*arguments, "--no-verify"]) == 0
 
 
-def test_info_says_whether_it_verified(written, capsys):
+def test_info_reports_whether_it_verified(written, capsys):
     for options, verified in (([], True), (["--no-verify"], False)):
         assert main(["info", str(written), "--json", *options]) == 0
         assert json.loads(capsys.readouterr().out)["verified"] is verified
@@ -79,8 +79,8 @@ def test_tensors_that_changed_places_dtype_or_file_are_found(tmp_path):
     first, second = {"a": torch.zeros(4), "b": torch.ones(4)}, {"a": torch.ones(4), "b": torch.zeros(4)}
     file = tmp_path / "x.safetensors"
     save_file(first, file)
-    word = compute_checksums([file])
-    verify([file], word)
+    checksums = compute_checksums([file])
+    verify([file], checksums)
     for other in (
         second,
         {"a": torch.zeros(4, dtype=torch.int32), "b": torch.ones(4)},
@@ -88,12 +88,12 @@ def test_tensors_that_changed_places_dtype_or_file_are_found(tmp_path):
     ):
         save_file(other, file)
         with pytest.raises(ArtifactError, match="is not as it was written"):
-            verify([file], word)
+            verify([file], checksums)
     save_file({"a": torch.zeros(4)}, file)
     with pytest.raises(ArtifactError, match="holds 1 tensors"):
-        verify([file], word)
+        verify([file], checksums)
     with pytest.raises(ArtifactError, match="'y.safetensors' is a weight file of another artifact, or missing"):
-        verify([file], {"y.safetensors": ""} | word)
+        verify([file], {"y.safetensors": ""} | checksums)
 
 
 def test_a_model_that_is_saved_again_carries_no_stale_checksums(written, tmp_path):

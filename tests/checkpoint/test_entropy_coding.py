@@ -1,4 +1,4 @@
-"""Entropy-coded tensors: lossless, small where that is possible, and damage is noticed."""
+"""Entropy-coded tensors: lossless, smaller where possible, and damage is detected."""
 
 import json
 
@@ -37,7 +37,7 @@ def noise(*shape, seed=0):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(4096,), (37, 111), (3, 5, 700)], ids=str)
-def test_what_is_coded_comes_back_bit_for_bit_whatever_the_dtype(dtype, shape):
+def test_coding_is_lossless_for_every_dtype(dtype, shape):
     tensor = (noise(*shape) * 5).to(torch.int32).to(dtype)
     coded = encode_tensor(tensor)
     assert coded.dtype == torch.uint8 and coded.nbytes < 0.99 * tensor.nbytes
@@ -46,7 +46,7 @@ def test_what_is_coded_comes_back_bit_for_bit_whatever_the_dtype(dtype, shape):
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("count", [1, 7, 64, 4097, 100_000])
-def test_packed_codes_of_every_width_come_back(bits, count):
+def test_coding_is_lossless_for_packed_codes_of_every_width(bits, count):
     codes = (noise(count, seed=bits).abs() * 2**bits / 8).clamp(max=2**bits - 1).to(torch.int32)
     raw = pack_bits(codes, bits).numpy()
     assert np.array_equal(decode_bytes(encode_bytes(raw, 1e9), len(raw)), raw) if count > 64 else True
@@ -60,7 +60,7 @@ def test_codes_take_about_their_entropy(bits):
     assert entropy < len(encode_bytes(pack_bits(codes, bits).numpy(), 1e9)) < 1.02 * entropy
 
 
-def test_noise_and_tiny_tensors_are_left_as_they_are():
+def test_noise_and_tiny_tensors_stay_uncoded():
     assert encode_tensor(torch.randint(0, 256, (100_000,), dtype=torch.uint8)) is None
     assert encode_tensor(torch.zeros(40, dtype=torch.uint8)) is None
     assert encode_tensors({"a": torch.zeros(40, dtype=torch.uint8)})[1] == ()
@@ -91,7 +91,7 @@ def test_damaged_bytes_are_refused_or_give_other_values_but_never_crash():
 
 @pytest.fixture(scope="module")
 def pair(tiny_llama, tmp_path_factory):
-    """The same plan stored coded and as it is."""
+    """The same plan stored coded and uncoded."""
     folder = tmp_path_factory.mktemp("coded")
     (folder / "recipe.yaml").write_text(RECIPE)
     for name, coding in (("coded", None), ("plain", False)):
@@ -100,7 +100,7 @@ def pair(tiny_llama, tmp_path_factory):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_coded_artifact_computes_what_the_plain_one_does_in_both_modes(pair, mode):
+def test_a_coded_artifact_computes_the_same_logits_as_the_plain_one_in_both_modes(pair, mode):
     with torch.no_grad():
         logits = [reallm.load(folder, mode)(IDS).logits for folder in pair]
     assert torch.equal(*logits)
@@ -111,13 +111,12 @@ def test_a_coded_artifact_is_of_version_2_and_a_plain_one_of_version_1(pair):
     assert versions == [2, 1]
 
 
-def test_the_ledger_says_what_is_coded_and_counts_the_bytes_of_the_file(pair, capsys):
+def test_the_ledger_lists_coded_tensors_and_counts_the_bytes_of_the_file(pair, capsys):
     coded, plain = (read_ledger(folder) for folder in pair)
     assert coded.total_bytes == sum(file.stat().st_size for file in pair[0].iterdir()) < plain.total_bytes
     raw = {row.name: row.nbytes for row in plain.rows}
-    assert coded.entropy_coded_rows and all(
-        raw[row.name] == row.raw_nbytes > row.nbytes for row in coded.entropy_coded_rows
-    )
+    rows = coded.entropy_coded_rows
+    assert rows and all(raw[row.name] == row.raw_nbytes > row.nbytes for row in rows)
     assert not plain.entropy_coded_rows
     assert main(["info", str(pair[0]), "--matrices"]) == 0
     assert "decoded at load in about" in capsys.readouterr().out
@@ -144,8 +143,8 @@ def test_a_damaged_coded_tensor_is_named(pair, tmp_path):
         reallm.load(folder, verify=False)
 
 
-def test_a_few_bytes_never_stand_for_many():
-    # One symbol takes no bits: without a bound, 270 bytes in one lane would be any number of them.
+def test_a_few_bytes_never_decode_to_many():
+    # A single symbol takes no bits: without a bound, 270 bytes in one lane would decode to any number of symbols.
     table = np.zeros(256, np.uint8)
     table[7] = 255
     state = np.array([1 << 16], "<u4").view(np.uint8)
@@ -158,7 +157,7 @@ def test_a_few_bytes_never_stand_for_many():
         decode_tensor(torch.zeros(9, dtype=torch.uint8), torch.empty(10**12, dtype=torch.uint8, device="meta"))
 
 
-def test_names_of_coded_tensors_that_the_format_has_not_are_refused(pair, tmp_path):
+def test_names_of_coded_tensors_that_the_format_lacks_are_refused(pair, tmp_path):
     import shutil
 
     folder = shutil.copytree(pair[0], tmp_path / "odd")

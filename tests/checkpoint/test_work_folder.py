@@ -1,4 +1,4 @@
-"""What a run that fails leaves behind."""
+"""State that a failed run leaves on disk."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from reallm.errors import ArtifactError
 
 
 @pytest.mark.parametrize("error", [KeyError, RuntimeError, KeyboardInterrupt, OSError])
-def test_a_run_that_fails_without_results_does_not_stand_in_the_way_of_the_next(tmp_path, error):
+def test_a_run_that_fails_without_results_does_not_block_the_next(tmp_path, error):
     out = tmp_path / "out"
     with pytest.raises((error, ArtifactError)), open_work_folder(work_folder(out), {"plan": {}}):
         raise error
@@ -22,7 +22,7 @@ def test_results_of_a_run_that_fails_are_left_for_resume(tmp_path):
         raise KeyError
     with pytest.raises(ArtifactError, match="add --resume"):
         check_output(out)
-    # Failing again it stays: what was there before is not this run's.
+    # A second failure leaves the folder: it existed before this run.
     with (
         pytest.raises(KeyError),
         open_work_folder(work_folder(out), {"source": None, "plan": {}, "seed": 0, "device": "cpu"}),

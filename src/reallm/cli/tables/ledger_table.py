@@ -22,7 +22,7 @@ def ledger_dict(folder: Path, verify: bool = True) -> dict[str, Any]:
     return ledger.to_dict() | {
         "decoders": [cost.to_dict() for cost in decoder_costs(folder, ledger)],
         "not_compressed": unquantized_tensors(folder),
-        "unused": manifest.unused,
+        "unused": manifest.unused_rows,
         "resident_bytes": artifact_memory_footprint(folder),
         "verified": verify and bool(manifest.checksums),
         "provenance": manifest.provenance,
@@ -41,7 +41,7 @@ def ledger_text(folder: Path, matrices: bool = False, verify: bool = True) -> st
     parts = [
         table(("what the bytes are", "bytes", "share"), [*by_role, ("total", f"{total:,}", "")]),
         table(("whose they are", "bytes", "share"), by_kind),
-        "\n".join([_unquantized_table(folder, ledger), *unused_lines(read_manifest(folder).unused)]),
+        "\n".join([_unquantized_table(folder, ledger), *unused_lines(read_manifest(folder).unused_rows)]),
         _sizes(ledger),
         *_coding_lines(folder, ledger),
         *_decoder_tables(folder, ledger),
@@ -92,7 +92,7 @@ def _decoder_tables(folder: Path, ledger: Ledger) -> list[str]:
 
 def summary(folder: Path) -> str:
     """The few lines that end `reallm compress`."""
-    lines = [str(folder), _sizes(read_ledger(folder)), *unused_lines(read_manifest(folder).unused)]
+    lines = [str(folder), _sizes(read_ledger(folder)), *unused_lines(read_manifest(folder).unused_rows)]
     return "\n".join([*lines, f"every byte: reallm info {folder}"])
 
 
