@@ -77,9 +77,10 @@ def tune_blocks(
     )
     throughput = Throughput(len(left), 0, 0)
     for number, block in enumerate(blocks):
-        parameters = trainables.module_parameters(block) if training_states.student.reached else {}
-        tuned = number in left and training_states.student.reached
-        if tuned:
+        parameters = trainables.module_parameters(block) if training_pair.student.is_reached else {}
+        # The original's own states have to pass each block, the compressed model's only those that are tuned.
+        tuned = number in left and training_pair.student.is_reached
+        if tuned or settings.target != COMPRESSED:
             with _loaded_block(block_loader, number) as original:
                 block_targets, checks = (
                     training_states.block_targets(number, original),
