@@ -1,4 +1,4 @@
-"""`--train decoders`: nets and bases train on their grid of few bits; those that matrices share, once for all."""
+"""`--train decoders`: nets and bases train on their low-bit grid; shared decoders train jointly."""
 
 import copy
 
@@ -128,7 +128,7 @@ def test_block_by_block_a_decoder_of_its_own_trains(own, tiny_llama, tuning_text
 def test_block_by_block_a_shared_decoder_is_refused_and_stays_in_both(shared, tiny_llama, tuning_text, tmp_path):
     options = {**QUICK, "text": (tuning_text,), "reference": str(tiny_llama)}
     with pytest.raises(
-        RecipeError, match="decoders that matrices of many blocks share .basis, net, words. train end to end"
+        RecipeError, match="shared decoders .basis, net, words. belong to many blocks and train end to end"
     ):
         reallm.tune(shared, tmp_path / "out", method="blockwise", **options)
     live = chosen(shared, ("decoders", "scales"))

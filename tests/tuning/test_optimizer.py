@@ -1,4 +1,4 @@
-"""Steps of AdamW: how large they are. Adam's step along a constant gradient is its learning rate."""
+"""Step sizes of the optimizer: along a constant gradient, Adam's step is its learning rate."""
 
 import math
 
@@ -16,7 +16,7 @@ def descent(steps=16, warm_up=0.0, clip=1.0):
 
 
 def step(descent, *gradients):
-    """How far each parameter went, and the norm that the step says the gradient had."""
+    """Return the change of each parameter, and the gradient norm that `step` returns."""
     parameters = list(descent.parameters.values())
     before = torch.cat(parameters).detach().clone()
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -39,13 +39,13 @@ def test_without_a_warm_up_the_first_step_is_the_largest():
 
 
 def test_a_gradient_above_the_bound_steps_as_the_same_one_of_the_bound_does():
-    # A first step is as long whatever the gradient: the second tells, by what both made of Adam's moments.
+    # The first step does not depend on the gradient's size; the second does, through Adam's averages.
     clipped, reference = descent(clip=1.0), descent(clip=math.inf)
     for one in (clipped, reference):
         step(one, 0.06, 0.08)
     far, norm = step(clipped, 300.0, 400.0)
     assert far == pytest.approx(step(reference, 0.6, 0.8)[0], rel=1e-4)
-    assert norm == pytest.approx(500.0)  # what is logged is the norm before
+    assert norm == pytest.approx(500.0)  # the norm before clipping
 
 
 def test_a_gradient_below_the_bound_is_left_as_it_is():
