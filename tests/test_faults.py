@@ -104,7 +104,9 @@ def test_a_shard_that_vanishes_under_a_run_is_named_and_the_work_stays(
     out, job = tmp_path / "out", prepare(shards, Settings(recipe=recipe))
     names = job.source.files()
     last, kept = names[-1], names[-1].read_bytes()
-    with pytest.raises(ArtifactError, match=f"{last.name}: .*finished matrices are in .*out.work: fix the cause and add"):
+    with pytest.raises(
+        ArtifactError, match=f"{last.name}: .*finished matrices are in .*out.work: fix the cause and add"
+    ):
         run(job, out, progress=once(last.unlink if damage == "deleted" else lambda: os.truncate(last, 300), 2))
     assert 2 <= len(finished_matrices(out)) < 15 and not out.exists()
     last.write_bytes(kept)

@@ -277,7 +277,9 @@ def seconds_of_analysis(source: Source, walked: Walk, settings: Settings) -> flo
     few, device = for_analysis(settings), settings.device
     tokens = few.calibration_windows * few.calibration_context
     columns = [matrix.shape[1] for matrix in walked.matrices if matrix.block is not None and matrix.expert is None]
-    second_moments = sum(2 * tokens * width**2 for width in columns) * _seconds_an_operation(torch.float32, device, True)
+    second_moments = sum(2 * tokens * width**2 for width in columns) * _seconds_an_operation(
+        torch.float32, device, True
+    )
     factors = sum(_OF_FACTORS * width**3 for width in columns) * _seconds_an_operation(torch.float32, "cpu")
     return tokens * _gradient_seconds(source, device) + second_moments + factors
 

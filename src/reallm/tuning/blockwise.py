@@ -1,7 +1,7 @@
 """Block-wise tuning: train decoder blocks one at a time to reproduce the original block's output.
 
 compressed  x0'─▶ tuned 0 ─▶ x1'─▶ tuned 1 ─▶ …      target: the original block's output on the hidden states x' from
-original    x0 ─▶ block 0 ─▶ x1 ─▶ block 1 ─▶ …      the compressed blocks before it, or its output on its own x
+                                                     the compressed blocks before it
 
 One block of the original model is in memory at a time. The cost of an error d in a token's hidden state:
 
@@ -11,8 +11,8 @@ loss     ½ (g · d)² nats, g the gradient of the original model's end-to-end l
 outputs  |d|² / |target|², the mean over tokens: a norm follows each block, so without the division a token with huge
          states would dominate all others.
 
-With the original block's output on its own x as target, a block learns to undo the errors of the blocks before it. At
-2 bits that is worse than no tuning, with either cost (docs/log.md, 2026-11-28).
+The original block's output on its own hidden states, as a target, makes a block undo the errors of the blocks before it: at
+2 bits that is worse than no tuning, with either cost (docs/experiments/block-wise-errors-per-token.md).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from reallm.tuning.log import Log, Throughput
 from reallm.tuning.losses import autocast_to_dtype
 from reallm.tuning.optimizer import Diverged, Optimizer, restore, snapshot
 from reallm.tuning.trainables import Trainables
-from reallm.tuning.tune_settings import COMPRESSED, END_TO_END_LOSS, Settings
+from reallm.tuning.tune_settings import END_TO_END_LOSS, Settings
 
 
 def tune_blocks(
@@ -71,32 +71,33 @@ def tune_blocks(
     if settings.block_error == END_TO_END_LOSS and remaining:
         # Check with eight tokens that the model can be tuned, before hours of gradients.
         probe = dataclasses.replace(train_shard, windows=_first_tokens(train_shard.windows))
-        _HiddenStatePair(block_loader, trainables.model, probe, settings)
+        _HiddenStates(trainables.model, probe, settings)
         _compute_gradients(source, (train_shard, val_shard), settings, workers, log)
-    training_pair, validation_pair = (
-        _HiddenStatePair(block_loader, trainables.model, shard, settings) for shard in (train_shard, val_shard)
+    training_states, validation_states = (
+        _HiddenStates(trainables.model, shard, settings) for shard in (train_shard, val_shard)
     )
     throughput = Throughput(len(remaining), 0, 0)
     for number, block in enumerate(blocks):
-        parameters = trainables.module_parameters(block) if training_pair.student.is_reached else {}
-        # The original's own states have to pass each block, the compressed model's only those that are tuned.
-        tuned = number in left and training_pair.student.is_reached
-        if tuned or settings.target != COMPRESSED:
+        parameters = trainables.module_parameters(block) if training_states.student.reached else {}
+        tuned = number in remaining and training_states.student.reached
+        if tuned:
             with _loaded_block(block_loader, number) as original:
-                block_targets, checks = (
+                block_targets, validation_targets = (
                     training_states.block_targets(number, original),
                     validation_states.block_targets(number, original),
                 )
-            seconds = throughput.rates(left.index(number))["eta_seconds"]
-            present = _Block(number, parameters, training_states, block_targets, validation_states, checks, seconds)
+            seconds = throughput.rates(remaining.index(number))["eta_seconds"]
+            present = _Block(
+                number, parameters, training_states, block_targets, validation_states, validation_targets, seconds
+            )
             _tune_block(present, settings, workers, log)
             if workers.is_main_process:
                 save_tensors(snapshot(parameters), files[number])
             workers.barrier()
         elif parameters:
             restore(parameters, read_work_tensors(files[number], parameters))
-        training_pair.student.advance()
-        validation_pair.student.advance()
+        training_states.student.advance()
+        validation_states.student.advance()
     for shard in (train_shard, val_shard):
         shard.gradients.remove()
 
@@ -187,7 +188,7 @@ def _loaded_block(block_loader: BlockLoader, number: int) -> Iterator[nn.Module]
 
 
 class _HiddenStates:
-    """Windows on their way through the compressed model, and what the original blocks make of its states."""
+    """Hidden states of windows in the compressed model, and what the original blocks make of them."""
 
     def __init__(self, student: nn.Module, shard: _Shard, settings: Settings) -> None:
         ids, batch = shard.windows.ids, shard.batch
@@ -202,9 +203,6 @@ class _HiddenStates:
 
     def block_targets(self, number: int, original: nn.Module) -> _BlockTargets:
         """Return the target outputs of the current block per batch, with the cost of errors."""
-        if self.teacher is not None:
-            self.teacher.advance()
-            return _BlockTargets(number, list(self.teacher.states), self._sizes, self.gradients)
         with torch.no_grad(), self.student.on_device(original):
             states = enumerate(self.student.states)
             targets = [self.student.forward_block(original, batch).to(state.device) for batch, state in states]
@@ -220,7 +218,7 @@ class _BlockTargets:
     """Target outputs of a block, one tensor per batch, and the cost of an error."""
 
     block: int
-    targets: Sequence[Float[Tensor, "... hidden"]]  # the last batch may have fewer windows
+    targets: Sequence[Float[Tensor, "*states hidden"]]
     sizes: Sequence[int]  # windows of each batch
     gradients: Gradients | None = None
 
@@ -242,7 +240,7 @@ class _Block:
     parameters: dict[str, nn.Parameter]
     training_states: _HiddenStates
     block_targets: _BlockTargets
-    validation_pair: _HiddenStatePair
+    validation_states: _HiddenStates
     validation_targets: _BlockTargets
     eta_seconds: float  # for this block and those after it
 
@@ -261,7 +259,7 @@ class _Block:
         """Return the mean error on the validation windows."""
         with torch.no_grad():
             sizes = self.validation_targets.sizes
-            errors = self.errors(self.validation_pair, self.validation_targets, range(len(sizes)), dtype)
+            errors = self.errors(self.validation_states, self.validation_targets, range(len(sizes)), dtype)
             return sum(e.item() * n for e, n in zip(errors, sizes, strict=True)) / sum(sizes)
 
 
@@ -283,7 +281,7 @@ def cost(
 def _tune_block(block: _Block, settings: Settings, workers: ProcessGroup, log: Log) -> None:
     """Train until the epochs are over or the validation error stops falling; keep the best parameters."""
     dtype, batches = settings.compute_dtype, len(block.block_targets.targets)
-    states = block.training_pair.student
+    states = block.training_states.student
     tokens = sum(batch.numel() for batch in states.batches) * workers.count
     measure = {"unit": "relative" if block.block_targets.gradients is None else "nats"}
     with states.on_device(states.blocks[states.position]):

@@ -141,8 +141,6 @@ class TrainableWeight(nn.Module):
     def rounded_tensor(self, name: str) -> Tensor:
         """Return a trained tensor rounded as it is stored, with a straight-through gradient."""
         values = self.trained_tensor(name)
-        if not self.rounded:
-            return values
         # Round once per step: a step runs every block twice per micro-batch, and validation runs it again.
         parameter = self.get_parameter(_leaf(name))
         version, rounded = self._rounded.get(name, (-1, values))
@@ -239,7 +237,7 @@ def choose(
     modules = compressed_modules(model)
     selected = [path for path in modules if kinds[path] == "block" or kinds[path] in train]
     shared_decoders = (
-        _trainable_decoders(model, [modules[path] for path in wanted]) if decoder_store.ROLE in train else {}
+        _trainable_decoders(model, [modules[path] for path in selected]) if decoder_store.ROLE in train else {}
     )
     for decoder, trainable_weight in shared_decoders.items():
         for name in trainable_weight.units:
@@ -271,11 +269,11 @@ def choose(
             parameters[f"{path}.{name}"] = trainable_weight.get_parameter(_leaf(name))
             counts[roles[name]] += parameters[f"{path}.{name}"].numel()
     unquantized = {}
-    homes = _block_prefixes(model) if blocks_only else ("",)
-    for entry in (one for one in walked.unquantized if one.name.startswith(homes)):
-        word = _UNQUANTIZED_GROUPS.get(entry.reason)
-        there |= {word} if word else set()
-        if word in train:
+    prefixes = _block_prefixes(model) if blocks_only else ("",)
+    for entry in (one for one in walked.unquantized if one.name.startswith(prefixes)):
+        group = _GROUP_BY_REASON.get(entry.reason)
+        available |= {group} if group else set()
+        if group in train:
             parameters[entry.name] = _train_unquantized(model, entry.name, stored_dtypes[entry.name])
             unquantized[entry.name] = stored_dtypes[entry.name]
             counts[group] += parameters[entry.name].numel()
@@ -292,19 +290,19 @@ def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 
 def _trainable_decoders(model: nn.Module, modules: Sequence[Any]) -> dict[str, TrainableWeight]:
-    """The shared decoders that some modules name, as parameters; they become a part of the model."""
+    """Make the shared decoders of some modules trainable, and register them in the model."""
     found: dict[str, TrainableWeight] = {}
     for module in modules:
-        for table, tensors in module.shared_decoder_tensors().items():
-            if table not in found:
-                found[table] = _trainable_decoder(module.fmt, table, strip_prefix(decoder_store.PREFIX, tensors))
-                model.get_submodule(SHARED).add_module(f"live_{table}", found[table])
+        for decoder, tensors in module.shared_decoder_tensors().items():
+            if decoder not in found:
+                found[decoder] = _trainable_decoder(module.fmt, decoder, strip_prefix(decoder_store.PREFIX, tensors))
+                model.get_submodule(SHARED).add_module(f"trainable_{decoder}", found[decoder])
     return dict(sorted(found.items()))
 
 
-def _trainable_decoder(fmt: WeightFormat, table: str, stored: Tensors) -> TrainableWeight:
-    """The numbers of a decoder as one row; `fmt` is that of a matrix that names it."""
-    while table not in fmt.own_shared_decoders():
+def _trainable_decoder(fmt: WeightFormat, decoder: str, stored: Tensors) -> TrainableWeight:
+    """Return the weights of a decoder as one row; `fmt` is the format of a matrix that references it."""
+    while decoder not in fmt.own_shared_decoders():
         fmt = fmt.base
     storage, shape = decoder_store.storage(fmt.decoder_bits), (1, fmt.num_decoder_parameters)
     names = list(named_tensors(storage.unpack(stored, shape)))
@@ -357,8 +355,8 @@ def _make_trainable(
 ) -> TrainableWeight:
     """Build a TrainableWeight on `device`, as decoding 210 trellises takes a CPU minutes, and move it back."""
     home = next(iter(stored.values())).device
-    there = {name: tensor.to(device) for name, tensor in stored.items()}
-    return TrainableWeight(fmt, shape, there, chosen, constant_dtype, shared_decoders).to(home)
+    moved = {name: tensor.to(device) for name, tensor in stored.items()}
+    return TrainableWeight(fmt, shape, moved, chosen, constant_dtype, shared_decoders).to(home)
 
 
 def trainable_roles(fmt: WeightFormat, stored: Tensors, shape: Shape) -> dict[str, str]:

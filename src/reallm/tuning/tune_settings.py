@@ -14,8 +14,8 @@ BLOCKWISE, END_TO_END, BOTH = "blockwise", "end-to-end", "both"
 METHODS = (BLOCKWISE, END_TO_END, BOTH)
 KL, CE, MIX = "kl", "ce", "mix"
 LOSSES = (KL, CE, MIX)
-END_LOSS, OUTPUTS = "loss", "outputs"
-BLOCK_ERRORS = (END_LOSS, OUTPUTS)
+END_TO_END_LOSS, OUTPUTS = "loss", "outputs"
+BLOCK_ERRORS = (END_TO_END_LOSS, OUTPUTS)
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Parameter groups that can train, by the ledger's roles: tensors of compressed matrices, then unquantized tensors.
@@ -52,13 +52,12 @@ class Settings:
     validation: tuple[str, ...] = ()  # files; (): windows held out from the text
     validation_windows: int = 16
     validate_every: int | None = None  # steps; None: twenty validations in total
-    target: str = COMPRESSED  # which hidden states the block-wise target is computed from
     block_error: str = END_TO_END_LOSS  # cost of an output error: end-to-end loss, or relative error
     block_windows: int = 128
     block_epochs: int = 4
     block_patience: int = 1
     block_learning_rate: float = 1e-3
-    save_memory: bool = False  # decode everything at every use, also what no trained part changes
+    save_memory: bool = False  # decode everything at every use, also constants
     checkpointing: bool = True
     seed: int = 0
     device: str = "cpu"

@@ -24,9 +24,7 @@ def tuned_text(tuned: TuneResult, before: Path, after: Path) -> str:
             if math.isfinite(figures["before"][key])
         ]
         if most is not None:
-            rows += [
-                ("", f"of the original's {most} top-k tokens, the rest as one: less than the KL that eval gives")
-            ]
+            rows += [("", f"of the original's {most} top-k tokens, the rest as one: less than the KL that eval gives")]
         rows += [("steps", f"{figures['steps']:,}, the best after {figures['best_step']:,}")]
         rows += [("stopped", figures["stopped"])] if "stopped" in figures else []
     if not (after / "config.json").is_file():  # an adapter
