@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: venv test test-slow test-lowest demo lint docs site clean
+.PHONY: words venv test test-slow test-lowest demo lint docs site clean
 
 venv: $(VENV)/.installed
 
@@ -64,6 +64,10 @@ demo: $(VENV)/.demo
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
+
+# Names and words that are not the field's, in src/, README.md and docs/: needs nothing installed.
+words: $(BIN)/python
+	$(BIN)/python tools/check_words.py
 
 docs: $(VENV)/.installed
 	$(BIN)/python tools/cli_reference.py > docs/cli.md

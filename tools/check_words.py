@@ -1,8 +1,9 @@
 """Count names and words that are not the field's: `python tools/check_words.py`; exit 1 where a limit is exceeded.
 
 Readers search with grep, so functions are verbs or the thing they return, and prose uses the terms of PyTorch,
-transformers and the papers. Counted in src/: functions whose name is one participle, functions whose name begins or ends
-with a preposition; in src/, README.md and docs/: words of `TERMS`. A line that ends in `# words: ok` is passed over.
+transformers and the papers. Counted in src/: functions whose name is one participle, and functions whose name begins or
+ends with a preposition; in src/, README.md and docs/: words of `TERMS`. A line that ends in `# words: ok` is passed
+over.
 """
 
 from __future__ import annotations
@@ -17,21 +18,22 @@ ROOT = Path(__file__).resolve().parent.parent
 MOST_PARTICIPLES, MOST_PREPOSITIONS = 0.01, 0.03
 
 PREPOSITIONS = frozenset(
-    "about above after as at before behind below beside between beyond by for from in into like near of on onto over per "
-    "than through to under until via with within without".split()
+    "about above after as at before behind below beside between beyond by for from in into like near of on onto over "
+    "per than through to under until via with within without".split()
 )
 IRREGULAR = frozenset(
-    "built cut drawn fed found given held kept left led made put read seen sent shown split spread taken told written".split()
+    "built cut drawn fed found given held kept left led made put read seen sent shown split spread taken told "
+    "written".split()
 )
 # Ends like a participle and is a noun, a verb or the name that everybody uses.
 NOUNS = frozenset(
-    "embed embedding encoding decoding coding feed fed heading length need padding rounding sampling scaling seed setting "
-    "speed spread string token training warning ring given read split grouped".split()
+    "embed embedding encoding decoding coding feed fed heading length need padding rounding sampling scaling "
+    "seed setting speed spread string token training warning ring given read split grouped".split()
 )
 # Names that PyTorch, transformers or Python's own libraries use in the same way.
 CONVENTIONAL = frozenset(
-    "from_dict to_dict from_spec to_spec from_json to_json from_config from_pretrained on_device to_device straight_through "
-    "is_in load_from".split()
+    "from_dict to_dict from_spec to_spec from_json to_json from_config from_pretrained on_device to_device "
+    "straight_through is_in load_from".split()
 )
 
 # What is not said -> what is.

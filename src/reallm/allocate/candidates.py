@@ -51,8 +51,8 @@ def neural_candidates(kind: str, largest: int = 16) -> tuple[WeightFormat, ...]:
     """Rotated codeword decoders of up to `largest` index bits, for blocks. Each is shared by all matrices that take it.
 
     After a rotation all matrices are as Gaussian, so that one decoder serves them all and costs next to nothing; of
-    its own it would be 0.2 bits per weight of a matrix of 110,000. Search goes through all codewords: a CPU takes an hour
-    for 10⁷ weights at 16 bits, so that 12 are the largest there.
+    its own it would be 0.2 bits per weight of a matrix of 110,000. Search goes through all codewords: a CPU takes an
+    hour for 10⁷ weights at 16 bits, so that 12 are the largest there.
     """
     if kind != BLOCK:
         return ()

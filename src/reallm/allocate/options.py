@@ -54,7 +54,9 @@ def matrix_options(
     end_formats: Mapping[str, FormatSpec | None] | None = None,
     always: Mapping[str, WeightFormat] | None = None,
 ) -> dict[str, list[Option]]:
-    """What each matrix can be stored as. `end_formats` fixes the format of embedding or head; one that is kept has no options.
+    """Return what each matrix can be stored as.
+
+    `end_formats` fixes the format of embedding or lm_head; one that stays unquantized has no options.
 
     `share`: stored bytes / bytes before entropy coding. `rank` puts a residual around every block format, which takes
     bytes and is credited with no gain. `always` names a format by matrix that is among its options whatever it loses.

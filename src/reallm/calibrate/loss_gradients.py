@@ -106,7 +106,7 @@ class _SquareSums:
 
 @dataclass(frozen=True)
 class Curvature:
-    """What the end-to-end loss is to a matrix: its second derivatives, inputs apart from outputs (K-FAC, arXiv:1503.05671).
+    """Second derivatives of the end-to-end loss by a matrix, inputs apart from outputs (K-FAC, arXiv:1503.05671).
 
     An error D of the weights costs about ½ Σ_i outputs_i · (D H Dᵀ)_ii nats per token, with H = `hessian`, in which
     tokens count by their gradients (GuidedQuant, arXiv:2505.07004).
@@ -378,8 +378,8 @@ def _logit_gradient(
         probabilities = logits[own].float().softmax(1)
         if not torch.isfinite(probabilities.sum()):
             raise SourceError(
-                f"the original model's logits are NaN or infinite in {logits.dtype} on this text: it is damaged, or its "
-                "activations overflow; compress without --calibration, fine-tune with --block-error outputs"
+                f"the original model's logits are NaN or infinite in {logits.dtype} on this text: it is damaged, or "
+                "its activations overflow; compress without --calibration, fine-tune with --block-error outputs"
             )
         if embedding_head:
             embedding_head.add_probabilities(probabilities)

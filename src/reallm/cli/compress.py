@@ -21,7 +21,7 @@ def command(
             "--bits",
             "-b",
             metavar="B",
-            help="Stored bits per block weight, scales, codebooks and headers included; met within 1 %, never exceeded.",
+            help="Stored bits per block weight, scales and codebooks included; met within 1 %, never exceeded.",
         ),
     ] = None,
     size: Annotated[

@@ -61,7 +61,7 @@ def command(
         typer.Option(
             "--calibration",
             metavar="FILE|self",
-            help="Text that tells what hurts the end-to-end loss (.txt, .raw, .json, .jsonl; may be repeated), or self.",
+            help="Text to calibrate on (.txt, .raw, .json, .jsonl; may be repeated), or self: the model's own text.",
         ),
     ] = None,
     objective: Annotated[

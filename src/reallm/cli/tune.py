@@ -123,8 +123,8 @@ def command(
         typer.Option(
             "--block-error",
             metavar="NAME",
-            help="What an error of a block's output costs: loss what the end-to-end loss would, by gradients of the original "
-            "that are kept on disk meanwhile; outputs counts all alike.",
+            help="What an error of a block's output costs: loss what the end-to-end loss would, by gradients of the "
+            "original that are kept on disk meanwhile; outputs counts all alike.",
         ),
     ] = "loss",
     block_windows: Annotated[

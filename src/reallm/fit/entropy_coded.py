@@ -215,7 +215,7 @@ def _fill_budget(
 
 
 def _slope(before: tuple[float, float] | None, now: tuple[float, float]) -> float:
-    """Bits per weight that an exponent higher by 1 takes away, from two tries (exponent, rate); about 1 at high rates."""
+    """Return the bits per weight that an exponent higher by 1 saves, from two tries; about 1 at high rates."""
     if before is None or before[0] == now[0]:
         return 1.0
     return min(max((before[1] - now[1]) / (now[0] - before[0]), 0.2), 2.0)

@@ -6,7 +6,7 @@ M · K.
     codes (M numbers of `index_bits` bits) -> Σ_m codebooks[m, code_m] -> times the scale of the row or group
 
 The tables belong to the matrix and are charged to it: M · 2^index_bits · vector_dim · 16 bits. Two codebooks of 256
-entries for vectors of 8 are 2 bits per weight and 8 KiB: 0.20 bits per weight of a 576 x 576 matrix, 0.07 of 1536 x 576,
+entries for vectors of 8 are 2 bits per weight and 8 KiB: 0.20 bits per weight of 576 x 576, 0.07 of 1536 x 576,
 0.004 of 4096 x 4096. Smaller matrices want fewer entries or shorter vectors: four codebooks of 16 for vectors of 8 are
 2 bits too, and 1 KiB.
 """

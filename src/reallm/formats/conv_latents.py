@@ -83,8 +83,8 @@ class ConvLatents(WeightFormat):
                 raise FormatError(f"conv_latents: {name}={getattr(self, name)} is not in 1 … {most}")
         if (multiply_adds := self.net.multiply_adds_per_weight) > MAX_MULTIPLY_ADDS:
             raise FormatError(
-                f"conv_latents: width={self.width} and stages={self.stages} take {multiply_adds:,.0f} multiply-adds per weight, "
-                f"more than {MAX_MULTIPLY_ADDS:,}"
+                f"conv_latents: width={self.width} and stages={self.stages} take {multiply_adds:,.0f} multiply-adds "
+                f"per weight, more than {MAX_MULTIPLY_ADDS:,}"
             )
         if not 0 <= self.steps <= _MAX_STEPS:
             raise FormatError(f"conv_latents: steps={self.steps} is not in 0 … {_MAX_STEPS}")

@@ -5,7 +5,7 @@ indices and is a plain table from then on, so that it costs nothing where the ma
 of 8 in float16 is 1 MiB, a net of 4 digits and 32 hidden numbers is 2.8 KB at 8 bits. One decoder can serve many
 matrices (`shared`), and is then charged once.
 
-    index -> net (decoders/codebook_net.py), b_φ bits per parameter -> table -> look-up -> times the scale of the row or group
+    index -> net (decoders/codebook_net.py), b_φ bits per parameter -> codebook -> look-up -> scale of row or group
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class NeuralCodebook(WeightFormat):
 
     The index is cut into digits of `digit_bits` bits, each with a table of its own; `hidden` numbers beside the sum of
     their entries pass a GELU (0: the decoder is linear in the digits). Parameters take `decoder_bits` bits (3, 4, 6,
-    8, 16). `shared` names a decoder for all matrices that name it. `group_size` (0: one scale per row) and `scales` as in
-    `scales.py`.
+    8, 16). `shared` names a decoder for all matrices that name it. `group_size` (0: one scale per row) and `scales` as
+    in     `scales.py`.
     """
 
     index_bits: int = 16

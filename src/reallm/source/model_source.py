@@ -195,7 +195,7 @@ class Source(abc.ABC):
 
     @cached_property
     def auxiliary_file_bytes(self) -> dict[str, int]:
-        """Bytes of what `save_auxiliary_files` writes, by file; converting the tokenizer of a GGUF file takes seconds."""
+        """Return the bytes of what `save_auxiliary_files` writes, by file; takes seconds for a GGUF tokenizer."""
         with tempfile.TemporaryDirectory() as place:
             self.save_auxiliary_files(Path(place))
             files = [path for path in Path(place).rglob("*") if path.is_file()]

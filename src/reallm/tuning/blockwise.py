@@ -11,8 +11,8 @@ loss     ½ (g · d)² nats, g the gradient of the original model's end-to-end l
 outputs  |d|² / |target|², the mean over tokens: a norm follows each block, so without the division a token with huge
          states would dominate all others.
 
-The original block's output on its own hidden states, as a target, makes a block undo the errors of the blocks before it: at
-2 bits that is worse than no tuning, with either cost (docs/experiments/block-wise-errors-per-token.md).
+The original block's output on its own hidden states, as a target, makes a block undo the errors of the blocks before
+it: at 2 bits that is worse than no tuning, with either cost (docs/experiments/block-wise-errors-per-token.md).
 """
 
 from __future__ import annotations

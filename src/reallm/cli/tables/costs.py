@@ -98,7 +98,8 @@ def _budget_rows(job: Job) -> list[tuple[str, str]]:
 def _excess_note(job: Job, excess: int) -> str:
     if excess <= 0:
         return ""
-    return f": {excess:,} too many; if they are once measured, a few of {len(job.compressed_matrices)} matrices get smaller formats"
+    matrices = len(job.compressed_matrices)
+    return f": {excess:,} too many; if they are once measured, a few of {matrices} matrices get smaller formats"
 
 
 def _bits(sizes: list[int], shape: tuple[int, int]) -> float:
