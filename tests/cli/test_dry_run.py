@@ -24,7 +24,6 @@ MORE = {
     "plain": [],
     "outputs": ["--objective", "outputs"],
     "guided": ["--objective", "guided"],
-    "fisher": ["--objective", "fisher"],
     "neural": ["--candidates", "neural"],
     "trellis": ["--state-bits", "16"],
 }
@@ -49,8 +48,8 @@ def never_asked(monkeypatch):
     monkeypatch.setattr("reallm.calibrate.loss_gradients._backward_each", asked)
     monkeypatch.setattr("reallm.source.model_source.FolderSource.load", asked)
     monkeypatch.setattr(COSTS, "_timed_fit", lambda *_: 1e-3)
-    monkeypatch.setattr(COSTS, "seconds_a_step", lambda *_: 1e-3)
-    monkeypatch.setattr(COSTS, "_sample_tables", lambda *_: ({}, 0.0))
+    monkeypatch.setattr(COSTS, "seconds_per_step", lambda *_: 1e-3)
+    monkeypatch.setattr(COSTS, "_sample_decoders", lambda *_: ({}, 0.0))
 
 
 @pytest.mark.parametrize(("goal", "text", "more"), COMBINATIONS)

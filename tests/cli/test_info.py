@@ -60,7 +60,7 @@ def out(job, tmp_path_factory):
 def sharded(job, tmp_path_factory):
     folder = tmp_path_factory.mktemp("info") / "sharded"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "write_shards", partial(reallm.artifact.write_shards, max_bytes=20_000))
+        patch.setattr(running, "write_shards", partial(reallm.checkpoint.write_shards, max_bytes=20_000))
         run(job, folder)
     return folder
 

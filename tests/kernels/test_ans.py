@@ -102,7 +102,7 @@ def test_a_stream_takes_its_entropy():
     codes = points(64, 1000, 2.0)
     table = frequency_table(codes, 31)
     shares = np.unique(codes, return_counts=True)[1] / codes.size
-    entropy = -(shares * np.log2(shares)).sum() - 1  # all but one bit a weight of the parity is known
+    entropy = -(shares * np.log2(shares)).sum() - 1  # all but one bit per weight of the parity is known
     assert 32 * len(written(codes, table)) / codes.size < entropy + 0.01
 
 

@@ -1,4 +1,4 @@
-"""A tiny compressed model of several formats, its original and a text to tune on."""
+"""A tiny compressed model with several formats, its original model, and a text to tune on."""
 
 import random
 
@@ -27,7 +27,7 @@ def tuning_text(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def compressed(tiny_llama, tmp_path_factory):
-    """Read it, never write into it."""
+    """Read-only."""
     folder = tmp_path_factory.mktemp("compressed")
     (folder / "mine.yaml").write_text(RECIPE)
     reallm.compress(tiny_llama, folder / "out", recipe=str(folder / "mine.yaml"))

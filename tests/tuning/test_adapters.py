@@ -1,4 +1,4 @@
-"""Adapters: trained for a task, loaded, switched, merged, split off, and the same to PEFT."""
+"""Adapters: train, load, switch, merge and split them, and compare with PEFT."""
 
 import importlib
 import json
@@ -19,7 +19,7 @@ try:
     import peft
 except ImportError:
     peft = None
-needs_peft = pytest.mark.skipif(peft is None, reason='not tested beside PEFT: pip install ".[peft]"')
+needs_peft = pytest.mark.skipif(peft is None, reason='not tested with PEFT: pip install ".[peft]"')
 
 IDS = torch.arange(48).view(2, 24) + 5
 PATH = "model.layers.0.self_attn.q_proj"
@@ -42,7 +42,7 @@ def task(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapters(compressed, task, tmp_path_factory):
-    """Two adapters of other seeds over one base."""
+    """Two adapters with different seeds over one base."""
     folder = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("one", "two")):
         options = {"context": 32, "batch": 4, "learning_rate": 0.1, "validate_every": 20, "loss": "ce", "seed": seed}
@@ -187,7 +187,7 @@ def test_an_adapter_of_another_model_is_refused(compressed, tmp_path):
         save_adapter({path: Factors(torch.ones(7, 2), torch.ones(5, 2))}, tmp_path / name, "other")
         with pytest.raises(ArtifactError, match="is no linear of this model"):
             Adapters(load(compressed)).load("x", tmp_path / name)
-        with pytest.raises(ArtifactError, match="is no compressed matrix|has another shape"):
+        with pytest.raises(ArtifactError, match="is no compressed matrix|has the shape"):
             merge(compressed, tmp_path / name, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -223,7 +223,7 @@ def test_load_reads_an_adapter_once_and_before_the_model(adapters, compressed, m
         return lambda *words, **more: (began.append(what), function(*words, **more))[1]
 
     monkeypatch.setattr("reallm.hf.adapters.read_adapter", noted("adapter", read_adapter))
-    loading = importlib.import_module("reallm.hf.load")  # the package has a function of this name
+    loading = importlib.import_module("reallm.hf.load")  # reallm.hf.load is a function
     monkeypatch.setattr(loading, "read_adapter", noted("adapter", read_adapter))
     monkeypatch.setattr(loading, "read_manifest", noted("model", read_manifest))
     load(compressed, adapter=adapters / "two")
@@ -492,7 +492,7 @@ def test_peft_trains_lora_on_compressed_modules_without_a_warning_of_them(compre
 
 
 def hostile(folder, *, config=None, text=None, tensors=None):
-    """An adapter of rank 2 for PATH with something in it that `save_adapter` never writes."""
+    """Write an adapter of rank 2 for PATH with contents that `save_adapter` never writes."""
     folder.mkdir()
     save_adapter({PATH: Factors(torch.ones(64, 2), torch.ones(64, 2))}, folder, "x")
     if config is not None:

@@ -1,4 +1,4 @@
-"""What errors of blocks cost, and what block-wise tuning keeps in memory and on disk."""
+"""Cost of block errors, and memory and disk use of block-wise tuning."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ RECIPE = 'rules:\n- {match: "*", format: {format: uniform, bits: 4, group_size: 
 
 @pytest.fixture(scope="module")
 def nearby(tiny_llama, tmp_path_factory):
-    """The original in 4 bits, so near to it that its errors are to second order what they cost."""
+    """The original model at 4 bits: errors small enough for their second-order cost to be accurate."""
     folder = tmp_path_factory.mktemp("nearby")
     (folder / "mine.yaml").write_text(RECIPE)
     reallm.compress(tiny_llama, folder / "out", recipe=str(folder / "mine.yaml"))
@@ -41,7 +41,7 @@ def drawn(*shape, seed=0):
 def test_gradients_come_back_from_disk_to_three_per_cent_whatever_their_size(tmp_path):
     files = [tmp_path / f"{number}.safetensors" for number in range(3)]
     gradients = drawn(3, 2, 5, 64) * torch.logspace(-12, 12, 5)[:, None]
-    gradients[1, 0, 2] = 0  # the last token has none
+    gradients[1, 0, 2] = 0  # the last token has gradient 0
     kept = Gradients(files)
     for number in (2, 0, 1):
         kept.write(number, gradients[number])
@@ -63,7 +63,7 @@ def test_an_error_that_the_end_loss_does_not_see_costs_nothing():
 
 
 def test_the_cost_of_small_errors_is_the_kl_divergence_in_nats(tiny_llama):
-    """Errors drawn for each token alone in the last block's output, where the second order is exact."""
+    """Independent random errors per token in the last block's output, where the second order is exact."""
     model, ids = load(tiny_llama), torch.randint(2, 250, (64, 32), generator=torch.Generator().manual_seed(0))
     found = []
     reach = torch.ones_like(ids, dtype=torch.bool)
@@ -78,9 +78,8 @@ def test_the_cost_of_small_errors_is_the_kl_divergence_in_nats(tiny_llama):
     torch.testing.assert_close(cost(errors[:, :-1], torch.stack(found)[:, :-1]), divergence, rtol=0.15, atol=0)
 
 
-@pytest.mark.parametrize("target", ["original", "compressed"])
-def test_blocks_that_learn_by_the_end_loss_bring_the_model_nearer(nearby, tiny_llama, tuning_text, tmp_path, target):
-    options = {**QUICK, "text": (tuning_text,), "reference": str(tiny_llama), "target": target}
+def test_blocks_that_learn_by_the_end_loss_bring_the_model_nearer(nearby, tiny_llama, tuning_text, tmp_path):
+    options = {**QUICK, "text": (tuning_text,), "reference": str(tiny_llama)}
     events = reallm.tune(nearby, tmp_path / "out", **options).events
     windows = load_windows([tuning_text], load_tokenizer(tiny_llama), 32).ids
     with torch.no_grad():
@@ -101,14 +100,13 @@ def test_what_errors_cost_is_named_in_the_provenance_unless_it_is_the_default(
     for kind in ("loss", "outputs"):
         reallm.tune(nearby, tmp_path / kind, block_error=kind, **options)
         provenance = json.loads((tmp_path / kind / "config.json").read_text())["quantization_config"]["provenance"]
-        named = provenance["tuned"][0].get("block_error", Settings.block_error)  # what is the default is not said
+        named = provenance["tuned"][0].get("block_error", Settings.block_error)  # the note omits defaults
         assert named == kind and "target" not in provenance["tuned"][0]
         tuned[kind] = load_file(tmp_path / kind / "model.safetensors")
     assert any(not torch.equal(tuned["loss"][name], tuned["outputs"][name]) for name in tuned["loss"])
 
 
-@pytest.mark.parametrize("target", ["original", "compressed"])
-def test_one_block_of_the_original_is_in_memory(nearby, tiny_llama, tuning_text, tmp_path, monkeypatch, target):
+def test_one_block_of_the_original_is_in_memory(nearby, tiny_llama, tuning_text, tmp_path, monkeypatch):
     made, counts, whole = [], [], []
 
     class Watched(BlockLoader):
@@ -126,7 +124,7 @@ def test_one_block_of_the_original_is_in_memory(nearby, tiny_llama, tuning_text,
 
     monkeypatch.setattr(blockwise.HiddenStateCache, "forward_block", counting)
     monkeypatch.setattr(FolderSource, "load", lambda *a, **k: whole.append(a))
-    options = {**SHORT, "text": (tuning_text,), "reference": str(tiny_llama), "target": target}
+    options = {**SHORT, "text": (tuning_text,), "reference": str(tiny_llama)}
     reallm.tune(nearby, tmp_path / "out", block_error="outputs", **options)
     assert max(counts) == 1 and len(made) == 1 and whole == []
 
@@ -166,20 +164,23 @@ def test_gradients_are_kept_for_a_killed_run_and_gone_in_the_end(nearby, tiny_ll
 def test_a_disk_without_room_is_named_with_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_500_000_000))
     check_disk_space(tmp_path, 1_400_000_000)
-    with pytest.raises(RecipeError, match=r"2.5 GB of gradients in .*, where 1.5 GB are free; take fewer --block-win"):
+    with pytest.raises(RecipeError, match=r"2.5 GB for gradients in .*, where 1.5 GB are free; use fewer --block-win"):
         check_disk_space(tmp_path, 2_500_000_000)
 
 
-@pytest.mark.parametrize("kind", ["loss", "outputs"])
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [("loss", "logits are NaN or infinite .* damaged"), ("outputs", "its error is not finite before the first step")],
+)
 def test_an_original_that_is_not_finite_is_refused_block_by_block_too(
-    compressed, tiny_llama, tuning_text, tmp_path, kind
+    compressed, tiny_llama, tuning_text, tmp_path, kind, says
 ):
     shutil.copytree(tiny_llama, tmp_path / "damaged")
     weights = load_file(tiny_llama / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
     save_file(weights, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
     options = {**SHORT, "method": "blockwise", "block_error": kind}
-    with pytest.raises(SourceError, match="its error is not finite before the first step"):
+    with pytest.raises(SourceError, match=says):
         reallm.tune(compressed, tmp_path / "out", text=tuning_text, reference=str(tmp_path / "damaged"), **options)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
 
@@ -204,7 +205,7 @@ def test_a_block_that_keeps_no_tensor_and_trains_nothing_hands_the_states_on(tin
 
 @pytest.fixture(scope="module")
 def gemma3n(tiny_llama, tmp_path_factory):
-    """(folder of the original, of its 4 bits): states with a leading axis, per-layer inputs, shared keys and values."""
+    """(original model, 4-bit artifact) as folders: states with a leading axis, per-layer inputs, shared KV."""
     from transformers import AutoTokenizer, Gemma3nForCausalLM, Gemma3nTextConfig
 
     folder = tmp_path_factory.mktemp("gemma3n")

@@ -1,4 +1,4 @@
-"""`--train decoders`: nets and bases train on their grid of few bits; those that matrices share, once for all."""
+"""`--train decoders`: nets and bases train on their low-bit grid; shared decoders train jointly."""
 
 import copy
 
@@ -59,7 +59,7 @@ def chosen(artifact, train=("decoders",), **how):
     model = load(artifact, DECODE_PER_USE, dtype=torch.float32)
     walked = walk(meta_model(copy.deepcopy(model.config)))
     dtypes = {unquantized.name: torch.float32 for unquantized in walked.unquantized}
-    return choose(model, walked, dtypes, train, **{"rounded": True, "kept_dtype": torch.float32, **how})
+    return choose(model, walked, dtypes, train, **{"constant_dtype": torch.float32, **how})
 
 
 def logits_of(model):
@@ -84,7 +84,7 @@ def test_a_shared_decoder_is_one_set_of_parameters_for_all_its_matrices(shared):
     assert all(parameter.grad.abs().sum() > 0 for parameter in live.parameters.values())
 
 
-@pytest.mark.parametrize("kept_dtype", [torch.float32, None])
+@pytest.mark.parametrize("constant_dtype", [torch.float32, None])
 def test_what_is_trained_on_is_what_the_file_will_hold(shared, constant_dtype):
     live = chosen(shared, constant_dtype=constant_dtype)
     generator = torch.Generator().manual_seed(0)
@@ -128,7 +128,7 @@ def test_block_by_block_a_decoder_of_its_own_trains(own, tiny_llama, tuning_text
 def test_block_by_block_a_shared_decoder_is_refused_and_stays_in_both(shared, tiny_llama, tuning_text, tmp_path):
     options = {**QUICK, "text": (tuning_text,), "reference": str(tiny_llama)}
     with pytest.raises(
-        RecipeError, match="decoders that matrices of many blocks share .basis, net, words. train end to end"
+        RecipeError, match="shared decoders .basis, net, words. belong to many blocks and train end to end"
     ):
         reallm.tune(shared, tmp_path / "out", method="blockwise", **options)
     live = chosen(shared, ("decoders", "scales"))

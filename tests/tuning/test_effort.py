@@ -1,4 +1,4 @@
-"""What tuning computes: blocks run again for their gradients, epochs that end when nothing gets better."""
+"""Compute of tuning: checkpointed blocks, and early stopping of epochs."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_checkpointing_runs_every_block_again_for_its_gradient(
 def test_a_block_is_left_when_it_was_no_better_for_longer_than_patience(
     compressed, tiny_llama, tuning_text, tmp_path, monkeypatch, patience, epochs
 ):
-    monkeypatch.setattr(blockwise.Optimizer, "step", lambda self: 0.0)  # so that no epoch is any better
+    monkeypatch.setattr(blockwise.Optimizer, "step", lambda self: 0.0)  # no epoch improves
     options = {**SMALL, "method": "blockwise", "block_windows": 2, "block_epochs": 4, "block_patience": patience}
     tuned = reallm.tune(compressed, tmp_path / "out", text=(tuning_text,), reference=str(tiny_llama), **options)
     ran = [(event["block"], event["epoch"]) for event in tuned.events if event["phase"] == "block"]

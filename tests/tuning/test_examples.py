@@ -1,4 +1,4 @@
-"""Task data of several fields: what is asked, what counts, and errors that name the line."""
+"""Task data: prompts, loss masks, and errors that name the line."""
 
 import json
 import types
@@ -39,7 +39,7 @@ def array_of(folder, *rows):
 
 
 def read(path, tokenizer):
-    """(whole text, the texts that count) of each example."""
+    """Return (whole text, texts in the loss) of each example."""
     examples = load_examples(path, tokenizer)
     return [("".join(p.text for p in e), [p.text for p in e if p.loss_mask]) for e in examples]
 
@@ -141,12 +141,12 @@ def test_tokens_that_the_template_wrote_do_not_come_twice(tokenizer, tmp_path):
             'line 1: no "text" field; its fields are question, answer; --text reads',
         ),
         ({"messages": [USER, BOT]}, {"messages": "x"}, 'line 2: no "messages" field with a list'),
-        ({"messages": [USER, BOT]}, {"messages": [USER]}, 'line 2: no message of the role "assistant"'),
+        ({"messages": [USER, BOT]}, {"messages": [USER]}, 'line 2: no message has the role "assistant"'),
         ({"messages": [USER, BOT]}, {"messages": [USER, {"role": "user"}]}, 'line 2, message 2: no "content" field'),
         ({"messages": [USER, BOT]}, {"messages": [3]}, 'line 2, message 1: no "role" field'),
         ({"conversations": [USER, BOT]}, {"conversations": 3}, 'line 2: no "conversations" field with a list'),
         ({"conversations": [USER, BOT]}, {"conversations": [{"from": "gpt"}]}, 'line 2, message 1: no "value" field'),
-        ({"conversations": [USER, BOT]}, {"conversations": [{"from": "human", "value": ""}]}, "line 2: no message of"),
+        ({"conversations": [USER, BOT]}, {"conversations": [{"from": "human", "value": ""}]}, "line 2: no message has"),
     ],
 )
 def test_a_line_of_other_fields_is_named_with_those_it_has(tokenizer, tmp_path, first, second, says):
@@ -176,7 +176,7 @@ def test_an_array_without_fields_in_its_first_element_is_refused(tokenizer, tmp_
 
 def test_a_template_that_refuses_messages_names_the_line(tokenizer, tmp_path):
     tokenizer.chat_template = "{{ raise_exception('no system here') }}"
-    with pytest.raises(TextError, match="line 1: the model's chat template refuses these messages .no system here"):
+    with pytest.raises(TextError, match="line 1: the model's chat template rejects these messages .no system here"):
         load_examples(written(tmp_path, {"messages": [USER, BOT]}), tokenizer)
 
 

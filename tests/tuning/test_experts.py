@@ -1,4 +1,4 @@
-"""Experts that a model takes all at once, by a batched product, are tuned as others are."""
+"""Fused experts, which a model computes with one batched product, are tuned like others."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from reallm.hf import load
 
 @pytest.fixture(scope="module")
 def llama4(tmp_path_factory, tiny_llama):
-    """(a tiny Llama 4 with experts in every block, what is compressed of it)."""
+    """(a tiny Llama 4 with experts in every block, its artifact)."""
     import shutil
 
     from transformers import AutoModelForCausalLM, Llama4TextConfig

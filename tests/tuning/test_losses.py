@@ -1,4 +1,4 @@
-"""The teacher's likeliest tokens: KL to a distribution whose other tokens are one."""
+"""Top-k KL: all tokens outside the teacher's top k count as one."""
 
 import torch
 
@@ -12,7 +12,7 @@ def logits(seed):
 
 
 def lumped(logits, token_ids):
-    """Probabilities (tokens, k + 1) in float64: those of `token_ids`, and of all other tokens together."""
+    """Return probabilities (tokens, k + 1) in float64: of `token_ids`, and the residual mass."""
     probabilities = logits.double().softmax(-1)
     kept = probabilities.gather(-1, token_ids.long())
     return torch.cat([kept, 1 - kept.sum(-1, keepdim=True)], -1)
@@ -28,8 +28,8 @@ def test_tokens_that_are_not_kept_count_as_one():
     found = Teacher(token_ids=token_ids, log_probs=log_probs).divergence(ours.log_softmax(-1), slice(None))
     p, q = lumped(theirs, token_ids), lumped(ours, token_ids)
     rest = p[:, -1] * (p[:, -1] / q[:, -1]).log()
-    assert (rest.abs() > 0.05).all()  # or nothing could be missed
-    torch.testing.assert_close(found.double(), divergence(p, q), rtol=1e-2, atol=2e-3)  # kept in float16
+    assert (rest.abs() > 0.05).all()  # else the residual mass would not matter
+    torch.testing.assert_close(found.double(), divergence(p, q), rtol=1e-2, atol=2e-3)  # stored in float16
 
 
 def test_a_model_that_says_the_same_has_no_divergence_whatever_is_kept():

@@ -1,4 +1,4 @@
-"""Parts that train: from every format, and back into it."""
+"""Trainable tensors: from every format, and back into it."""
 
 import copy
 
@@ -11,7 +11,7 @@ from reallm.formats import example_formats, fake_quantize, from_spec, known_form
 from reallm.hf import DECODE_PER_USE, load
 from reallm.source import walk
 from reallm.source.walk import meta_model
-from reallm.tuning.trainables import TrainableWeight, choose, part_roles, power_of_two_unit
+from reallm.tuning.trainables import TrainableWeight, choose, power_of_two_unit, trainable_roles
 
 TRELLIS = {"format": "trellis", "bits": 2, "state_bits": 8}
 SHAPE = (40, 64)
@@ -36,23 +36,23 @@ def fits(fmt):
 
 
 CASES = [pytest.param(fmt, id=f"{number}-{fmt.name}") for number, fmt in enumerate(FORMATS) if fits(fmt)]
-# With the scope of a module all tests of one format run after each other, in one process: they share its fit.
+# With module scope all tests of one format run in sequence in one process and share its fit.
 each_format = pytest.mark.parametrize("fmt", CASES, scope="module")
 
 
 @pytest.fixture(scope="module")
 def stored_of(fitted):
-    """stored_of(fmt): a random matrix in the format, packed; the caller's own copy."""
+    """stored_of(fmt): the packed tensors of a random matrix; each call returns a copy."""
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)) * 0.1
     return lambda fmt: fmt.pack(fitted(fmt, weight), SHAPE)
 
 
-def live_of(fmt, stored, chosen=None, constant_dtype=torch.float32):
-    names = list(part_roles(fmt, stored, SHAPE)) if chosen is None else chosen
+def trainable_of(fmt, stored, chosen=None, constant_dtype=torch.float32):
+    names = list(trainable_roles(fmt, stored, SHAPE)) if chosen is None else chosen
     return TrainableWeight(fmt, SHAPE, stored, names, True, constant_dtype)
 
 
-def shaken(trainable_weight, size=0.05):
+def perturb(trainable_weight, size=0.05):
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in trainable_weight.parameters():
@@ -61,7 +61,7 @@ def shaken(trainable_weight, size=0.05):
 
 
 def packed(fmt, stored, trainable_weight):
-    return fmt.pack(replace_tensors(fmt.unpack(stored, SHAPE), trainable_weight.export_parts()), SHAPE)
+    return fmt.pack(replace_tensors(fmt.unpack(stored, SHAPE), trainable_weight.export_tensors()), SHAPE)
 
 
 def test_every_format_is_tried():
@@ -70,14 +70,14 @@ def test_every_format_is_tried():
 
 @each_format
 def test_every_float_part_has_the_name_and_the_role_it_is_stored_under(stored_of, fmt):
-    assert set(part_roles(fmt, stored := stored_of(fmt), SHAPE)) <= set(stored)
+    assert set(trainable_roles(fmt, stored := stored_of(fmt), SHAPE)) <= set(stored)
 
 
 @each_format
-@pytest.mark.parametrize("kept_dtype", [torch.float32, None])
+@pytest.mark.parametrize("constant_dtype", [torch.float32, None])
 def test_before_training_it_decodes_to_the_same_matrix_and_packs_to_the_same_bytes(stored_of, fmt, constant_dtype):
     stored = stored_of(fmt)
-    trainable_weight = live_of(fmt, stored, constant_dtype=constant_dtype)
+    trainable_weight = trainable_of(fmt, stored, constant_dtype=constant_dtype)
     torch.testing.assert_close(trainable_weight(), fmt.decode(fmt.unpack(stored, SHAPE), SHAPE), rtol=1e-5, atol=1e-7)
     again = packed(fmt, stored, trainable_weight)
     assert all(torch.equal(again[name], tensor) for name, tensor in stored.items())
@@ -85,7 +85,7 @@ def test_before_training_it_decodes_to_the_same_matrix_and_packs_to_the_same_byt
 
 @each_format
 def test_every_chosen_part_has_a_gradient(stored_of, fmt):
-    trainable_weight = live_of(fmt, stored_of(fmt))
+    trainable_weight = trainable_of(fmt, stored_of(fmt))
     trainable_weight().square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trainable_weight.parameters())
 
@@ -93,7 +93,7 @@ def test_every_chosen_part_has_a_gradient(stored_of, fmt):
 @each_format
 def test_what_is_trained_on_is_what_the_file_decodes_to_and_it_is_no_larger(stored_of, fmt):
     stored = stored_of(fmt)
-    trainable_weight = shaken(live_of(fmt, stored))
+    trainable_weight = perturb(trainable_of(fmt, stored))
     written = packed(fmt, stored, trainable_weight)
     assert {n: (t.shape, t.dtype) for n, t in written.items()} == {n: (t.shape, t.dtype) for n, t in stored.items()}
     torch.testing.assert_close(trainable_weight(), fmt.decode(fmt.unpack(written, SHAPE), SHAPE), rtol=1e-5, atol=1e-6)
@@ -102,16 +102,16 @@ def test_what_is_trained_on_is_what_the_file_decodes_to_and_it_is_no_larger(stor
 @each_format
 def test_rounding_alone_does_what_packing_does(stored_of, fmt):
     stored = stored_of(fmt)
-    trainable_weight = shaken(live_of(fmt, stored), size=1.0)  # large enough that scales without a sign go below 0
+    trainable_weight = perturb(trainable_of(fmt, stored), size=1.0)  # large enough that unsigned scales fall below 0
     back = named_tensors(fmt.unpack(packed(fmt, stored, trainable_weight), SHAPE))
     for name in trainable_weight.units:
-        assert torch.equal(fake_quantize(fmt, name, trainable_weight.part(name), SHAPE), back[name].float())
+        assert torch.equal(fake_quantize(fmt, name, trainable_weight.trained_tensor(name), SHAPE), back[name].float())
 
 
 @each_format
 def test_parts_that_grew_beyond_what_is_stored_come_back_as_finite_numbers(stored_of, fmt):
     stored = stored_of(fmt)
-    trainable_weight = shaken(live_of(fmt, stored), size=1e30)
+    trainable_weight = perturb(trainable_of(fmt, stored), size=1e30)
     unpacked = named_tensors(fmt.unpack(packed(fmt, stored, trainable_weight), SHAPE))
     assert all(torch.isfinite(part).all() for part in unpacked.values())
 
@@ -119,10 +119,9 @@ def test_parts_that_grew_beyond_what_is_stored_come_back_as_finite_numbers(store
 @each_format
 def test_one_part_alone_trains_and_the_rest_stays(stored_of, fmt):
     stored = stored_of(fmt)
-    first, *others = part_roles(fmt, stored, SHAPE)
-    trainable_weight = shaken(
-        live_of(fmt, stored, chosen=[first]), size=0.5
-    )  # a number of 3 bits must find another level
+    first, *others = trainable_roles(fmt, stored, SHAPE)
+    # Large enough that a 3-bit value changes its level.
+    trainable_weight = perturb(trainable_of(fmt, stored, chosen=[first]), size=0.5)
     written = fmt.unpack(packed(fmt, stored, trainable_weight), SHAPE)
     before, after = named_tensors(fmt.unpack(stored, SHAPE)), named_tensors(written)
     assert not torch.equal(before[first], after[first])
@@ -133,7 +132,7 @@ def test_one_part_alone_trains_and_the_rest_stays(stored_of, fmt):
 @pytest.mark.parametrize("spec", COMPOSED[:3])
 def test_what_no_trained_part_changes_is_decoded_once(stored_of, spec, monkeypatch):
     fmt = from_spec(spec)
-    trainable_weight = live_of(fmt, stored_of(fmt))
+    trainable_weight = trainable_of(fmt, stored_of(fmt))
     base = fmt.base.base if fmt.base.name == "rotated" else fmt.base
     monkeypatch.setattr(type(base), "decode", lambda *_: pytest.fail("decoded again"))
     trainable_weight().sum().backward()
@@ -148,7 +147,7 @@ def parts_of(compressed, train):
     model = load(compressed, DECODE_PER_USE, dtype=torch.float32)
     walked = walk(meta_model(copy.deepcopy(model.config)))
     dtypes = {unquantized.name: torch.float32 for unquantized in walked.unquantized}
-    return choose(model, walked, dtypes, train, rounded=True, constant_dtype=torch.float32)
+    return choose(model, walked, dtypes, train, constant_dtype=torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The size that a folder was made for holds when it is tuned: all its files, config.json too."""
+"""Tuning keeps the size limit of an artifact, over all its files including config.json."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def provenance(folder):
 
 @pytest.fixture(scope="module")
 def sized(tiny_llama, tmp_path_factory):
-    """Made for 75 KB. Read it, never write into it."""
+    """An artifact with a size limit of 75 KB; read-only."""
     out = tmp_path_factory.mktemp("sized") / "out"
     reallm.compress(tiny_llama, out, size=75_000)
     return out
@@ -60,12 +60,12 @@ def test_scales_that_would_code_stay_as_they_are_under_a_size(tiny_llama, tuning
     size = total(tmp_path / "plain") + RESERVED_FOR_TUNING + 100
     reallm.compress(tiny_llama, tmp_path / "coded", recipe=recipe, coding=True)
     reallm.compress(tiny_llama, tmp_path / "sized", recipe=recipe, size=size)
-    roles = [{row.role for row in read_ledger(tmp_path / name).coded} for name in ("coded", "sized")]
+    roles = [{row.role for row in read_ledger(tmp_path / name).entropy_coded_rows} for name in ("coded", "sized")]
     assert "scales" in roles[0] and not roles[1] & TRAINED_ROLES
-    loud = {**QUICK, "train": ("scales",), "learning_rate": 0.3, "tokens": 12 * 4 * 32}  # values that code worse
+    loud = {**QUICK, "train": ("scales",), "learning_rate": 0.3, "tokens": 12 * 4 * 32}  # values that compress worse
     for before, after in (("coded", "grown"), ("sized", "one"), ("one", "two")):
         reallm.tune(tmp_path / before, tmp_path / after, text=(tuning_text,), **loud)
-    assert total(tmp_path / "grown") - total(tmp_path / "coded") > 1000  # what it would come to
+    assert total(tmp_path / "grown") - total(tmp_path / "coded") > 1000  # its size without the limit
     assert weights(tmp_path / "two") == weights(tmp_path / "one") == weights(tmp_path / "sized")
     assert total(tmp_path / "sized") < total(tmp_path / "one") <= total(tmp_path / "two") <= size
     files = [tmp_path / name / "model.safetensors" for name in ("sized", "two")]
@@ -78,11 +78,11 @@ def test_what_tuning_changes_is_coded_only_without_a_size():
     stored, names = encode_untrained_tensors(fmt, parts)
     assert "codes" in names and stored["codes"].nbytes < parts["codes"].nbytes
     assert "scales" not in names and torch.equal(stored["scales"], parts["scales"])
-    assert set(DEFAULT_TRAIN) - {"norms"} == TRAINED_ROLES  # norms are never coded
+    assert set(DEFAULT_TRAIN) - {"norms"} == TRAINED_ROLES  # norms are never entropy-coded
 
 
 def made_for(folder, out, size):
-    """A copy of an artifact that says that it was made for a size."""
+    """Copy an artifact and set a size limit in its provenance."""
     shutil.copytree(folder, out)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["provenance"]["size"] = size
@@ -94,7 +94,7 @@ def test_words_that_could_outgrow_the_size_are_refused_before_any_work(tiny_llam
     (tmp_path / "mine.yaml").write_text('rules: [{match: "*", format: {format: dense, dtype: bfloat16}}]')
     reallm.compress(tiny_llama, tmp_path / "in", recipe=str(tmp_path / "mine.yaml"), coding=True)
     capped = made_for(tmp_path / "in", tmp_path / "capped", total(tmp_path / "in") + 40)
-    with pytest.raises(RecipeError, match="--train dense: these are entropy-coded, and could make"):
+    with pytest.raises(RecipeError, match="--train dense: these are entropy-coded and could grow"):
         reallm.tune(capped, tmp_path / "out", text=(tuning_text,), train=("dense", "norms"), **QUICK)
     assert not (tmp_path / "out").exists()
     reallm.tune(capped, tmp_path / "norms", text=(tuning_text,), train=("norms",), **QUICK)

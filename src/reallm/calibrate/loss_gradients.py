@@ -104,34 +104,12 @@ class _SquareSums:
         self.rows[name] = self.rows[name] + squares.sum(0) if name in self.rows else squares.sum(0)
 
 
-def fisher(
-    model: nn.Module,
-    windows: Int[Tensor, "windows context"],
-    matrices: Sequence[Matrix],
-    device: str | torch.device,
-    on_progress: OnProgress | None = None,
-) -> dict[str, Float[Tensor, "out in"]]:
-    """Return the diagonal Fisher information of every matrix, for independent tokens: Σ_t g_ti² x_tj², of mean 1.
-
-    Matrices without a gradient, or whose gradients are not finite, are omitted.
-    Errors: SourceError for a model whose logits are not finite.
-    """
-    found: dict[str, Tensor] = {}
-
-    def sink(name: str, inputs: Tensor, gradients: Tensor) -> None:
-        update = gradients.float().square().T @ inputs.float().square()
-        found[name] = found[name] + update.cpu() if name in found else update.cpu()
-
-    _backward_each(model, windows, _linears(model, matrices), device, sink, on_progress=on_progress)
-    return {name: total / average(total) for name, total in found.items() if _is_usable(average(total))}
-
-
 @dataclass(frozen=True)
 class Curvature:
-    """Second derivatives of the end-to-end loss by a matrix, factored as in K-FAC (arXiv:1503.05671).
+    """Second derivatives of the end-to-end loss by a matrix, inputs apart from outputs (K-FAC, arXiv:1503.05671).
 
     An error D of the weights costs about ½ Σ_i outputs_i · (D H Dᵀ)_ii nats per token, with H = `hessian`, in which
-    tokens are weighted by their squared gradients (GuidedQuant, arXiv:2505.07004).
+    tokens count by their gradients (GuidedQuant, arXiv:2505.07004).
     """
 
     outputs: Float[Tensor, " out"]  # mean over tokens of the squared gradient of the log-likelihood
@@ -400,8 +378,8 @@ def _logit_gradient(
         probabilities = logits[own].float().softmax(1)
         if not torch.isfinite(probabilities.sum()):
             raise SourceError(
-                f"the original's logits are NaN or infinite in {logits.dtype} on the calibration text: its activations "
-                "overflow; compress it without --calibration"
+                f"the original model's logits are NaN or infinite in {logits.dtype} on this text: it is damaged, or "
+                "its activations overflow; compress without --calibration, fine-tune with --block-error outputs"
             )
         if embedding_head:
             embedding_head.add_probabilities(probabilities)

@@ -21,7 +21,7 @@ def command(
             "--bits",
             "-b",
             metavar="B",
-            help="Stored bits per block weight, all side bytes included; met within 1 %, never exceeded.",
+            help="Stored bits per block weight, scales and codebooks included; met within 1 %, never exceeded.",
         ),
     ] = None,
     size: Annotated[
@@ -90,7 +90,7 @@ def command(
     calibration_context: Annotated[
         int,
         typer.Option(
-            "--calibration-context", metavar="N", help="Tokens a window; at most what the model was made for."
+            "--calibration-context", metavar="N", help="Tokens per window; at most what the model was made for."
         ),
     ] = 2048,
     objective: Annotated[
@@ -98,9 +98,8 @@ def command(
         typer.Option(
             "--objective",
             metavar="NAME",
-            help="What calibration minimises: outputs (squared error of every matrix's outputs), guided (tokens "
-            "weighted by the gradient of the end loss) or fisher (as outputs, save that codebooks are made by the "
-            "Fisher information of every weight; behind a rotation the same as outputs). "
+            help="What calibration minimizes: outputs (squared error of every matrix's outputs) or guided (the same, "
+            "tokens weighted by the gradient of the end-to-end-to-end loss). "
             "Default: what the recipe says, guided under a budget, outputs without.",
         ),
     ] = None,

@@ -163,13 +163,13 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         rows += [
             ("text", f"{result['text']}  sha256 {result['text_sha256'][:12]}…"),
             ("measured", f"{result['windows']} windows of {result['context']} tokens, {result['tokens']:,} scored"),
-            ("perplexity", f"{result['perplexity']:.4f}  ({result['nll']:.5f} nats a token)"),
+            ("perplexity", f"{result['perplexity']:.4f}  ({result['nll']:.5f} nats per token)"),
         ]
     if result["reference"] is not None:
         rows.append(("reference", result["reference"]))
     if result.get("kl") is not None:
         rows += [
-            ("KL", f"{result['kl']:.5f} nats a token"),
+            ("KL", f"{result['kl']:.5f} nats per token"),
             ("top-1", f"{100 * result['top1']:.2f} % the same most likely token"),
         ]
     return rows + [("time", f"{result['seconds']:.1f} s in {result['dtype']}")]

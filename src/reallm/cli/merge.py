@@ -16,8 +16,8 @@ def command(
     """Write a compressed model with an adapter in it, which loads as any other and needs the adapter no longer.
 
     Codes stay as they are; the adapter becomes a bfloat16 residual around each format. That makes the file larger by
-    2 · rank · (rows + columns) bytes a matrix, about the bytes of the adapter, and a size that OUT was made for may no
-    longer hold: bits and bytes before and after are printed. To have several tasks over one model, keep their
+    2 · rank · (rows + columns) bytes per matrix, about the bytes of the adapter, and a size that OUT was made for may
+    no     longer hold: bits and bytes before and after are printed. To have several tasks over one model, keep their
     adapters: generate and eval take --adapter.
     """
     from reallm.cli.tables.merge_table import merged_text

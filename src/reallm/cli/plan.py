@@ -61,7 +61,7 @@ def command(
         typer.Option(
             "--calibration",
             metavar="FILE|self",
-            help="Text that tells what hurts the end loss (.txt, .raw, .json, .jsonl; may be repeated), or self.",
+            help="Text to calibrate on (.txt, .raw, .json, .jsonl; may be repeated), or self: the model's own text.",
         ),
     ] = None,
     objective: Annotated[
@@ -69,7 +69,7 @@ def command(
         typer.Option(
             "--objective",
             metavar="NAME",
-            help="What fits will minimise: guided unless outputs or fisher, as in compress.",
+            help="What fits will minimise: outputs or guided, as in compress.",
         ),
     ] = None,
     analysis_windows: Annotated[

@@ -79,7 +79,7 @@ def command(
         ),
     ] = None,
     context: Annotated[int, typer.Option("--context", metavar="N", help="Tokens in a window.")] = 1024,
-    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Windows a step.")] = 8,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Windows per step.")] = 8,
     micro_batch: Annotated[
         int | None,
         typer.Option(
@@ -101,7 +101,7 @@ def command(
         typer.Option(
             "--top-k",
             metavar="K",
-            help="Ask the original once, and keep the K likeliest tokens on disk; 0 asks at every step. The KL then "
+            help="Ask the original once, and keep the top K tokens on disk; 0 asks at every step. The KL then "
             "takes all other tokens as one, which makes it smaller than the KL of all, and is printed as top-k KL.",
         ),
     ] = 0,
@@ -118,22 +118,13 @@ def command(
         int | None,
         typer.Option("--validate-every", metavar="N", help="Steps between validations; without, a twentieth of all."),
     ] = None,
-    target: Annotated[
-        str,
-        typer.Option(
-            "--target",
-            metavar="NAME",
-            help="What a block should put out: what the original's does on the compressed model's stream (compressed) "
-            "or on the original's (original), which was never clearly better.",
-        ),
-    ] = "compressed",
     block_error: Annotated[
         str,
         typer.Option(
             "--block-error",
             metavar="NAME",
-            help="What an error of a block's output costs: loss what the end loss would, by gradients of the original "
-            "that are kept on disk meanwhile; outputs counts all alike.",
+            help="What an error of a block's output costs: loss what the end-to-end loss would, by gradients of the "
+            "original that are kept on disk meanwhile; outputs counts all alike.",
         ),
     ] = "loss",
     block_windows: Annotated[
@@ -152,9 +143,6 @@ def command(
             "--block-learning-rate", metavar="X", help="Block-wise, relative to the size of each tensor that trains."
         ),
     ] = 1e-3,
-    round_at_end: Annotated[
-        bool, typer.Option("--round-at-end", help="Round what trains when it is stored, not at every step.")
-    ] = False,
     save_memory: Annotated[
         bool, typer.Option("--save-memory", help="Decode at every use also what training does not change.")
     ] = False,
@@ -178,10 +166,10 @@ def command(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the work folder of an interrupted run.")] = False,
 ) -> None:
-    """Train scales, codebooks, gains and residuals of a compressed model; codes, formats and bits a weight stay.
+    """Train scales, codebooks, gains and residuals of a compressed model; codes, formats and bits per weight stay.
 
     The weights take the bytes they took in OUT, unless what trained is entropy-coded (coding: true without --size):
-    that is coded anew, and may take some more or fewer. config.json grows by a note of some 200 to 400 bytes. A folder
+    that is coded again, and may take some more or fewer. config.json grows by a note of some 200 to 400 bytes. A folder
     that was made by --size or --bits-per-parameter stays within that however often it is tuned: compressing leaves 600
     bytes for notes, of which old ones give way, and codes nothing that trains by default. What else is coded and could
     outgrow the size is refused. Several processes share the work when started by torchrun:
@@ -209,13 +197,11 @@ def command(
         validation=_paths(validation),
         validation_windows=validation_windows,
         validate_every=validate_every,
-        target=target,
         block_error=block_error,
         block_windows=block_windows,
         block_epochs=block_epochs,
         block_patience=block_patience,
         block_learning_rate=block_learning_rate,
-        round_at_end=round_at_end,
         save_memory=save_memory,
         checkpointing=not no_checkpointing,
         seed=seed,

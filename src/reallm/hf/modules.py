@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from reallm.errors import ArtifactError
-from reallm.formats import Shape, SharedDecoder, Tensors, Unpacked, WeightFormat, decode_rows, use_shared_decoders
+from reallm.formats import Shape, SharedDecoder, Tensors, Unpacked, WeightFormat, use_shared_decoders
 from reallm.hf.validate import check_decoded, check_unpacked
 
 DECODE_AT_LOAD = "decode_at_load"
@@ -198,7 +198,7 @@ class _CompressedModule(_ReadOnly):
         # A token that occurs twice is decoded once.
         rows, place = torch.unique(ids, return_inverse=True)
         with use_shared_decoders(self.shared_decoder_tensors()):
-            found = decode_rows(self.fmt, self.packed_tensors(), self.shape, rows)
+            found = self.fmt.decode_rows(self.packed_tensors(), self.shape, rows)
         return F.embedding(place, found.to(self.compute_dtype))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:

@@ -82,7 +82,7 @@ def score_tasks(
         "reference": reference,
         "limit": limit,
         "batch_size": batch_size,
-        "tasks": _table(results, others, {found.task: found.sha256 for found in local.values()}),
+        "tasks": _table(results, others, {found.task: found.sha256 for found in local.values()}, specs),
         "dtype": computed,
         "seconds": round(time.perf_counter() - start, 3),
         "versions": versions() | {name: _version(name) for name in ("lm_eval", "datasets")},
@@ -266,8 +266,10 @@ def _is_dataset_error(error: BaseException) -> bool:
     return any(f"{os.sep}datasets{os.sep}" in file for file in files)
 
 
-def _table(results: dict[str, Any], others: dict[str, Any] | None, files: dict[str, dict[str, str]]) -> Rows:
-    """Return one entry per task, in lm-eval's order."""
+def _table(
+    results: dict[str, Any], others: dict[str, Any] | None, files: dict[str, dict[str, str]], asked: Sequence[str]
+) -> Rows:
+    """Return one entry per task in the order of the request, then the tasks of groups in lm-eval's order."""
     table = []
     for task, figures in results["results"].items():
         counts = results.get("n-samples", {}).get(task, {})
@@ -279,7 +281,8 @@ def _table(results: dict[str, Any], others: dict[str, Any] | None, files: dict[s
             metrics[name] |= {"reference": value["model"], "reference_stderr": value["stderr"]}
         row = {"task": task, "data": files.get(task) or config.get("dataset_path"), "examples": counts["effective"]}
         table.append(row | {"metrics": metrics})
-    return table
+    place = {task: number for number, task in enumerate(asked)}  # lm-eval 0.4.10 sorts by name
+    return sorted(table, key=lambda row: place.get(row["task"], len(place)))
 
 
 def _metrics(figures: dict[str, Any]) -> dict[str, dict[str, float | None]]:

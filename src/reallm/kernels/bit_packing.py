@@ -70,3 +70,11 @@ def _unpack_words(packed: Tensor, bits: int) -> Tensor:
             code = code | (words[byte + 1] << (8 - shift))
         codes[i] = code & ((1 << bits) - 1)
     return codes.T.reshape(-1)
+
+
+def unpack_code_rows(
+    packed: UInt8[Tensor, " bytes"], bits: int, shape: tuple[int, int], rows: Int[Tensor, " n"]
+) -> Int[Tensor, "n columns"]:
+    """Return the codes of the named rows of a matrix of `shape` packed row-major; a row must fill whole bytes."""
+    chosen = packed.view(shape[0], -1)[rows].reshape(-1)
+    return unpack_bits(chosen, bits, len(rows) * shape[1]).view(len(rows), shape[1])

@@ -1,7 +1,7 @@
 """Sums and factorisations that are the same to the bit whatever the number of threads.
 
 torch splits a sum of everything into one part a thread, and LAPACK its matrices; products of matrices and sums along an
-axis keep their order (docs/log.md, 2026-11-24).
+axis keep their order (docs/experiments/number-of-threads.md).
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ def set_mmap_threshold(least: int = _THRESHOLD) -> bool:
     """Have glibc map blocks of `least` bytes one by one, for the rest of the process; False where there is no glibc.
 
     Left alone it raises the threshold to the largest block ever freed, up to 32 MB, and keeps such blocks: a step of
-    tuning that needs 2.4 GB then stands at 7.9 GB (docs/log.md, 2026-11-25). A threshold that the user has set stays.
+    tuning that needs 2.4 GB then stands at 7.9 GB
+    (docs/experiments/cost-of-a-fine-tuning-step.md). A threshold that the user has set stays.
     """
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return True

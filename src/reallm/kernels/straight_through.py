@@ -1,4 +1,4 @@
-"""Values that are rounded on the way forwards only."""
+"""Values that are rounded in the forward pass (straight-through estimator) only."""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ def quantile_of_state(bits: int, state_bits: int) -> Int[Tensor, " states"]:
     The states that can follow one another, which differ in their last `bits` bits, lie in different
     2^-bits parts of the distribution, at the same place within their part: their choice is as good as that of a
     scalar code with an offset, and the hashed offset is what makes the windows look independent. A plain hash
-    of the state loses 0.003 in squared error at 12 state bits and 2 bits (docs/log.md, 2026-11-22).
+    of the state loses 0.003 in squared error at 12 state bits and 2 bits
+    (docs/experiments/values-of-trellis-states.md).
     """
     state = torch.arange(1 << state_bits)
     before, newest = state >> bits, state & ((1 << bits) - 1)

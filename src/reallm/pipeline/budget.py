@@ -11,7 +11,13 @@ from pathlib import Path
 import torch
 
 from reallm.allocate import MatrixInfo, Plan
-from reallm.allocate.candidates import NEURAL, calibrated_candidates, data_free_candidates, neural_candidates
+from reallm.allocate.candidates import (
+    NEURAL,
+    calibrated_candidates,
+    data_free_candidates,
+    neural_candidates,
+    plugin_candidates,
+)
 from reallm.allocate.format_plan import PER_LAYER
 from reallm.allocate.loss_prediction import Analysis, load_corrections
 from reallm.allocate.options import Options, matrix_options, predicted_bytes, predicted_loss
@@ -20,8 +26,6 @@ from reallm.allocate.sensitivity import sensitivity
 from reallm.fit import gaussian_error, gaussian_share
 from reallm.fit.objective import GUIDED
 from reallm.formats import WeightFormat
-from reallm.formats.low_rank_plus import LowRankPlus
-from reallm.formats.scaled import Scaled
 from reallm.pipeline.artifact_size import ArtifactSize
 from reallm.pipeline.byte_budget import plan_for_bits, plan_for_size, shrink_recipe
 from reallm.pipeline.calibration_inputs import Progress, calibration_windows, gradient_dtype
@@ -33,7 +37,7 @@ from reallm.pipeline.loss_analysis import FILES, analysis_file, compute_analysis
 from reallm.source import Source, Walk
 
 # Without calibration: KL per unit of relative error of an embedding that is the head too, and of each by itself;
-# second-order, on SmolLM2-135M (docs/log.md, 2026-11-24).
+# second-order, on SmolLM2-135M (docs/experiments/predicted-loss-and-entropy-coding.md).
 _EMBEDDING_LOSS = {"tied": 9.75, "embedding": 0.9, "head": 8.85}
 # What rank 1 leaves of the embedding that these were measured on. A mean adds one number to all logits: where it is
 # larger, an error costs more than its share of the energy says, so that a residual is credited with no more than there.
@@ -120,8 +124,9 @@ def format_options(
         else:
             found = calibrated_candidates(matrix.kind, _state_bits(settings))
         more = neural_candidates(matrix.kind, _index_bits(settings)) if NEURAL in settings.candidates else ()
+        more += plugin_candidates(matrix.kind, settings.device)
         if not known:  # scales around a format are nothing to a prediction by roles
-            found, more = (tuple(fmt for fmt in formats if not isinstance(fmt, Scaled)) for formats in (found, more))
+            found, more = (tuple(fmt for fmt in formats if fmt.predicted_by_role) for formats in (found, more))
         return [*corrections.select_candidates(matrix.kind, found), *more]
 
     def loss(matrix: MatrixInfo, fmt: WeightFormat) -> float:
@@ -131,8 +136,8 @@ def format_options(
             of_role = sum(other.weights for other in matrices if other.role == matrix.role)
             predicted = matrix.weights / of_role * sensitivity(matrix, fmt, depth) * gaussian_error(fmt)
         else:
-            beside = max(residual_share(matrix.name), _MIN_RANK_ONE_RESIDUAL) if isinstance(fmt, LowRankPlus) else 1.0
-            error = gaussian_error(fmt.base if isinstance(fmt, LowRankPlus) else fmt)
+            beside = max(residual_share(matrix.name), _MIN_RANK_ONE_RESIDUAL) if fmt.residual_rank() else 1.0
+            error = gaussian_error(fmt.without_residual())
             predicted = (
                 _EMBEDDING_LOSS["tied" if walked.tied_heads and matrix.role != PER_LAYER else matrix.kind]
                 * beside
@@ -144,11 +149,12 @@ def format_options(
         if not coding:
             return 1.0
         measured = analysis.share(matrix.name, fmt) if analysis is not None else None
-        if matrix.kind == "block" or not isinstance(fmt, LowRankPlus):
+        if matrix.kind == "block" or not fmt.residual_rank():
             return gaussian_share(fmt) if measured is None else measured
         # Factors are not coded: tuning changes them.
-        coded = fmt.base.nbytes(matrix.shape) / fmt.nbytes(matrix.shape)
-        return 1 - coded * (1 - (gaussian_share(fmt.base) if measured is None else measured))
+        base = fmt.without_residual()
+        coded = base.nbytes(matrix.shape) / fmt.nbytes(matrix.shape)
+        return 1 - coded * (1 - (gaussian_share(base) if measured is None else measured))
 
     always = {entry.matrix.name: entry.fmt for entry in base_plan.entries} if base_plan else None
     return matrix_options(
@@ -186,10 +192,7 @@ def load_or_compute_analysis(
         progress(f"analysis of {count} windows of {context:,} tokens, about {seconds:.0f} s", 0, count)
     model = checked_original(source, gradient_dtype(source, settings.device))
     windows = calibration_windows(source, few, lambda: model, progress)
-    codes = ("uniform", "normal_float")
-    embedding_candidates = [
-        fmt for fmt in calibrated_candidates("embedding", 0) if getattr(fmt, "base", fmt).name in codes
-    ]
+    embedding_candidates = [f for f in calibrated_candidates("embedding", 0) if f.without_residual().cheap_to_fit]
     origin = {"source": Path(source.label).name, "source_sha256": fingerprint, "calibration": calibration}
     guided = settings.objective == GUIDED
     found = compute_analysis(

@@ -68,7 +68,7 @@ def calculation_dtype(source: Source) -> torch.dtype:
 
 
 def gradient_dtype(source: Source, device: str) -> torch.dtype:
-    """What gradients of the end loss are computed in: bfloat16 where a CPU multiplies it, sums apart.
+    """What gradients of the end-to-end loss are computed in: bfloat16 where a CPU multiplies it, sums apart.
 
     Only squares of gradients are read, and means of thousands of them.
     """

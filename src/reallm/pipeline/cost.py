@@ -21,10 +21,9 @@ from reallm.calibrate.windows import GENERATION_BATCH, SELF, seconds_per_step
 from reallm.checkpoint import predict_nbytes
 from reallm.errors import FormatError
 from reallm.fit import Objective, capture_fit_input, fit, train_shared_decoder
-from reallm.fit.objective import FISHER, GUIDED, OUTPUTS
+from reallm.fit.objective import OUTPUTS
 from reallm.formats import Tensors, WeightFormat, to_spec, use_shared_decoders
 from reallm.formats.base import add_prefix
-from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.pipeline.artifact_size import artifact_tensors
 from reallm.pipeline.calibration_inputs import gradient_dtype
 from reallm.pipeline.compress_settings import Settings, for_analysis
@@ -95,7 +94,7 @@ def estimate(job: Job) -> Estimate:
 def work_bytes(job: Job) -> int:
     """Bytes of the work folder at its fullest: finished matrices, the artifact that is put together of them, and more.
 
-    More is what the original was asked: text that it wrote, and gradients, 4 bytes a token and matrix. No tensor counts
+    More is what the original was asked: text that it wrote, and gradients, 4 bytes per token and matrix. No tensor counts
     as entropy-coded: what coding saves is what a size gives to other matrices on the way.
     """
     finished = [
@@ -128,7 +127,7 @@ def _predicted_seconds(job: Job) -> float:
 
 
 def _costs(largest: Mapping[WeightFormat, PlanEntry], device: str) -> dict[WeightFormat, tuple[float, float]]:
-    """(seconds a matrix, seconds a weight) by format, each with the largest matrix that gets it.
+    """(seconds per matrix, seconds per weight) by format, each with the largest matrix that gets it.
 
     The largest first, while `_SAMPLE_SECONDS` last; one of those that fit in the same way is timed whatever it takes.
     """
@@ -175,13 +174,12 @@ def _sample_decoders(formats: Iterable[WeightFormat], device: str) -> tuple[dict
 
 def _timing_format(fmt: WeightFormat) -> WeightFormat:
     """The format that is timed in place of one that differs in the size of its groups or in a residual of rank 1."""
-    fmt, _ = _rank_one_base(fmt)
-    return dataclasses.replace(fmt, group_size=64) if hasattr(fmt, "group_size") else fmt
+    return fmt.timing_format()
 
 
 def _rank_one_base(fmt: WeightFormat) -> tuple[WeightFormat, int]:
     """(what is fitted beside a residual of rank 1, how often); another format is itself, once."""
-    return (fmt.base, _RANK_ONE_ROUNDS) if isinstance(fmt, LowRankPlus) and fmt.rank == 1 else (fmt, 1)
+    return (fmt.without_residual(), _RANK_ONE_ROUNDS) if fmt.residual_rank() == 1 else (fmt, 1)
 
 
 def _working_bytes(job: Job) -> int:
@@ -204,13 +202,9 @@ def _requires_full_load(job: Job) -> bool:
 
 
 def _end_loss_bytes(job: Job) -> int:
-    """Weights of tokens (guided) or of weights (fisher), kept during all fits."""
-    in_blocks = [matrix.shape for matrix, _ in job.compressed_matrices if matrix.block is not None]
-    return {
-        OUTPUTS: 0,
-        GUIDED: 4 * _calibration_tokens(job) * len(in_blocks),
-        FISHER: 4 * sum(math.prod(shape) for shape in in_blocks),
-    }[job.settings.objective]
+    """Return the bytes of the weights of tokens that guided fits keep: one float32 per token and matrix of a block."""
+    in_blocks = sum(matrix.block is not None for matrix, _ in job.compressed_matrices)
+    return 4 * _calibration_tokens(job) * in_blocks if job.guided else 0
 
 
 def _calibration_bytes(job: Job) -> int:
@@ -251,7 +245,7 @@ def _calibration_tokens(job: Job) -> int:
 def _calibration_seconds(job: Job) -> float:
     """Two passes of all tokens through every block and the sums of their inputs, at the speed of one product.
 
-    The end loss takes three more through the whole model: one forward and, twice as long, one back.
+    The end-to-end loss takes three more through the whole model: one forward and, twice as long, one back.
     """
     if not job.settings.calibration:
         return 0.0
@@ -283,9 +277,11 @@ def seconds_of_analysis(source: Source, walked: Walk, settings: Settings) -> flo
     few, device = for_analysis(settings), settings.device
     tokens = few.calibration_windows * few.calibration_context
     columns = [matrix.shape[1] for matrix in walked.matrices if matrix.block is not None and matrix.expert is None]
-    moments = sum(2 * tokens * width**2 for width in columns) * _seconds_an_operation(torch.float32, device, True)
+    second_moments = sum(2 * tokens * width**2 for width in columns) * _seconds_an_operation(
+        torch.float32, device, True
+    )
     factors = sum(_OF_FACTORS * width**3 for width in columns) * _seconds_an_operation(torch.float32, "cpu")
-    return tokens * _gradient_seconds(source, device) + moments + factors
+    return tokens * _gradient_seconds(source, device) + second_moments + factors
 
 
 def _seconds_an_operation(dtype: torch.dtype, device: str, fast: bool = False) -> float:
@@ -325,7 +321,7 @@ def _generation_seconds(job: Job) -> float:
 
 
 def fitting_cost(fmt: WeightFormat, device: str) -> tuple[float, float]:
-    """(seconds a matrix, seconds a weight) of fitting."""
+    """(seconds per matrix, seconds per weight) of fitting."""
     before = None
     for shape in _FIRST:
         try:

@@ -2,9 +2,9 @@
 
 The key is a hash of format, seed, weights and objective, of the device's kind and of the code that fits, so that
 nothing stale and nothing of another model is ever taken. Without calibration, and for embedding and head always, a
-matrix is found again under any budget that gives it the same format. With calibration the objective holds the moments
+matrix is found again under any budget that gives it the same format. With calibration the objective holds the second moments
 of the inputs, which come through the blocks compressed before: the first matrix in another format gives all blocks
-behind it other moments, and they are fitted anew. That is what fitting along the stream is for, and no key could
+behind it other second moments, and they are fitted again. That is what fitting along the stream is for, and no key could
 spare it.
 """
 

@@ -5,7 +5,6 @@ Finished matrices are kept in the work folder as they come, so that an interrupt
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections import defaultdict
@@ -20,20 +19,20 @@ from torch import Tensor
 from reallm.allocate import PlanEntry
 from reallm.calibrate.block_loader import BlockLoader
 from reallm.calibrate.hidden_states import HiddenStateCache, SecondMoments
-from reallm.calibrate.loss_gradients import Guidance, fisher
+from reallm.calibrate.loss_gradients import Guidance
 from reallm.checkpoint import check_finished, finished_file, save_tensors
 from reallm.errors import FormatError, SourceError
 from reallm.fit import Objective, fit
 from reallm.fit.objective import OUTPUTS
 from reallm.formats import WeightFormat, use_shared_decoders
 from reallm.formats.base import add_prefix, strip_prefix
-from reallm.pipeline.calibration_inputs import Progress, calculation_dtype, gradient_dtype, phase_callback
+from reallm.pipeline.calibration_inputs import Progress, calculation_dtype, gradient_dtype
 from reallm.pipeline.decoder_training import matrices_missing_decoder, train_shared_decoders
 from reallm.pipeline.fit_cache import FitCache, fit_key
 from reallm.pipeline.job import Job
 from reallm.pipeline.load_weight import checked_original, load_weight, matrix_seed
 from reallm.pipeline.magnitudes import check_held
-from reallm.pipeline.teacher_outputs import GRADIENTS, job_windows, load_guidance
+from reallm.pipeline.teacher_outputs import job_windows, load_guidance
 from reallm.source import Matrix
 from reallm.source.decoder_blocks import block_numbers
 
@@ -182,62 +181,47 @@ def calibration_dtype(job: Job) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _TeacherOutputs:
-    """What the end loss says of tokens and channels (guided) or of weights (fisher); nothing for plain outputs.
-
-    Errors are fed back by the stream's second moments in every case. Fisher weights of a matrix with 3,000 inputs have
-    no hessian of their own (one of 9 million numbers for every row): by themselves they lost 0.62 nats of KL where
-    codebooks lose 0.25 with feedback, and behind a rotation they are nothing (docs/log.md, 2026-11-28).
-    """
+    """What the gradients of the end-to-end-to-end loss say of tokens and channels; nothing for the objective `outputs`."""
 
     guidance: dict[str, Guidance] | None = None
-    fisher: dict[str, Tensor] | None = None
 
     def objectives(self, stream: HiddenStateCache, matrices: Sequence[Matrix]) -> ObjectiveOf:
-        """Of the matrices of the present block: sums over its inputs are taken now, the rest is made when asked for.
+        """Return a function that gives the objective of a matrix of the present block.
 
-        Nothing for those that calibration tells nothing of: experts, and modules that no token reached.
+        Second moments of the block's inputs are summed now, the rest is made when asked for. None for matrices that
+        calibration does not reach: experts, and modules that no token reached.
         """
-        guided, of_weights = self.guidance or {}, self.fisher or {}
+        guided = self.guidance or {}
         weights = {name: own.tokens for name, own in guided.items()} or None
         second_moments = stream.second_moments(matrices, weights) if matrices else SecondMoments()
         rows = {name: own.rows for name, own in guided.items()}
-        return lambda matrix: _output_objective(
-            matrix, second_moments, rows.get(matrix.name), of_weights.get(matrix.name)
-        )
+        return lambda matrix: _output_objective(matrix, second_moments, rows.get(matrix.name))
 
 
-def _output_objective(
-    matrix: Matrix, second_moments: SecondMoments, rows: Tensor | None, importance: Tensor | None = None
-) -> Objective | None:
-    """`importance` in place of the hessian's diagonal. Errors: SourceError naming a matrix whose inputs overflowed."""
+def _output_objective(matrix: Matrix, second_moments: SecondMoments, rows: Tensor | None) -> Objective | None:
+    """Return the objective of a matrix; errors: SourceError naming a matrix whose inputs overflowed."""
     if (hessian := second_moments.pop(matrix.name)) is None:
         return None
     try:
-        objective = Objective.output_error(hessian, rows)
+        return Objective.output_error(hessian, rows)
     except FormatError as error:
         raise SourceError(f"{matrix.name}: {error}") from error
-    return objective if importance is None else dataclasses.replace(objective, importance=importance)
 
 
 def _teacher_outputs(job: Job, work: Path, progress: Progress | None) -> tuple[Tensor, _TeacherOutputs]:
-    """The windows, and what the end loss says, unless everything is fitted already.
+    """The windows, and what the end-to-end loss says, unless everything is fitted already.
 
-    Text that the model writes itself and gradients of the end loss take the whole original in memory, and only they.
-    Fisher weights, twice the bytes of a model of 16 bits, are not kept on disk: a resumed run asks for them again.
+    Text that the model writes itself and gradients of the end-to-end loss take the whole original in memory, and only they.
     """
     dtype = (
         calibration_dtype(job) if job.settings.objective == OUTPUTS else gradient_dtype(job.source, job.settings.device)
     )
     original = functools.cache(lambda: checked_original(job.source, dtype))
     windows = job_windows(job, work, original, progress)
-    open_ones = [
-        matrix
+    unfinished = any(
+        matrix.block is not None and not finished_file(work, matrix.name).is_file()
         for matrix, _ in job.compressed_matrices
-        if matrix.block is not None and not finished_file(work, matrix.name).is_file()
-    ]
-    if job.settings.objective == OUTPUTS or not open_ones:
+    )
+    if not job.guided or not unfinished:
         return windows, _TeacherOutputs()
-    if job.guided:
-        return windows, _TeacherOutputs(guidance=load_guidance(job, work, windows, original, progress))
-    on_progress = phase_callback(progress, GRADIENTS, len(windows))
-    return windows, _TeacherOutputs(fisher=fisher(original(), windows, open_ones, job.settings.device, on_progress))
+    return windows, _TeacherOutputs(guidance=load_guidance(job, work, windows, original, progress))

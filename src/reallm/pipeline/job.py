@@ -25,8 +25,8 @@ RESERVED_FOR_TUNING = 600
 class Forecast:
     """What a budget chose from: options by matrix, bytes that the whole artifact may take, and what was expected.
 
-    `size` is None under --bits. `loss` is the predicted KL to the original in nats a token; `calibrated` says whether
-    it comes from this model's end loss or from the table of roles. `to_analyse`: from the table for now, as in a dry
+    `size` is None under --bits. `loss` is the predicted KL to the original in nats per token; `calibrated` says whether
+    it comes from this model's end-to-end loss or from the table of roles. `to_analyse`: from the table for now, as in a dry
     run, and a run measures first.
     """
 
@@ -80,7 +80,7 @@ class Job:
 
     @property
     def guided(self) -> bool:
-        """Whether fits weigh tokens by the gradient of the end loss."""
+        """Whether fits weigh tokens by the gradient of the end-to-end loss."""
         return self.objective == GUIDED
 
     def manifest(self, fingerprint: str, coded: Mapping[str, tuple[str, ...]] | None = None) -> Manifest:

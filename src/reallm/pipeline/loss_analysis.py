@@ -22,7 +22,6 @@ from reallm.fit.feedback import costs_in_feedback
 from reallm.fit.low_rank import low_rank
 from reallm.fit.scaled import balancing_scales, moving_gain
 from reallm.formats import WeightFormat
-from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.rotated import Rotated
 from reallm.formats.scaled import BOTH, INPUTS, OUTPUTS
 from reallm.kernels import one_thread
@@ -56,7 +55,7 @@ def compute_analysis(
     """Numbers of every matrix that calibration reaches, and the ends' scalar codes tried on a sample of rows.
 
     `windows` are token ids (windows, context); `origin` is kept in the file; `guided`: fits will weigh tokens by the
-    end loss.
+    end-to-end loss.
     """
     matrices = {matrix.name: matrix for matrix in walk.matrices}
     blocks = [matrix for matrix in walk.matrices if matrix.kind == "block" and matrix.expert is None]
@@ -92,7 +91,8 @@ def block_losses(weight: Float[Tensor, "out in"], curvature: Curvature, guided: 
     """Losses at relative error 1 of a matrix whose codes are found with error feedback; see `allocate.analysis`.
 
     Feedback as one half of the windows asks for it, its cost on the other half: on its own half a matrix would look
-    several times more robust than it is (docs/log.md, 2026-11-24). Scales of rows likewise: of `guided` fits, chosen by
+    several times more robust than it is
+    (docs/experiments/predicted-loss-and-entropy-coding.md). Scales of rows likewise: of `guided` fits, chosen by
     one half, tried on the other.
     """
     pair = (curvature.feedback_hessian, curvature.hessian)
@@ -113,7 +113,7 @@ def block_losses(weight: Float[Tensor, "out in"], curvature: Curvature, guided: 
         turned, pair = weight, (seen, tested)
         if scale is not None:
             turned, pair = weight / scale, tuple(one.divide_columns(scale[0]) for one in pair)
-        costs = costs_in_feedback(*(one.rotated(turn).hessian for one in pair), ROTATED_WIDTHS)
+        costs = costs_in_feedback(*(one.rotate(turn).hessian for one in pair), ROTATED_WIDTHS)
         energy, moved = turned.square().mean().item(), moving_gain(turned, known, cost)
         for width, column_costs in costs.items():
             number = outputs.sum().item() * energy * size * column_costs.sum().item()
@@ -155,7 +155,7 @@ def rank_one_residual_share(source: Source, matrix: Matrix) -> float:
 
 def _measure_embedding_format(fmt: WeightFormat, weight: Tensor, left: Tensor, seed: int) -> Measured:
     """`low_rank_plus` by its base on what is `left` beside rank 1: a fit of both would take several of the base."""
-    return measure_format(fmt.base, left, seed) if isinstance(fmt, LowRankPlus) else measure_format(fmt, weight, seed)
+    return measure_format(fmt.without_residual(), left if fmt.residual_rank() else weight, seed)
 
 
 def measure_format(fmt: WeightFormat, weight: Float[Tensor, "out in"], seed: int, most: int = _SAMPLE_ROWS) -> Measured:

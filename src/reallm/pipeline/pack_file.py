@@ -138,7 +138,7 @@ class _Packer:
         return sum(_stored_tensor(raw, coded).nbytes for _, raw, coded in self.fitted[name, fmt])
 
     def render(self, plan: Plan) -> bytes:
-        """The whole file."""
+        """Return the bytes of the whole packed file."""
         self.plan = plan
         formats = {entry.matrix.name: entry.fmt for entry in plan.entries}
         entries, blobs = [], []
@@ -185,7 +185,7 @@ def _solve(work: _Packer, infos: Sequence[MatrixInfo], max_bytes: int) -> bytes:
             f"--max-bytes {max_bytes:,} is too small: the smallest possible file is {least:,} bytes "
             f"({code:,} of code files)"
         )
-    # Headers of the same file with other formats differ by a few bytes a matrix: measured after every round.
+    # Headers of the same file with other formats differ by a few bytes per matrix: measured after every round.
     overhead = least - sum(work.nbytes(entry.matrix.name, entry.fmt) for entry in smallest.entries)
     plan = solve_plan(infos, options, max(max_bytes, overhead + _least_bytes(options)), overhead=overhead)
     best = smallest

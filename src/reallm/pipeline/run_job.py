@@ -60,8 +60,8 @@ def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = N
 
     With `resume`, matrices finished by an interrupted run are taken over, whenever it was killed. The work folder
     `<out>.work` is removed at the end. A job with a size is measured once everything is fitted: what entropy coding
-    saved beyond expectation is spent on a few matrices, which are fitted anew. A recipe beside a size is left as it is
-    unless it is too large, and then a few of its matrices are fitted anew in smaller formats.
+    saved beyond expectation is spent on a few matrices, which are fitted again. A recipe beside a size is left as it is
+    unless it is too large, and then a few of its matrices are fitted again in smaller formats.
 
     Errors: ArtifactError if `out` exists, or a work folder does and `resume` is not set; RecipeError if the
     interrupted run had another plan, or if a recipe is too large for its size; SourceError for weights that are not
@@ -310,7 +310,7 @@ def _resume_plan(job: Job, work: Path) -> tuple[Job, _Attempts]:
         plan, attempts = _replace_formats(job, noted["formats"]), _Attempts.from_dict(noted["past"], job)
         changed = set(noted["changed"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path}: damaged; remove {work} to start anew") from error
+        raise ArtifactError(f"{path}: damaged; remove {work} to start again") from error
     if size != job.size:
         raise RecipeError(
             f"--resume: the size was {size} bytes and is now {job.size}; go back to that, or remove {work}"

@@ -1,4 +1,4 @@
-"""What a run asks the original model as a whole, once: text that it writes, and gradients of the end loss.
+"""What a run asks the original model as a whole, once: text that it writes, and gradients of the end-to-end loss.
 
 Both stand in the work folder, so that a resumed run and the rounds of a size ask nothing twice.
 """
@@ -20,7 +20,7 @@ from reallm.pipeline.calibration_inputs import Progress, calibration_windows, ph
 from reallm.pipeline.job import Job
 from reallm.source import Matrix
 
-GRADIENTS = "gradients of the end loss"  # a phase of the progress
+GRADIENTS = "gradients of the end-to-end loss"  # a phase of the progress
 # Files of the work folder, named as no matrix of a decoder is.
 _WRITTEN, _GUIDANCE = "written", "guidance"
 

@@ -1,10 +1,10 @@
-"""Adapters: residuals for a task over one frozen compressed model, each a small folder in the form that PEFT reads.
+"""Adapters: low-rank residuals for one task over a frozen compressed model, each a small folder in PEFT's format.
 
     adapter_config.json         rank, and which modules; the scale is 1
     adapter_model.safetensors   base_model.model.<module path>.lora_A.weight (rank, in) and lora_B.weight (out, rank)
 
-weight + left · rightᵀ: `lora_B` is the left factor and `lora_A` the right one, transposed. So an adapter is a residual
-of the format `low_rank_plus`, and the one becomes the other: `merge` and `split`.
+The adapted weight is weight + left · rightᵀ: `lora_B` is the left factor, `lora_A` the transpose of the right one. An
+adapter is therefore the residual of the format `low_rank_plus`; `merge` and `split` convert one into the other.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ __all__ = ["Adapters", "Factors", "merge", "read_adapter", "save_adapter", "spli
 
 
 def save_adapter(factors: dict[str, Factors], folder: Path, base: str, source_sha256: str | None = None) -> None:
-    """Write an adapter, by module path, into the existing folder; factors are stored as bfloat16.
+    """Write an adapter into an existing folder; `factors` are by module path and stored as bfloat16.
 
-    `base` is the name of the model that it belongs to, `source_sha256` what the provenance of that says of its
-    original: over artifacts that say another the adapter is refused.
+    `base` is the name of the base model. `source_sha256` is the hash of the original model in the base's provenance:
+    loading refuses the adapter over an artifact with a different hash.
     """
     tensors: Tensors = {}
     for path, pair in factors.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = pair.right.T.to(torch.bfloat16)
         tensors[f"{PREFIX}{path}.lora_B.weight"] = pair.left.to(torch.bfloat16)
     ranks = {path: pair.left.shape[1] for path, pair in factors.items()}
-    usual = max(set(ranks.values()), key=list(ranks.values()).count)
-    others = {path: rank for path, rank in ranks.items() if rank != usual}
+    common_rank = max(set(ranks.values()), key=list(ranks.values()).count)
+    others = {path: rank for path, rank in ranks.items() if rank != common_rank}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "revision": None if source_sha256 is None else f"{REVISION}{source_sha256}",
-        "r": usual,
-        "lora_alpha": usual,
+        "r": common_rank,
+        "lora_alpha": common_rank,
         "rank_pattern": others,
         "alpha_pattern": others,
         "target_modules": sorted(factors),
@@ -66,16 +66,16 @@ def save_adapter(factors: dict[str, Factors], folder: Path, base: str, source_sh
 
 
 def merge(artifact: str | Path, adapter: str | Path, out: str | Path) -> None:
-    """Write the artifact with the adapter in it, as a bfloat16 residual around each format.
+    """Write the artifact with the adapter merged in, as a bfloat16 residual around each format.
 
-    That takes 2 · rank · (out + in) bytes a matrix, which its bits count.
-    Errors: ArtifactError if the adapter is of another model, the artifact is damaged or `out` is in the way.
+    The residual takes 2 · rank · (out + in) bytes per matrix, which bits per weight include.
+    Errors: ArtifactError if the adapter belongs to a different model, the artifact is damaged or `out` exists.
     """
     source, factors = Path(artifact), read_adapter(adapter)
     manifest = read_manifest(source)
     _check_fit(adapter, factors, source, manifest)
     check_output(Path(out))
-    # The checksums are made anew: what is damaged must not get right ones.
+    # The output gets new checksums: damaged tensors must not receive valid ones.
     verify(weight_files(source, ArtifactError), manifest.checksums)
 
     def change(matrix: StoredMatrix, stored: Tensors) -> tuple[StoredMatrix, Tensors]:
@@ -95,10 +95,10 @@ def merge(artifact: str | Path, adapter: str | Path, out: str | Path) -> None:
 
 
 def split(artifact: str | Path, base: str | Path, adapter: str | Path) -> None:
-    """The inverse of `merge`: the artifact without its linears' residuals that lie outermost, and these as an adapter.
+    """Invert `merge`: write the artifact without the outermost residuals of its linears, and these as an adapter.
 
-    Those of embeddings and experts stay: neither we nor PEFT could load an adapter with them.
-    Errors: ArtifactError if there are none, or a folder to write is in the way.
+    Residuals of embeddings and experts stay: neither reallm nor PEFT could load an adapter with them.
+    Errors: ArtifactError if there is no such residual, or an output folder exists.
     """
     source, base, adapter = Path(artifact), Path(base), Path(adapter)
     check_output(adapter)
@@ -109,10 +109,12 @@ def split(artifact: str | Path, base: str | Path, adapter: str | Path) -> None:
 
     def change(matrix: StoredMatrix, stored: Tensors) -> tuple[StoredMatrix, Tensors]:
         fmt = matrix.fmt
-        if matrix.name not in linears or not isinstance(fmt, LowRankPlus) or fmt.factors != BFLOAT16:
+        if matrix.name not in linears or fmt.residual_dtype() != BFLOAT16:
             return matrix, stored
         if {"left", "right"} & set(matrix.coded):
-            raise ArtifactError(f"{artifact}: {matrix.name} has an entropy-coded residual; reallm.unpack it first")
+            raise ArtifactError(
+                f"{artifact}: {matrix.name} has an entropy-coded residual; run reallm.unpack on it first"
+            )
         factors[matrix.name] = Factors(*(fmt.unpack_factor(side, stored) for side in ("left", "right")))
         coded = tuple(name.removeprefix("base.") for name in matrix.coded)
         return replace(matrix, fmt=fmt.base, coded=coded), strip_prefix("base", stored)
@@ -120,7 +122,9 @@ def split(artifact: str | Path, base: str | Path, adapter: str | Path) -> None:
     def write(folder: Path) -> None:
         rewrite_artifact(source, folder, change, {"adapter": "split off"})
         if not factors:
-            raise ArtifactError(f"{artifact}: no linear of it is low_rank_plus with bfloat16 factors; nothing to split")
+            raise ArtifactError(
+                f"{artifact}: no linear has the format low_rank_plus with bfloat16 factors; nothing to split"
+            )
 
     _write_folder(base, write)
     original = read_manifest(source).provenance.get("source_sha256")
@@ -128,19 +132,21 @@ def split(artifact: str | Path, base: str | Path, adapter: str | Path) -> None:
 
 
 def _check_fit(adapter: str | Path, factors: dict[str, Factors], source: Path, manifest: Manifest) -> None:
-    """Errors: ArtifactError unless each pair of factors is of a compressed matrix, and of the same original."""
+    """Raise ArtifactError unless every pair of factors fits a compressed matrix and the original model is the same."""
     check_base(adapter, manifest.provenance)
     shapes = {matrix.name: matrix.shape for matrix in manifest.matrices}
     for path, pair in factors.items():
         shape = pair.left.shape[0], pair.right.shape[0]
         if path not in shapes:
-            raise ArtifactError(f"{adapter}: {path} is no compressed matrix of {source}; it is of another model")
+            raise ArtifactError(
+                f"{adapter}: {path} is no compressed matrix of {source}; the adapter belongs to a different model"
+            )
         if shape != shapes[path]:
-            raise ArtifactError(f"{adapter}: {path} has another shape, {shape}, than in {source}, {shapes[path]}")
+            raise ArtifactError(f"{adapter}: {path} has the shape {shape}, but {shapes[path]} in {source}")
 
 
 def _write_folder(out: Path, write: Callable[[Path], None]) -> None:
-    """Have a folder written beside its place, and put it there by one rename."""
+    """Call `write` on a temporary folder next to `out`, then rename it to `out`."""
     check_output(out)
     work = work_folder(out)
     work.mkdir()

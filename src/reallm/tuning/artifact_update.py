@@ -1,4 +1,4 @@
-"""An artifact made of another: other values in the same bytes, or other formats around the same codes."""
+"""Rewrite an artifact: new values in the same layout, or new formats around the same codes."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ from reallm.formats.shared_decoders import PREFIX as SHARED
 
 CONFIG, PLAN = "config.json", "plan.yaml"
 
-# A matrix and its stored tensors by local name -> the same as they are written.
+# (matrix, its stored tensors by local name) -> the matrix and tensors to write.
 Change = Callable[[StoredMatrix, Tensors], tuple[StoredMatrix, Tensors]]
 
 
-def check_size(artifact: Path, words: Collection[str]) -> None:
-    """Whether an artifact stays within the size it was made for, whatever its parts of these words become.
+def check_size(artifact: Path, groups: Collection[str]) -> None:
+    """Raise RecipeError if training these parameter groups could push the artifact beyond its size limit.
 
-    Errors: RecipeError for words whose tensors are entropy-coded, and fit the size for that alone.
+    Only entropy-coded tensors can grow: in the worst case they take their raw bytes.
     """
     ledger, size = read_ledger(artifact), read_manifest(artifact).size
-    more: Counter[str] = Counter()
+    growth: Counter[str] = Counter()
     for row in ledger.entropy_coded_rows:
-        if row.role in words and (row.kind == "block" or row.kind in words):
-            more[row.role] += (row.raw_nbytes or row.nbytes) - row.nbytes
-    if size is not None and more and (most := ledger.total_bytes + more.total()) > size:
+        if row.role in groups and (row.kind == "block" or row.kind in groups):
+            growth[row.role] += (row.raw_nbytes or row.nbytes) - row.nbytes
+    if size is not None and growth and (most := ledger.total_bytes + growth.total()) > size:
         raise RecipeError(
-            f"--train {', '.join(more)}: these are entropy-coded, and could make {most:,} bytes of the "
-            f"{ledger.total_bytes:,}, where {artifact} was made for {size:,}; leave them out"
+            f"--train {', '.join(growth)}: these are entropy-coded and could grow the artifact from "
+            f"{ledger.total_bytes:,} to {most:,} bytes, but {artifact} has a size limit of {size:,}; leave them out"
         )
 
 
 def write_tuned(source: Path, staging: Path, trained: Tensors, note: dict[str, Any]) -> None:
-    """Write the artifact of `source` with `trained` put in to the folder `staging`, which exists.
+    """Write the artifact `source` with the `trained` tensors to the existing folder `staging`.
 
-    `trained` are parts in natural units, kept tensors and packed shared decoders, by the name of what is stored of
-    them. `note`, with what matters most first, is added to the provenance's list `tuned`. All other files are copied.
-    Of an artifact with entropy-coded tensors those that trained are coded anew, and may take some bytes more or fewer.
+    `trained` maps stored names to unpacked tensors in natural units, unquantized tensors and packed shared decoders.
+    `note`, most important entries first, is appended to the provenance's list `tuned`. All other files are copied.
+    Trained tensors that are entropy-coded are encoded again, and may take a few bytes more or fewer.
     """
 
     def change(matrix: StoredMatrix, stored: Tensors) -> tuple[StoredMatrix, Tensors]:
@@ -63,16 +63,16 @@ def write_tuned(source: Path, staging: Path, trained: Tensors, note: dict[str, A
 
 
 def rewrite_artifact(
-    source: Path, staging: Path, change: Change, note: dict[str, Any], kept: Tensors | None = None
+    source: Path, staging: Path, change: Change, note: dict[str, Any], unquantized: Tensors | None = None
 ) -> None:
-    """Write the artifact of `source` with every matrix changed, and `kept` in place of tensors of these names.
+    """Write the artifact `source` with `change` applied to every matrix, and `unquantized` replacing tensors by name.
 
-    The plan is copied only if every format stays. A folder that was made for a size keeps within it: notes of earlier
-    tunings give way, and if that is not enough it no longer counts as made for one.
+    plan.yaml is copied only if every format stays. An artifact with a size limit stays below it: notes of earlier
+    tuning runs are dropped, and if that is not enough, the limit is removed from the provenance.
     """
     manifest = read_manifest(source)
     matrices: list[StoredMatrix] = []
-    write_shards(_tensors(source, change, kept or {}, matrices), staging)
+    write_shards(_tensors(source, change, unquantized or {}, matrices), staging)
     same_formats = [m.fmt for m in matrices] == [m.fmt for m in manifest.matrices]
     left_out = (CONFIG, INDEX) if same_formats else (CONFIG, INDEX, PLAN)
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
@@ -88,14 +88,14 @@ def rewrite_artifact(
 
 
 def folder_nbytes(folder: Path) -> int:
-    """Bytes of all files in a folder."""
+    """Return the bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _config_text(config: dict[str, Any], manifest: Manifest, note: dict[str, Any], headroom: int | None) -> str:
-    """config.json, with `note` after those of earlier tunings, of which the oldest give way where `headroom` is short.
+    """Return config.json with `note` after the notes of earlier runs; the oldest are dropped to fit `headroom` bytes.
 
-    Where the weights alone leave no room, all notes stay, and the size that the folder was made for goes.
+    If the weights alone leave no headroom, all notes stay and the size limit is removed.
     """
 
     def text(provenance: dict[str, Any]) -> str:
@@ -106,31 +106,33 @@ def _config_text(config: dict[str, Any], manifest: Manifest, note: dict[str, Any
     notes = [one for one in earlier if isinstance(one, dict)] if isinstance(earlier, list) else []
     notes.append(note)
     others = {key: value for key, value in manifest.provenance.items() if key != "tuned"}
-    for kept in _truncate_notes(notes):
-        found = text({**others, **({"tuned": kept} if kept else {})})
-        if headroom is None or len(found.encode()) <= headroom:
-            return found
+    for fewer in _truncate_notes(notes):
+        candidate = text({**others, **({"tuned": fewer} if fewer else {})})
+        if headroom is None or len(candidate.encode()) <= headroom:
+            return candidate
     del others["size"]
     return text({**others, "tuned": notes})
 
 
 def _truncate_notes(notes: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The notes, then without the oldest, which the next one counts as `earlier`, then ever less of the last one."""
+    """Yield all notes, then without the oldest (the next one counts them as `earlier`), then a shrinking last note."""
     yield notes
-    left, gone = list(notes), 0
-    while len(left) > 1:
-        before = left.pop(0).get("earlier")
-        gone += 1 + (before if type(before) is int else 0)
-        yield [{"earlier": gone, **left[0]}, *left[1:]]
-    items = [*({"earlier": gone} if gone else {}).items(), *left[0].items()]
+    remaining, dropped = list(notes), 0
+    while len(remaining) > 1:
+        before = remaining.pop(0).get("earlier")
+        dropped += 1 + (before if type(before) is int else 0)
+        yield [{"earlier": dropped, **remaining[0]}, *remaining[1:]]
+    items = [*({"earlier": dropped} if dropped else {}).items(), *remaining[0].items()]
     yield from ([dict(items[:count])] for count in range(len(items) - 1, 0, -1))
     yield []
 
 
-def _tensors(source: Path, change: Change, kept: Tensors, matrices: list[StoredMatrix]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors, compressed matrices first: the order in which they were written, so that shards are the same.
+def _tensors(
+    source: Path, change: Change, unquantized: Tensors, matrices: list[StoredMatrix]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield all tensors, compressed matrices first: the order of the source, so that the shards are the same.
 
-    Notes in `matrices` how each is stored now.
+    Appends to `matrices` how each matrix is stored now.
     """
     handles = [safe_open(file, framework="pt") for file in weight_files(source, ArtifactError)]
     places = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 - no dict
@@ -149,23 +151,23 @@ def _tensors(source: Path, change: Change, kept: Tensors, matrices: list[StoredM
         matrices.append(matrix)
         yield from sorted(add_prefix(matrix.name, stored).items())
     for name, handle in places.items():
-        tensor = kept.get(name)
+        tensor = unquantized.get(name)
         yield name, handle.get_tensor(name) if tensor is None else tensor
 
 
 def _update_matrix(matrix: StoredMatrix, stored: Tensors, changed: Tensors) -> tuple[StoredMatrix, Tensors]:
-    """A matrix with other parts."""
+    """Return a matrix and its stored tensors with some unpacked tensors changed."""
     layout = matrix.fmt.layout(matrix.shape)
     plain = {n: decode_tensor(t, layout[n]) if n in matrix.coded else t for n, t in stored.items()}
     unpacked = matrix.fmt.unpack(plain, matrix.shape)
     own = {name: value for name, value in changed.items() if name in named_tensors(unpacked)}
     packed = matrix.fmt.pack(replace_tensors(unpacked, own), matrix.shape)
-    assert _sizes(packed) == _sizes(plain), f"{matrix.name}: tuning changed what is stored"
+    assert _sizes(packed) == _sizes(plain), f"{matrix.name}: tuning changed the stored layout"
     tensors, names = dict(packed), []
     for name in matrix.coded:
-        kept = stored[name] if torch.equal(packed[name], plain[name]) else encode_tensor(packed[name])
-        if kept is not None:
-            tensors[name] = kept
+        coded = stored[name] if torch.equal(packed[name], plain[name]) else encode_tensor(packed[name])
+        if coded is not None:
+            tensors[name] = coded
             names.append(name)
     return replace(matrix, coded=tuple(names)), tensors
 

@@ -1,18 +1,18 @@
-"""Block-wise tuning: one decoder block after the other learns to answer as the original's does.
+"""Block-wise tuning: train decoder blocks one at a time to reproduce the original block's output.
 
-compressed  x0'─▶ tuned 0 ─▶ x1'─▶ tuned 1 ─▶ …      target: the original block's answer to the states x' that the
-original    x0 ─▶ block 0 ─▶ x1 ─▶ block 1 ─▶ …      compressed blocks before it put out, or its answer to its own x
+compressed  x0'─▶ tuned 0 ─▶ x1'─▶ tuned 1 ─▶ …      target: the original block's output on the hidden states x' from
+                                                     the compressed blocks before it
 
-Of the original one block at a time is in memory. What an error d of a token's states costs:
+One block of the original model is in memory at a time. The cost of an error d in a token's hidden state:
 
-loss     ½ (g · d)² nats, g the gradient of the original's end loss (see `calibrate/loss_gradients.py`): what the end loss does
-         not see costs nothing. Before the first block the original is in memory as a whole, for a pass over the
-         windows and back; what it finds lies on disk until the blocks are done.
-outputs  |d|² / |target|², the mean over tokens: what follows a block is a norm, so that a token with huge states
-         would otherwise drown all others.
+loss     ½ (g · d)² nats, g the gradient of the original model's end-to-end loss (`calibrate/loss_gradients.py`):
+         errors that do not change the loss cost nothing. Before the first block, the whole original model is loaded for
+         one forward and backward pass over the windows; the gradients stay on disk until the blocks are done.
+outputs  |d|² / |target|², the mean over tokens: a norm follows each block, so without the division a token with huge
+         states would dominate all others.
 
-Asked for the original's answer to x, a block learns to undo the errors of those before it. At 2 bits that is worse than
-not to tune, with either cost (docs/log.md, 2026-11-28).
+The original block's output on its own hidden states, as a target, makes a block undo the errors of the blocks before
+it: at 2 bits that is worse than no tuning, with either cost (docs/experiments/block-wise-errors-per-token.md).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from reallm.tuning.log import Log, Throughput
 from reallm.tuning.losses import autocast_to_dtype
 from reallm.tuning.optimizer import Diverged, Optimizer, restore, snapshot
 from reallm.tuning.trainables import Trainables
-from reallm.tuning.tune_settings import COMPRESSED, END_LOSS, Settings
+from reallm.tuning.tune_settings import END_TO_END_LOSS, Settings
 
 
 def tune_blocks(
@@ -55,62 +55,61 @@ def tune_blocks(
     workers: ProcessGroup,
     log: Log,
 ) -> None:
-    """Tune every block in turn; those whose file is in the work folder already are taken over.
+    """Tune every block in turn; blocks with a file in the work folder are loaded from it.
 
-    `training` windows fill whole batches, of which this process takes its share; validation it scores alone.
-    Blocks that the model passes over on text stay as they are.
-    Errors: SourceError if the two models have other blocks or theirs cannot be run one by one, RecipeError for a disk
-    without room for the gradients.
+    `training` windows fill whole batches, and this process takes its shard of each; every process scores all validation
+    windows. Blocks that the model skips on text stay unchanged.
+    Errors: SourceError if the blocks of the two models differ or cannot run one at a time, RecipeError if the disk
+    lacks space for the gradients.
     """
     block_loader = BlockLoader(source, torch.float32)
     check_blocks(block_loader.model, trainables.model)
     blocks = decoder_blocks(trainables.model)
     files = [work / f"block-{number:05d}.safetensors" for number in range(len(blocks))]
-    left = [n for n, block in enumerate(blocks) if trainables.module_parameters(block) and not files[n].is_file()]
-    learned, checked = _shards(training, validation, settings, work, workers)
-    if settings.block_error == END_LOSS and left:
-        # Hours of gradients end in no refusal: eight tokens go through the blocks before.
-        _HiddenStatePair(
-            block_loader, trainables.model, dataclasses.replace(learned, windows=_beginning(learned.windows)), settings
-        )
-        _compute_gradients(source, (learned, checked), settings, workers, log)
-    training_pair, validation_pair = (
-        _HiddenStatePair(block_loader, trainables.model, shard, settings) for shard in (learned, checked)
+    remaining = [n for n, block in enumerate(blocks) if trainables.module_parameters(block) and not files[n].is_file()]
+    train_shard, val_shard = _shards(training, validation, settings, work, workers)
+    if settings.block_error == END_TO_END_LOSS and remaining:
+        # Check with eight tokens that the model can be tuned, before hours of gradients.
+        probe = dataclasses.replace(train_shard, windows=_first_tokens(train_shard.windows))
+        _HiddenStates(trainables.model, probe, settings)
+        _compute_gradients(source, (train_shard, val_shard), settings, workers, log)
+    training_states, validation_states = (
+        _HiddenStates(trainables.model, shard, settings) for shard in (train_shard, val_shard)
     )
-    throughput = Throughput(len(left), 0, 0)
+    throughput = Throughput(len(remaining), 0, 0)
     for number, block in enumerate(blocks):
-        parameters = trainables.module_parameters(block) if training_pair.student.is_reached else {}
-        # The original's own states have to pass each block, the compressed model's only those that are tuned.
-        tuned = number in left and training_pair.student.is_reached
-        if tuned or settings.target != COMPRESSED:
-            with _loaded_block(block_loader, number) as original:
-                block_targets, checks = (
-                    training_pair.block_targets(number, original),
-                    validation_pair.block_targets(number, original),
-                )
+        parameters = trainables.module_parameters(block) if training_states.student.reached else {}
+        tuned = number in remaining and training_states.student.reached
         if tuned:
-            seconds = throughput.rates(left.index(number))["eta_seconds"]
-            present = _Block(number, parameters, training_pair, block_targets, validation_pair, checks, seconds)
+            with _loaded_block(block_loader, number) as original:
+                block_targets, validation_targets = (
+                    training_states.block_targets(number, original),
+                    validation_states.block_targets(number, original),
+                )
+            seconds = throughput.rates(remaining.index(number))["eta_seconds"]
+            present = _Block(
+                number, parameters, training_states, block_targets, validation_states, validation_targets, seconds
+            )
             _tune_block(present, settings, workers, log)
             if workers.is_main_process:
                 save_tensors(snapshot(parameters), files[number])
             workers.barrier()
         elif parameters:
             restore(parameters, read_work_tensors(files[number], parameters))
-        training_pair.student.advance()
-        validation_pair.student.advance()
-    for shard in (learned, checked):
+        training_states.student.advance()
+        validation_states.student.advance()
+    for shard in (train_shard, val_shard):
         shard.gradients.remove()
 
 
 def check_blocks(original: nn.Module, compressed: nn.Module) -> None:
-    """Errors: SourceError unless both have as many blocks of the same width."""
+    """Raise SourceError unless both models have the same number of blocks and the same hidden size."""
     counts = [len(decoder_blocks(model)) for model in (original, compressed)]
     widths = [_width(model) for model in (original, compressed)]
     if counts[0] != counts[1] or widths[0] != widths[1]:
         raise SourceError(
-            f"the original has {counts[0]} blocks of width {widths[0]}, the compressed model {counts[1]} of "
-            f"{widths[1]}: block-wise tuning needs the model it was made of"
+            f"the original model has {counts[0]} blocks of width {widths[0]}, the compressed model {counts[1]} of "
+            f"width {widths[1]}: block-wise tuning needs the model that was compressed"
         )
 
 
@@ -120,10 +119,10 @@ def _width(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class _Shard:
-    """Windows that this process learns from or validates on, so many at once."""
+    """Windows that this process trains or validates on, `batch` at a time."""
 
     windows: Windows
-    numbers: Sequence[int]  # by which their draws go: the same in whichever process has a window
+    numbers: Sequence[int]  # seeds of the windows: the same in whichever process has a window
     batch: int
     gradients: Gradients
 
@@ -131,34 +130,34 @@ class _Shard:
 def _shards(
     training: Windows, validation: Windows, settings: Settings, work: Path, workers: ProcessGroup
 ) -> tuple[_Shard, _Shard]:
-    """(training, validation): all processes have all windows to validate."""
+    """Return (training, validation) shards; every process validates on all validation windows."""
     batches = torch.arange(len(training.ids)).split(settings.batch)
-    learned = torch.cat([workers.shard(batch) for batch in batches]).tolist()
-    checked = list(range(len(training.ids), len(training.ids) + len(validation.ids)))
+    train_rows = torch.cat([workers.shard(batch) for batch in batches]).tolist()
+    val_numbers = list(range(len(training.ids), len(training.ids) + len(validation.ids)))
 
     def gradients(numbers: Sequence[int]) -> Gradients:
         return Gradients([work / f"gradients-{workers.rank}-{number:05d}.safetensors" for number in numbers])
 
     return (
-        _Shard(training[torch.tensor(learned)], learned, settings.batch // workers.count, gradients(learned)),
-        _Shard(validation, checked, settings.batch, gradients(checked)),
+        _Shard(training[torch.tensor(train_rows)], train_rows, settings.batch // workers.count, gradients(train_rows)),
+        _Shard(validation, val_numbers, settings.batch, gradients(val_numbers)),
     )
 
 
-def _beginning(windows: Windows) -> Windows:
-    """Eight tokens of a window."""
+def _first_tokens(windows: Windows) -> Windows:
+    """Return the first eight tokens of one window."""
     return Windows(windows.ids[:1, :8], windows.loss_mask[:1, :8])
 
 
 def _compute_gradients(
-    source: Source, shares: Sequence[_Shard], settings: Settings, workers: ProcessGroup, log: Log
+    source: Source, shards: Sequence[_Shard], settings: Settings, workers: ProcessGroup, log: Log
 ) -> None:
-    """Have the gradients of all windows on disk; those that are there already stay."""
-    missing_windows = [(shard, number) for shard in shares for number in shard.gradients.missing_windows()]
+    """Compute the gradients of all windows that have no file yet, and write them to disk."""
+    missing_windows = [(shard, number) for shard in shards for number in shard.gradients.missing_windows()]
     if not missing_windows:
         return
     model = source.load(torch.float32, "cpu").eval().requires_grad_(False)
-    context = shares[0].windows.ids.shape[1]
+    context = shards[0].windows.ids.shape[1]
     nbytes = Gradients.nbytes(len(missing_windows), len(decoder_blocks(model)), context, _width(model))
     check_disk_space(missing_windows[0][0].gradients.files[0].parent, nbytes * workers.count)
     log.add(phase="gradients", window=0, windows=len(missing_windows), bytes=nbytes)
@@ -172,15 +171,15 @@ def _compute_gradients(
 
     ids = torch.stack([shard.windows.ids[number] for shard, number in missing_windows])
     loss_mask = torch.stack([shard.windows.loss_mask[number] for shard, number in missing_windows])
-    draws = (
+    generators = (
         torch.Generator().manual_seed(settings.seed * 1_000_003 + s.numbers[number]) for s, number in missing_windows
     )
-    block_gradients(model, ids, loss_mask, settings.device, draws, write_gradients)
+    block_gradients(model, ids, loss_mask, settings.device, generators, write_gradients)
 
 
 @contextlib.contextmanager
 def _loaded_block(block_loader: BlockLoader, number: int) -> Iterator[nn.Module]:
-    """A block of the original, in memory in here."""
+    """Load a block of the original model for the duration of the context."""
     block_loader.load_block(number)
     try:
         yield decoder_blocks(block_loader.model)[number]
@@ -188,32 +187,26 @@ def _loaded_block(block_loader: BlockLoader, number: int) -> Iterator[nn.Module]
         block_loader.unload_block(number)
 
 
-class _HiddenStatePair:
-    """The same windows on their way through the compressed model and, if its states are asked for, the original."""
+class _HiddenStates:
+    """Hidden states of windows in the compressed model, and what the original blocks make of them."""
 
-    def __init__(self, block_loader: BlockLoader, student: nn.Module, shard: _Shard, settings: Settings) -> None:
+    def __init__(self, student: nn.Module, shard: _Shard, settings: Settings) -> None:
         ids, batch = shard.windows.ids, shard.batch
-        self.gradients = shard.gradients if settings.block_error == END_LOSS else None
+        self.gradients = shard.gradients if settings.block_error == END_TO_END_LOSS else None
         self.student = HiddenStateCache(student, ids, settings.device, batch)
         if self.gradients is not None and self.student.states[0].ndim != 3:
             shape = tuple(self.student.states[0].shape)
             raise SourceError(
-                f"{type(student).__name__}: hidden states of {len(self.student.batches[0])} windows have the shape {shape}, "
-                "more than one row per token, whose gradients are not taken; add --block-error outputs"
+                f"{type(student).__name__}: hidden states of {len(self.student.batches[0])} windows have the shape "
+                f"{shape}, more than one row per token, which gradients do not support; add --block-error outputs"
             )
-        self.teacher = None
-        if settings.target != COMPRESSED:
-            self.teacher = HiddenStateCache(block_loader.model, ids, settings.device, batch, block_loader)
 
     def block_targets(self, number: int, original: nn.Module) -> _BlockTargets:
-        """What the present block should put out, batch by batch, and what errors cost."""
-        if self.teacher is not None:
-            self.teacher.advance()
-            return _BlockTargets(number, list(self.teacher.states), self._sizes, self.gradients)
+        """Return the target outputs of the current block per batch, with the cost of errors."""
         with torch.no_grad(), self.student.on_device(original):
             states = enumerate(self.student.states)
-            answers = [self.student.forward_block(original, batch).to(state.device) for batch, state in states]
-        return _BlockTargets(number, answers, self._sizes, self.gradients)
+            targets = [self.student.forward_block(original, batch).to(state.device) for batch, state in states]
+        return _BlockTargets(number, targets, self._sizes, self.gradients)
 
     @property
     def _sizes(self) -> list[int]:
@@ -222,77 +215,77 @@ class _HiddenStatePair:
 
 @dataclass(frozen=True)
 class _BlockTargets:
-    """What a block should answer, batch by batch, and what an error costs."""
+    """Target outputs of a block, one tensor per batch, and the cost of an error."""
 
     block: int
     targets: Sequence[Float[Tensor, "*states hidden"]]
     sizes: Sequence[int]  # windows of each batch
     gradients: Gradients | None = None
 
-    def error(self, number: int, answer: Float[Tensor, "*states hidden"]) -> Float[Tensor, ""]:
-        """Of the answer to a batch: nats a token, or the mean relative squared error."""
-        target = self.targets[number].to(answer.device).float()
+    def error(self, number: int, output: Float[Tensor, "*states hidden"]) -> Float[Tensor, ""]:
+        """Return the error of the output for a batch: nats per token, or the mean relative squared error."""
+        target = self.targets[number].to(output.device).float()
         if self.gradients is None:
-            return relative_error(answer, target)
+            return relative_error(output, target)
         first = sum(self.sizes[:number])
-        gradients = self.gradients.read(self.block, slice(first, first + self.sizes[number]), answer.device)
-        return cost(answer - target, gradients)
+        gradients = self.gradients.read(self.block, slice(first, first + self.sizes[number]), output.device)
+        return cost(output - target, gradients)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A block to tune, its inputs (in the streams) and what it should answer."""
+    """A block to tune, with its inputs (in the pairs) and its target outputs."""
 
     number: int
     parameters: dict[str, nn.Parameter]
-    training_pair: _HiddenStatePair
+    training_states: _HiddenStates
     block_targets: _BlockTargets
-    validation_pair: _HiddenStatePair
-    checks: _BlockTargets
-    eta_seconds: float  # of this block and those after it
+    validation_states: _HiddenStates
+    validation_targets: _BlockTargets
+    eta_seconds: float  # for this block and those after it
 
     def errors(
-        self, pair: _HiddenStatePair, block_targets: _BlockTargets, order: Sequence[int], dtype: torch.dtype
+        self, pair: _HiddenStates, block_targets: _BlockTargets, order: Sequence[int], dtype: torch.dtype
     ) -> Iterator:
-        """The error of each batch named, with its gradient."""
-        stream = pair.student
-        block = stream.blocks[stream.position]
+        """Yield the error of each batch in `order`, differentiable."""
+        states = pair.student
+        block = states.blocks[states.position]
         for number in order:
-            with autocast_to_dtype(stream.device, dtype):
-                answer = stream.forward_block(block, number).float()
-            yield block_targets.error(number, answer)
+            with autocast_to_dtype(states.device, dtype):
+                output = states.forward_block(block, number).float()
+            yield block_targets.error(number, output)
 
     def validate(self, dtype: torch.dtype) -> float:
-        """The error on the validation windows."""
+        """Return the mean error on the validation windows."""
         with torch.no_grad():
-            sizes = self.checks.sizes
-            errors = self.errors(self.validation_pair, self.checks, range(len(sizes)), dtype)
+            sizes = self.validation_targets.sizes
+            errors = self.errors(self.validation_states, self.validation_targets, range(len(sizes)), dtype)
             return sum(e.item() * n for e, n in zip(errors, sizes, strict=True)) / sum(sizes)
 
 
 def relative_error(
-    answer: Float[Tensor, "*states hidden"], target: Float[Tensor, "*states hidden"]
+    output: Float[Tensor, "*states hidden"], target: Float[Tensor, "*states hidden"]
 ) -> Float[Tensor, ""]:
-    """Squared error of each token relative to the target's size, the mean over tokens."""
+    """Return the squared error of each token divided by the target's squared norm, averaged over tokens."""
     size = target.square().mean(-1).clamp(min=1e-12)
-    return ((answer - target).square().mean(-1) / size).mean()
+    return ((output - target).square().mean(-1) / size).mean()
 
 
 def cost(
     errors: Float[Tensor, "batch context hidden"], gradients: Float[Tensor, "batch context hidden"]
 ) -> Float[Tensor, ""]:
-    """½ (g · d)² of errors d of tokens' states, the mean over tokens: nats a token, as if tokens erred alone."""
+    """Return ½ (g · d)² of the errors d of hidden states, averaged over tokens: nats per token if errors add up."""
     return (gradients * errors).sum(-1).square().mean() / 2
 
 
 def _tune_block(block: _Block, settings: Settings, workers: ProcessGroup, log: Log) -> None:
-    """Train until the epochs are over or validation no longer falls; the best parameters stay."""
+    """Train until the epochs are over or the validation error stops falling; keep the best parameters."""
     dtype, batches = settings.compute_dtype, len(block.block_targets.targets)
-    stream = block.training_pair.student
-    tokens = sum(batch.numel() for batch in stream.batches) * workers.count
+    states = block.training_states.student
+    tokens = sum(batch.numel() for batch in states.batches) * workers.count
     measure = {"unit": "relative" if block.block_targets.gradients is None else "nats"}
-    with stream.on_device(stream.blocks[stream.position]):
-        descent = Optimizer(
+    with states.on_device(states.blocks[states.position]):
+        optimizer = Optimizer(
             block.parameters,
             settings.block_epochs * batches,
             settings.block_learning_rate,
@@ -305,14 +298,14 @@ def _tune_block(block: _Block, settings: Settings, workers: ProcessGroup, log: L
         if not math.isfinite(least):
             raise SourceError(
                 f"block {block.number}: its error is not finite before the first step; look for NaN or "
-                f"infinite weights in the original ({settings.reference}) and in the compressed model"
+                f"infinite weights in the original model ({settings.reference}) and in the compressed model"
             )
-        bad = 0
+        epochs_without_gain = 0
         for epoch in range(settings.block_epochs):
             throughput = Throughput(1, 0, tokens)
             try:
                 trained = _epoch(
-                    block, descent, draw_batch(batches, batches, epoch, settings.seed).tolist(), dtype, workers
+                    block, optimizer, draw_batch(batches, batches, epoch, settings.seed).tolist(), dtype, workers
                 )
             except Diverged:
                 log.add(phase="block", block=block.number, epoch=epoch + 1, stopped="not finite")
@@ -323,21 +316,23 @@ def _tune_block(block: _Block, settings: Settings, workers: ProcessGroup, log: L
                 phase="block", block=block.number, epoch=epoch + 1, loss=trained, validation=error, **measure, **speed
             )
             if error < least:
-                best, least, bad = snapshot(block.parameters), error, 0
+                best, least, epochs_without_gain = snapshot(block.parameters), error, 0
             else:
-                bad += 1
-            if bad > settings.block_patience or not math.isfinite(error):
+                epochs_without_gain += 1
+            if epochs_without_gain > settings.block_patience or not math.isfinite(error):
                 break
         restore(block.parameters, best)
 
 
-def _epoch(block: _Block, descent: Optimizer, order: Sequence[int], dtype: torch.dtype, workers: ProcessGroup) -> float:
-    """One step a batch; the mean error, over all processes."""
+def _epoch(
+    block: _Block, optimizer: Optimizer, order: Sequence[int], dtype: torch.dtype, workers: ProcessGroup
+) -> float:
+    """Take one step per batch; return the mean error over all processes."""
     total = torch.zeros(1, dtype=torch.float64)
-    for error in block.errors(block.training_pair, block.block_targets, order, dtype):
+    for error in block.errors(block.training_states, block.block_targets, order, dtype):
         (error / workers.count).backward()
-        descent.step()
+        optimizer.step()
         total += error.item()
-    total = total.to(block.training_pair.student.device)
+    total = total.to(block.training_states.student.device)
     workers.all_reduce([total])
     return total.item() / len(order) / workers.count

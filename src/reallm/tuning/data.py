@@ -1,4 +1,4 @@
-"""Text for tuning: windows of tokens, which of them count, and in what order they come."""
+"""Text for tuning: windows of tokens, their loss masks, and their order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reallm.tuning.examples import Example, load_examples
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of token ids; a token is `loss_mask` if predicting it is part of the loss. The first never is."""
+    """Windows of token ids; `loss_mask` is True for tokens whose prediction is in the loss, never for the first."""
 
     ids: Int[Tensor, "windows context"]
     loss_mask: Bool[Tensor, "windows context"]
@@ -31,12 +31,12 @@ class Windows:
 
 
 def load_windows(paths: Sequence[str | Path], tokenizer: Any, context: int, option: str = "--text") -> Windows:
-    """All windows of files, which are joined by the end-of-text token; what is left at the end is dropped.
+    """Return all windows of the files, joined by the end-of-text token; an incomplete last window is dropped.
 
-    Rows of task data (see `examples.py`) are one string each, of which the responses and the end-of-text token count;
-    windows in which nothing does, inside long prompts, are left out. A tokenizer that begins texts with a token of its
-    own begins every window with it.
-    Errors: TextError if a file cannot be read, naming the `option` that asked for it, or does not fill two windows.
+    A row of task data (see `examples.py`) is one string; its loss mask covers the responses and the end-of-text token.
+    Windows with an empty loss mask, inside long prompts, are dropped. If the tokenizer adds a BOS token, every window
+    begins with it.
+    Errors: TextError naming `option` if a file cannot be read, or if the text does not fill two windows.
     """
     bos = leading_bos(tokenizer)
     body = context - (bos is not None)
@@ -56,26 +56,26 @@ def load_windows(paths: Sequence[str | Path], tokenizer: Any, context: int, opti
         cut_mask = torch.cat([torch.zeros(count, 1, dtype=torch.bool), cut_mask], 1)
     cut_mask = cut_mask.clone()
     cut_mask[:, 0] = False
-    # A step without a token that counts has neither a loss nor a gradient.
-    some = cut_mask.any(1)
-    if some.sum() < 2:
+    # A step whose loss mask is empty has neither a loss nor a gradient.
+    has_loss = cut_mask.any(1)
+    if has_loss.sum() < 2:
         names = ", ".join(str(path) for path in paths)
         raise TextError(
-            f"{names}: {int(some.sum())} of {count} windows of {context} hold a token of a response; give longer "
-            "responses or raise --context"
+            f"{names}: {int(has_loss.sum())} of {count} windows of {context} contain a token of a response; give "
+            "longer responses or raise --context"
         )
-    return Windows(cut_ids[some], cut_mask[some])
+    return Windows(cut_ids[has_loss], cut_mask[has_loss])
 
 
 def split_windows(windows: Windows, validation: int, seed: int) -> tuple[Windows, Windows]:
-    """(training, validation) windows, drawn; validation takes `validation`, but at most a quarter, at least one."""
+    """Split at random into (training, validation); `validation` windows, at least one and at most a quarter of all."""
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     count = max(1, min(validation, len(windows) // 4))
     return windows[order[count:]], windows[order[:count].sort().values]
 
 
 def draw_batch(count: int, batch: int, step: int, seed: int) -> Int[Tensor, " batch"]:
-    """The windows of a step: all in a drawn order, then all in another. It depends on nothing but these numbers."""
+    """Return the window indices of a step: epochs in random orders that depend only on these arguments."""
     places = range(step * batch, (step + 1) * batch)
     orders = {number: _order(count, seed, number) for number in {place // count for place in places}}
     return torch.stack([orders[place // count][place % count] for place in places])
@@ -86,7 +86,7 @@ def _order(count: int, seed: int, epoch: int) -> Tensor:
 
 
 def _documents(path: Path, tokenizer: Any, option: str) -> list[tuple[Tensor, Tensor]]:
-    """(ids, counted) of each document, the end-of-text token at its end."""
+    """Return (ids, loss mask) of each document, which ends with the end-of-text token."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if (examples := load_examples(path, tokenizer, option)) is None:
         ids = torch.cat([tokenize(tokenizer, load_text(path, option)), torch.tensor(end, dtype=torch.int64)])
@@ -95,9 +95,9 @@ def _documents(path: Path, tokenizer: Any, option: str) -> list[tuple[Tensor, Te
 
 
 def _tokens(example: Example, tokenizer: Any, end: list[int]) -> tuple[Tensor, Tensor]:
-    """(ids, counted); the end-of-text token that a chat template wrote is not put there again."""
-    parts = [tokenize(tokenizer, [piece.text]) for piece in example]
-    if end and end[0] not in parts[-1][-2:]:
-        parts[-1] = torch.cat([parts[-1], torch.tensor(end, dtype=torch.int64)])
-    loss_mask = [torch.full((len(ids),), piece.loss_mask) for piece, ids in zip(example, parts, strict=True)]
-    return torch.cat(parts), torch.cat(loss_mask)
+    """Return (ids, loss mask); an end-of-text token that the chat template wrote is not added again."""
+    segments = [tokenize(tokenizer, [segment.text]) for segment in example]
+    if end and end[0] not in segments[-1][-2:]:
+        segments[-1] = torch.cat([segments[-1], torch.tensor(end, dtype=torch.int64)])
+    loss_mask = [torch.full((len(ids),), segment.loss_mask) for segment, ids in zip(example, segments, strict=True)]
+    return torch.cat(segments), torch.cat(loss_mask)

@@ -1,4 +1,4 @@
-"""Several processes with a model each, started by torchrun: every one takes its share of each batch."""
+"""Data parallelism over processes started by torchrun: each has a copy of the model and a shard of each batch."""
 
 from __future__ import annotations
 
@@ -16,44 +16,46 @@ from reallm.errors import RecipeError
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among all."""
+    """This process (`rank`) among `count` processes."""
 
     rank: int = 0
     count: int = 1
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the one that writes and speaks."""
+        """Return whether this process writes files and prints."""
         return self.rank == 0
 
     def shard(self, rows: Tensor) -> Tensor:
-        """This process's rows of a batch."""
+        """Return this process's rows of a batch."""
         return rows[self.rank :: self.count]
 
     def all_reduce(self, tensors: Iterable[Tensor]) -> None:
-        """Each tensor becomes its sum over all processes."""
+        """Replace each tensor by its sum over all processes, in place."""
         if self.count == 1:
             return
         tensors = list(tensors)
-        together = torch.cat([tensor.reshape(-1) for tensor in tensors])  # one message for hundreds of small tensors
-        dist.all_reduce(together)
-        for tensor, summed in zip(tensors, together.split([t.numel() for t in tensors]), strict=True):
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])  # one message for hundreds of small tensors
+        dist.all_reduce(flat)
+        for tensor, summed in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(summed.view_as(tensor))
 
     def barrier(self) -> None:
-        """Until all are here."""
+        """Wait until all processes reach this point."""
         if self.count > 1:
             dist.barrier()
 
     def check_batch(self, option: str, windows: int) -> None:
-        """Errors: RecipeError for windows that cannot be shared evenly."""
+        """Raise RecipeError if the number of windows is not a multiple of the number of processes."""
         if windows % self.count:
-            raise RecipeError(f"{option} {windows} cannot be shared by {self.count} processes; take a multiple")
+            raise RecipeError(
+                f"{option} {windows} cannot be split evenly over {self.count} processes; use a multiple of {self.count}"
+            )
 
 
 @contextlib.contextmanager
 def init_process_group(device: str) -> Iterator[tuple[ProcessGroup, str]]:
-    """(this process, its device): what torchrun says, or one process alone."""
+    """Yield (process group, device of this process): torchrun's group, or a single process without torchrun."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield ProcessGroup(), device
@@ -62,7 +64,7 @@ def init_process_group(device: str) -> Iterator[tuple[ProcessGroup, str]]:
     if cuda:
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
         torch.cuda.set_device(device)
-    # With its device named, NCCL need not guess which one a barrier is on.
+    # With device_id, NCCL need not guess the device of a barrier.
     dist.init_process_group("nccl" if cuda else "gloo", device_id=torch.device(device) if cuda else None)
     try:
         yield ProcessGroup(dist.get_rank(), dist.get_world_size()), device

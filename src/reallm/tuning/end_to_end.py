@@ -1,7 +1,7 @@
-"""End-to-end tuning: the whole model learns to predict as the original does, or the text itself.
+"""End-to-end tuning: distillation from the original model (KL), or fine-tuning on the text (cross-entropy).
 
-Each block is run once more for its gradient (checkpointing), and decodes its matrices inside: only one block's
-decoded matrices and activations live at a time.
+With activation checkpointing each block runs again for its gradient and decodes its matrices inside: only one block's
+decoded matrices and activations are in memory at a time.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ TRAINING, VALIDATION = "training", "validation"
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What end-to-end tuning works on: models, text, and where its state is kept."""
+    """The models, windows, settings and work folder of an end-to-end run."""
 
     trainables: Trainables
-    original: Callable[[], nn.Module] | None  # loads it onto the CPU
+    original: Callable[[], nn.Module] | None  # loads the teacher onto the CPU
     training: Windows
     validation: Windows
     settings: Settings
@@ -52,27 +52,27 @@ class TrainingRun:
 
     @property
     def steps(self) -> int:
-        """Steps in all: those that `tokens` fill, at least one."""
+        """Return the total number of steps: `tokens` divided by the tokens per step, at least one."""
         batch, context = self.settings.batch, self.training.ids.shape[1]
         tokens = self.settings.tokens or len(self.training) * context
         return max(1, tokens // (batch * context))
 
     @property
     def top_k(self) -> dict[str, int]:
-        """For events and figures: where it is, all but the `top_k` likeliest tokens count as one in the KL."""
+        """Return {"top_k": k} for events and results if the KL lumps all but the top-k tokens together, else {}."""
         return {"top_k": self.settings.top_k} if self.settings.top_k and self.original is not None else {}
 
     @property
     def interval(self) -> int:
-        """Steps between two validations."""
+        """Return the number of steps between two validations."""
         return self.settings.validate_every or max(1, self.steps // 20)
 
 
 def tune_end_to_end(run: TrainingRun) -> dict[str, Any]:
-    """Train, keep the parameters that were best on the validation windows, and say how it went.
+    """Train, restore the parameters with the lowest validation loss, and return the figures of the run.
 
-    Goes on from the state in the work folder if there is one.
-    Errors: SourceError if the loss is not finite before the first step, and no block has learned anything either.
+    Resumes from the state in the work folder if there is one.
+    Errors: SourceError if the loss is not finite before the first step and no blocks were tuned before.
     """
     settings = run.settings
     model = run.trainables.model.to(settings.device)
@@ -81,38 +81,38 @@ def tune_end_to_end(run: TrainingRun) -> dict[str, Any]:
     teacher_cache = _TeacherCache(run)
     evaluator = _LossEvaluator(split_model(model), teacher_cache, settings)
     parameters = run.trainables.parameters
-    descent = Optimizer(parameters, run.steps, settings.learning_rate, settings.warm_up, settings.clip, run.workers)
+    optimizer = Optimizer(parameters, run.steps, settings.learning_rate, settings.warm_up, settings.clip, run.workers)
     best = _BestCheckpoint(run, evaluator)
     if (run.work / STEP_FILE).is_file():
-        state = read_work_tensors(run.work / STEP_FILE, descent.layout() | best.layout())
-        descent.load_state_dict(state)
+        state = read_work_tensors(run.work / STEP_FILE, optimizer.layout() | best.layout())
+        optimizer.load_state_dict(state)
         best.load_state_dict(state)
     else:
         best.consider(0)
-    stopped = _train(run, descent, evaluator, best)
+    stopped = _train(run, optimizer, evaluator, best)
     restore(parameters, best.parameters)
-    figures = {"steps": descent.done, "best_step": best.step, "before": best.first, "after": best.figures}
+    figures = {"steps": optimizer.done, "best_step": best.step, "before": best.first, "after": best.figures}
     return {**figures, **run.top_k, **stopped}
 
 
-def _train(run: TrainingRun, descent: Optimizer, evaluator: _LossEvaluator, best: _BestCheckpoint) -> dict[str, Any]:
-    """The steps that are left; says why they ended early if they did."""
-    throughput = Throughput(run.steps, descent.done, run.settings.batch * run.training.ids.shape[1])
+def _train(run: TrainingRun, optimizer: Optimizer, evaluator: _LossEvaluator, best: _BestCheckpoint) -> dict[str, Any]:
+    """Take the remaining steps; return {"stopped": reason} if training ended early, else {}."""
+    throughput = Throughput(run.steps, optimizer.done, run.settings.batch * run.training.ids.shape[1])
     saved = time.monotonic()
-    while descent.done < run.steps:
-        rate = descent.rate()
+    while optimizer.done < run.steps:
+        rate = optimizer.rate()
         try:
-            figures = _step(run, descent, evaluator)
+            figures = _step(run, optimizer, evaluator)
         except Diverged:
-            run.log.add(phase="end-to-end", step=descent.done + 1, stopped="not finite")
-            if descent.done == 0 and not run.settings.block_wise:
-                original = f"the original ({run.settings.reference}) and in " if run.original is not None else ""
+            run.log.add(phase="end-to-end", step=optimizer.done + 1, stopped="not finite")
+            if optimizer.done == 0 and not run.settings.block_wise:
+                original = f"the original model ({run.settings.reference}) and in " if run.original is not None else ""
                 raise SourceError(
-                    "the loss is not finite before the first step; nothing was learned; look for NaN or infinite "
+                    "the loss is not finite before the first step; nothing was trained; look for NaN or infinite "
                     f"weights in {original}the compressed model"
                 ) from None
-            return {"stopped": f"loss or gradient not finite at step {descent.done + 1}"}
-        step = descent.done
+            return {"stopped": f"loss or gradient not finite at step {optimizer.done + 1}"}
+        step = optimizer.done
         run.log.add(
             phase="end-to-end", step=step, steps=run.steps, rate=rate, **figures, **run.top_k, **throughput.rates(step)
         )
@@ -120,15 +120,15 @@ def _train(run: TrainingRun, descent: Optimizer, evaluator: _LossEvaluator, best
         if validated:
             best.consider(step)
         if run.workers.is_main_process and (validated or time.monotonic() - saved > _SAVE_SECONDS):
-            save_tensors(descent.state_dict() | best.state_dict(), run.work / STEP_FILE)
+            save_tensors(optimizer.state_dict() | best.state_dict(), run.work / STEP_FILE)
             saved = time.monotonic()
     return {}
 
 
-def _step(run: TrainingRun, descent: Optimizer, evaluator: _LossEvaluator) -> dict[str, float]:
-    """One step over a batch, in micro-batches; loss, KL and cross-entropy are means over its counted tokens."""
+def _step(run: TrainingRun, optimizer: Optimizer, evaluator: _LossEvaluator) -> dict[str, float]:
+    """Take one step over a batch, in micro-batches; return the mean loss, KL and cross-entropy over the loss mask."""
     settings = run.settings
-    rows = draw_batch(len(run.training), settings.batch, descent.done, settings.seed)
+    rows = draw_batch(len(run.training), settings.batch, optimizer.done, settings.seed)
     target_tokens = int(run.training[rows].loss_mask[:, 1:].sum())
     sums = torch.zeros(2, dtype=torch.float64)
     for part in run.workers.shard(rows).split(settings.micro_batch or settings.batch):
@@ -138,34 +138,34 @@ def _step(run: TrainingRun, descent: Optimizer, evaluator: _LossEvaluator) -> di
         sums += measured.cpu()
     sums = sums.to(settings.device)
     run.workers.all_reduce([sums])
-    norm = descent.step()
+    norm = optimizer.step()
     kl, ce = (sums / max(target_tokens, 1)).tolist()
     return {"loss": _mix_losses(settings.loss, kl, ce), "kl": kl, "ce": ce, "norm": norm}
 
 
 class _LossEvaluator:
-    """The loss of windows under the model as it is."""
+    """Loss of windows under the current parameters."""
 
     def __init__(self, split: SplitModel, teacher_cache: _TeacherCache, settings: Settings) -> None:
         self.split, self.teacher_cache, self.settings = split, teacher_cache, settings
 
     def sums(self, windows: Windows, rows: Tensor, kind: str) -> tuple[Float[Tensor, ""], Float[Tensor, "2"]]:
-        """As `loss_sums`, over the counted tokens of the windows of these numbers; `kind` is TRAINING or VALIDATION."""
+        """Return `loss_sums` over the loss mask of the windows `rows`; `kind` is TRAINING or VALIDATION."""
         windows = windows[rows]
         device = torch.device(self.settings.device)
         ids = windows.ids.to(device)
-        place = windows.loss_mask[:, 1:].reshape(-1).nonzero()[:, 0].to(device)
+        positions = windows.loss_mask[:, 1:].reshape(-1).nonzero()[:, 0].to(device)
         with autocast_to_dtype(device, self.settings.compute_dtype):
-            silent = self.settings.loss == CE and kind == TRAINING
+            no_teacher = self.settings.loss == CE and kind == TRAINING
             names = [f"{kind}/{row}" for row in rows.tolist()]
-            teacher = None if silent else self.teacher_cache.get(ids, place, names)
-            states = self.split.body(ids)[:, :-1].flatten(0, 1)[place]
-            targets = ids[:, 1:].flatten()[place]
+            teacher = None if no_teacher else self.teacher_cache.get(ids, positions, names)
+            states = self.split.body(ids)[:, :-1].flatten(0, 1)[positions]
+            targets = ids[:, 1:].flatten()[positions]
             return loss_sums(self.split.head, states, targets, teacher, self.settings.loss, self.split.vocabulary)
 
     @torch.no_grad()
     def means(self, windows: Windows) -> dict[str, float]:
-        """KL (nan without original) and cross-entropy of validation windows, nats a token."""
+        """Return KL (nan without a teacher), cross-entropy (nats per token) and perplexity of validation windows."""
         sums = torch.zeros(2, dtype=torch.float64)
         size = self.settings.micro_batch or self.settings.batch
         for part in torch.arange(len(windows)).split(size):
@@ -175,7 +175,7 @@ class _LossEvaluator:
 
 
 class _BestCheckpoint:
-    """The parameters of the lowest validation loss so far."""
+    """The parameters with the lowest validation loss so far."""
 
     def __init__(self, run: TrainingRun, evaluator: _LossEvaluator) -> None:
         self.run, self.evaluator = run, evaluator
@@ -185,7 +185,7 @@ class _BestCheckpoint:
         self.parameters: dict[str, Tensor] = {}
 
     def consider(self, step: int) -> None:
-        """Validate, and keep the parameters if they are the best."""
+        """Validate, and save the parameters if they are the best so far."""
         figures = self.evaluator.means(self.run.validation)
         self.run.log.add(phase="validation", step=step, **figures, **self.run.top_k)
         loss = _mix_losses(self.run.settings.loss, figures["kl"], figures["ce"])
@@ -197,7 +197,7 @@ class _BestCheckpoint:
                 save_tensors(self.parameters, self.run.work / BEST_FILE)
 
     def state_dict(self) -> Tensors:
-        """What `load_state_dict` needs beside the file of the best parameters."""
+        """Return what `load_state_dict` needs in addition to BEST_FILE."""
         figures = [[f[key] for key in ("kl", "ce", "perplexity")] for f in (self.first, self.figures)]
         return {
             "best/step": torch.tensor([self.step]),
@@ -206,9 +206,9 @@ class _BestCheckpoint:
         }
 
     def load_state_dict(self, state: Tensors) -> None:
-        """The inverse of `state`.
+        """Restore from `state_dict` and BEST_FILE.
 
-        The file may be newer than the state: then the steps that come bring the same parameters again.
+        BEST_FILE may be newer than the state: the next steps then compute the same parameters again.
         """
         self.step, self.least = int(state["best/step"]), float(state["best/least"])
         first, last = state["best/figures"].tolist()
@@ -217,13 +217,13 @@ class _BestCheckpoint:
 
     @staticmethod
     def layout() -> Tensors:
-        """What `state` gives, on the meta device."""
+        """Return names, shapes and dtypes of `state_dict`, on the meta device."""
         sizes = {"step": ((1,), torch.int64), "least": ((1,), torch.float64), "figures": ((2, 3), torch.float64)}
         return {f"best/{key}": torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in sizes.items()}
 
 
 class _TeacherCache:
-    """What the original says of windows: asked as needed, or once before training and kept on disk."""
+    """Teacher outputs of windows: computed at every step, or (top-k) once before training and read from disk."""
 
     def __init__(self, run: TrainingRun) -> None:
         self.settings, self.split, self.file = run.settings, None, None
@@ -233,44 +233,46 @@ class _TeacherCache:
         if not self.settings.top_k:
             self.split = split_model(run.original().to(self.settings.device))
             return
-        wanted = not path.is_file()
-        run.workers.barrier()  # all have looked for the file before one writes it
-        if wanted and run.workers.is_main_process:
+        missing = not path.is_file()
+        run.workers.barrier()  # every process has looked for the file before one writes it
+        if missing and run.workers.is_main_process:
             self.split = split_model(run.original().to(self.settings.device))
             save_tensors(self._top_k_outputs(run), path)
         run.workers.barrier()
-        self.split, self.file = None, safe_open(path, framework="pt")  # the original is forgotten
+        self.split, self.file = None, safe_open(path, framework="pt")  # frees the teacher
 
-    def get(self, ids: Int[Tensor, "windows context"], place: Int[Tensor, " counted"], keys: list[str]) -> Any:
-        """The teacher of the counted tokens of windows, which the file knows by these names; None without original."""
+    def get(self, ids: Int[Tensor, "windows context"], positions: Int[Tensor, " targets"], keys: list[str]) -> Any:
+        """Return teacher outputs at `positions`; `keys` name the windows in the file. None without a teacher."""
         if self.file is not None:
             token_ids, log_probs = (
-                torch.cat([self.file.get_tensor(f"{kind}/{name}") for name in keys]).to(ids.device)[place]
+                torch.cat([self.file.get_tensor(f"{kind}/{name}") for name in keys]).to(ids.device)[positions]
                 for kind in ("words", "log_probs")
             )
             return Teacher(token_ids=token_ids, log_probs=log_probs)
         if self.split is None:
             return None
         with torch.no_grad():
-            return Teacher(head=self.split.head, states=self.split.body(ids)[:, :-1].flatten(0, 1)[place])
+            return Teacher(head=self.split.head, states=self.split.body(ids)[:, :-1].flatten(0, 1)[positions])
 
     @torch.no_grad()
     def _top_k_outputs(self, run: TrainingRun) -> Tensors:
-        """Of every window, training and validation, the likeliest tokens."""
+        """Return the teacher's top-k tokens and log-probabilities of every training and validation window."""
         assert self.split is not None
         found: Tensors = {}
         for kind, windows in ((TRAINING, run.training), (VALIDATION, run.validation)):
             for number, ids in enumerate(windows.ids):
                 with autocast_to_dtype(self.settings.device, self.settings.compute_dtype):
                     states = self.split.body(ids[None].to(self.settings.device))[0, :-1]
-                    kept = [top_k_log_probs(self.split.head(part), self.settings.top_k) for part in states.split(256)]
-                found[f"words/{kind}/{number}"] = torch.cat([token_ids for token_ids, _ in kept]).cpu()
-                found[f"log_probs/{kind}/{number}"] = torch.cat([values for _, values in kept]).cpu()
+                    chunks = [
+                        top_k_log_probs(self.split.head(chunk), self.settings.top_k) for chunk in states.split(256)
+                    ]
+                found[f"words/{kind}/{number}"] = torch.cat([token_ids for token_ids, _ in chunks]).cpu()
+                found[f"log_probs/{kind}/{number}"] = torch.cat([values for _, values in chunks]).cpu()
         return found
 
 
 def enable_checkpointing(model: nn.Module) -> None:
-    """Have every decoder block forget its activations and be run once more for the gradient."""
+    """Enable activation checkpointing for every decoder block: it runs again for the gradient."""
     for block in decoder_blocks(model):
         block.forward = functools.partial(_checkpointed_forward, block.forward)
 

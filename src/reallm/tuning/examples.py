@@ -1,10 +1,10 @@
-"""Task data: JSON, in lines or an array, of what is asked and answered, as strings of which the answers count.
+"""Task data as JSON or JSON lines: prompts and responses, rendered to text whose loss mask covers the responses.
 
-prompt, response              one string, as they stand; also prompt, completion
-instruction, context,         Dolly's; also Alpaca's: input for context, output for response. With a chat template the
-  response                    instruction and the context are the user's message, without one Alpaca's prompt is used
-messages                      role and content of each; by the chat template, without one under headings of the roles
-conversations                 ShareGPT's: messages of which each has from (human, gpt, system) and value
+prompt, response              joined as they are; also prompt, completion
+instruction, context,         Dolly; also Alpaca: input for context, output for response. With a chat template,
+  response                    instruction and context are the user's message; without one, Alpaca's prompt is used
+messages                      each with role and content; rendered by the chat template, or under headings of the roles
+conversations                 ShareGPT: messages, each with from (human, gpt, system) and value
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of an example; its tokens count in the loss or not."""
+    """A part of an example whose tokens are all in the loss (`loss_mask`) or all outside it."""
 
     text: str
     loss_mask: bool
@@ -40,11 +40,11 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": ASSISTANT}
 
 
 def load_examples(path: str | Path, tokenizer: Any, option: str = "--text") -> list[Example] | None:
-    """The examples of a `.json` or `.jsonl` of task data, by the fields of its first row; None for any other file.
+    """Return the examples of a `.json` or `.jsonl` file of task data, or None for any other file.
 
-    A dialogue in which the chat template renders earlier answers otherwise than the last one (without their thoughts,
-    for instance) becomes an example for each answer.
-    Errors: TextError if the file cannot be read, naming the `option`, or naming the row and the fields that it has.
+    The fields of the first row decide the kind. If the chat template renders earlier responses differently from the
+    last one (without reasoning, for instance), a dialogue becomes one example per response.
+    Errors: TextError naming `option` if the file cannot be read, or naming the row and its fields.
     """
     if (rows := json_rows(Path(path), option)) is None:
         return None
@@ -79,18 +79,18 @@ def _instruction(where: str, row: Any, tokenizer: Any) -> list[Example]:
     extra = json_text(where, row, context) if row.get(context) is not None else ""
     if not getattr(tokenizer, "chat_template", None):
         return [(Segment(_alpaca(instruction, extra), False), Segment(response, True))]
-    asked = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    messages = [{"role": "user", "content": asked}, {"role": ASSISTANT, "content": response}]
+    question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
+    messages = [{"role": "user", "content": question}, {"role": ASSISTANT, "content": response}]
     return _render(where, messages, tokenizer)
 
 
 def _alpaca(instruction: str, extra: str) -> str:
-    """The prompt of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), with or without an input."""
+    """Return the prompt of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), with or without an input."""
     paired = ", paired with an input that provides further context" if extra.strip() else ""
-    given = f"### Input:\n{extra}\n\n" if extra.strip() else ""
+    input_section = f"### Input:\n{extra}\n\n" if extra.strip() else ""
     return (
         f"Below is an instruction that describes a task{paired}. Write a response that appropriately completes the "
-        f"request.\n\n### Instruction:\n{instruction}\n\n{given}### Response:\n"
+        f"request.\n\n### Instruction:\n{instruction}\n\n{input_section}### Response:\n"
     )
 
 
@@ -102,15 +102,17 @@ def _dialogue(where: str, row: Any, tokenizer: Any) -> list[Example]:
     messages = [_message(f"{where}, message {number}", message) for number, message in enumerate(dialogue, start=1)]
     if not any(message["role"] == ASSISTANT for message in messages):
         roles = ", ".join(message["role"] for message in messages) or "none"
-        raise TextError(f'{where}: no message of the role "{ASSISTANT}", so nothing to learn; its roles are {roles}')
+        raise TextError(
+            f'{where}: no message has the role "{ASSISTANT}", so there is nothing to train on; its roles are {roles}'
+        )
     if getattr(tokenizer, "chat_template", None):
         return _render(where, messages, tokenizer)
-    pieces = ((Segment(f"### {m['role'].capitalize()}:\n", False), _message_segment(m)) for m in messages)
-    return [tuple(piece for both in pieces for piece in both)]
+    segments = ((Segment(f"### {m['role'].capitalize()}:\n", False), _message_segment(m)) for m in messages)
+    return [tuple(segment for pair in segments for segment in pair)]
 
 
 def _message(where: str, message: Any) -> Message:
-    """A message as chat templates take it, with whatever else is in it."""
+    """Return the message with role and content, as chat templates expect, and its other fields unchanged."""
     sharegpt = isinstance(message, dict) and "from" in message
     role, content = (
         json_text(where, message, field) for field in (("from", "value") if sharegpt else ("role", "content"))
@@ -123,23 +125,23 @@ def _message_segment(message: Message) -> Segment:
 
 
 def _render(where: str, messages: list[Message], tokenizer: Any) -> list[Example]:
-    """By the chat template: the answers are what follows its prompt for an answer, up to the next message."""
+    """Render by the chat template; a response is the text after the generation prompt, up to the next message."""
 
-    def text(count: int, asked: bool) -> str:
+    def text(count: int, prompt: bool) -> str:
         try:
-            made = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=asked)
-        except Exception as error:  # a template is a program of the model's author, and may refuse a role
-            raise TextError(f"{where}: the model's chat template refuses these messages ({error})") from error
-        # Windows begin with that token by themselves.
-        return made.removeprefix(tokenizer.bos_token) if leading_bos(tokenizer) is not None else made
+            rendered = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+        except Exception as error:  # templates are programs of the model's author and may reject a role
+            raise TextError(f"{where}: the model's chat template rejects these messages ({error})") from error
+        # `load_windows` begins every window with this token.
+        return rendered.removeprefix(tokenizer.bos_token) if leading_bos(tokenizer) is not None else rendered
 
     places = [place for place, message in enumerate(messages) if message["role"] == ASSISTANT]
     turns = [(text(place, True) if place else "", text(place + 1, False)) for place in places]
     for before, after in turns:
         if not after.startswith(before):
             raise TextError(
-                f"{where}: the model's chat template renders an answer otherwise than it asks for it; "
-                "give prompt and response in place of messages"
+                f"{where}: the model's chat template renders a response that does not begin with its generation "
+                "prompt; give prompt and response instead of messages"
             )
     whole = turns[-1][1]
     if all(whole.startswith(after) for _, after in turns):
@@ -148,9 +150,9 @@ def _render(where: str, messages: list[Message], tokenizer: Any) -> list[Example
 
 
 def _split_turns(whole: str, turns: Sequence[tuple[str, str]]) -> Example:
-    """A string in pieces: what is in it between `before` and `after` of each turn counts."""
-    pieces, end = [], 0
+    """Split a string into segments; for each turn the text after `before`, up to the end of `after`, is in the loss."""
+    segments, end = [], 0
     for before, after in turns:
-        pieces += [Segment(whole[end : len(before)], False), Segment(whole[len(before) : len(after)], True)]
+        segments += [Segment(whole[end : len(before)], False), Segment(whole[len(before) : len(after)], True)]
         end = len(after)
-    return tuple(pieces)
+    return tuple(segments)

@@ -1,7 +1,7 @@
-"""Gradients of the end loss by every block's output, of some windows: a file a window, read a block at a time.
+"""Gradients of the end-to-end loss with respect to every block's output: one file per window, read block by block.
 
-A number takes a byte: 8-bit floats (4 bits of exponent, 3 of mantissa) times a power of two for each token. Their
-relative error of 3 % is nothing beside that of a draw.
+Each value takes one byte: an 8-bit float (e4m3) with a power-of-two scale per token. The relative error of 3 % is
+negligible compared with the sampling error.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ _EIGHT_BITS = torch.float8_e4m3fn
 
 @dataclass(frozen=True)
 class Gradients:
-    """The gradients of windows, whose files are named in their order."""
+    """The gradients of windows; `files` has one file per window, in order."""
 
     files: Sequence[Path]
 
     def missing_windows(self) -> list[int]:
-        """The windows whose files are not there."""
+        """Return the indices of windows that have no file yet."""
         return [number for number, file in enumerate(self.files) if not file.is_file()]
 
     def write(self, window: int, gradients: Float[Tensor, "blocks context hidden"]) -> None:
         """Write a window's file."""
-        largest = gradients.abs().amax(-1, keepdim=True).clamp(min=1e-30)  # a token that nothing comes after has none
-        # Halved once more, as the power of two below a quotient can round to the one above it.
+        largest = gradients.abs().amax(-1, keepdim=True).clamp(min=1e-30)  # the last token has gradient 0
+        # One more halving: in float32, log2 of a quotient just below a power of two can round up to it.
         scales = torch.exp2(torch.floor(torch.log2(torch.finfo(_EIGHT_BITS).max / largest)) - 1)
         codes = (gradients * scales).to(_EIGHT_BITS).view(torch.uint8)
         save_tensors({"gradients": codes, "scales": scales[..., 0]}, self.files[window])
 
     def read(self, block: int, windows: slice, device: str | torch.device) -> Float[Tensor, "windows context hidden"]:
-        """What `write` was given of a block, float32.
+        """Return the gradients of a block, float32.
 
         Errors: ArtifactError naming the damaged file.
         """
@@ -56,7 +56,7 @@ class Gradients:
 
     @staticmethod
     def nbytes(windows: int, blocks: int, context: int, hidden: int) -> int:
-        """Bytes that the files of so many windows take."""
+        """Return the bytes of the files of this many windows."""
         return windows * blocks * context * (hidden + 4)
 
     @staticmethod
@@ -65,14 +65,14 @@ class Gradients:
             with safe_open(path, framework="pt") as file:
                 return file.get_slice("gradients")[block], file.get_slice("scales")[block]
         except SafetensorError as error:
-            raise ArtifactError(f"{path}: damaged ({error}); remove {path.parent} to start anew") from error
+            raise ArtifactError(f"{path}: damaged ({error}); remove {path.parent} to start again") from error
 
 
 def check_disk_space(folder: Path, nbytes: int) -> None:
-    """Errors: RecipeError for a disk without room for gradients of so many bytes."""
+    """Raise RecipeError if the disk has less free space than `nbytes`."""
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise RecipeError(
-            f"--block-error loss keeps {nbytes / 1e9:.1f} GB of gradients in {folder}, where {free / 1e9:.1f} GB are "
-            "free; take fewer --block-windows, or --block-error outputs"
+            f"--block-error loss needs {nbytes / 1e9:.1f} GB for gradients in {folder}, where {free / 1e9:.1f} GB are "
+            "free; use fewer --block-windows, or --block-error outputs"
         )

@@ -1,4 +1,4 @@
-"""What happens during tuning, as events: JSON lines in a file, and whoever else listens."""
+"""Events of a tuning run: JSON lines in a file, and calls of a listener."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Listener = Callable[[dict[str, Any]], None]
 
 @dataclass
 class Log:
-    """Collects events; `file` is appended to, so that a resumed run goes on in it."""
+    """Collects events; `file` is opened for appending, so a resumed run continues it."""
 
     file: Path | None = None
     listener: Listener | None = None
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Errors: RecipeError if the file cannot be appended to: better before the work than at its first event."""
+        """Raise RecipeError if the file cannot be appended to: before the work, not at the first event."""
         if self.file is None:
             return
         try:
@@ -32,7 +32,7 @@ class Log:
             with self.file.open("a", encoding="utf-8"):
                 pass
             if new:
-                self.file.unlink()  # another check may still end the run
+                self.file.unlink()  # a later check may still refuse the run
         except OSError as error:
             raise RecipeError(
                 f"--log {self.file}: not a file in an existing folder that can be written ({error.strerror}); "
@@ -40,7 +40,7 @@ class Log:
             ) from error
 
     def add(self, **event: Any) -> None:
-        """Note an event; numbers that are not finite become null in the file."""
+        """Record an event; non-finite numbers become null in the file."""
         self.events.append(event)
         if self.listener is not None:
             self.listener(event)
@@ -51,16 +51,16 @@ class Log:
 
 
 class Throughput:
-    """Tokens a second and the time left, from the steps since this process began."""
+    """Tokens per second and remaining time, from the steps since this process started."""
 
     def __init__(self, steps: int, done: int, tokens: int) -> None:
-        self.steps, self.first, self.tokens, self.begun = steps, done, tokens, time.perf_counter()
+        self.steps, self.first, self.tokens, self.start = steps, done, tokens, time.perf_counter()
 
     def rates(self, done: int) -> dict[str, float]:
-        """`tokens_per_second` and `eta_seconds` once `done` steps are done."""
-        seconds = max(time.perf_counter() - self.begun, 1e-9)
-        made = done - self.first
+        """Return `tokens_per_second` and `eta_seconds` after `done` steps."""
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        steps = done - self.first
         return {
-            "tokens_per_second": round(made * self.tokens / seconds, 1),
-            "eta_seconds": round(seconds / made * (self.steps - done), 1) if made else math.nan,
+            "tokens_per_second": round(steps * self.tokens / seconds, 1),
+            "eta_seconds": round(seconds / steps * (self.steps - done), 1) if steps else math.nan,
         }

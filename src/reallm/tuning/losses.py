@@ -1,6 +1,6 @@
-"""Cross-entropy and KL to the original from hidden states, some tokens at a time: logits of all never exist at once.
+"""Cross-entropy and KL to the original model from hidden states, in chunks of tokens to bound the memory of logits.
 
-Logits of 8 windows of 1,024 tokens over 49,152 words are 1.6 GB in float32, and a loss wants several copies.
+Logits of 8 windows of 1,024 tokens with a vocabulary of 49,152 take 1.6 GB in float32, and a loss needs several copies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from reallm.source.decoder_blocks import decoder_of
 from reallm.source.devices import module_device
 from reallm.tuning.tune_settings import CE, KL
 
-# Logits at a time: 64 MiB in float32, and 128 MiB on a GPU, which waits for the processor between small kernels.
+# Logits per chunk: 64 MiB in float32; 128 MiB on a GPU, where small kernels wait for their launch.
 CHUNK_VALUES = {"cpu": 1 << 24, "cuda": 1 << 25}
 
 Head = Callable[[Tensor], Tensor]  # hidden states (tokens, hidden) -> logits (tokens, vocabulary)
@@ -36,9 +36,9 @@ class SplitModel:
 
 
 def split_model(model: nn.Module) -> SplitModel:
-    """The model cut before its output embedding, if that is all there is behind the decoder; else before nothing.
+    """Split the model before its lm_head if logits are lm_head(decoder output); else return an identity head.
 
-    Models that cap or scale their logits afterwards answer with whole logits, which takes more memory.
+    For models that cap or scale their logits the body returns all logits, which takes more memory.
     """
     decoder, head = decoder_of(model), model.get_output_embeddings()
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -53,15 +53,15 @@ def split_model(model: nn.Module) -> SplitModel:
         device = module_device(model)
         probe = torch.arange(4, device=device)[None] % vocabulary
         with torch.no_grad():
-            ours, theirs = head(hidden_states(probe)), logits(probe)
-        if ours.shape == theirs.shape and torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-4):
+            split, full = head(hidden_states(probe)), logits(probe)
+        if split.shape == full.shape and torch.allclose(split.float(), full.float(), rtol=1e-3, atol=1e-4):
             return SplitModel(hidden_states, head, vocabulary)
     return SplitModel(logits, lambda states: states, vocabulary)
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """What the original says of some tokens: all its hidden states, or its likeliest tokens."""
+    """Teacher outputs for some tokens: hidden states with the lm_head, or top-k tokens with log-probabilities."""
 
     head: Head | None = None
     states: Float[Tensor, "tokens hidden"] | None = None
@@ -69,19 +69,19 @@ class Teacher:
     log_probs: Float[Tensor, "tokens k"] | None = None
 
     def divergence(self, log_probs: Float[Tensor, "n vocab"], rows: slice) -> Float[Tensor, " n"]:
-        """KL(original ‖ model) of tokens; what is not among the likeliest counts as one token."""
+        """Return KL(original ‖ model) per token; with top-k, all other tokens count as one."""
         if self.token_ids is None:
             assert self.head is not None and self.states is not None
-            theirs = self.head(self.states[rows]).float().log_softmax(-1)
-            return (theirs.exp() * (theirs - log_probs)).sum(-1)
+            teacher = self.head(self.states[rows]).float().log_softmax(-1)
+            return (teacher.exp() * (teacher - log_probs)).sum(-1)
         assert self.log_probs is not None
-        theirs = self.log_probs[rows].float()
-        ours = log_probs.gather(-1, self.token_ids[rows].long())
-        return (theirs.exp() * (theirs - ours)).sum(-1) + _residual_mass_kl(theirs, ours)
+        teacher = self.log_probs[rows].float()
+        student = log_probs.gather(-1, self.token_ids[rows].long())
+        return (teacher.exp() * (teacher - student)).sum(-1) + _residual_mass_kl(teacher, student)
 
 
 def top_k_log_probs(logits: Float[Tensor, "n vocab"], k: int) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
-    """The k likeliest tokens as int32 and their log-probabilities as float16, as they are kept on disk."""
+    """Return the top-k tokens (int32) and their log-probabilities (float16), the dtypes stored on disk."""
     values, token_ids = logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
     return token_ids.to(torch.int32), values.to(torch.float16)
 
@@ -94,9 +94,9 @@ def loss_sums(
     loss: str,
     vocabulary: int,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "2"]]:
-    """(sum of the loss, which has a gradient; sums of KL, nan without teacher, and cross-entropy) over tokens, nats.
+    """Return (sum of the loss, differentiable; sums of KL (nan without teacher) and cross-entropy), in nats.
 
-    Logits are made in chunks and once more for the gradient.
+    Logits are computed in chunks, and again in the backward pass.
     """
 
     def chunk_loss(hidden_states: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
@@ -117,17 +117,17 @@ def loss_sums(
 
 @contextlib.contextmanager
 def autocast_to_dtype(device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
-    """Products in `dtype`; float32 means no autocast."""
+    """Autocast matrix products to `dtype`; float32 means no autocast."""
     with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         yield
 
 
 @contextlib.contextmanager
 def deterministic_kernels(device: torch.device | str) -> Iterator[None]:
-    """Kernels on a GPU that add up in one order, where torch has them: attention's gradient has two.
+    """Use deterministic GPU kernels where torch has them: the attention backward has a nondeterministic one.
 
-    A CPU's are such already. Memory is not filled first, which that mode of torch would do with every new tensor;
-    and cuBLAS is told its workspace, as torch would else warn of every product.
+    CPU kernels are deterministic already. Filling uninitialized memory, the default of that mode, is switched off; the
+    cuBLAS workspace is set because torch otherwise warns at every matrix product.
     """
     if torch.device(device).type != "cuda":
         yield
@@ -146,9 +146,9 @@ def deterministic_kernels(device: torch.device | str) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filling
 
 
-def _residual_mass_kl(theirs: Tensor, ours: Tensor) -> Tensor:
-    """The term of all other tokens taken as one."""
-    p, q = ((1 - log_probs.exp().sum(-1)).clamp(min=1e-6) for log_probs in (theirs, ours))
+def _residual_mass_kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """Return the KL term of the residual mass, all tokens outside the top k taken as one."""
+    p, q = ((1 - log_probs.exp().sum(-1)).clamp(min=1e-6) for log_probs in (teacher, student))
     return p * (p.log() - q.log())
 
 

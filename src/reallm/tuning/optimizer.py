@@ -1,4 +1,4 @@
-"""Steps of AdamW: warm-up and cosine, clipping, a guard against what is not a number, and a state to go on from."""
+"""AdamW with warm-up and cosine decay, gradient clipping, a check for non-finite gradients, and a resumable state."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _BETAS = (0.9, 0.95)
 
 
 class Diverged(Exception):
-    """The loss or its gradient is not finite; parameters are those before the step."""
+    """The loss or its gradient is not finite; the parameters are unchanged."""
 
 
 class Optimizer:
-    """AdamW on named parameters for a known number of steps; no weight decay: the parts are not small by nature."""
+    """AdamW on named parameters for a fixed number of steps; no weight decay: scales are not near 0."""
 
     def __init__(
         self,
@@ -37,14 +37,14 @@ class Optimizer:
         self.adam = torch.optim.AdamW(list(parameters.values()), lr=learning_rate, betas=_BETAS, weight_decay=0.0)
 
     def rate(self) -> float:
-        """The learning rate of the next step: up in a line, down along half a cosine."""
+        """Return the learning rate of the next step: linear warm-up, then cosine decay."""
         if self.done < self.warm_up:
             return self.learning_rate * (self.done + 1) / self.warm_up
         share = (self.done - self.warm_up) / max(1, self.steps - self.warm_up)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
     def step(self) -> float:
-        """One step along the gradients that are there, added up over all processes; their norm before clipping.
+        """Take a step along the gradients summed over all processes; return their norm before clipping.
 
         Errors: Diverged, before anything changes.
         """
@@ -64,7 +64,7 @@ class Optimizer:
         return norm
 
     def state_dict(self) -> Tensors:
-        """All that the next step depends on, as copies."""
+        """Return copies of everything the next step depends on."""
         tensors = {"steps": torch.tensor([self.done])}
         for name, parameter in self.parameters.items():
             tensors[f"parameter/{name}"] = parameter.detach().cpu().clone()
@@ -74,16 +74,16 @@ class Optimizer:
         return tensors
 
     def layout(self) -> Tensors:
-        """What `state` gives after a step."""
-        parts = {
+        """Return names, shapes and dtypes of `state_dict` after a step."""
+        tensors = {
             f"{kind}/{n}": p for kind in ("parameter", "exp_avg", "exp_avg_sq") for n, p in self.parameters.items()
         }
-        return {"steps": torch.empty(1, dtype=torch.int64, device="meta"), **parts}
+        return {"steps": torch.empty(1, dtype=torch.int64, device="meta"), **tensors}
 
     def load_state_dict(self, tensors: Tensors) -> None:
-        """The inverse of `state`.
+        """Restore from `state_dict`.
 
-        Errors: ArtifactError for a number of steps that this run does not have.
+        Errors: ArtifactError if the saved step is outside this run.
         """
         self.done = int(tensors["steps"])
         if not 0 < self.done <= self.steps:
@@ -98,12 +98,12 @@ class Optimizer:
 
 
 def snapshot(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Copies on the CPU."""
+    """Return copies of the parameters on the CPU."""
     return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
 
 
 def restore(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    """Put values into parameters, where these are."""
+    """Copy values into the parameters in place."""
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(values[name])

@@ -1,12 +1,13 @@
-"""What trains: float parts of compressed matrices, their decoders and kept tensors, chosen by the ledger's words.
+"""Trainable tensors of a compressed model, chosen by parameter group: float tensors of compressed matrices, their
+decoders, and unquantized tensors.
 
-stored tensors ── unpack ──▶ parts: codes stay, chosen floats become parameters ── decode, at every use ──▶ matrix
+packed tensors ── unpack ──▶ codes are frozen, chosen float tensors become parameters ── decode, at every use ──▶ weight
 
-A parameter is its part divided by a power of two near the part's size, which changes no bit of it. So one learning
-rate serves scales of 0.01 and codebook entries of 3 alike.
+A parameter is its tensor divided by a power of two near the tensor's root mean square, which is exact. One learning
+rate therefore serves scales of 0.01 and codebook entries of 3 alike.
 
-The numbers of a decoder net are codes of a grid of few bits and its scales. Both train: the codes as real numbers that
-are rounded on the way forwards. A decoder that matrices share is one such matrix of numbers, which all of them look at.
+The weights of a decoder net are stored as low-bit codes and scales. Both train, the codes as real numbers with a
+straight-through estimator for rounding. A shared decoder is one such weight, which all its matrices reference.
 """
 
 from __future__ import annotations
@@ -50,19 +51,19 @@ from reallm.hf.replacement import compressed_modules
 from reallm.kernels import straight_through
 from reallm.source import Walk
 from reallm.source.decoder_blocks import decoder_blocks
-from reallm.tuning.tune_settings import PARTS
+from reallm.tuning.tune_settings import PARAMETER_GROUPS
 
 _FOLDED = from_spec({"format": "dense", "dtype": "float32"})
-_UNQUANTIZED_GROUPS = {"norm": "norms", "bias": "biases"}
-_UNIT_OF_ZEROS = 2.0**-3  # a residual that starts from nothing: steps of 1e-4 at the usual rate
-_NOTHING = 2.0**-40
+_GROUP_BY_REASON = {"norm": "norms", "bias": "biases"}
+_UNIT_FOR_ZEROS = 2.0**-3  # a residual that starts at zero: steps of 1e-4 at the default learning rate
+_ZERO_SIZE = 2.0**-40
 
 
 class TrainableWeight(nn.Module):
-    """A matrix whose chosen parts are parameters; calling it decodes.
+    """A compressed weight whose chosen tensors are parameters; calling it decodes the weight.
 
-    `shared_decoders` are shared decoders that train, by their name: live matrices of one row, of numbers. They are nobody's
-    children, so that each is listed once.
+    `shared_decoders` are the trainable shared decoders by name, each a weight of one row. They are not registered as
+    submodules, so that each appears once among the model's parameters.
     """
 
     def __init__(
@@ -71,22 +72,23 @@ class TrainableWeight(nn.Module):
         shape: Shape,
         stored: Tensors,
         chosen: Sequence[str],
-        rounded: bool,
         constant_dtype: torch.dtype | None,
         shared_decoders: Mapping[str, TrainableWeight] | None = None,
     ) -> None:
-        """`chosen` are local names; `constant_dtype` is that of what no trained part changes, None decodes it each time."""
+        """`chosen` are local tensor names; `constant_dtype` is the dtype of folded constants, None: no folding."""
         super().__init__()
-        self.fmt, self.shape, self.rounded = fmt, shape, rounded
+        self.fmt, self.shape = fmt, shape
         unpacked = fmt.unpack(stored, shape)
         values = named_tensors(unpacked)
-        # (part, table, part of the table), in a tuple that is no module's.
-        self._shared_parts = tuple(
-            (name, shared_decoders[table], name.rpartition(".")[2])
+        # (tensor, shared decoder, tensor of the decoder): a tuple, so that no decoder is registered as a submodule.
+        self._shared_tensors = tuple(
+            (name, shared_decoders[decoder], name.rpartition(".")[2])
             for name in values
-            if (table := shared_decoder_name(fmt, name)) and shared_decoders is not None and table in shared_decoders
+            if (decoder := shared_decoder_name(fmt, name))
+            and shared_decoders is not None
+            and decoder in shared_decoders
         )
-        moving = {*chosen, *(name for name, _, _ in self._shared_parts)}
+        trainable = {*chosen, *(name for name, _, _ in self._shared_tensors)}
         self.zeros = {name: zero_value(fmt, name) for name in chosen}
         self.units = {name: power_of_two_unit(values[name].float() - self.zeros[name]) for name in chosen}
         self._chosen_types = {name: values[name].dtype for name in chosen}
@@ -95,47 +97,51 @@ class TrainableWeight(nn.Module):
         for name in chosen:
             scaled = (values[name].float() - self.zeros[name]) / self.units[name]
             self.register_parameter(_leaf(name), nn.Parameter(scaled))
-        self.form, self.factors = fmt, {}
+        self.folded_fmt, self.scale_factors = fmt, {}
         if constant_dtype is not None:
-            self.form, unpacked, self.factors = _fold_constants(fmt, unpacked, shape, moving, constant_dtype)
+            self.folded_fmt, unpacked, self.scale_factors = _fold_constants(
+                fmt, unpacked, shape, trainable, constant_dtype
+            )
         self._types: dict[str, torch.dtype] = {}
         for name, tensor in named_tensors(unpacked).items():
-            if name not in moving:
+            if name not in trainable:
                 self._types[name] = torch.float32 if tensor.is_floating_point() else tensor.dtype
-                self.register_buffer(_leaf(name, "kept"), _narrow(tensor), persistent=False)
-        self._frame = map_tensors(lambda tensor: torch.empty_like(tensor, device="meta"), unpacked)
+                self.register_buffer(_leaf(name, "constant"), _narrow(tensor), persistent=False)
+        self._meta_tensors = map_tensors(lambda tensor: torch.empty_like(tensor, device="meta"), unpacked)
 
-    def part(self, name: str) -> Tensor:
-        """A trained part in natural units, float32."""
+    def trained_tensor(self, name: str) -> Tensor:
+        """Return a trained tensor in natural units, float32."""
         values = self.get_parameter(_leaf(name)) * self.units[name]
-        return values + self.zeros[name] if self.zeros[name] else values  # to add 0 is a launch more, twice a step
+        return (
+            values + self.zeros[name] if self.zeros[name] else values
+        )  # adding 0 costs one more kernel launch, twice per step
 
-    def export_parts(self) -> Tensors:
-        """The trained parts as they come back from the file."""
-        return {n: self._rounding[n](self.part(n).detach()).to(dtype) for n, dtype in self._chosen_types.items()}
+    def export_tensors(self) -> Tensors:
+        """Return the trained tensors as they are read back from a file."""
+        return {
+            n: self._rounding[n](self.trained_tensor(n).detach()).to(dtype) for n, dtype in self._chosen_types.items()
+        }
 
-    def unpacked(self) -> Unpacked:
-        """All parts as they are stored, of a matrix of which everything trains."""
-        return replace_tensors(self._frame, self.export_parts())
+    def export_unpacked(self) -> Unpacked:
+        """Return the unpacked weight as it is stored; every tensor of it must train."""
+        return replace_tensors(self._meta_tensors, self.export_tensors())
 
     def forward(self) -> Float[Tensor, "out in"]:
-        """The matrix in float32, differentiable in the parameters."""
+        """Return the decoded weight in float32, differentiable in the parameters."""
         device = next(itertools.chain(self.buffers(), self.parameters())).device
         with torch.autocast(device.type, enabled=False):
-            trained = {name: self.rounded_part(name) for name in self.units}
-            # Block by block a block is on another device than what no block owns.
-            trained |= {name: table.rounded_part(part).to(device) for name, table, part in self._shared_parts}
-            tensors = {name: self.get_buffer(_leaf(name, "kept")).to(dtype) for name, dtype in self._types.items()}
-            for place, name in self.factors.items():
+            trained = {name: self.rounded_tensor(name) for name in self.units}
+            # In block-wise tuning a block is on a different device than the shared decoders.
+            trained |= {name: decoder.rounded_tensor(part).to(device) for name, decoder, part in self._shared_tensors}
+            tensors = {name: self.get_buffer(_leaf(name, "constant")).to(dtype) for name, dtype in self._types.items()}
+            for place, name in self.scale_factors.items():
                 tensors[place] = tensors[place] * trained[name]
-            return self.form.decode(replace_tensors(self._frame, tensors | trained), self.shape)
+            return self.folded_fmt.decode(replace_tensors(self._meta_tensors, tensors | trained), self.shape)
 
-    def rounded_part(self, name: str) -> Tensor:
-        """A trained part as training sees it: rounded, with gradients as if it were not."""
-        values = self.part(name)
-        if not self.rounded:
-            return values
-        # Once a step: a step runs every block twice, and its micro-batches and validation do so again.
+    def rounded_tensor(self, name: str) -> Tensor:
+        """Return a trained tensor rounded as it is stored, with a straight-through gradient."""
+        values = self.trained_tensor(name)
+        # Round once per step: a step runs every block twice per micro-batch, and validation runs it again.
         parameter = self.get_parameter(_leaf(name))
         version, rounded = self._rounded.get(name, (-1, values))
         if version != parameter._version or rounded.device != values.device:
@@ -145,15 +151,15 @@ class TrainableWeight(nn.Module):
 
 
 class _UnquantizedTensor(nn.Module):
-    """A kept tensor that trains: parameter · unit, rounded as it is stored."""
+    """Parametrization of a trainable unquantized tensor: parameter · unit, rounded as it is stored."""
 
-    def __init__(self, unit: float, dtype: torch.dtype, rounded: bool) -> None:
+    def __init__(self, unit: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.unit, self.dtype, self.rounded = unit, dtype, rounded
+        self.unit, self.dtype = unit, dtype
 
     def forward(self, parameter: Tensor) -> Tensor:
         values = parameter * self.unit
-        return straight_through(values, values.detach().to(self.dtype).to(values.dtype)) if self.rounded else values
+        return straight_through(values, values.detach().to(self.dtype).to(values.dtype))
 
     def right_inverse(self, values: Tensor) -> Tensor:
         return values / self.unit
@@ -161,40 +167,38 @@ class _UnquantizedTensor(nn.Module):
 
 @dataclass(frozen=True)
 class Trainables:
-    """What trains in a model, by the name of its stored tensor; `counts` are numbers by the ledger's word."""
+    """Trainable parameters of a model by the name of the stored tensor; `counts` are values per parameter group."""
 
     parameters: dict[str, nn.Parameter]
     counts: dict[str, int]
     matrices: dict[str, TrainableWeight]
     unquantized: dict[str, torch.dtype]
     model: nn.Module
-    shared_decoders: dict[str, TrainableWeight] = field(
-        default_factory=dict
-    )  # decoders that matrices share, by their name
+    shared_decoders: dict[str, TrainableWeight] = field(default_factory=dict)
 
     def module_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """Those of one module, a block for instance."""
-        ours = {id(parameter) for parameter in module.parameters()}
-        return {name: p for name, p in self.parameters.items() if id(p) in ours}
+        """Return the parameters inside one module, such as a block."""
+        members = {id(parameter) for parameter in module.parameters()}
+        return {name: p for name, p in self.parameters.items() if id(p) in members}
 
     def export_tensors(self) -> Tensors:
-        """Every part and kept tensor that trained, in natural units, as it comes back from the file.
+        """Return every trained tensor in natural units, as it is read back from a file.
 
-        Shared decoders are packed, under the names they have in the file.
+        Shared decoders are packed, under their names in the file.
         """
         tensors: Tensors = {}
         for path, trainable_weight in self.matrices.items():
-            tensors |= add_prefix(path, trainable_weight.export_parts())
+            tensors |= add_prefix(path, trainable_weight.export_tensors())
         for name, dtype in self.unquantized.items():
             tensors[name] = _get_tensor(self.model, name).detach().to(dtype)
-        for table, trainable_weight in self.shared_decoders.items():
-            packed = trainable_weight.fmt.pack(trainable_weight.unpacked(), trainable_weight.shape)
-            tensors |= add_prefix(f"{SHARED}.{table}.{decoder_store.PREFIX}", packed)
+        for decoder, trainable_weight in self.shared_decoders.items():
+            packed = trainable_weight.fmt.pack(trainable_weight.export_unpacked(), trainable_weight.shape)
+            tensors |= add_prefix(f"{SHARED}.{decoder}.{decoder_store.PREFIX}", packed)
         return tensors
 
     @contextlib.contextmanager
     def freeze_shared_decoders(self) -> Iterator[None]:
-        """In here shared decoders get no gradients: they belong to no block."""
+        """Disable gradients of shared decoders in the context: they belong to no block."""
         shared = [
             parameter
             for trainable_weight in self.shared_decoders.values()
@@ -215,37 +219,37 @@ def choose(
     stored_dtypes: dict[str, torch.dtype],
     train: Sequence[str],
     *,
-    rounded: bool,
     constant_dtype: torch.dtype | None,
     device: str | torch.device = "cpu",
     blocks_only: bool = False,
 ) -> Trainables:
-    """Make the chosen parts of a compressed model, loaded undecoded, parameters; everything else is frozen.
+    """Make the parameter groups `train` of a compressed model trainable and freeze everything else.
 
-    `stored_dtypes` are those of the kept tensors in the file. With `blocks_only` no kept tensor outside the decoder
-    blocks trains: the last norm has no block. Matrices are decoded on `device` one at a time, and stay where they are.
-    Errors: RecipeError if the model has none of the parts named.
+    The model must be loaded with decode_per_use. `stored_dtypes` are those of unquantized tensors in the file. With
+    `blocks_only` no unquantized tensor outside the decoder blocks trains, such as the last norm. Constants are decoded
+    on `device` one matrix at a time; the matrices stay on their devices.
+    Errors: RecipeError if the model has none of the groups.
     """
     model.requires_grad_(False)
     parameters: dict[str, nn.Parameter] = {}
     counts: dict[str, int] = defaultdict(int)
-    matrices, kinds, there = {}, {m.name: m.kind for m in walked.matrices}, set()
+    matrices, kinds, available = {}, {m.name: m.kind for m in walked.matrices}, set()
     modules = compressed_modules(model)
-    wanted = [path for path in modules if kinds[path] == "block" or kinds[path] in train]
+    selected = [path for path in modules if kinds[path] == "block" or kinds[path] in train]
     shared_decoders = (
-        _trainable_decoders(model, [modules[path] for path in wanted], rounded) if decoder_store.ROLE in train else {}
+        _trainable_decoders(model, [modules[path] for path in selected]) if decoder_store.ROLE in train else {}
     )
-    for table, trainable_weight in shared_decoders.items():
+    for decoder, trainable_weight in shared_decoders.items():
         for name in trainable_weight.units:
-            stored_name = f"{SHARED}.{table}.{decoder_store.PREFIX}.{name}"
+            stored_name = f"{SHARED}.{decoder}.{decoder_store.PREFIX}.{name}"
             parameters[stored_name] = trainable_weight.get_parameter(_leaf(name))
             counts[decoder_store.ROLE] += parameters[stored_name].numel()
     for path, module in modules.items():
         with use_shared_decoders(module.shared_decoder_tensors()):
-            roles = part_roles(module.fmt, module.packed_tensors(), module.shape)
-        there |= set(roles.values()) if path in wanted else set()
+            roles = trainable_roles(module.fmt, module.packed_tensors(), module.shape)
+        available |= set(roles.values()) if path in selected else set()
         own = [name for name in roles if not shared_decoder_name(module.fmt, name)]
-        chosen = [name for name in own if path in wanted and roles[name] in train]
+        chosen = [name for name in own if path in selected and roles[name] in train]
         if not chosen and not set(module.fmt.shared_decoders()) & set(shared_decoders):
             module.decode_once()
             continue
@@ -255,7 +259,6 @@ def choose(
                 module.shape,
                 module.packed_tensors(),
                 chosen,
-                rounded,
                 constant_dtype,
                 device,
                 shared_decoders,
@@ -266,46 +269,44 @@ def choose(
             parameters[f"{path}.{name}"] = trainable_weight.get_parameter(_leaf(name))
             counts[roles[name]] += parameters[f"{path}.{name}"].numel()
     unquantized = {}
-    homes = _block_prefixes(model) if blocks_only else ("",)
-    for entry in (one for one in walked.unquantized if one.name.startswith(homes)):
-        word = _UNQUANTIZED_GROUPS.get(entry.reason)
-        there |= {word} if word else set()
-        if word in train:
-            parameters[entry.name] = _train_unquantized(model, entry.name, stored_dtypes[entry.name], rounded)
+    prefixes = _block_prefixes(model) if blocks_only else ("",)
+    for entry in (one for one in walked.unquantized if one.name.startswith(prefixes)):
+        group = _GROUP_BY_REASON.get(entry.reason)
+        available |= {group} if group else set()
+        if group in train:
+            parameters[entry.name] = _train_unquantized(model, entry.name, stored_dtypes[entry.name])
             unquantized[entry.name] = stored_dtypes[entry.name]
-            counts[word] += parameters[entry.name].numel()
+            counts[group] += parameters[entry.name].numel()
     if not parameters:
-        known = ", ".join(sorted(word for word in there if word in (*PARTS, *_UNQUANTIZED_GROUPS.values())))
+        known = ", ".join(sorted({*PARAMETER_GROUPS, *_GROUP_BY_REASON.values()} & available))
         raise RecipeError(f"--train {','.join(train)}: this model has none of them; it has {known or 'nothing'}")
     return Trainables(parameters, dict(counts), matrices, unquantized, model, shared_decoders)
 
 
 def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """What the names of tensors in decoder blocks begin with."""
+    """Return the prefixes of tensor names inside decoder blocks."""
     blocks = {id(block) for block in decoder_blocks(model)}
     return tuple(f"{path}." for path, module in model.named_modules() if id(module) in blocks)
 
 
-def _trainable_decoders(model: nn.Module, modules: Sequence[Any], rounded: bool) -> dict[str, TrainableWeight]:
-    """The shared decoders that some modules name, as parameters; they become a part of the model."""
+def _trainable_decoders(model: nn.Module, modules: Sequence[Any]) -> dict[str, TrainableWeight]:
+    """Make the shared decoders of some modules trainable, and register them in the model."""
     found: dict[str, TrainableWeight] = {}
     for module in modules:
-        for table, tensors in module.shared_decoder_tensors().items():
-            if table not in found:
-                found[table] = _trainable_decoder(
-                    module.fmt, table, strip_prefix(decoder_store.PREFIX, tensors), rounded
-                )
-                model.get_submodule(SHARED).add_module(f"live_{table}", found[table])
+        for decoder, tensors in module.shared_decoder_tensors().items():
+            if decoder not in found:
+                found[decoder] = _trainable_decoder(module.fmt, decoder, strip_prefix(decoder_store.PREFIX, tensors))
+                model.get_submodule(SHARED).add_module(f"trainable_{decoder}", found[decoder])
     return dict(sorted(found.items()))
 
 
-def _trainable_decoder(fmt: WeightFormat, table: str, stored: Tensors, rounded: bool) -> TrainableWeight:
-    """The numbers of a decoder as one row; `fmt` is that of a matrix that names it."""
-    while table not in fmt.own_shared_decoders():
+def _trainable_decoder(fmt: WeightFormat, decoder: str, stored: Tensors) -> TrainableWeight:
+    """Return the weights of a decoder as one row; `fmt` is the format of a matrix that references it."""
+    while decoder not in fmt.own_shared_decoders():
         fmt = fmt.base
     storage, shape = decoder_store.storage(fmt.decoder_bits), (1, fmt.num_decoder_parameters)
     names = list(named_tensors(storage.unpack(stored, shape)))
-    return TrainableWeight(storage, shape, stored, names, rounded, None)
+    return TrainableWeight(storage, shape, stored, names, None)
 
 
 def choose_new_residuals(
@@ -314,13 +315,12 @@ def choose_new_residuals(
     rank: int,
     seed: int,
     *,
-    rounded: bool,
     constant_dtype: torch.dtype | None,
     device: str | torch.device = "cpu",
 ) -> Trainables:
-    """Give every block matrix of a compressed model a residual of `rank` that is nothing yet, and train only these.
+    """Add a trainable residual of `rank`, initially zero, to every block matrix; everything else is frozen.
 
-    Right factors are drawn, left ones are zero, as in LoRA (Hu et al., arXiv:2106.09685).
+    Right factors are drawn at random and left factors are zero, as in LoRA (Hu et al., arXiv:2106.09685).
     """
     model.requires_grad_(False)
     kinds = {matrix.name: matrix.kind for matrix in walked.matrices}
@@ -336,13 +336,11 @@ def choose_new_residuals(
         factors = fmt.pack_factor("left", torch.zeros(rows, rank)) | fmt.pack_factor("right", right)
         stored = factors | add_prefix("base", module.packed_tensors())
         with use_shared_decoders(module.shared_decoder_tensors()):
-            matrices[path] = _make_trainable(
-                fmt, module.shape, stored, ("left", "right"), rounded, constant_dtype, device
-            )
+            matrices[path] = _make_trainable(fmt, module.shape, stored, ("left", "right"), constant_dtype, device)
         module.attach_trainable(matrices[path])
         parameters |= {f"{path}.{side}": matrices[path].get_parameter(_leaf(side)) for side in ("left", "right")}
     if not parameters:
-        raise RecipeError(f"--adapter {rank}: no block matrix has both sides that large; lower the rank")
+        raise RecipeError(f"--adapter {rank}: no block matrix has both dimensions that large; lower the rank")
     return Trainables(parameters, {"adapter": sum(p.numel() for p in parameters.values())}, matrices, {}, model)
 
 
@@ -351,34 +349,33 @@ def _make_trainable(
     shape: Shape,
     stored: Tensors,
     chosen: Sequence[str],
-    rounded: bool,
     constant_dtype: torch.dtype | None,
     device: str | torch.device,
     shared_decoders: Mapping[str, TrainableWeight] | None = None,
 ) -> TrainableWeight:
-    """A live matrix where the stored tensors are, made on `device`: to decode 210 trellises takes a CPU minutes."""
+    """Build a TrainableWeight on `device`, as decoding 210 trellises takes a CPU minutes, and move it back."""
     home = next(iter(stored.values())).device
-    there = {name: tensor.to(device) for name, tensor in stored.items()}
-    return TrainableWeight(fmt, shape, there, chosen, rounded, constant_dtype, shared_decoders).to(home)
+    moved = {name: tensor.to(device) for name, tensor in stored.items()}
+    return TrainableWeight(fmt, shape, moved, chosen, constant_dtype, shared_decoders).to(home)
 
 
-def part_roles(fmt: WeightFormat, stored: Tensors, shape: Shape) -> dict[str, str]:
-    """Ledger role of every part that can train, by local name: floats, and the numbers of decoders."""
-    roles = {name: (fmt.role(name), part) for name, part in named_tensors(fmt.unpack(stored, shape)).items()}
-    return {n: role for n, (role, part) in roles.items() if part.is_floating_point() or role == decoder_store.ROLE}
+def trainable_roles(fmt: WeightFormat, stored: Tensors, shape: Shape) -> dict[str, str]:
+    """Return the ledger role of every trainable tensor by local name: float tensors, and the weights of decoders."""
+    roles = {name: (fmt.role(name), tensor) for name, tensor in named_tensors(fmt.unpack(stored, shape)).items()}
+    return {n: role for n, (role, t) in roles.items() if t.is_floating_point() or role == decoder_store.ROLE}
 
 
 def power_of_two_unit(values: Tensor) -> float:
-    """The power of two nearest to the root mean square; a small one for zeros."""
+    """Return the power of two nearest to the root mean square; a small one for zeros."""
     size = values.float().square().mean().sqrt().item() if values.numel() else 0.0
-    return 2.0 ** round(math.log2(size)) if size > _NOTHING else _UNIT_OF_ZEROS
+    return 2.0 ** round(math.log2(size)) if size > _ZERO_SIZE else _UNIT_FOR_ZEROS
 
 
-def _train_unquantized(model: nn.Module, name: str, dtype: torch.dtype, rounded: bool) -> nn.Parameter:
+def _train_unquantized(model: nn.Module, name: str, dtype: torch.dtype) -> nn.Parameter:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     tensor = getattr(module, leaf)
-    parametrize.register_parametrization(module, leaf, _UnquantizedTensor(power_of_two_unit(tensor), dtype, rounded))
+    parametrize.register_parametrization(module, leaf, _UnquantizedTensor(power_of_two_unit(tensor), dtype))
     parameter = module.parametrizations[leaf].original
     return parameter.requires_grad_()
 
@@ -391,38 +388,38 @@ def _get_tensor(model: nn.Module, name: str) -> Tensor:
 def _fold_constants(
     fmt: WeightFormat, unpacked: Unpacked, shape: Shape, trained: set[str], dtype: torch.dtype
 ) -> tuple[WeightFormat, Unpacked, dict[str, str]]:
-    """Format and parts with what no trained part changes decoded, as a `dense` inner format.
+    """Decode everything that no trained tensor changes into an inner `dense` format (constant folding).
 
-    An inner format of which one number alone trains, and in which it is a factor of everything, is decoded without
-    it. Such are the trellis, e8 and entropy_coded, inside `rotated` too. Third: dense values to be multiplied -> that
-    number.
+    An inner format in which a single trained number scales the whole matrix is decoded without that number, as in
+    trellis, e8 and entropy_coded, also inside `rotated`. Returns the format, the unpacked tensors, and a map from the
+    dense values to the number that multiplies them.
     """
     values = named_tensors(unpacked)
-    inside = trained & set(values)
-    if not inside:
+    trained_here = trained & set(values)
+    if not trained_here:
         return _FOLDED, UnpackedDense(fmt.decode(unpacked, shape).to(dtype)), {}
-    if len(inside) == 1 and (name := next(iter(inside))) and values[name].numel() == 1:
+    if len(trained_here) == 1 and (name := next(iter(trained_here))) and values[name].numel() == 1:
         once, twice = (
             fmt.decode(replace_tensors(unpacked, {name: torch.full_like(values[name], n)}), shape) for n in (1, 2)
         )
-        if torch.equal(twice, 2 * once):  # a factor of the whole matrix: doubled, it doubles every bit exactly
+        if torch.equal(twice, 2 * once):  # the number scales the whole matrix: doubling it doubles every weight exactly
             return _FOLDED, UnpackedDense(once.to(dtype)), {"values": name}
-    base = getattr(fmt, "base", None)
-    if not isinstance(base, WeightFormat):
+    base = fmt.children().get("base")
+    if base is None:
         return fmt, unpacked, {}
-    inner_names = set(strip_prefix("base", {name: values[name] for name in inside}))
-    form, folded, factors = _fold_constants(base, unpacked.base, fmt.inner_shape(shape), inner_names, dtype)
+    inner_names = set(strip_prefix("base", {name: values[name] for name in trained_here}))
+    folded_fmt, folded, factors = _fold_constants(base, unpacked.base, fmt.inner_shape(shape), inner_names, dtype)
     if folded is unpacked.base:
         return fmt, unpacked, {}
     return (
-        dataclasses.replace(fmt, base=form),
+        dataclasses.replace(fmt, base=folded_fmt),
         dataclasses.replace(unpacked, base=folded),
         {f"base.{place}": f"base.{name}" for place, name in factors.items()},
     )
 
 
 def _narrow(tensor: Tensor) -> Tensor:
-    """The same integers in the narrowest type that holds them; floats as they are."""
+    """Return the same integers in the narrowest dtype that holds them; floats unchanged."""
     if tensor.is_floating_point() or not tensor.numel():
         return tensor.clone()
     least, largest = tensor.min().item(), tensor.max().item()
@@ -432,6 +429,6 @@ def _narrow(tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
-def _leaf(name: str, kind: str = "part") -> str:
-    """A name for a parameter or buffer, which may hold no dot."""
+def _leaf(name: str, kind: str = "parameter") -> str:
+    """Return a name without dots, which names of parameters and buffers may not contain."""
     return f"{kind}/{name.replace('.', '/')}"

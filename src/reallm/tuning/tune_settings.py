@@ -1,4 +1,4 @@
-"""What the user chose for tuning, and whether it can be."""
+"""Settings of a tuning run and their validation."""
 
 from __future__ import annotations
 
@@ -14,54 +14,50 @@ BLOCKWISE, END_TO_END, BOTH = "blockwise", "end-to-end", "both"
 METHODS = (BLOCKWISE, END_TO_END, BOTH)
 KL, CE, MIX = "kl", "ce", "mix"
 LOSSES = (KL, CE, MIX)
-ORIGINAL, COMPRESSED = "original", "compressed"
-TARGETS = (ORIGINAL, COMPRESSED)
-END_LOSS, OUTPUTS = "loss", "outputs"
-BLOCK_ERRORS = (END_LOSS, OUTPUTS)
+END_TO_END_LOSS, OUTPUTS = "loss", "outputs"
+BLOCK_ERRORS = (END_TO_END_LOSS, OUTPUTS)
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# The ledger's words for parts that can train, and kept tensors.
-PARTS = ("residual", "scales", "gains", "codebooks", "decoders", "outliers", "dense")
-UNQUANTIZED = ("norms", "biases")
-# Whose parts, beside the block matrices'.
+# Parameter groups that can train, by the ledger's roles: tensors of compressed matrices, then unquantized tensors.
+PARAMETER_GROUPS = ("residual", "scales", "gains", "codebooks", "decoders", "outliers", "dense")
+UNQUANTIZED_GROUPS = ("norms", "biases")
+# Matrices outside the blocks whose tensors train if named.
 EMBEDDING_AND_HEAD = ("embedding", "head")
-# AdamW's first step is ten times the rate, in float32, which ends at 3.4e38.
-_LARGEST_RATE = 1e30
+# AdamW's first step is ten times the rate, in float32, whose largest value is 3.4e38.
+_MAX_RATE = 1e30
 DEFAULT_TRAIN = ("residual", "scales", "gains", "codebooks", "norms")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose. `reference` is the original; only cross-entropy alone does without.
+    """Settings of a tuning run. `reference` is the original model; only end-to-end cross-entropy runs without it.
 
-    `learning_rate` and `block_learning_rate` are relative: each tensor's steps are in units of its own size.
+    `learning_rate` and `block_learning_rate` are relative to the root mean square of each trained tensor.
     """
 
     text: tuple[str, ...]
     reference: str | None = None
     method: str = END_TO_END
     train: tuple[str, ...] = DEFAULT_TRAIN
-    adapter: int | None = None  # rank of new residuals, which alone train end to end and are written by themselves
+    adapter: int | None = None  # rank of new residuals: only they train, end to end, and only they are written
     loss: str = KL
-    tokens: int | None = None  # end-to-end, in all; None: every window once
+    tokens: int | None = None  # end-to-end, in total; None: every window once
     context: int = 1024
-    batch: int = 8  # windows a step
-    micro_batch: int | None = None  # windows at once; None: the batch
+    batch: int = 8  # windows per step
+    micro_batch: int | None = None  # windows per forward pass; None: the batch
     learning_rate: float = 3e-3
     warm_up: float = 0.05  # share of the steps
     clip: float = 1.0
-    top_k: int = 0  # the original's likeliest tokens kept on disk before training; 0: computed as needed
-    validation: tuple[str, ...] = ()  # files; without, windows of the text
+    top_k: int = 0  # teacher log-probabilities cached on disk before training; 0: full logits at every step
+    validation: tuple[str, ...] = ()  # files; (): windows held out from the text
     validation_windows: int = 16
-    validate_every: int | None = None  # steps; None: twenty times in all
-    target: str = COMPRESSED  # whose stream the block-wise target comes from
-    block_error: str = END_LOSS  # what an error of a block's output costs: by the end loss, or the same everywhere
+    validate_every: int | None = None  # steps; None: twenty validations in total
+    block_error: str = END_TO_END_LOSS  # cost of an output error: end-to-end loss, or relative error
     block_windows: int = 128
     block_epochs: int = 4
     block_patience: int = 1
     block_learning_rate: float = 1e-3
-    round_at_end: bool = False  # else parts are rounded as stored at every step, gradients passing straight through
-    save_memory: bool = False  # decode everything at every use, also what no trained part changes
+    save_memory: bool = False  # decode everything at every use, also constants
     checkpointing: bool = True
     seed: int = 0
     device: str = "cpu"
@@ -69,22 +65,22 @@ class Settings:
 
     @property
     def block_wise(self) -> bool:
-        """Whether blocks are tuned one by one."""
+        """Return whether blocks are tuned one at a time."""
         return self.method in (BLOCKWISE, BOTH) and self.adapter is None
 
     @property
     def end_to_end(self) -> bool:
-        """Whether the whole model is tuned."""
+        """Return whether the whole model is tuned."""
         return self.method in (END_TO_END, BOTH)
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the original is asked."""
+        """Return whether the original model is needed."""
         return self.block_wise or self.loss != CE
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What products are computed in; parts and sums are float32."""
+        """Return the dtype of matrix products; trained tensors and sums are float32."""
         wanted = DTYPES[self.dtype]
         if wanted is not None:
             return wanted
@@ -93,34 +89,34 @@ class Settings:
 
 
 def check_settings(settings: Settings) -> None:
-    """Errors: RecipeError naming the option and its value."""
+    """Raise RecipeError naming the option and its value if a setting is invalid."""
     _check_choice("--method", settings.method, METHODS)
     _check_choice("--loss", settings.loss, LOSSES)
-    _check_choice("--target", settings.target, TARGETS)
     _check_choice("--block-error", settings.block_error, BLOCK_ERRORS)
     _check_choice("--dtype", settings.dtype, tuple(DTYPES))
-    for word in settings.train:
-        _check_choice("--train", word, PARTS + UNQUANTIZED + EMBEDDING_AND_HEAD)
+    for group in settings.train:
+        _check_choice("--train", group, PARAMETER_GROUPS + UNQUANTIZED_GROUPS + EMBEDDING_AND_HEAD)
     if settings.adapter is not None and settings.method == BLOCKWISE:
-        raise RecipeError(f"--adapter {settings.adapter} trains end to end; leave --method blockwise out")
+        raise RecipeError(f"--adapter {settings.adapter} trains end to end; remove --method blockwise")
     if settings.adapter is not None and tuple(settings.train) != DEFAULT_TRAIN:
-        words = ",".join(settings.train)
-        raise RecipeError(f"--adapter {settings.adapter} trains new residuals alone; leave --train {words} out")
-    if not set(settings.train) & set(PARTS + UNQUANTIZED):
+        train = ",".join(settings.train)
+        raise RecipeError(f"--adapter {settings.adapter} trains only new residuals; remove --train {train}")
+    if not set(settings.train) & set(groups := PARAMETER_GROUPS + UNQUANTIZED_GROUPS):
         raise RecipeError(
-            f"--train {','.join(settings.train)}: names no part; add one of {', '.join(PARTS + UNQUANTIZED)}"
+            f"--train {','.join(settings.train)}: names no parameter group; add one of {', '.join(groups)}"
         )
     if settings.method == BLOCKWISE and (
-        outside_blocks := [word for word in settings.train if word in EMBEDDING_AND_HEAD]
+        outside_blocks := [group for group in settings.train if group in EMBEDDING_AND_HEAD]
     ):
         raise RecipeError(
-            f"--method {BLOCKWISE} trains what lies in blocks: leave --train {','.join(outside_blocks)} out or take --method both"
+            f"--method {BLOCKWISE} trains only decoder blocks: remove --train {','.join(outside_blocks)} or use "
+            "--method both"
         )
     if not settings.text:
         raise RecipeError("tuning needs text: give --text FILE")
     if settings.needs_reference and settings.reference is None:
         raise RecipeError(
-            f"--method {settings.method} --loss {settings.loss} needs the original: give --reference MODEL, "
+            f"--method {settings.method} --loss {settings.loss} needs the original model: give --reference MODEL, "
             "or --method end-to-end --loss ce"
         )
     for option in ("batch", "validation_windows", "block_windows", "block_epochs"):
@@ -133,10 +129,10 @@ def check_settings(settings: Settings) -> None:
         _check_minimum(option, getattr(settings, option), 0)
     for option in ("learning_rate", "block_learning_rate", "clip"):
         value = getattr(settings, option)
-        if not 0 < value <= _LARGEST_RATE:
-            raise RecipeError(f"--{option.replace('_', '-')} {value} is not a number above 0, at most {_LARGEST_RATE}")
+        if not 0 < value <= _MAX_RATE:
+            raise RecipeError(f"--{option.replace('_', '-')} {value} is not above 0 and at most {_MAX_RATE}")
     if not 0 <= settings.warm_up < 1:
-        raise RecipeError(f"--warm-up {settings.warm_up} is not a share from 0 to below 1")
+        raise RecipeError(f"--warm-up {settings.warm_up} is not a fraction from 0 to below 1")
     check_device(settings.device)
 
 

@@ -1,4 +1,4 @@
-"""The whole of `reallm tune`: from an artifact to a better one of the same size."""
+"""`reallm tune`: fine-tune an artifact and write it again at the same size."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ from reallm.tuning.losses import deterministic_kernels
 from reallm.tuning.trainables import Trainables, choose, choose_new_residuals
 from reallm.tuning.tune_settings import Settings, check_settings
 
-# What a note does not say again, or what changes no result.
+# Settings that the provenance note omits: stored elsewhere in it, or without effect on the result.
 _NOT_NOTED = ("text", "method", "validation", "validate_every", "reference", "adapter", "tokens", "device")
 _NOT_NOTED += ("micro_batch", "save_memory", "checkpointing")
-_DIGITS = 16  # of sha256 in a note: it is part of the file, and texts and models are only to be told apart
+_DIGITS = 16  # of sha256 in a note: short, as the note counts as stored bytes and only distinguishes texts and models
 
-# What may differ between an interrupted run and its resumption: it changes no result.
-_NO_RESULT = ("text", "validation", "reference", "device", "seed")
+# Settings compared by content, or stored under keys of their own, in the state of an interrupted run.
+_STORED_APART = ("text", "validation", "reference", "device", "seed")
 
 
 @dataclass(frozen=True)
 class TuneResult:
-    """How tuning went: numbers trained by the ledger's word, and figures on the validation windows."""
+    """Result of a tuning run: trained values per parameter group, and figures on the validation windows."""
 
     counts: dict[str, int]
     training_windows: int
     validation_windows: int
     end_to_end: dict[str, Any] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
-    is_main_process: bool = True  # whether this process is the one that writes and speaks
+    is_main_process: bool = True  # whether this process writes files and prints
 
 
 def tune(
@@ -64,12 +64,12 @@ def tune(
     listener: Listener | None = None,
     **settings: Any,
 ) -> TuneResult:
-    """Tune the artifact in a folder and write it to the folder `out`, which appears by one rename.
+    """Tune an artifact and write it to the folder `out`, which appears by one rename.
 
-    With `adapter`, a rank, `out` is an adapter for the artifact, which stays as it is (see `adapters.py`).
-    Settings as in `Settings`. `log` is a file for events as JSON lines, `listener` is called with each. An interrupted
-    run goes on with `resume`, from the last finished block or saved step, to the same bytes. Started by torchrun, all
-    processes share the work; the first one writes.
+    With `adapter`, a rank, `out` is an adapter for the artifact, which stays unchanged (see `adapter_merge.py`).
+    Keywords as in `Settings`. `log` is a file for events as JSON lines; `listener` is called with each event. With
+    `resume` an interrupted run continues from the last finished block or saved step, to the same bytes. Under torchrun,
+    all processes share the work; the main process writes.
     Errors: RecipeError, TextError, SourceError or ArtifactError, before anything is written.
     """
     for name in ("text", "validation", "train"):
@@ -86,7 +86,7 @@ def run(
     log: Path | None = None,
     listener: Listener | None = None,
 ) -> TuneResult:
-    """`tune` with its settings in one."""
+    """Run `tune` with a `Settings` object."""
     check_settings(settings)
     set_mmap_threshold()
     with init_process_group(settings.device) as (workers, device):
@@ -96,7 +96,7 @@ def run(
             check_size(artifact, settings.train)
         if workers.is_main_process:
             check_output(out, resume, read_manifest if settings.adapter is None else read_adapter)
-            # Killed between its last two deeds a run leaves both: then only the work folder is to be removed.
+            # A run killed after the rename leaves both folders: then only the work folder needs removing.
             if out.exists() and not work_folder(out).exists():
                 raise ArtifactError(f"{out} exists; give another --output or remove it")
         workers.barrier()
@@ -124,7 +124,7 @@ class _Run:
             if not finished:
                 self.log.add(phase="begin", trained=trainables.counts, windows=len(training), checked=len(validation))
                 with deterministic_kernels(self.settings.device):
-                    figures = self._learn(trainables, training, validation, work)
+                    figures = self._train(trainables, training, validation, work)
             if self.workers.is_main_process:
                 if not finished:
                     self._write(trainables, figures, work)
@@ -134,9 +134,9 @@ class _Run:
             trainables.counts, len(training), len(validation), figures, self.log.events, self.workers.is_main_process
         )
 
-    def _learn(self, trainables: Trainables, training: Windows, validation: Windows, work: Path) -> dict[str, Any]:
-        """Block by block, then end to end, as chosen; figures of the latter."""
-        # What was saved end to end includes what the blocks had learned.
+    def _train(self, trainables: Trainables, training: Windows, validation: Windows, work: Path) -> dict[str, Any]:
+        """Tune block-wise, then end to end, as `method` says; return the figures of the latter."""
+        # A saved end-to-end state includes the result of block-wise tuning.
         if self.settings.block_wise and not (work / STEP_FILE).is_file():
             assert self._source is not None
             blocks = training[: self._whole_batches(len(training))]
@@ -150,21 +150,21 @@ class _Run:
         )
 
     def _windows(self) -> tuple[Windows, Windows]:
-        """(training, validation): the latter of a file of its own, or drawn from the text."""
+        """Return (training, validation) windows; validation comes from its own files or is held out from the text."""
         settings, tokenizer = self.settings, self._tokenizer
         windows = load_windows(settings.text, tokenizer, settings.context)
         if settings.validation:
-            checked = load_windows(settings.validation, tokenizer, settings.context, "--validation")
-            return windows, checked[: settings.validation_windows]
+            validation = load_windows(settings.validation, tokenizer, settings.context, "--validation")
+            return windows, validation[: settings.validation_windows]
         return split_windows(windows, settings.validation_windows, settings.seed)
 
     def _whole_batches(self, windows: int) -> int:
-        """How many windows block-wise tuning takes: whole batches only, so that processes have equal shares."""
+        """Return the number of windows for block-wise tuning: whole batches, so that all shards are equal."""
         count = min(windows, self.settings.block_windows) // self.settings.batch * self.settings.batch
         if count == 0:
             raise RecipeError(
                 f"--batch {self.settings.batch}: the text has {windows} windows to train on, --block-windows is "
-                f"{self.settings.block_windows}; take a smaller --batch"
+                f"{self.settings.block_windows}; use a smaller --batch"
             )
         return count
 
@@ -176,7 +176,7 @@ class _Run:
             raise RecipeError(f"--context {settings.context} is longer than the {limit} positions of this model")
         with silence_transformers():
             walked = walk(meta_model(model.config))
-        how: dict[str, Any] = {"rounded": not settings.round_at_end, "device": settings.device}
+        how: dict[str, Any] = {"device": settings.device}
         how["constant_dtype"] = None if settings.save_memory else settings.compute_dtype
         if settings.adapter is not None:
             return choose_new_residuals(model, walked, settings.adapter, settings.seed, **how)
@@ -185,8 +185,8 @@ class _Run:
         chosen = choose(model, walked, {name: h.dtype for name, h in headers.items()}, settings.train, **how)
         if chosen.shared_decoders and not settings.end_to_end:
             raise RecipeError(
-                f"--train decoders: decoders that matrices of many blocks share ({', '.join(chosen.shared_decoders)}) train end "
-                "to end; take --method both or end-to-end, or leave decoders out"
+                f"--train decoders: shared decoders ({', '.join(chosen.shared_decoders)}) belong to many blocks and "
+                "train end to end; use --method both or end-to-end, or remove decoders"
             )
         return chosen
 
@@ -205,31 +205,31 @@ class _Run:
         if sizes[0] != sizes[1]:
             raise SourceError(
                 f"--reference {self.settings.reference}: its vocabulary has {sizes[0]} tokens, the artifact's "
-                f"{sizes[1]}; predictions can be compared only over the same tokens"
+                f"{sizes[1]}; predictions can be compared only over the same vocabulary"
             )
         try:
-            theirs = load_tokenizer(str(self.settings.reference))
+            reference_tokenizer = load_tokenizer(str(self.settings.reference))
         except ReallmError:
-            return  # an original may come without a tokenizer
-        # Equal sizes do not show it: many vocabularies have 32,000 tokens.
-        if theirs.get_vocab() != self._tokenizer.get_vocab():
+            return  # the original model may lack a tokenizer
+        # Equal sizes prove nothing: many vocabularies have 32,000 tokens.
+        if reference_tokenizer.get_vocab() != self._tokenizer.get_vocab():
             raise SourceError(
-                f"--reference {self.settings.reference}: its tokenizer has other tokens than the artifact's; "
-                "predictions can be compared only over the same tokens"
+                f"--reference {self.settings.reference}: its tokenizer differs from the artifact's; "
+                "predictions can be compared only over the same vocabulary"
             )
 
     def _warn_different_source(self) -> None:
-        """An event if the reference is not what the artifact was made of: a slip, or a teacher that was chosen."""
-        made_of = read_manifest(self.artifact).provenance.get("source_sha256")
-        if isinstance(made_of, str) and self._original_sha256 not in (None, made_of):
+        """Log a warning if the reference is not the source model of the artifact: a mistake, or another teacher."""
+        source_sha256 = read_manifest(self.artifact).provenance.get("source_sha256")
+        if isinstance(source_sha256, str) and self._original_sha256 not in (None, source_sha256):
             self.log.add(
                 phase="warning",
-                text=f"--reference {self.settings.reference} is not what {self.artifact} was made of (sha256 of the "
-                f"weights {self._original_sha256:.12}… and {made_of:.12}…): the model learns from another original",
+                text=f"--reference {self.settings.reference} is not the source model of {self.artifact} (sha256 of the "
+                f"weights {self._original_sha256:.12}… and {source_sha256:.12}…): it is used as the teacher anyway",
             )
 
     def _original(self) -> nn.Module:
-        """The original on the CPU, frozen, in the dtype of computing."""
+        """Return the original model on the CPU, frozen, in the compute dtype."""
         assert self._source is not None
         original = self._source.load(torch.float32, "cpu").eval().requires_grad_(False)
         _cast_parameters(original, self.settings.compute_dtype)
@@ -240,9 +240,9 @@ class _Run:
         return None if self._source is None else self._source.fingerprint()
 
     def _state(self) -> dict[str, Any]:
-        """What must not change between an interrupted run and its resumption."""
+        """Return everything that must not change between an interrupted run and `resume`."""
         settings = self.settings
-        chosen = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _NO_RESULT}
+        chosen = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _STORED_APART}
         texts = {kind: [text_sha256(f) for f in getattr(settings, kind)] for kind in ("text", "validation")}
         chosen |= {"processes": self.workers.count, "train": list(settings.train), "reference": self._original_sha256}
         return {
@@ -257,27 +257,27 @@ class _Run:
         staging = work / STAGING
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        parts = {name: tensor.cpu() for name, tensor in trainables.export_tensors().items()}
+        tensors = {name: tensor.cpu() for name, tensor in trainables.export_tensors().items()}
         if self.settings.adapter is None:
-            write_tuned(self.artifact, staging, parts, self._note(figures))
+            write_tuned(self.artifact, staging, tensors, self._note(figures))
         else:
-            pairs = {path: Factors(parts[f"{path}.left"], parts[f"{path}.right"]) for path in trainables.matrices}
+            pairs = {path: Factors(tensors[f"{path}.left"], tensors[f"{path}.right"]) for path in trainables.matrices}
             original = read_manifest(self.artifact).provenance.get("source_sha256")
             save_adapter(pairs, staging, self.artifact.name, original)
         os.rename(staging, self.out)
 
     def _note(self, figures: dict[str, Any]) -> dict[str, Any]:
-        """What the provenance says of this tuning, the most important first; no time and no path.
+        """Return the provenance note of this run, most important entries first; no times and no paths.
 
-        Short: what is as by default, or as the provenance has it of compression, is left out.
+        Defaults, and values that the provenance of the compression already has, are omitted to keep it short.
         """
         settings, provenance = self.settings, read_manifest(self.artifact).provenance
         always_noted = [*(["loss"] if settings.end_to_end else []), *(["block_error"] if settings.block_wise else [])]
-        usual = {field.name: field.default for field in dataclasses.fields(settings)}
+        defaults = {field.name: field.default for field in dataclasses.fields(settings)}
         chosen = {
             name: ",".join(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(settings).items()
-            if name not in _NOT_NOTED and (value != usual[name] or name in always_noted)
+            if name not in _NOT_NOTED and (value != defaults[name] or name in always_noted)
         }
         here = {"device": torch.device(settings.device).type, "torch": torch.__version__, "reallm": reallm.__version__}
         original = self._original_sha256
@@ -293,7 +293,7 @@ class _Run:
 
 
 def files_sha256(files: list[Path]) -> str:
-    """sha256 (hex) of names and bytes of files."""
+    """Return the sha256 (hex) over names and contents of the files."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
@@ -304,6 +304,6 @@ def files_sha256(files: list[Path]) -> str:
 
 
 def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters in `dtype`. Buffers, such as the frequencies of positions, keep theirs: 16 bits would ruin them."""
+    """Cast parameters to `dtype`; buffers such as rotary frequencies keep theirs: 16 bits are too coarse."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

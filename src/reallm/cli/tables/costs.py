@@ -87,7 +87,7 @@ def _budget_rows(job: Job) -> list[tuple[str, str]]:
     if job.forecast is None:
         return []
     source = "" if job.forecast.calibrated else " (by role)"
-    rows = [("predicted loss", f"{job.forecast.loss:.4f} nats a token{source}")]
+    rows = [("predicted loss", f"{job.forecast.loss:.4f} nats per token{source}")]
     if job.forecast.nbytes is not None:
         nbytes, most = job.forecast.nbytes, job.forecast.size or 1
         said = f"about {nbytes:,} bytes, {100 * nbytes / most:.2f} % of {most:,}"
@@ -98,7 +98,8 @@ def _budget_rows(job: Job) -> list[tuple[str, str]]:
 def _excess_note(job: Job, excess: int) -> str:
     if excess <= 0:
         return ""
-    return f": {excess:,} too many; if they are once measured, a few of {len(job.compressed_matrices)} matrices get smaller formats"
+    matrices = len(job.compressed_matrices)
+    return f": {excess:,} too many; if they are once measured, a few of {matrices} matrices get smaller formats"
 
 
 def _bits(sizes: list[int], shape: tuple[int, int]) -> float:

@@ -10,8 +10,7 @@ from typing import Any
 from reallm.checkpoint import Ledger, decoder_costs, decoding_seconds, read_ledger, read_manifest
 from reallm.cli.tables.names import short_name
 from reallm.cli.tables.text_table import duration, size, table, unused_lines
-from reallm.hf import verify_artifact
-from reallm.hf import artifact_memory_footprint, unquantized_tensors
+from reallm.hf import artifact_memory_footprint, unquantized_tensors, verify_artifact
 
 
 def ledger_dict(folder: Path, verify: bool = True) -> dict[str, Any]:
@@ -23,7 +22,7 @@ def ledger_dict(folder: Path, verify: bool = True) -> dict[str, Any]:
     return ledger.to_dict() | {
         "decoders": [cost.to_dict() for cost in decoder_costs(folder, ledger)],
         "not_compressed": unquantized_tensors(folder),
-        "unused": manifest.unused,
+        "unused": manifest.unused_rows,
         "resident_bytes": artifact_memory_footprint(folder),
         "verified": verify and bool(manifest.checksums),
         "provenance": manifest.provenance,
@@ -42,7 +41,7 @@ def ledger_text(folder: Path, matrices: bool = False, verify: bool = True) -> st
     parts = [
         table(("what the bytes are", "bytes", "share"), [*by_role, ("total", f"{total:,}", "")]),
         table(("whose they are", "bytes", "share"), by_kind),
-        "\n".join([_unquantized_table(folder, ledger), *unused_lines(read_manifest(folder).unused)]),
+        "\n".join([_unquantized_table(folder, ledger), *unused_lines(read_manifest(folder).unused_rows)]),
         _sizes(ledger),
         *_coding_lines(folder, ledger),
         *_decoder_tables(folder, ledger),
@@ -93,7 +92,7 @@ def _decoder_tables(folder: Path, ledger: Ledger) -> list[str]:
 
 def summary(folder: Path) -> str:
     """The few lines that end `reallm compress`."""
-    lines = [str(folder), _sizes(read_ledger(folder)), *unused_lines(read_manifest(folder).unused)]
+    lines = [str(folder), _sizes(read_ledger(folder)), *unused_lines(read_manifest(folder).unused_rows)]
     return "\n".join([*lines, f"every byte: reallm info {folder}"])
 
 
@@ -101,7 +100,7 @@ def _sizes(ledger: Ledger) -> str:
     bits = ledger.bits_per_weight
     lines = [
         f"{'files':<22} {ledger.total_bytes:,} bytes ({size(ledger.total_bytes)})",
-        f"{'bits per weight':<22} {bits:.4f} (compressed block matrices, all side bytes)",
+        f"{'bits per weight':<22} {bits:.4f} (compressed block matrices, all overhead)",
         f"{'bits per parameter':<22} {ledger.bits_per_parameter:.4f} (all files / {ledger.parameters:,} parameters)",
     ]
     return "\n".join(lines if not math.isnan(bits) else [lines[0], lines[2]])

@@ -18,5 +18,5 @@ def short_name(fmt: WeightFormat) -> str:
     spec = {key: value for key, value in to_spec(fmt).items() if key not in ("format", "base")}
     said = {key: value for key, value in spec.items() if value is not False and value != ""}
     text = " ".join([fmt.name, *(key if value is True else str(value) for key, value in said.items())])
-    base = getattr(fmt, "base", None)
-    return f"{text} [{short_name(base)}]" if isinstance(base, WeightFormat) else text
+    base = fmt.children().get("base")
+    return f"{text} [{short_name(base)}]" if base else text

@@ -30,13 +30,13 @@ def loss_line(job: Job, folder: Path, windows: int = _WINDOWS) -> str:
     held_out = "held out" if found["held_out"] else "calibrated on: the text has no more"
     assert job.forecast is not None
     return (
-        f"{'loss (KL)':<22} predicted {job.forecast.loss:.4f}, realised {found['kl']:.4f} nats a token "
+        f"{'loss (KL)':<22} predicted {job.forecast.loss:.4f}, realised {found['kl']:.4f} nats per token "
         f"({found['windows']} windows, {held_out})"
     )
 
 
 def measure_loss(job: Job, folder: Path, windows: int = _WINDOWS) -> dict[str, Any]:
-    """KL to the original in nats a token, on windows of the calibration text behind those used, if it has any."""
+    """KL to the original in nats per token, on windows of the calibration text behind those used, if it has any."""
     settings = job.settings
     device = torch.device(settings.device)
     original = load(job.source.label, device=None if device.type == "cpu" else device)
@@ -91,8 +91,8 @@ def _has_a_rule(matrix: Matrix) -> bool:
 def _head(job: Job) -> list[str]:
     lines = [f"name: {json.dumps(job.plan.recipe)}"]
     if job.forecast is not None:
-        kind = "from the end loss of this model" if job.forecast.calibrated else "from the table of roles"
-        lines.insert(0, f"# predicted loss {job.forecast.loss:.5f} nats a token, {kind}")
+        kind = "from the end-to-end loss of this model" if job.forecast.calibrated else "from the table of roles"
+        lines.insert(0, f"# predicted loss {job.forecast.loss:.5f} nats per token, {kind}")
         if job.forecast.nbytes is not None:
             lines.insert(0, f"# about {job.forecast.nbytes:,} bytes of {job.forecast.size:,}, everything included")
     return lines
@@ -126,7 +126,7 @@ def plan_rows(job: Job) -> list[dict[str, Any]]:
 
 
 def frontier(jobs: Sequence[Job]) -> dict[str, Any]:
-    """What several budgets would give: bytes, bits a weight, predicted loss, and the plan of each."""
+    """What several budgets would give: bytes, bits per weight, predicted loss, and the plan of each."""
     points = [
         {
             "size": job.forecast.size,
@@ -161,7 +161,9 @@ def plot_frontier(points: dict[str, Any], path: Path) -> bool:
             f"{row['loss']:.2g}, {row['bits_per_weight']:.2f} bits", (row["nbytes"] / unit, row["loss"]),
             xytext=place, ha=side, textcoords="offset points", fontsize=8,
         )  # fmt: skip
-    axes.set(xlabel=f"whole artifact, {name}", ylabel="predicted KL, nats a token", yscale="log", title=points["model"])
+    axes.set(
+        xlabel=f"whole artifact, {name}", ylabel="predicted KL, nats per token", yscale="log", title=points["model"]
+    )
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.yaxis.set_minor_formatter("{x:g}")

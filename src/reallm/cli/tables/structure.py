@@ -96,19 +96,19 @@ def structure_text(found: dict[str, Any], by_matrix: bool = False) -> str:
 _SPECTRA_NOTE = """\
 top 1/16: share of the energy in the leading 1/16 of the singular values; noise: that of Gaussian noise with the
 scales of the same rows and columns; MP: of noise with equal scales, by Marchenko and Pastur. above: singular values
-larger than all of the noise. rank saves: bits a weight that the best int8 residual saves, its bytes taken off.
-rows, columns: bits a weight that knowing their scales is worth at most. kurtosis: 3 is normal; even: with
+larger than all of the noise. rank saves: bits per weight that the best int8 residual saves, its bytes taken off.
+rows, columns: bits per weight that knowing their scales is worth at most. kurtosis: 3 is normal; even: with
 rows and columns brought to one size."""
 _SHIFTS_NOTE = """\
 Shares of the energy that a shift of the whole matrix, of its rows or of its columns takes away; chance: what it would
-of independent numbers. saves: bits a weight, a float16 for each shift taken off."""
+of independent numbers. saves: bits per weight, a float16 for each shift taken off."""
 _ORDERS_NOTE = """\
-stores: bits a weight of the order or basis. rows, columns: correlation of neighbours along the rows and along the
+stores: bits per weight of the order or basis. rows, columns: correlation of neighbours along the rows and along the
 columns; raw: ± one standard error, others: in brackets that of noise in the order found for it. sizes: the same of
-magnitudes, mean of both sides. net: bits a weight that scales and prediction from neighbours save at most over raw,
+magnitudes, mean of both sides. net: bits per weight that scales and prediction from neighbours save at most over raw,
 orders and basis paid for."""
 _CODECS_NOTE = """\
-Relative squared errors; shuffled: rows and columns in random orders. order: bits a weight that the order as it lies
+Relative squared errors; shuffled: rows and columns in random orders. order: bits per weight that the order as it lies
 is worth to the codec, ½ log2(shuffled / real)."""
 
 
@@ -216,7 +216,7 @@ def _codecs(groups: dict[str, list[Row]]) -> str:
 
 
 def verdicts(rows: Sequence[Row]) -> Iterator[tuple[str, float, float]]:
-    """(codec, bits a weight that the order is worth to it on average, the standard error of that over matrices)."""
+    """(codec, bits per weight that the order is worth to it on average, the standard error of that over matrices)."""
     for number, codec in enumerate(rows[0]["codecs"]):
         worth = [row["codecs"][number]["order_bits"] for row in rows]
         spread = statistics.stdev(worth) if len(worth) > 1 else math.nan
@@ -227,7 +227,7 @@ def _verdicts(rows: Sequence[Row]) -> str:
     lines = []
     for codec, worth, error in verdicts(rows):
         doubt = "" if math.isnan(error) else f" ± {error:z.4f}"
-        lines.append(f"{codec}: the order is worth {worth:+.4f}{doubt} bits a weight over {len(rows)} matrices")
+        lines.append(f"{codec}: the order is worth {worth:+.4f}{doubt} bits per weight over {len(rows)} matrices")
     return "\n".join(lines)
 
 
@@ -300,7 +300,7 @@ def _plot_orders(figure: Any, groups: dict[str, list[Row]]) -> bool:
 
 
 def bits_over_all(rows: Sequence[Row], number: int) -> float:
-    """Bits a weight of a codec over all matrices: those of large ones count for more."""
+    """Bits per weight of a codec over all matrices: those of large ones count for more."""
     weights = [math.prod(row["shape"]) for row in rows]
     return statistics.fmean([row["codecs"][number]["bits_per_weight"] for row in rows], weights)
 
@@ -318,7 +318,7 @@ def _plot_codecs(figure: Any, groups: dict[str, list[Row]]) -> bool:
                 label = kind if place == 0 else None
                 panel.scatter([place + shift] * len(errors), errors, color=colour, marker=marker, s=28, label=label)
         bits = bits_over_all([row for members in groups.values() for row in members], number)
-        title = f"{short_name(from_spec(codecs[number]['codec']))}: {bits:z.2f} bits a weight"
+        title = f"{short_name(from_spec(codecs[number]['codec']))}: {bits:z.2f} bits per weight"
         panel.set(title=title, xticks=range(len(groups)), xticklabels=list(groups), ylabel="relative error")
         panel.title.set_fontsize(9)
         every = [

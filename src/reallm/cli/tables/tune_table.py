@@ -24,9 +24,7 @@ def tuned_text(tuned: TuneResult, before: Path, after: Path) -> str:
             if math.isfinite(figures["before"][key])
         ]
         if most is not None:
-            rows += [
-                ("", f"of the original's {most} likeliest tokens, the rest as one: less than the KL that eval gives")
-            ]
+            rows += [("", f"of the original's {most} top-k tokens, the rest as one: less than the KL that eval gives")]
         rows += [("steps", f"{figures['steps']:,}, the best after {figures['best_step']:,}")]
         rows += [("stopped", figures["stopped"])] if "stopped" in figures else []
     if not (after / "config.json").is_file():  # an adapter
@@ -63,7 +61,7 @@ def event_line(event: dict[str, Any]) -> str | None:
             return f"the original's gradients of {event['windows']} windows: {size(event['bytes'])} on disk"
         return f"window {event['window']} of {event['windows']}  {_throughput(event)}"
     if event["phase"] == "block":
-        unit = " nats a token" if event["unit"] == "nats" else ""
+        unit = " nats per token" if event["unit"] == "nats" else ""
         error = f"validation error {event['validation']:.5f}{unit}"
         return f"block {event['block']:3d}  round {event['epoch']}  {error}  {_throughput(event)}".rstrip()
     if event["phase"] == "validation":
@@ -76,7 +74,7 @@ def event_line(event: dict[str, Any]) -> str | None:
 
 
 def _throughput(event: dict[str, Any]) -> str:
-    """Tokens a second and seconds left, as far as the event knows them."""
+    """Tokens per second and seconds left, as far as the event knows them."""
     words = ((f"{event.get(key, math.nan):,.0f}", unit) for key, unit in _THROUGHPUT_UNITS)
     return "  ".join(f"{number} {unit}" for number, unit in words if number != "nan")
 
@@ -98,5 +96,5 @@ def _blocks(tuned: TuneResult) -> str:
     errors = _errors(tuned)
     nats = any(event.get("unit") == "nats" for event in tuned.events)
     before, after = (sum(pick(e) for e in errors.values()) / len(errors) for pick in (lambda e: e[0], min))
-    what = "error in nats a token" if nats else "relative error"
+    what = "error in nats per token" if nats else "relative error"
     return f"{len(errors)} tuned; {what} {before:.5f} before, {after:.5f} after, on average"
