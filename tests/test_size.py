@@ -387,7 +387,7 @@ def test_bits_without_calibration_heed_corrections(tiny_llama, tmp_path):
 def test_a_wrong_word_for_candidates_is_refused(tiny_llama):
     with pytest.raises(RecipeError, match="--candidates 'neurol' is not one of neural"):
         prepare(tiny_llama, Settings(bits=3, candidates=("neurol",)))
-    with pytest.raises(RecipeError, match="--candidates is for budgets"):
+    with pytest.raises(RecipeError, match="--candidates applies to budgets"):
         prepare(tiny_llama, Settings(recipe="mixed", candidates=("neural",)))
 
 

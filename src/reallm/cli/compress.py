@@ -99,7 +99,7 @@ def command(
             "--objective",
             metavar="NAME",
             help="What calibration minimizes: outputs (squared error of every matrix's outputs) or guided (the same, "
-            "tokens weighted by the gradient of the end-to-end-to-end loss). "
+            "tokens weighted by the gradient of the end-to-end loss). "
             "Default: what the recipe says, guided under a budget, outputs without.",
         ),
     ] = None,
