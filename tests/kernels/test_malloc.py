@@ -16,7 +16,7 @@ def resident():
 torch.ones(4 << 20).sum()  # freed: glibc raises its threshold to this size
 before = resident()
 blocks = [torch.ones(2 << 20) for _ in range(24)]  # 8 MB each
-last = torch.ones(2 << 20)  # what lies below it on a heap cannot go back
+last = torch.ones(2 << 20)  # the heap below it cannot be returned
 del blocks
 print(resident() - before)
 """
@@ -27,8 +27,8 @@ print(resident() - before)
 def test_blocks_that_were_freed_are_not_resident_any_more():
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     command = [sys.executable, "-c", FREED]
-    kept, given_back = (subprocess.run([*command, w], capture_output=True, env=environment) for w in ("no", "yes"))
-    if given_back.returncode == 77:
+    default, returned = (subprocess.run([*command, w], capture_output=True, env=environment) for w in ("no", "yes"))
+    if returned.returncode == 77:
         pytest.skip("no glibc")
-    assert int(given_back.stdout) < 30e6
-    assert int(kept.stdout) > 100e6  # so that this test can fail
+    assert int(returned.stdout) < 30e6
+    assert int(default.stdout) > 100e6  # so that this test can fail

@@ -1,4 +1,4 @@
-"""The Triton kernel of Viterbi's algorithm against the plain one: on a GPU, or in Triton's interpreter.
+"""The Triton kernel of the Viterbi algorithm against the torch one: on a GPU, or in Triton's interpreter.
 
 TRITON_INTERPRET=1 pytest tests/kernels/test_trellis_triton.py
 """

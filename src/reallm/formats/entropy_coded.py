@@ -130,7 +130,7 @@ class EntropyCoded(WeightFormat):
             columns = np.flatnonzero(column_classes == number)
             codes[:, columns] = read_codes(reader, shape[0], len(columns), table)
             done += len(columns)
-        if not reader.exhausted or done != shape[1]:
+        if not reader.is_empty or done != shape[1]:
             raise FormatError("entropy_coded: the stream of codes is damaged; copy the artifact again")
         return UnpackedEntropyCoded(torch.from_numpy(codes).to(tensors["codes"].device), tensors["step"])
 

@@ -1,4 +1,4 @@
-"""Functions on plain tensors; nothing here knows what a format is."""
+"""Functions on plain tensors; nothing here depends on formats."""
 
 from reallm.kernels.bit_packing import pack_bits, packed_nbytes, unpack_bits, unpack_code_rows
 from reallm.kernels.deterministic import average, one_thread, total
