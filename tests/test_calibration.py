@@ -263,7 +263,7 @@ def test_windows_that_the_text_has_not_are_neither_counted_nor_passed_over(tiny_
     assert main(["compress", str(tiny_llama), "-o", "out", "--calibration-windows", "4000", *options]) == 0
     printed = capsys.readouterr()
     there = f"{len(ids) // 64} windows of 64 tokens"
-    assert f"calibration: {there}: the text has no more, 4,000 were asked for" in printed.err and there in printed.out
+    assert f"calibration: {there}: the text has no more, 4,000 were requested" in printed.err and there in printed.out
 
 
 def test_a_context_beyond_what_the_model_was_made_for_is_not_counted(tiny_llama, recipe, text_file):

@@ -275,4 +275,4 @@ def test_the_ledger_shows_what_is_not_compressed(tiny_llama, tmp_path, capsys):
     }
     assert main(["info", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
-    assert "not compressed because" in text and "left out by the plan" in text
+    assert "unquantized because" in text and "left out by the plan" in text

@@ -1,4 +1,4 @@
-"""The results of `benchmarks/neural.py` as Markdown: whole models, and single matrices with their controls."""
+"""Results of `benchmarks/neural.py` as Markdown: whole models, and single matrices with their controls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import groupby
 from statistics import fmean
 from typing import Any
 
-from reallm.cli.tables.text_table import markdown
+from reallm.cli.tables.text_table import markdown_table
 
 Row = dict[str, Any]
 
@@ -23,8 +23,8 @@ _NOTHING = "–"
 
 
 def neural_tables(results: dict[str, Any]) -> str:
-    """Two tables, and what was measured where."""
-    models = markdown(
+    """Return two tables and the provenance of the measurements."""
+    models = markdown_table(
         ("every block matrix, or what the solver chose", "bits/weight", "decoders, bytes", "perplexity"),
         [
             (row["name"], f"{row['bits']:.3f}", f"{row['decoder_bytes']:,}", f"{row['perplexity']:.2f}")
@@ -32,17 +32,21 @@ def neural_tables(results: dict[str, Any]) -> str:
             if row["calibrated"]
         ],
     )
-    head = ("", "parameters", "bits/weight", "gain, bits", "matrices", "over a shuffled copy", "over noise")
+    head = ("", "parameters of the net", "bits/weight", "gain, bits", "matrices", "over a shuffled copy", "over noise")
     measured = sorted({(run["commit"][:12], run["machine"]) for run in results["runs"]})
     places = "; ".join(f"{commit}, {machine}" for commit, machine in measured)
     command = results["runs"][0]["command"]
     return "\n\n".join(
-        [models, markdown(head, list(_arms(results["matrices"]))), f"Measured with `{command}` at commits {places}."]
+        [
+            models,
+            markdown_table(head, list(_arms(results["matrices"]))),
+            f"Measured with `{command}` at commits {places}.",
+        ]
     )
 
 
 def _arms(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
-    """A bold line for each group, below it the arms by gain; those that no original matrix compares are left out."""
+    """Yield a bold row per group and its arms by gain; arms without a comparison on original matrices are skipped."""
     gains = {
         (row["name"], row["source"], row["role"], row["block"]): row["vq_bits"] - row["bits"]
         for row in rows

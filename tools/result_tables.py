@@ -1,8 +1,8 @@
-"""Tables in README.md and docs/ that are not written by hand: `python tools/result_tables.py`.
+"""Generated tables in README.md and docs/: `python -m reallm.cli.tables.results`.
 
-A page asks for a table by a pair of markers. Between `<!-- results:NAME -->` and `<!-- /results -->` comes the table
-of `results/NAME.json`, or nothing while that file does not exist; between `<!-- recipes -->` and `<!-- /recipes -->`
-the list of the shipped recipes.
+A pair of markers in a page requests a table. `<!-- results:NAME -->` … `<!-- /results -->` gets the table of
+`results/NAME.json`, or nothing if that file does not exist; `<!-- recipes -->` … `<!-- /recipes -->` gets the list of
+shipped recipes.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from typing import Any
 
 from neural_tables import neural_tables
 from reallm.allocate import shipped_recipes
-from reallm.cli.tables.text_table import markdown, markdown_row
+from reallm.cli.tables.neural import neural_tables
+from reallm.cli.tables.text_table import markdown_row, markdown_table
 from reallm.errors import ReallmError
 
 _SECTION = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 _RECIPES = re.compile(r"(<!-- recipes -->\n).*?(<!-- /recipes -->)", re.DOTALL)
 _NOTHING = "–"
 
-_LOSSLESS = 16  # bits: nothing to compare there
+_LOSSLESS = 16  # bits from which a comparison means nothing
 
 Arm = dict[str, Any]
 
 
 def table(results: dict[str, Any]) -> str:
-    """A results file as Markdown: what was measured, a table, how to measure it again."""
+    """Return a results file as Markdown: what was measured, a table, and how to measure it again."""
     if "end_to_end" in results:
         return neural_tables(results)
     if "shape" in results:
@@ -39,15 +40,18 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _add_own_text(results: dict[str, Any]) -> list[Arm]:
-    """The arms; one that was scored on another text than the heading names has it under `own_text`."""
-    usual = results["text"]["name"]
-    return [{**arm, "own_text": None if arm.get("text", usual) == usual else arm["text"]} for arm in results["arms"]]
+    """Return the arms; `own_text` names the text of an arm if it differs from the heading's."""
+    default_text = results["text"]["name"]
+    return [
+        {**arm, "own_text": None if arm.get("text", default_text) == default_text else arm["text"]}
+        for arm in results["arms"]
+    ]
 
 
 def update_page(page: str, folder: Path) -> str:
-    """`page` with every marked section made again from `folder`.
+    """Return `page` with every marked section generated again from `folder`.
 
-    Errors: ReallmError naming a results file that is not what this module reads.
+    Errors: ReallmError naming an invalid results file.
     """
 
     def section(found: re.Match[str]) -> str:
@@ -58,13 +62,13 @@ def update_page(page: str, folder: Path) -> str:
 
 
 def recipes() -> str:
-    """The shipped recipes as Markdown, in their own words."""
+    """Return the shipped recipes and their descriptions as Markdown."""
     rows = [[f"`{recipe.name}`", recipe.description] for recipe in shipped_recipes().values()]
     return "\n".join(markdown_row(cells) for cells in [["recipe", "what it does"], ["---", "---"], *rows])
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A figure to read: `digits` decimals, one from 100 on, and `1.2e3` from 1,000 on; a dash for none."""
+    """Format a number: `digits` decimals, one decimal from 100 on, `1.2e3` from 1,000 on; a dash for None."""
     if value is None:
         return _NOTHING
     if value < 999.95:
@@ -74,14 +78,14 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Rewrite the pages named, by default README.md and all of docs/ here, from results/ here."""
+    """Update the named pages, by default README.md and docs/*.md, from results/ in the current folder."""
     root = Path.cwd()
-    named = sys.argv[1:] if arguments is None else arguments
-    for page in [Path(name) for name in named] or [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
+    names = sys.argv[1:] if arguments is None else arguments
+    for page in [Path(name) for name in names] or [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
         text = page.read_text(encoding="utf-8")
         if (new := update_page(text, root / "results")) != text:
             page.write_text(new, encoding="utf-8")
-            print(f"{page}: tables made again", file=sys.stderr)
+            print(f"{page}: tables updated", file=sys.stderr)
 
 
 def _section_table(file: Path) -> str:
@@ -97,7 +101,7 @@ def _heading(results: dict[str, Any]) -> str:
     original = number(results["original"]["perplexity"])
     return (
         f"{results['model']['name']} on {results['text']['name']}, {results['windows']} windows of "
-        f"{results['context']:,} tokens. The original: perplexity **{original}**."
+        f"{results['context']:,} tokens. Original model: perplexity **{original}**."
     )
 
 
@@ -113,7 +117,7 @@ def _measurement_note(command: str, facts: Sequence[str]) -> str:
 
 
 def _run(results: dict[str, Any], number: int) -> str:
-    """Provenance of one run; of several, with how many arms it measured."""
+    """Return the provenance of one run, with its number of arms if there are several runs."""
     arms = results["arms"]
     count = sum(arm.get("run", 0) == number for arm in arms)
     share = f" ({count} of {len(arms)} rows)" if len(results["runs"]) > 1 else ""
@@ -121,15 +125,15 @@ def _run(results: dict[str, Any], number: int) -> str:
 
 
 def _provenance(run: dict[str, Any], share: str = "") -> str:
-    # A source tree that is not installed has no version; its commit is named anyway.
+    # A source tree that is not installed has no version; the commit identifies it.
     known = {name: version for name, version in run["versions"].items() if not version.endswith("unknown")}
     versions = ", ".join(f"{name} {version}" for name, version in known.items())
     return f"at commit {run['commit'][:12]}{share}, {run['machine']}, {versions}"
 
 
 def _settings(results: dict[str, Any]) -> str:
-    """Formats on Gaussian weights, those of the smallest distance to the bound first."""
-    head = ["setting", "bits/weight", "relative error", "least possible", "bits above the least"]
+    """Return a table of formats on Gaussian weights, closest to the rate-distortion bound first."""
+    head = ["setting", "bits/weight", "relative error", "rate-distortion bound", "gap, bits"]
     rows = [
         [
             row["name"],
@@ -141,23 +145,23 @@ def _settings(results: dict[str, Any]) -> str:
         for row in sorted(results["rows"], key=lambda row: row["gap_bits"])
         if row["bits_per_weight"] < _LOSSLESS
     ]
-    return markdown(head, rows)
+    return markdown_table(head, rows)
 
 
-# Heading of a column and its cell. A column that is empty in all rows is left out.
+# Column heading and cell. A column that is empty in all rows is omitted.
 _COLUMNS: tuple[tuple[str, Callable[[Arm], str]], ...] = (
     ("bits/weight", lambda arm: f"{arm['bits']:.3f}"),
     ("artifact, MB", lambda arm: _NOTHING if "nbytes" not in arm else f"{arm['nbytes'] / 1e6:.2f}"),
     ("perplexity", lambda arm: number(arm["perplexity"])),
     ("KL", lambda arm: number(arm.get("kl"), 3)),
-    ("KL predicted", lambda arm: number(arm.get("predicted"), 3)),
+    ("predicted KL", lambda arm: number(arm.get("predicted"), 3)),
     ("the same bytes without residual", lambda arm: _same_bytes(arm.get("same_bytes"))),
     ("relative error", lambda arm: number(arm.get("relative_error"), 4)),
     ("plan, s", lambda arm: number(_seconds(arm).get("plan"), 1)),
     ("fit, s", lambda arm: number(arm.get("fit_seconds", _seconds(arm).get("fit")), 1)),
     ("million tokens", lambda arm: number(_million(arm.get("tokens")), 1)),
-    ("fine-tuning, s", lambda arm: number(_seconds(arm).get("tune"), 1)),
-    ("tokens/s", lambda arm: _whole(arm.get("tokens_per_second"))),
+    ("tuning, s", lambda arm: number(_seconds(arm).get("tune"), 1)),
+    ("tokens/s", lambda arm: _integer(arm.get("tokens_per_second"))),
     ("peak memory, MB", lambda arm: _megabytes(arm.get("peak_memory_bytes"))),
     ("scored on", lambda arm: arm.get("own_text") or _NOTHING),
 )
@@ -168,7 +172,7 @@ def _same_bytes(other: dict[str, Any] | None) -> str:
 
 
 def _seconds(arm: Arm) -> dict[str, float]:
-    """By what they were spent on; an arm of tuning has one number, 0 if nothing was tuned."""
+    """Return seconds by phase; a tuning arm has a single number, 0 if nothing was tuned."""
     seconds = arm.get("seconds", {})
     return seconds if isinstance(seconds, dict) else {"tune": seconds} if seconds else {}
 
@@ -177,7 +181,7 @@ def _million(count: int | None) -> float | None:
     return None if count is None else count / 1e6
 
 
-def _whole(value: float | None) -> str:
+def _integer(value: float | None) -> str:
     return _NOTHING if value is None else f"{value:,.0f}"
 
 
@@ -188,16 +192,16 @@ def _megabytes(nbytes: int | None) -> str:
 def _arms(arms: Sequence[Arm]) -> str:
     used = [(name, cell) for name, cell in _COLUMNS if any(cell(arm) != _NOTHING for arm in arms)]
     head = ["", *(name for name, _ in used)]
-    return markdown(head, list(_rows(arms, [cell for _, cell in used])))
+    return markdown_table(head, list(_rows(arms, [cell for _, cell in used])))
 
 
 def _rows(arms: Sequence[Arm], cells: Sequence[Callable[[Arm], str]]) -> Iterator[list[str]]:
-    """A bold row for each group, its arms below it in the order of the file; groups in order of appearance."""
+    """Yield a bold row per group, in order of appearance, followed by its arms."""
     order = list(dict.fromkeys(arm["group"] for arm in arms))
     for group, members in groupby(sorted(arms, key=lambda arm: order.index(arm["group"])), lambda arm: arm["group"]):
         yield [f"**{group}**", *("" for _ in cells)]
         for arm in members:
-            # Budgets name an arm by its key alone, "60 MB | one format".
+            # Arms of budgets have only a key, such as "60 MB | one format".
             yield [arm.get("name") or arm["key"].rpartition(" | ")[2], *(cell(arm) for cell in cells)]
 
 

@@ -1,4 +1,4 @@
-"""`python -m reallm`: the command `reallm` where no script is on the path."""
+"""`python -m reallm`: run the command `reallm` without an installed script."""
 
 import sys
 

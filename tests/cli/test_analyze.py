@@ -149,7 +149,7 @@ def test_a_matrix_of_zeros_is_left_out(tiny_llama, tmp_path, capsys):
     stored["model.layers.0.mlp.up_proj.weight"].zero_()
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     assert main(["analyze", str(folder), "--block", "0", "--role", "up", "--codec", "none"]) == 0
-    assert capsys.readouterr().out == "all weights are 0; there is nothing to see\n"
+    assert capsys.readouterr().out == "all weights are 0; there is nothing to analyze\n"
 
 
 def test_only_a_sample_of_a_large_matrix_is_looked_at(tiny_llama):
@@ -178,7 +178,7 @@ def test_without_matplotlib_there_are_no_pictures(tiny_llama, tmp_path, capsys, 
     options = ["--role", "q", "--codec", "none", "-o", str(tmp_path / "out")]
     assert main(["analyze", str(tiny_llama), *options]) == 0
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["structure.json"]
-    assert "(no matplotlib, no pictures)" in capsys.readouterr().out
+    assert "(no plots: matplotlib is not installed)" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib, the extra [report]")

@@ -1,4 +1,4 @@
-"""What a user gets wrong is one line on stderr that names the thing and the remedy, and nothing is left behind."""
+"""User errors print one line on stderr with the cause and the remedy, and leave no files."""
 
 import json
 import os
@@ -17,14 +17,14 @@ ALL_3_BITS = 'rules: [{match: "*", format: {format: uniform, bits: 3}}]'
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """err = refused(model, *arguments): exit code 2, one line, and neither OUT nor a work folder is left."""
+    """err = refused(model, *arguments): exit code 2, one line, and neither OUT nor a work folder remains."""
 
     def run(model, *arguments, out=tmp_path / "out"):
         capsys.readouterr()
         before = sorted(out.parent.iterdir()) if out.parent.is_dir() else None
         code = main(["compress", str(model), "-o", str(out), *map(str, arguments)])
         stdout, err = capsys.readouterr()
-        # Progress before a bad weight is met.
+        # Progress before the bad weight is read.
         progress = [li for li in err.splitlines() if li.startswith("work folder: ") or li.lstrip()[:1].isdigit()]
         lines = [line for line in err.splitlines() if line not in progress]
         assert (code, stdout, len(lines)) == (2, "", 1), err
@@ -47,7 +47,7 @@ def recipe(tmp_path):
 
 @pytest.fixture
 def damaged(tiny_llama, tmp_path):
-    """folder = damaged(change): a copy of the tiny Llama whose tensors were changed in place."""
+    """folder = damaged(change): a copy of the tiny Llama with tensors changed in place."""
 
     def make(change):
         folder = shutil.copytree(tiny_llama, tmp_path / "model")

@@ -1,4 +1,4 @@
-"""`reallm compress` end to end: what is written, that it meets the budget, and that it loads."""
+"""`reallm compress` end to end: files written, budget met, and the result loads."""
 
 import filecmp
 import itertools
@@ -46,7 +46,7 @@ def formats(folder):
 
 
 def decoded_state(source_folder, folder):
-    """The source's state dict with every compressed matrix decoded; shares no code with loading."""
+    """Return the source's state dict with every compressed matrix decoded, without using `reallm.load`."""
     stored, model = tensors(folder), reallm.load(source_folder)
     state = model.state_dict()
     by_name = formats(folder)
@@ -76,7 +76,7 @@ def out3(tiny_llama, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """folder = models(name): random models of other families, wide enough for a residual of rank 64."""
+    """folder = models(name): random models of different families, wide enough for a residual of rank 64."""
     import transformers as t
 
     sizes = {"hidden_size": 128, "intermediate_size": 136, "num_hidden_layers": 1, "vocab_size": 512}
@@ -148,7 +148,7 @@ def test_provenance_names_source_recipe_seed_and_versions_but_no_path_and_no_tim
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_every_shipped_recipe_compresses_and_loads(models, tmp_path, name, monkeypatch):
-    monkeypatch.setattr("reallm.fit.low_rank._ALTERNATIONS", 1)  # nobody looks at how good it is
+    monkeypatch.setattr("reallm.fit.low_rank._ALTERNATIONS", 1)  # quality does not matter here
     monkeypatch.setattr("reallm.fit.kmeans._ITERATIONS", 3)
     compress(models("untied"), "-o", tmp_path / "out", "--recipe", name)
     expected = logits(decoded_state(models("untied"), tmp_path / "out"))
@@ -168,8 +168,8 @@ def test_a_dry_run_prints_plan_and_cost_and_writes_nothing(tiny_llama, tmp_path,
     for words in ("embedding", "bits/weight", "compressed tensors", "time ", "peak memory", "disk while", "tied"):
         assert words in text
     assert list(tmp_path.iterdir()) == []
-    # The lines of one role are neighbours.
-    roles = [line.split()[0] for line in text.split("kept as")[0].splitlines()[1:]]
+    # Lines of a role are adjacent.
+    roles = [line.split()[0] for line in text.split("unquantized:")[0].splitlines()[1:]]
     assert [role for i, role in enumerate(roles) if role not in roles[:i]] == [k for k, _ in itertools.groupby(roles)]
 
 
@@ -185,7 +185,7 @@ def test_the_dry_run_foretells_bytes_and_bits_exactly(tiny_llama, out3, monkeypa
 @pytest.mark.parametrize("rank", [None, 2])
 def test_bits_are_met_within_one_percent_and_never_exceeded(tiny_llama, rank):
     for bits in (1.2, 1.5, 2, 2.1, 2.5, 2.7, 3, 3.33, 3.5, 4, 5, 6.25, 8, 9.5, 12, 15, 16):
-        if rank is None or bits > 2:  # the residual alone takes 0.75 of a bit here
+        if rank is None or bits > 2:  # the residual alone takes 0.75 bits per weight here
             plan = prepare(tiny_llama, Settings(bits=bits, rank=rank)).plan
             assert 0.99 * bits <= plan.block_bits <= bits
 
@@ -249,7 +249,7 @@ def test_logits_are_those_of_the_decoded_weights_in_both_modes(family, mode, mod
     with torch.no_grad():
         expected = decoded_state(source, tmp_path / "out")(IDS).logits
         found = reallm.load(tmp_path / "out", mode)(IDS).logits
-    # Experts run one by one here and batched there; everything else is bit for bit.
+    # Experts run one at a time here and batched there; everything else is bit-identical.
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if family == "mixtral" else 0)
 
 
@@ -286,7 +286,7 @@ torch.save(results, {str(tmp_path / "results")!r})
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for found in torch.load(tmp_path / "results"):
-        # The threads of another process may sum in another order.
+        # Threads of another process may sum in a different order.
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert tensors(tmp_path / "saved").keys() == tensors(out).keys()
 

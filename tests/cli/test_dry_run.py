@@ -1,4 +1,4 @@
-"""`--dry-run` answers in seconds whatever is asked for: it never asks the model itself."""
+"""`--dry-run` takes seconds with any options: it never runs the model."""
 
 import sys
 
@@ -29,7 +29,7 @@ MORE = {
 }
 
 
-# Every goal with every text, and every other option with a file.
+# Every budget with every text, and every other option that takes a file.
 COMBINATIONS = [
     (goal, text, more)
     for goal in GOALS
@@ -40,7 +40,7 @@ COMBINATIONS = [
 
 @pytest.fixture
 def never_asked(monkeypatch):
-    """No gradient is taken, no model loaded, and no format timed."""
+    """Forbid gradients, loading the model, and timing formats."""
 
     def asked(*_arguments, **_options):
         raise AssertionError("a dry run asked the model")
@@ -92,7 +92,7 @@ def test_a_size_that_the_run_refuses_is_refused(tiny_llama, text_file, tmp_path)
         with pytest.raises(RecipeError, match=r"smallest possible is ([\d,]+) bytes") as caught:
             prepare(tiny_llama, settings(text_file, tmp_path, size=30_000), analyse=analyse)
         least.append(int(str(caught.value).split("possible is ")[1].split(" bytes")[0].replace(",", "")))
-    # The least of all bytes has more than one format, whose names take other bytes of text.
+    # The smallest artifact mixes formats, whose names differ in length.
     assert least[0] == pytest.approx(least[1], rel=0.02)
 
 
@@ -111,7 +111,7 @@ def test_an_analysis_reads_at_most_16_windows_of_1024():
 
 @pytest.fixture
 def damaged(tiny_llama, tmp_path):
-    """damaged(tensor, number): the model with one weight that is none."""
+    """damaged(tensor, number): the model with one weight set to `number`."""
     import shutil
 
     from safetensors.torch import load_file, save_file

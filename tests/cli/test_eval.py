@@ -94,8 +94,8 @@ def test_the_dtype_is_the_one_asked_for(tiny_llama, text_file, capsys):
         (["--text", "TEXT", "--mode", "fast"], "decode_per_use"),
         (["--text", "TEXT", "--device", "toaster"], "toaster"),
         (["--text", "TEXT", "--no-such-option"], "--no-such-option"),
-        (["--text", "TEXT", "--limit", "3"], "--limit 3 is of --tasks, which is not given"),
-        (["--text", "TEXT", "--tasks-data", "x"], "--tasks-data x is of --tasks, which is not given"),
+        (["--text", "TEXT", "--limit", "3"], "--limit 3 requires --tasks"),
+        (["--text", "TEXT", "--tasks-data", "x"], "--tasks-data x requires --tasks"),
         ([], "--text"),
     ],
 )
@@ -140,9 +140,11 @@ def test_ctrl_c_ends_a_running_command_with_130(tiny_llama, text_file):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # background processes of a shell ignore SIGINT
     )
-    running.stdout.read(1)  # it writes, so it is past loading
+    running.stdout.read(1)  # output has begun: loading is over
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)
     assert (running.returncode, err) == (130, "")
@@ -169,7 +171,7 @@ def test_an_interruption_ends_without_a_traceback(monkeypatch, error, code):
     def interrupted(*_, **__):
         raise error
 
-    monkeypatch.setattr("sys.stdout", sys.stdout)  # given back afterwards: a broken pipe replaces it
+    monkeypatch.setattr("sys.stdout", sys.stdout)  # restored afterwards: a broken pipe replaces it
     monkeypatch.setattr(cli, "app", interrupted)
     assert main(["eval"]) == code
 

@@ -1,4 +1,4 @@
-"""`reallm info`: the ledger against the files."""
+"""`reallm info`: the ledger compared with the files."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def info(capsys, *arguments):
 
 
 def ledger(capsys, folder):
-    capsys.readouterr()  # what making the folder printed
+    capsys.readouterr()  # output of compress
     code, out, err = info(capsys, folder, "--json")
     assert (code, err) == (0, "")
     return json.loads(out)

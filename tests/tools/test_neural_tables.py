@@ -1,4 +1,4 @@
-"""Neural results as tables: gains over plain vectors, and what is left of them over a control."""
+"""Tables of neural results: gains over vector quantization, and over the controls."""
 
 from neural_tables import neural_tables
 

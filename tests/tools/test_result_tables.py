@@ -72,7 +72,7 @@ def test_an_arm_that_was_scored_on_another_text_names_it():
     assert "wiki.valid.raw" not in table(sample()) and "scored on" not in table(sample())
 
 
-def test_an_arm_of_a_budget_says_the_bytes_of_the_file_and_what_was_predicted():
+def test_an_arm_of_a_budget_shows_artifact_bytes_and_predicted_kl():
     results, seconds = sample(), {"plan": 1.6, "fit": 41.0, "measure": 9.0}
     more = {"nbytes": 59_990_000, "kl": 0.171, "seconds": seconds}
     results["arms"] = [
@@ -83,7 +83,7 @@ def test_an_arm_of_a_budget_says_the_bytes_of_the_file_and_what_was_predicted():
         row["key"] = f"{row['group']} | {row.pop('name')}"
         del row["fit_seconds"], row["relative_error"]
     lines = table(results).splitlines()
-    head = "bits/weight | artifact, MB | perplexity | KL | KL predicted | plan, s | fit, s"
+    head = "bits/weight | artifact, MB | perplexity | KL | predicted KL | plan, s | fit, s"
     assert any(head in line for line in lines)
     assert any("59.99 | 78.70 | 0.171 | 0.153 | 1.6 | 41.0" in line for line in lines)
     assert any("| one format |" in line and "| 0.171 | – |" in line for line in lines)

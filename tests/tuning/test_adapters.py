@@ -202,7 +202,7 @@ def test_what_is_no_adapter_says_so(compressed, tmp_path):
 def test_the_command_trains_an_adapter(compressed, task, tmp_path, capsys):
     words = ["--text", task, "--adapter", "1", "--loss", "ce", "--context", "32", "--batch", "4", "--tokens", "256"]
     assert main(["tune", str(compressed), "-o", str(tmp_path / "adapter"), *words]) == 0
-    assert "bytes beside" in capsys.readouterr().out
+    assert "bytes in addition to" in capsys.readouterr().out
     assert main(["tune", str(compressed), "-o", str(tmp_path / "x"), *words, "--method", "blockwise"]) == 2
     assert "--adapter 1 trains end to end" in capsys.readouterr().err
 
@@ -265,7 +265,7 @@ def test_a_merged_folder_beyond_its_size_says_so_and_no_longer_claims_it(tiny_ll
     reallm.compress(tiny_llama, tmp_path / "in", size=75_000)
     assert main(["merge", str(tmp_path / "in"), str(adapters / "one"), "-o", str(tmp_path / "out")]) == 0
     over = read_ledger(tmp_path / "out").total_bytes - 75_000
-    assert f", {over:,} beyond the 75,000 that it was made for" in capsys.readouterr().out
+    assert f", {over:,} over the size limit of 75,000" in capsys.readouterr().out
     assert read_manifest(tmp_path / "in").size == 75_000 and read_manifest(tmp_path / "out").size is None
 
 

@@ -203,5 +203,5 @@ def test_an_adapter_is_trained_on_data_of_dolly_and_alpaca(compressed, tmp_path,
 
 def test_a_name_in_place_of_the_rank_is_told_where_it_goes(compressed, tmp_path, capsys):
     assert main(["tune", str(compressed), "-o", str(tmp_path / "x"), "--adapter", "dolly", "--data", "d.jsonl"]) == 2
-    assert "'dolly' is no rank, a whole number such as 8" in (err := capsys.readouterr().err)
+    assert "'dolly' is not a rank, a whole number such as 8" in (err := capsys.readouterr().err)
     assert "--adapter 8 -o dolly" in err

@@ -154,5 +154,5 @@ def test_the_command_says_the_bytes_of_all_files(sized, tuning_text, tmp_path, c
     assert main(["tune", str(sized), "-o", str(tmp_path / "out"), "--text", tuning_text, *words]) == 0
     line = next(row for row in capsys.readouterr().out.splitlines() if row.startswith("files"))
     assert (
-        line.split(None, 1)[1] == f"{total(sized):,} bytes before, {total(tmp_path / 'out'):,} after; made for 75,000"
+        line.split(None, 1)[1] == f"{total(sized):,} bytes before, {total(tmp_path / 'out'):,} after; size limit 75,000"
     )

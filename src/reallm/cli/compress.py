@@ -1,4 +1,4 @@
-"""`reallm compress`: a model in fewer bytes."""
+"""`reallm compress`: compress a model."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,8 @@ def command(
             "--bits",
             "-b",
             metavar="B",
-            help="Stored bits per block weight, scales and codebooks included; met within 1 %, never exceeded.",
+            help="Target in bits per weight of the block matrices, all overhead included; met within 1 %, never "
+            "exceeded.",
         ),
     ] = None,
     size: Annotated[
@@ -29,16 +30,8 @@ def command(
         typer.Option(
             "--size",
             metavar="SIZE",
-            help="Bytes of everything that is written: 60MB (decimal), 57MiB, 800KB, 2GB or a number; never exceeded, "
-            "and used to 99.5 %.",
-        ),
-    ] = None,
-    bits_per_parameter: Annotated[
-        float | None,
-        typer.Option(
-            "--bits-per-parameter",
-            metavar="B",
-            help="The same as bits: 8 times the bytes of everything / parameters of the model.",
+            help="Limit in bytes for all files written: 60MB (decimal), 57MiB, 800KB, 2GB or a number; never exceeded, "
+            "used to 99.5 %.",
         ),
     ] = None,
     recipe: Annotated[
@@ -46,51 +39,73 @@ def command(
         typer.Option(
             "--recipe",
             metavar="NAME|FILE",
-            help=f"Shipped recipe (see: reallm recipes) or YAML file, in place of a budget; default: {DEFAULT_RECIPE}. "
-            "Beside a size it is kept if it fits; if it does not, at most half of its matrices get smaller formats.",
+            help="Shipped recipe (listed by: reallm recipes) or YAML file that names the formats, instead of a budget; "
+            f"default: {DEFAULT_RECIPE}. With a size limit, at most half of its matrices get smaller formats to fit.",
         ),
     ] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(
-            "--rank", metavar="R", help="Low-rank residual of this rank for every block matrix; 0 removes a recipe's."
-        ),
-    ] = None,
-    embedding: Annotated[
-        str | None,
-        typer.Option(
-            "--embedding", metavar="BITS", help="Bits of the embedding: 1 to 8, or keep. Without: the recipe's, else 8."
-        ),
-    ] = None,
-    head: Annotated[
-        str | None,
-        typer.Option(
-            "--head", metavar="BITS", help="Bits of the output head where it is not tied to the embedding: as above."
-        ),
-    ] = None,
-    seed: Seed = 0,
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="Where to fit: cpu, cuda, cuda:1 …")] = "cpu",
-    include: Include = None,
-    exclude: Exclude = None,
     calibration: Annotated[
         list[str] | None,
         typer.Option(
             "--calibration",
             metavar="FILE|self",
-            help="Text to calibrate on (.txt, .raw, .json, .jsonl; may be repeated), or self: text the model writes "
-            "itself.",
+            help="Calibration text (.txt, .raw, .json, .jsonl; may be repeated), or self: text that the model "
+            "generates. Without: no calibration.",
+        ),
+    ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(
+            "--embedding",
+            metavar="BITS",
+            help="Bits of the embedding: 1 to 8, or keep for unquantized. Default: from the recipe, else 8.",
+        ),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            "--head", metavar="BITS", help="Bits of lm_head if it is not tied to the embedding; as --embedding."
+        ),
+    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="Device for calibration and fitting: cpu, cuda, cuda:1 …")
+    ] = "cpu",
+    seed: Seed = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan with its bytes, time, memory and disk space, and stop.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from its work folder.")] = False,
+    bits_per_parameter: Annotated[
+        float | None,
+        typer.Option(
+            "--bits-per-parameter",
+            metavar="B",
+            help="[advanced] Size limit as a ratio: 8 × bytes of all files / parameters of the model.",
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            "--rank",
+            metavar="R",
+            help="[advanced] Add a low-rank residual of this rank to every block matrix; 0 removes the recipe's.",
         ),
     ] = None,
     calibration_windows: Annotated[
         int,
         typer.Option(
-            "--calibration-windows", metavar="N", help="Windows of calibration text; fewer if the text is shorter."
+            "--calibration-windows",
+            metavar="N",
+            help="[advanced] Windows of calibration text; fewer if the text is shorter.",
         ),
     ] = 128,
     calibration_context: Annotated[
         int,
         typer.Option(
-            "--calibration-context", metavar="N", help="Tokens per window; at most what the model was made for."
+            "--calibration-context",
+            metavar="N",
+            help="[advanced] Tokens per window, at most the context length of the model.",
         ),
     ] = 2048,
     objective: Annotated[
@@ -107,7 +122,8 @@ def command(
         bool | None,
         typer.Option(
             "--entropy-coding/--no-entropy-coding",
-            help="Store tensors entropy-coded where that makes them smaller; default: with --size, or as recipes say.",
+            help="[advanced] Entropy-code stored tensors where that makes them smaller. Default: with --size, or as "
+            "the recipe says.",
         ),
     ] = None,
     state_bits: Annotated[
@@ -115,18 +131,20 @@ def command(
         typer.Option(
             "--state-bits",
             metavar="N",
-            help="Window of the trellis codes that a budget with calibration chooses from: 6 to 16, or 0 for none. "
-            "By default 16 on a GPU and none on a CPU, where 12 take an hour for 60 million weights.",
+            help="[advanced] Window in bits of the trellis codes among the candidates of a calibrated budget: 6 to 16, "
+            "or 0 for no trellis codes. Default: 16 on a GPU, 0 on a CPU, where 12 takes an hour for 60 million "
+            "weights.",
         ),
     ] = None,
-    corrections: Corrections = None,
     candidates: Candidates = None,
+    corrections: Corrections = None,
     analysis: Annotated[
         Path | None,
         typer.Option(
             "--analysis",
             metavar="FOLDER",
-            help="Where the analysis behind predicted losses is kept for the next budget; default: .reallm beside OUT.",
+            help="[advanced] Cache for the sensitivity analysis behind predicted losses, shared by later runs; "
+            "default: .reallm next to OUT.",
         ),
     ] = None,
     fits: Annotated[
@@ -134,20 +152,23 @@ def command(
         typer.Option(
             "--fits",
             metavar="FOLDER",
-            help="Keep fitted matrices here, and take those that are here already: the same matrix in the same format "
-            "under the same objective, whatever the budget. Nothing is ever removed from it.",
+            help="[advanced] Cache for fitted matrices: a matrix with the same format and objective is not fitted "
+            "again, whatever the budget. Nothing is ever deleted from it.",
         ),
     ] = None,
     check: Annotated[
         bool,
-        typer.Option("--check/--no-check", help="Measure what a budget with calibration has predicted, on 4 windows."),
+        typer.Option(
+            "--check/--no-check",
+            help="[advanced] Measure the loss that a calibrated budget predicted, on 4 windows.",
+        ),
     ] = True,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print plan, bytes, time, memory and disk, and stop before any work.")
-    ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the work folder of an interrupted run.")] = False,
 ) -> None:
-    """Compress a model into a folder that from_pretrained loads."""
+    """Compress a model into a folder that from_pretrained loads.
+
+    Give a budget (--bits, --size) or a recipe. With a budget, the format of every matrix is chosen to minimize the
+    predicted loss; with --calibration, the loss is predicted from this model and matrices are fitted to its inputs.
+    """
     from reallm.allocate.options import parse_size
     from reallm.checkpoint import check_output, work_folder
     from reallm.cli.tables.changes import changes_table
@@ -160,10 +181,10 @@ def command(
 
     if not dry_run:
         check_output(output, resume)
-    no_goal = bits is None and size is None and bits_per_parameter is None and recipe is None
+    no_target = bits is None and size is None and bits_per_parameter is None and recipe is None
     settings = Settings(
         bits=bits,
-        recipe=DEFAULT_RECIPE if no_goal else recipe,
+        recipe=DEFAULT_RECIPE if no_target else recipe,
         size=None if size is None else parse_size(size),
         bits_per_parameter=bits_per_parameter,
         rank=rank,
@@ -202,7 +223,7 @@ def command(
         with progress_bar() as progress:
             run(job, output, resume, progress)
     except KeyboardInterrupt:
-        print(f"stopped; finished matrices are in {work_folder(output)}: add --resume to go on", file=sys.stderr)
+        print(f"stopped; finished matrices are in {work_folder(output)}: add --resume to continue", file=sys.stderr)
         raise
     print(summary(output))
     if recipe is not None and (changes := changes_table(job, output)):
@@ -212,7 +233,7 @@ def command(
 
 
 def embedding_format(option: str, bits: str | None) -> Any:
-    """The format an option's value stands for.
+    """Return the format spec for the value of --embedding or --head.
 
     Errors: RecipeError for anything but 1 to 8 and keep.
     """

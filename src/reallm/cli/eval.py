@@ -1,4 +1,4 @@
-"""`reallm eval`: perplexity of a text, the distance to a reference, and tasks of lm-eval."""
+"""`reallm eval`: perplexity, KL divergence to a reference model, and lm-eval tasks."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -22,10 +22,10 @@ def command(
         typer.Option(
             "--text",
             metavar="FILE",
-            help="Text to score: .txt as it is, .raw by the WikiText protocol, .json and .jsonl by their text fields.",
+            help="Text to score: .txt as is, .raw by the WikiText protocol, .json and .jsonl by their text fields.",
         ),
     ] = None,
-    context: Annotated[int, typer.Option("--context", metavar="N", min=2, help="Tokens in a window.")] = 2048,
+    context: Annotated[int, typer.Option("--context", metavar="N", min=2, help="Tokens per window.")] = 2048,
     windows: Annotated[
         int | None, typer.Option("--windows", metavar="N", min=1, help="Score only the first N windows.")
     ] = None,
@@ -34,8 +34,8 @@ def command(
         typer.Option(
             "--tasks",
             metavar="NAMES",
-            help="Zero-shot tasks of lm-eval, such as arc_easy,piqa,lambada (lambada_openai). "
-            f"Needs lm-eval: {install_hint('tasks')}.",
+            help="Zero-shot lm-eval tasks, comma-separated, such as arc_easy,piqa,lambada (lambada_openai). "
+            f"Requires lm-eval: {install_hint('tasks')}.",
         ),
     ] = None,
     tasks_data: Annotated[
@@ -43,31 +43,33 @@ def command(
         typer.Option(
             "--tasks-data",
             metavar="FOLDER",
-            help="Files in place of the hub's data sets: ARC-Easy-Test.jsonl, ARC-Challenge-Test.jsonl, "
+            help="Local files instead of the hub's data sets: ARC-Easy-Test.jsonl, ARC-Challenge-Test.jsonl, "
             "piqa-valid.jsonl with piqa-valid-labels.lst, lambada_test.jsonl.",
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N examples of every task.")
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N examples of each task.")
     ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
-            "--reference", metavar="MODEL", help="Also measure KL and top-1 agreement with this model, and its tasks."
+            "--reference",
+            metavar="MODEL",
+            help="Also measure KL divergence and top-1 agreement with this model, and score the tasks on it.",
         ),
     ] = None,
     adapter: Adapter = None,
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="Device: auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[
         str,
-        typer.Option("--dtype", metavar="NAME", help="What the models compute in: auto, float32, bfloat16 or float16."),
+        typer.Option("--dtype", metavar="NAME", help="Compute dtype: auto, float32, bfloat16 or float16."),
     ] = "auto",
     mode: Annotated[
-        str, typer.Option("--mode", metavar="NAME", help="decode_at_load, or decode_per_use: slower, in less memory.")
+        str, typer.Option("--mode", metavar="NAME", help="decode_at_load, or decode_per_use (slower, less memory).")
     ] = "decode_at_load",
     verify: Annotated[
         bool,
-        typer.Option("--verify/--no-verify", help="Compare a compressed model's tensors with their checksums first."),
+        typer.Option("--verify/--no-verify", help="Verify the checksums of a compressed model first."),
     ] = True,
     batch_size: Annotated[
         int | None,
@@ -75,17 +77,18 @@ def command(
             "--batch-size",
             metavar="N",
             min=1,
-            help="Windows (1) or answers of tasks (16) that go through a model at once.",
+            help="Sequences per forward pass; default: 1 window of a text, 16 task answers.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="Also write the JSON to this file. Must not exist.")
+        Path | None, typer.Option("--output", metavar="FILE", help="Also write the JSON to this file; must not exist.")
     ] = None,
 ) -> None:
-    """Perplexity of a text; with --reference also KL divergence and top-1 agreement. Tasks through lm-eval.
+    """Measure perplexity, KL divergence and lm-eval tasks.
 
-    The text is cut into windows that do not overlap, each is scored on its own.
+    The text is split into windows that do not overlap; each is scored on its own. With --reference, also measures KL
+    divergence and top-1 agreement.
     """
     from reallm.checkpoint import check_new_file
     from reallm.evaluate.measure import to_json
@@ -95,13 +98,13 @@ def command(
         raise ReallmError("nothing to measure: give --text FILE, --tasks NAMES or both")
     for option, value in (("--limit", limit), ("--tasks-data", tasks_data)):
         if value is not None and not names:
-            raise ReallmError(f"{option} {value} is of --tasks, which is not given; --windows N limits a text")
+            raise ReallmError(f"{option} {value} requires --tasks; --windows N limits a text")
     if output is not None:
         check_new_file(output, "--output")
     options: dict[str, Any] = {"reference": reference, "device": device, "dtype": dtype, "mode": mode, "verify": verify}
     options["adapter"] = adapter
     result: dict[str, Any] = {}
-    if names:  # first: a name that nobody knows is found before a text of minutes
+    if names:  # first: an unknown task name fails before a text is scored for minutes
         from reallm.integrations.lm_eval_tasks import score_tasks
 
         result = score_tasks(model, names, data=tasks_data, limit=limit, batch_size=batch_size or 16, **options)
@@ -124,19 +127,19 @@ def _measure_text(
 
 
 def _merge_results(tasks: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
-    """Both results in one; times add up."""
+    """Merge the results of tasks and text; times add up."""
     seconds = tasks.get("seconds", 0.0) + text["seconds"]
     return tasks | text | {"seconds": round(seconds, 3), "versions": tasks.get("versions", {}) | text["versions"]}
 
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A function (windows done, in all) that draws a bar with the time left on stderr, if that is a terminal."""
+    """Yield a callback (windows done, total) that draws a progress bar on stderr if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    if not console.is_terminal:  # rich below 14.3 writes an empty line for a bar that is switched off
+    if not console.is_terminal:  # rich below 14.3 prints an empty line for a disabled bar
         yield lambda done, total: None
         return
     columns = TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TextColumn("windows"), TimeRemainingColumn()
@@ -146,7 +149,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 
 
 def _print_table(result: dict[str, Any]) -> None:
-    # Not a rich table: it folds or cuts long paths at the width of the terminal, also when there is none.
+    # Not a rich table: rich wraps or truncates long paths to the terminal width, even without a terminal.
     for name, value in _rows(result):
         print(f"{name:<11} {value}")
     if "tasks" in result:
@@ -176,19 +179,19 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _task_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Head and one row a figure, in columns; after ± stands the standard error."""
-    there = ("model", "stderr"), *([("reference", "reference_stderr")] if result["reference"] is not None else [])
-    rows = [("task", "examples", "figure", *(column for column, _ in there))]
+    """Return a header and one row per metric, padded to columns; ± is the standard error."""
+    columns = ("model", "stderr"), *([("reference", "reference_stderr")] if result["reference"] is not None else [])
+    rows = [("task", "examples", "metric", *(column for column, _ in columns))]
     for task in result["tasks"]:
         for name, figure in task["metrics"].items():
-            values = (_figure(name, figure[value], figure[error]) for value, error in there)
+            values = (_figure(name, figure[value], figure[error]) for value, error in columns)
             rows.append((task["task"], f"{task['examples']:,}", name, *values))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [tuple(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def _figure(name: str, value: float, stderr: float | None) -> str:
-    """Shares in per cent, all else as it is."""
+    """Format a metric: accuracies in percent, others unchanged."""
     factor, unit, places = (100, " %", ".2f") if name.startswith(("acc", "exact_match")) else (1, "", ".4g")
     error = "" if stderr is None else f" ± {format(factor * stderr, places)}"
     return f"{format(factor * value, places)}{error}{unit}"

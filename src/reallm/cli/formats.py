@@ -1,4 +1,4 @@
-"""`reallm formats`: what a matrix can be stored as, and how good that is."""
+"""`reallm formats`: list the weight formats, and measure them."""
 
 import json
 import sys
@@ -18,22 +18,22 @@ def command(
         typer.Option(
             "--spec",
             metavar="SPEC",
-            help="A setting, as in a recipe: '{format: trellis, bits: 2, state_bits: 16}'; may be repeated. Only these "
-            "and the formats named.",
+            help="Show only this format, plus the named ones; as in a recipe: '{format: trellis, bits: 2, "
+            "state_bits: 16}'; may be repeated.",
         ),
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Also measure error and time of each setting on Gaussian weights.")
+        bool, typer.Option("--measure", help="Also measure error and time of each format on Gaussian weights.")
     ] = False,
     device: Annotated[
-        str, typer.Option("--device", metavar="NAME", help="Where to measure: cpu, cuda, cuda:1 …")
+        str, typer.Option("--device", metavar="NAME", help="Device to measure on: cpu, cuda, cuda:1 …")
     ] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """List the formats of a matrix: fields, papers, and the bits of a few settings, or of those given.
+    """List the weight formats with fields, papers and bits per weight.
 
-    With --measure also the error on independent normal weights beside the least that any code can reach
-    with as many bits, and the seconds to fit and to decode.
+    With --measure, also prints the error on independent normal weights next to the rate-distortion bound at the same
+    bits, and the seconds to fit and to decode.
     """
     from reallm.cli.tables.format_table import formats_dict, formats_text, measure_formats
     from reallm.source.devices import check_device

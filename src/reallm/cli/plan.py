@@ -1,4 +1,4 @@
-"""`reallm plan`: what a budget would choose, as a file to edit."""
+"""`reallm plan`: choose formats for a budget and write them as a recipe."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,52 +18,68 @@ def command(
             "--output",
             "-o",
             metavar="FILE",
-            help="Recipe to write (.yaml); with --sizes the frontier (.json). Must not exist.",
+            help="Recipe to write (.yaml), or with --sizes predicted losses (.json); must not exist.",
         ),
     ],
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            "--bits",
+            "-b",
+            metavar="B",
+            help="Target in bits per weight of the block matrices, all overhead included.",
+        ),
+    ] = None,
     size: Annotated[
         str | None,
-        typer.Option("--size", metavar="SIZE", help="Bytes of everything that will be written: 60MB, 57MiB, …"),
+        typer.Option("--size", metavar="SIZE", help="Limit in bytes for all files of the artifact: 60MB, 57MiB, …"),
     ] = None,
     sizes: Annotated[
         str | None,
         typer.Option(
             "--sizes",
             metavar="SIZE,SIZE,…",
-            help="Several budgets: predicted losses as JSON in FILE, and a picture beside it if matplotlib is there.",
+            help="Several size limits: write the predicted loss and plan of each to FILE, and with matplotlib a plot "
+            "next to it.",
         ),
-    ] = None,
-    bits: Annotated[
-        float | None, typer.Option("--bits", "-b", metavar="B", help="Stored bits per block weight.")
     ] = None,
     bits_per_parameter: Annotated[
         float | None,
         typer.Option(
-            "--bits-per-parameter", metavar="B", help="8 times the bytes of everything / parameters of the model."
+            "--bits-per-parameter",
+            metavar="B",
+            help="Size limit as a ratio: 8 × bytes of all files / parameters of the model.",
         ),
     ] = None,
-    embedding: Annotated[
-        str | None,
-        typer.Option("--embedding", metavar="BITS", help="Bits of the embedding: 1 to 8, or keep. Without: chosen."),
-    ] = None,
-    head: Annotated[
-        str | None,
-        typer.Option("--head", metavar="BITS", help="Bits of the output head where it is not tied: as above."),
-    ] = None,
-    seed: Seed = 0,
-    device: Annotated[
-        str, typer.Option("--device", metavar="NAME", help="Where to calculate: cpu, cuda, cuda:1 …")
-    ] = "cpu",
-    include: Include = None,
-    exclude: Exclude = None,
     calibration: Annotated[
         list[str] | None,
         typer.Option(
             "--calibration",
             metavar="FILE|self",
-            help="Text to calibrate on (.txt, .raw, .json, .jsonl; may be repeated), or self: the model's own text.",
+            help="Text to measure how errors change the end-to-end loss (.txt, .raw, .json, .jsonl; may be repeated), "
+            "or self: text that the model generates. Without: typical sensitivities per role.",
         ),
     ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(
+            "--embedding",
+            metavar="BITS",
+            help="Bits of the embedding: 1 to 8, or keep for unquantized. Default: chosen.",
+        ),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            "--head", metavar="BITS", help="Bits of lm_head if it is not tied to the embedding; as --embedding."
+        ),
+    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="Device for the analysis: cpu, cuda, cuda:1 …")
+    ] = "cpu",
+    seed: Seed = 0,
     objective: Annotated[
         str | None,
         typer.Option(
@@ -75,28 +91,38 @@ def command(
     analysis_windows: Annotated[
         int,
         typer.Option(
-            "--analysis-windows", metavar="N", min=1, help="Windows of calibration text that losses are predicted from."
+            "--analysis-windows",
+            metavar="N",
+            min=1,
+            help="[advanced] Windows of calibration text for the sensitivity analysis.",
         ),
     ] = 16,
     analysis_context: Annotated[
-        int, typer.Option("--analysis-context", metavar="N", min=2, help="Tokens of each of them.")
+        int, typer.Option("--analysis-context", metavar="N", min=2, help="[advanced] Tokens per analysis window.")
     ] = 1024,
     state_bits: Annotated[
         int | None,
-        typer.Option("--state-bits", metavar="N", help="Window of trellis candidates: 6 to 16, or 0 for none."),
+        typer.Option(
+            "--state-bits",
+            metavar="N",
+            help="[advanced] Window in bits of the trellis codes among the candidates: 6 to 16, or 0 for none.",
+        ),
     ] = None,
-    corrections: Corrections = None,
     candidates: Candidates = None,
+    corrections: Corrections = None,
     analysis: Annotated[
         Path | None,
         typer.Option(
             "--analysis",
             metavar="FOLDER",
-            help="Where the analysis is kept for the next budget; default: .reallm beside FILE.",
+            help="[advanced] Cache for the sensitivity analysis, shared by later runs; default: .reallm next to FILE.",
         ),
     ] = None,
 ) -> None:
-    """Choose a format for every matrix under a budget, and write the choice as a recipe."""
+    """Choose a format for every matrix, and write a recipe.
+
+    Edit the recipe if you like, and run it with reallm compress --recipe FILE.
+    """
     import json
 
     from reallm.allocate.options import parse_size
@@ -108,11 +134,11 @@ def command(
     from reallm.source import open_source
 
     if sizes is not None and (size is not None or bits is not None or bits_per_parameter is not None):
-        raise RecipeError("--sizes is given beside another goal; give one")
-    picture = output.with_suffix(".png")
+        raise RecipeError("--sizes cannot be combined with another budget; give one")
+    plot = output.with_suffix(".png")
     check_new_file(output, "--output", (".yaml", ".yml") if sizes is None else (".json",))
     if sizes is not None:
-        check_new_file(picture, "--output")
+        check_new_file(plot, "--output")
 
     def settings(nbytes: int | None) -> Settings:
         return Settings(
@@ -151,4 +177,7 @@ def command(
     output.write_text(json.dumps(points, indent=1) + "\n", encoding="utf-8")
     for job in jobs:
         print(budget_table(job), end="\n\n")
-    print(f"written: {output}" + (f", {picture}" if plot_frontier(points, picture) else " (no matplotlib, no picture)"))
+    print(
+        f"written: {output}"
+        + (f", {plot}" if plot_frontier(points, plot) else " (no plot: matplotlib is not installed)")
+    )

@@ -1,4 +1,4 @@
-"""How far a long command is, on stderr."""
+"""Progress of long commands, on stderr."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A function (matrix or phase, done, in all) that draws a bar with the time left, or plain lines in a log.
+    """Yield a callback (matrix or phase, done, total) that draws a progress bar, or prints lines without a terminal.
 
-    A phase begins with 0 done.
+    A phase begins with done = 0.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -33,14 +33,14 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _plain_progress(console: Any) -> Callable[[str, int, int], None]:
-    """A line every tenth of the way, and one where a phase begins."""
-    tenths, last, whole = 0, 0, 0
+    """Return a callback that prints a line per 10 % and one when a phase begins."""
+    tenths, last_done, last_total = 0, 0, 0
 
     def show(name: str, done: int, total: int) -> None:
-        nonlocal tenths, last, whole
-        if done < last or total != whole:
+        nonlocal tenths, last_done, last_total
+        if done < last_done or total != last_total:
             tenths = 0
-        last, whole = done, total
+        last_done, last_total = done, total
         if done == 0 or done * 10 // total > tenths:
             tenths = done * 10 // total
             console.print(f"{10 * tenths:3d} %  {name}", highlight=False)

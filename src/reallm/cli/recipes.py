@@ -1,4 +1,4 @@
-"""`reallm recipes`: the recipes that ship with the library."""
+"""`reallm recipes`: list the shipped recipes."""
 
 from typing import Annotated
 
@@ -7,7 +7,7 @@ import typer
 
 def command(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Print this recipe as YAML, to copy and change.")
+        str | None, typer.Argument(metavar="[NAME]", help="Print this recipe as YAML, to copy and edit.")
     ] = None,
 ) -> None:
     """List the shipped recipes, or print one."""

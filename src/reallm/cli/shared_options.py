@@ -1,4 +1,4 @@
-"""Options that several commands have in the same words."""
+"""Options and helpers shared by several commands."""
 
 from __future__ import annotations
 
@@ -12,29 +12,36 @@ import typer
 Model: TypeAlias = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hugging Face folder with safetensors, hub id, or GGUF file.")
 ]
-Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of everything that is drawn.")]
+Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of all random numbers.")]
 Adapter: TypeAlias = Annotated[
     Path | None,
     typer.Option(
         "--adapter",
         metavar="FOLDER",
-        help="Adapter to use over the model: written by reallm tune --adapter, or by PEFT's LoRA.",
+        help="Adapter to load over the model, written by reallm tune --adapter or as LoRA by PEFT.",
     ),
 ]
 Include: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option("--include", metavar="PATTERN", help="Compress only matrices that fit; may be repeated."),
+    typer.Option(
+        "--include",
+        metavar="PATTERN",
+        help="Compress only matrices whose name matches, such as '*.mlp.*'; may be repeated.",
+    ),
 ]
 Exclude: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option("--exclude", metavar="PATTERN", help="Keep matrices that fit as they are; may be repeated."),
+    typer.Option(
+        "--exclude", metavar="PATTERN", help="Leave matrices whose name matches unquantized; may be repeated."
+    ),
 ]
 Corrections: TypeAlias = Annotated[
     Path | None,
     typer.Option(
         "--corrections",
         metavar="FILE",
-        help="YAML with factors or figures for predicted losses, and candidate formats.",
+        help="[advanced] YAML file with corrections of predicted losses (factors or measured values) and candidate "
+        "formats.",
     ),
 ]
 Candidates: TypeAlias = Annotated[
@@ -42,14 +49,14 @@ Candidates: TypeAlias = Annotated[
     typer.Option(
         "--candidates",
         metavar="WORD",
-        help="What a budget may choose beside its own list: neural (codewords that a small net makes, shared by all "
-        "matrices that take them; up to 12 index bits on a CPU, 16 elsewhere).",
+        help="[advanced] Additional candidate formats for a budget: neural (neural codebooks: a small net, shared by "
+        "all matrices that use it, computes the entries; up to 12 index bits on a CPU, 16 elsewhere).",
     ),
 ]
 
 
 def note_missing_formats() -> None:
-    """Tell on stderr what a budget cannot choose from, and what to install."""
+    """Print on stderr which candidate formats are unavailable, and what to install."""
     from reallm.allocate.candidates import missing_candidates
 
     if line := missing_candidates():
@@ -57,9 +64,9 @@ def note_missing_formats() -> None:
 
 
 def parse_formats(specs: Sequence[str], option: str) -> tuple[Any, ...]:
-    """Formats in the words of a recipe.
+    """Parse formats written as in a recipe.
 
-    Errors: RecipeError for what is no YAML, FormatError for no format.
+    Errors: RecipeError for invalid YAML, FormatError for an invalid format.
     """
     from reallm.allocate.recipe import read_yaml
     from reallm.formats import from_spec

@@ -1,4 +1,4 @@
-"""`reallm tune`: a compressed model made better at the same size."""
+"""`reallm tune`: fine-tune a compressed model at the same size."""
 
 import contextlib
 import sys
@@ -12,11 +12,12 @@ from reallm.cli.shared_options import Seed
 
 
 def _rank(word: str) -> int:
+    """Parse the rank of an adapter."""
     try:
         return int(word)
     except ValueError:
         raise typer.BadParameter(
-            f"{word!r} is no rank, a whole number such as 8. An adapter's name is its folder's: --adapter 8 -o {word}"
+            f"{word!r} is not a rank, a whole number such as 8. The folder names the adapter: --adapter 8 -o {word}"
         ) from None
 
 
@@ -29,29 +30,36 @@ def command(
             "--text",
             "--data",
             metavar="FILE",
-            help="Text to learn from (.txt, .raw, .json or .jsonl with text), or task data, of which the responses "
-            "count: .json or .jsonl, an array or lines, with prompt and response or completion, instruction, context "
-            "and response (Dolly), instruction, input and output (Alpaca), messages or conversations (ShareGPT), "
-            "rendered by the chat template; may be repeated.",
+            help="Training text (.txt, .raw, .json or .jsonl with a text field) or task data; may be repeated. Task "
+            "data is a JSON array or JSON lines with prompt and response or completion; instruction, context and "
+            "response (Dolly); instruction, input and output (Alpaca); or messages or conversations (ShareGPT), "
+            "rendered by the chat template; its loss covers only the responses.",
         ),
     ],
     reference: Annotated[
         str | None,
         typer.Option(
-            "--reference", metavar="MODEL", help="The original model; needed for all but cross-entropy alone."
+            "--reference",
+            metavar="MODEL",
+            help="The original model, used as the teacher; required unless end-to-end with --loss ce.",
         ),
     ] = None,
     method: Annotated[
-        str, typer.Option("--method", metavar="NAME", help="blockwise, end-to-end, or both, one after the other.")
+        str,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help="blockwise (decoder blocks one at a time), end-to-end, or both in this order.",
+        ),
     ] = "end-to-end",
     train: Annotated[
         str,
         typer.Option(
             "--train",
-            metavar="WORDS",
-            help="What trains, with commas between: residual, scales, gains, codebooks, decoders (of neural formats; "
-            "those that matrices share train end to end), outliers, dense, norms, biases; embedding and head add "
-            "those matrices' parts.",
+            metavar="GROUPS",
+            help="Parameter groups to train, comma-separated: residual, scales, gains, codebooks, decoders (neural "
+            "formats; shared ones only end to end), outliers, dense, norms, biases. Add embedding and head to train "
+            "these groups in those matrices too.",
         ),
     ] = "residual,scales,gains,codebooks,norms",
     adapter: Annotated[
@@ -60,14 +68,17 @@ def command(
             "--adapter",
             metavar="R",
             parser=_rank,
-            help="Train a new residual of rank R over the frozen model instead, and write only that, in PEFT's form, "
-            "to OUT2, which is its name.",
+            help="Train a LoRA adapter of rank R over the frozen compressed model instead, and write only the adapter "
+            "to OUT2, in PEFT's format.",
         ),
     ] = None,
     loss: Annotated[
         str,
         typer.Option(
-            "--loss", metavar="NAME", help="End-to-end: kl to the original, ce (cross-entropy), or mix, half each."
+            "--loss",
+            metavar="NAME",
+            help="End-to-end loss: kl (distillation from the original model), ce (cross-entropy), or mix (the mean of "
+            "both).",
         ),
     ] = "kl",
     tokens: Annotated[
@@ -75,105 +86,133 @@ def command(
         typer.Option(
             "--tokens",
             metavar="N",
-            help="Tokens to train on end to end; without, the text once. More goes round again.",
+            help="Tokens to train on end to end; default: one epoch. More repeats the text.",
         ),
     ] = None,
-    context: Annotated[int, typer.Option("--context", metavar="N", help="Tokens in a window.")] = 1024,
+    context: Annotated[int, typer.Option("--context", metavar="N", help="Tokens per window.")] = 1024,
     batch: Annotated[int, typer.Option("--batch", metavar="N", help="Windows per step.")] = 8,
-    micro_batch: Annotated[
-        int | None,
-        typer.Option(
-            "--micro-batch", metavar="N", help="Windows that go through the model at once; without, the batch."
-        ),
-    ] = None,
     learning_rate: Annotated[
         float,
         typer.Option(
-            "--learning-rate", metavar="X", help="End-to-end, relative to the size of each tensor that trains."
+            "--learning-rate",
+            metavar="X",
+            help="End-to-end learning rate, relative to the root mean square of each tensor.",
         ),
     ] = 3e-3,
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="Device to train on: cpu, cuda, cuda:1 …")
+    ] = "cpu",
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from its work folder.")] = False,
+    dtype: Annotated[
+        str,
+        typer.Option("--dtype", metavar="NAME", help="[advanced] Dtype of matrix products: auto, float32 or bfloat16."),
+    ] = "auto",
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(
+            "--micro-batch", metavar="N", help="[advanced] Windows per forward pass; default: the whole batch."
+        ),
+    ] = None,
     warm_up: Annotated[
-        float, typer.Option("--warm-up", metavar="X", help="Share of the steps in which the rate rises.")
+        float,
+        typer.Option(
+            "--warm-up", metavar="X", help="[advanced] Fraction of the steps in which the learning rate rises."
+        ),
     ] = 0.05,
-    clip: Annotated[float, typer.Option("--clip", metavar="X", help="Largest norm of a step's gradient.")] = 1.0,
+    clip: Annotated[
+        float, typer.Option("--clip", metavar="X", help="[advanced] Clip the gradient norm of a step to this.")
+    ] = 1.0,
     top_k: Annotated[
         int,
         typer.Option(
             "--top-k",
             metavar="K",
-            help="Ask the original once, and keep the top K tokens on disk; 0 asks at every step. The KL then "
-            "takes all other tokens as one, which makes it smaller than the KL of all, and is printed as top-k KL.",
+            help="[advanced] Run the original model once and cache its top-k log-probabilities on disk; 0 runs it at "
+            "every step. The KL then counts all other tokens as one, is lower than the full KL, and is printed as "
+            "top-k KL.",
         ),
     ] = 0,
     validation: Annotated[
         list[Path] | None,
         typer.Option(
-            "--validation", metavar="FILE", help="Text to validate on; without, windows of --text that do not train."
+            "--validation",
+            metavar="FILE",
+            help="[advanced] Validation text; may be repeated. Default: windows held out from --text.",
         ),
     ] = None,
     validation_windows: Annotated[
-        int, typer.Option("--validation-windows", metavar="N", help="Windows to validate on.")
+        int, typer.Option("--validation-windows", metavar="N", help="[advanced] Windows to validate on.")
     ] = 16,
     validate_every: Annotated[
         int | None,
-        typer.Option("--validate-every", metavar="N", help="Steps between validations; without, a twentieth of all."),
+        typer.Option(
+            "--validate-every",
+            metavar="N",
+            help="[advanced] Steps between validations; default: a twentieth of all steps.",
+        ),
     ] = None,
     block_error: Annotated[
         str,
         typer.Option(
             "--block-error",
             metavar="NAME",
-            help="What an error of a block's output costs: loss what the end-to-end loss would, by gradients of the "
-            "original that are kept on disk meanwhile; outputs counts all alike.",
+            help="[advanced] Block-wise loss: loss weights errors by the gradient of the end-to-end loss, computed "
+            "first and stored on disk during the run; outputs weights all errors equally.",
         ),
     ] = "loss",
     block_windows: Annotated[
-        int, typer.Option("--block-windows", metavar="N", help="Windows that blocks are tuned on.")
+        int, typer.Option("--block-windows", metavar="N", help="[advanced] Windows for block-wise tuning.")
     ] = 128,
     block_epochs: Annotated[
-        int, typer.Option("--block-epochs", metavar="N", help="Rounds of these windows for each block.")
+        int, typer.Option("--block-epochs", metavar="N", help="[advanced] Epochs per block over these windows.")
     ] = 4,
     block_patience: Annotated[
         int,
-        typer.Option("--block-patience", metavar="N", help="Rounds without a better validation that a block is given."),
+        typer.Option(
+            "--block-patience",
+            metavar="N",
+            help="[advanced] Epochs without a lower validation error before a block stops.",
+        ),
     ] = 1,
     block_learning_rate: Annotated[
         float,
         typer.Option(
-            "--block-learning-rate", metavar="X", help="Block-wise, relative to the size of each tensor that trains."
+            "--block-learning-rate",
+            metavar="X",
+            help="[advanced] Block-wise learning rate, relative to the root mean square of each tensor.",
         ),
     ] = 1e-3,
     save_memory: Annotated[
-        bool, typer.Option("--save-memory", help="Decode at every use also what training does not change.")
+        bool,
+        typer.Option(
+            "--save-memory",
+            help="[advanced] Decode constants at every use too, instead of once: less memory, slower.",
+        ),
     ] = False,
     no_checkpointing: Annotated[
         bool,
         typer.Option(
             "--no-checkpointing",
-            help="Keep the activations of all blocks in place of running each once more for its gradient: faster, with "
-            "several times the memory.",
+            help="[advanced] Keep the activations of all blocks instead of recomputing them (activation "
+            "checkpointing): faster, with several times the memory.",
         ),
     ] = False,
-    seed: Seed = 0,
-    device: Annotated[
-        str, typer.Option("--device", metavar="NAME", help="Where to train: cpu, cuda, cuda:1 …")
-    ] = "cpu",
-    dtype: Annotated[
-        str, typer.Option("--dtype", metavar="NAME", help="What products are computed in: auto, float32 or bfloat16.")
-    ] = "auto",
     log: Annotated[
-        Path | None, typer.Option("--log", metavar="FILE", help="Append every step to this file, as JSON.")
+        Path | None, typer.Option("--log", metavar="FILE", help="[advanced] Append every step to this file as JSON.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the work folder of an interrupted run.")] = False,
 ) -> None:
-    """Train scales, codebooks, gains and residuals of a compressed model; codes, formats and bits per weight stay.
+    """Fine-tune a compressed model without changing its size.
 
-    The weights take the bytes they took in OUT, unless what trained is entropy-coded (coding: true without --size):
-    that is coded again, and may take some more or fewer. config.json grows by a note of some 200 to 400 bytes. A folder
-    that was made by --size or --bits-per-parameter stays within that however often it is tuned: compressing leaves 600
-    bytes for notes, of which old ones give way, and codes nothing that trains by default. What else is coded and could
-    outgrow the size is refused. Several processes share the work when started by torchrun:
-    torchrun --no-python --nproc-per-node 2 -- reallm tune …
+    Scales, codebooks, gains, residuals and norms train; codes, formats and bits per weight stay.
+
+    The weights take the same bytes as in OUT, except trained tensors that are entropy-coded (coding: true without
+    --size): they are encoded again and may take a few bytes more or fewer. config.json gains a note of some 200 to 400
+    bytes. A folder made with --size or --bits-per-parameter stays within its limit however often it is tuned:
+    compression reserves 600 bytes for notes, of which the oldest are dropped, and entropy-codes no tensor that trains
+    by default. Training other entropy-coded tensors is refused if they could exceed the limit.
+
+    With torchrun, several processes share the work: torchrun --no-python --nproc-per-node 2 -- reallm tune …
     """
     from reallm.checkpoint import work_folder
     from reallm.cli.tables.tune_table import tuned_text
@@ -183,7 +222,7 @@ def command(
         text=_paths(text),
         reference=reference,
         method=method,
-        train=tuple(word.strip() for word in train.split(",") if word.strip()),
+        train=tuple(group.strip() for group in train.split(",") if group.strip()),
         adapter=adapter,
         loss=loss,
         tokens=tokens,
@@ -210,12 +249,12 @@ def command(
     )
     try:
         with _progress() as listener:
-            tuned = run(artifact, output, settings, resume, log, listener)
+            result = run(artifact, output, settings, resume, log, listener)
     except KeyboardInterrupt:
-        print(f"stopped; what is learned is in {work_folder(output)}: add --resume to go on", file=sys.stderr)
+        print(f"stopped; the training state is in {work_folder(output)}: add --resume to continue", file=sys.stderr)
         raise
-    if tuned.is_main_process:
-        print(tuned_text(tuned, artifact, output))
+    if result.is_main_process:
+        print(tuned_text(result, artifact, output))
 
 
 def _paths(files: list[Path] | None) -> tuple[str, ...]:
@@ -224,7 +263,7 @@ def _paths(files: list[Path] | None) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that shows events on stderr: a line each, steps on a line that is written over."""
+    """Yield a listener that prints events on stderr, one line each; on a terminal, steps overwrite one line."""
     from rich.console import Console
 
     from reallm.cli.tables.tune_table import event_line

@@ -1,4 +1,4 @@
-"""What is printed before any work."""
+"""Plan and cost tables of `--dry-run`."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def test_all_tensors_are_called_larger_where_they_are_and_the_model_by_its_name(
 
 @pytest.fixture
 def job(tiny_llama, tmp_path):
-    """A plan of 14 block matrices of 2,048 to 11,264 weights, each entropy-coded at a rate of its own."""
+    """A plan of 14 block matrices of 2,048 to 11,264 weights, each entropy-coded at a different rate."""
     names = [
         e.matrix.name for e in prepare(tiny_llama, Settings(recipe="rtn4")).plan.entries if e.matrix.block is not None
     ]
@@ -49,7 +49,7 @@ def job(tiny_llama, tmp_path):
 
 @pytest.fixture
 def timed(monkeypatch):
-    """(format, shape) of all samples that are fitted; none is, and each counts as a second."""
+    """Collect (format, shape) of all timing samples; no fit runs, and each counts as one second."""
     found = []
     monkeypatch.setattr(COSTS, "_timed_fit", lambda fmt, shape, device: found.append((fmt, shape)) or 1.0)
     return found

@@ -1,1 +1,1 @@
-"""Tables for people."""
+"""Tables of results as plain text and Markdown."""

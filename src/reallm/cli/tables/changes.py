@@ -1,4 +1,4 @@
-"""What a size made of a recipe."""
+"""Formats that a size limit changed in a recipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reallm.pipeline import Job
 
 
 def changes_table(job: Job, folder: Path) -> str:
-    """The matrices of the artifact in `folder` whose formats are others than the job began with; empty if none is."""
+    """Return a table of matrices whose stored format differs from the recipe; empty if there are none."""
     stored = {matrix.name: matrix.fmt for matrix in read_manifest(folder).matrices}
     rows = [
         (matrix.name, short_name(planned.fmt), short_name(stored[matrix.name]))
@@ -20,5 +20,5 @@ def changes_table(job: Job, folder: Path) -> str:
     ]
     if not rows:
         return ""
-    said = f"{len(rows)} of {len(job.compressed_matrices)} matrices changed to fit the size"
-    return f"{said}\n{table(('matrix', 'as the recipe says', 'as stored'), rows, left=3)}"
+    title = f"{len(rows)} of {len(job.compressed_matrices)} matrices changed to fit the size"
+    return f"{title}\n{table(('matrix', 'in the recipe', 'stored'), rows, left=3)}"

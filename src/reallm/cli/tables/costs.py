@@ -1,4 +1,4 @@
-"""What a job will do and cost, printed before any work."""
+"""Plan and cost of a job, printed before any work."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from reallm.pipeline import Job, analysis_seconds, estimate
 
 
 def plan_table(job: Job) -> str:
-    """The plan, matrices of the same role, shape and format in one line, then what is kept and what is not used."""
+    """Return the plan, one line per role, shape and format, then unquantized and unused tensors."""
     groups: dict[tuple[str, tuple[int, int], str], list[int]] = defaultdict(list)
     for matrix, planned in job.compressed_matrices:
         groups[matrix.role, matrix.shape, short_name(planned.fmt)].append(planned.nbytes)
-    roles = list(dict.fromkeys(role for role, _, _ in groups))  # those of one role together, in model order
+    roles = list(dict.fromkeys(role for role, _, _ in groups))  # rows of a role together, in model order
     rows = [
         (role, fmt, len(sizes), f"{shape[0]}×{shape[1]}", f"{sum(sizes):,}", f"{_bits(sizes, shape):.3f}")
         for (role, shape, fmt), sizes in sorted(groups.items(), key=lambda group: roles.index(group[0][0]))
@@ -23,14 +23,14 @@ def plan_table(job: Job) -> str:
     unquantized = defaultdict(int)
     for reason in job.unquantized_tensors.values():
         unquantized[reason] += 1
-    lines = [f"kept as they are: {count} tensors ({reason})" for reason, count in unquantized.items()]
+    lines = [f"unquantized: {count} tensors ({reason})" for reason, count in unquantized.items()]
     lines += [f"tied, stored once: {head} is the embedding" for head in job.walk.tied_heads]
     lines += unused_lines([one.to_dict() for one in job.source.unused])
     return "\n".join([text, *lines])
 
 
 def cost_table(job: Job) -> str:
-    """Bytes of tensors, exact; time, memory and disk, estimated."""
+    """Return the exact bytes of tensors and the estimated time, memory and disk space."""
     cost = estimate(job)
     stored = cost.compressed_bytes + cost.unquantized_bytes
     rows = [
@@ -38,17 +38,20 @@ def cost_table(job: Job) -> str:
         *([("calibration", calibration_line(job))] if job.settings.calibration else []),
         ("bits per block weight", f"{cost.bits_per_weight:.4f}"),
         ("compressed tensors", f"{cost.compressed_bytes:,} bytes"),
-        ("kept tensors", f"{cost.unquantized_bytes:,} bytes"),
+        ("unquantized tensors", f"{cost.unquantized_bytes:,} bytes"),
         ("all tensors", f"{size(stored)} ({_compare_sizes(stored, job.source.nbytes)} of {model_name(job.source)})"),
-        ("time", f"about {duration(max(cost.seconds, 1.0))} on {job.settings.device} (samples; longer when busy)"),
+        (
+            "time",
+            f"about {duration(max(cost.seconds, 1.0))} on {job.settings.device} (from samples; longer if busy)",
+        ),
         ("peak memory", f"about {size(cost.peak_memory_bytes)}{_full_load_note(job)}"),
-        ("disk while working", f"about {size(cost.disk_bytes)}"),
+        ("disk while running", f"about {size(cost.disk_bytes)}"),
     ]
     return "\n".join(f"{name:<22} {value}" for name, value in rows)
 
 
 def analysis_line(job: Job) -> str | None:
-    """That a budget's losses are not measured yet, and what it will take; None where they are, or no run does it."""
+    """Return a note that losses are not measured yet, with the time it takes; None if no analysis will run."""
     if job.forecast is None or not job.forecast.to_analyse:
         return None
     return (
@@ -57,11 +60,13 @@ def analysis_line(job: Job) -> str | None:
     )
 
 
-def calibration_line(job: Job, asked: int | None = None) -> str:
-    """How many windows of text there are, and whether fewer than were `asked` for."""
+def calibration_line(job: Job, requested: int | None = None) -> str:
+    """Return the number of calibration windows, with a note if the text has fewer than `requested`."""
     windows, context = job.settings.calibration_windows, job.settings.calibration_context
-    short = "" if asked is None or windows >= asked else f": the text has no more, {asked:,} were asked for"
-    return f"{windows:,} windows of {context:,} tokens{short}"
+    shortage = (
+        "" if requested is None or windows >= requested else f": the text has no more, {requested:,} were requested"
+    )
+    return f"{windows:,} windows of {context:,} tokens{shortage}"
 
 
 def _full_load_note(job: Job) -> str:
@@ -70,15 +75,15 @@ def _full_load_note(job: Job) -> str:
 
 
 def _compare_sizes(stored: int, original: int) -> str:
-    """What all tensors take beside those of the original."""
+    """Return how much smaller or larger all tensors are than the original model's."""
     times, word = (original / stored, "smaller") if stored <= original else (stored / original, "larger")
-    # Below 1.05 times one decimal says nothing.
-    said = f"{times:.1f} times {word} than" if times >= 1.05 else f"{100 * (times - 1):.1f} % {word} than"
-    return f"{said if stored != original else 'as large as'} the {size(original)}"
+    # Below a factor of 1.05 a single decimal is too coarse.
+    text = f"{times:.1f} times {word} than" if times >= 1.05 else f"{100 * (times - 1):.1f} % {word} than"
+    return f"{text if stored != original else 'as large as'} the {size(original)}"
 
 
 def budget_table(job: Job) -> str:
-    """What a budget's plan is expected to take and to lose."""
+    """Return the predicted loss and bytes of a budget's plan."""
     rows = [*_budget_rows(job), ("bits per block weight", f"{job.plan.block_bits:.4f}")]
     return "\n".join(f"{name:<22} {value}" for name, value in rows)
 
@@ -86,20 +91,22 @@ def budget_table(job: Job) -> str:
 def _budget_rows(job: Job) -> list[tuple[str, str]]:
     if job.forecast is None:
         return []
-    source = "" if job.forecast.calibrated else " (by role)"
+    source = "" if job.forecast.calibrated else " (typical sensitivities)"
     rows = [("predicted loss", f"{job.forecast.loss:.4f} nats per token{source}")]
     if job.forecast.nbytes is not None:
         nbytes, most = job.forecast.nbytes, job.forecast.size or 1
-        said = f"about {nbytes:,} bytes, {100 * nbytes / most:.2f} % of {most:,}"
-        rows.append(("whole artifact", said + _excess_note(job, nbytes - most)))
+        text = f"about {nbytes:,} bytes, {100 * nbytes / most:.2f} % of {most:,}"
+        rows.append(("all files", text + _excess_note(job, nbytes - most)))
     return rows
 
 
 def _excess_note(job: Job, excess: int) -> str:
     if excess <= 0:
         return ""
-    matrices = len(job.compressed_matrices)
-    return f": {excess:,} too many; if they are once measured, a few of {matrices} matrices get smaller formats"
+    return (
+        f": {excess:,} too many; if the measured size exceeds the limit too, a few of {len(job.compressed_matrices)} "
+        "matrices get smaller formats"
+    )
 
 
 def _bits(sizes: list[int], shape: tuple[int, int]) -> float:

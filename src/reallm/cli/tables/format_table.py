@@ -1,4 +1,4 @@
-"""The registered formats for people and for programs: all of it read from the formats themselves."""
+"""Tables and JSON of the registered formats, read from the format classes."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def formats_dict(
     progress: Callable[[str], None] | None = None,
     more: Sequence[WeightFormat] = (),
 ) -> dict[str, Any]:
-    """The formats named in their examples, and those in `more`; without either all in their examples. JSON values.
+    """Return the example settings of the named formats plus `more`, or of all formats, as JSON values.
 
-    `measure` says what is measured of each; one whose package is missing is left unmeasured, and `progress` is told.
-    Errors: FormatError for an unknown name, which lists the known ones, and for a format that cannot store `shape`.
+    `measure` measures each setting; a setting whose package is missing is skipped with a call of `progress`.
+    Errors: FormatError for an unknown name, listing the known ones, and for a format that cannot store `shape`.
     """
     named = [known_format(name) for name in names] or ([] if more else known_formats().values())
     chosen = {cls: example_formats(cls) for cls in named}
@@ -49,12 +49,12 @@ def measure_formats(
     progress: Callable[[str], None] | None = None,
     more: Sequence[WeightFormat] = (),
 ) -> dict[str, Any]:
-    """`formats_dict` with the quality of every setting on a Gaussian matrix."""
+    """Return `formats_dict` with the quality of every setting on a Gaussian matrix."""
     return formats_dict(names, shape, lambda fmt, shape: gaussian_quality(fmt, shape, device), progress, more)
 
 
 def formats_text(found: dict[str, Any]) -> str:
-    """A paragraph for each format, then all settings in one table."""
+    """Return a paragraph per format, then one table of all settings."""
     paragraphs = [_paragraph(name, entry) for name, entry in found["formats"].items()]
     settings = [setting for entry in found["formats"].values() for setting in entry["settings"]]
     return "\n\n".join([*paragraphs, *([_settings_table(settings, found["shape"])] if settings else [])])
@@ -87,7 +87,7 @@ def _entry(
 
 
 def _setting_entry(fmt: WeightFormat, shape: Shape, measure: Measure | None = None) -> Entry:
-    """One setting as JSON values; with `measure` what it finds.
+    """Return one setting as JSON values, measured if `measure` is given.
 
     Errors: FormatError if it cannot store `shape`.
     """
@@ -110,7 +110,7 @@ def _quality_dict(quality: Quality) -> dict[str, float | None]:
         "fit_seconds_per_million": quality.fit_seconds_per_million,
         "decode_seconds_per_million": quality.decode_seconds_per_million,
     }
-    # JSON has no word for the infinite gap of a lossless format.
+    # JSON has no infinity, which is the gap of a lossless format.
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
@@ -125,7 +125,7 @@ def _field(field: dataclasses.Field) -> Entry:
 
 
 def _papers(cls: type[WeightFormat]) -> list[str]:
-    """arXiv ids in the docstrings of the format and of its file, in order and once each."""
+    """Return the distinct arXiv ids in the docstrings of the format and its module, in order."""
     words = f"{sys.modules[cls.__module__].__doc__} {cls.__doc__}"
     return list(dict.fromkeys(_PAPER.findall(words)))
 
@@ -151,15 +151,15 @@ def _settings_table(settings: Sequence[Entry], shape: Sequence[int]) -> str:
     rows = [[s["name"], f"{s['bits_per_weight']:.3f}"] for s in settings]
     matrix = f"{shape[0]}×{shape[1]} matrix"
     if not any(s["measured"] for s in settings):
-        return f"{table(header, rows)}\n\nbits/weight: everything stored included, for a {matrix}."
+        return f"{table(header, rows)}\n\nbits/weight: all overhead included, for a {matrix}."
     header += ["error", "bound", "gap, bits", "fit, s/M", "decode, s/M"]
     for row, setting in zip(rows, settings, strict=True):
         row += _figures(setting["measured"])
     return (
         f"{table(header, rows)}\n\n"
-        f"bits/weight: everything stored included, for a {matrix}. error: squared, relative, on independent normal\n"
-        "weights. bound: 2^(-2·bits), the least error of any code at that rate. gap: bits above the least that the\n"
-        "error needs. s/M: seconds per million weights; decode starts from stored tensors."
+        f"bits/weight: all overhead included, for a {matrix}. error: relative squared error on independent\n"
+        "normal weights. bound: 2^(-2·bits), the rate-distortion bound. gap: bits above the rate-distortion bound for\n"
+        "this error. s/M: seconds per million weights; decoding starts from stored tensors."
     )
 
 

@@ -1,4 +1,4 @@
-"""The ledger for people and for programs."""
+"""Tables and JSON of the ledger."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from reallm.hf import artifact_memory_footprint, unquantized_tensors, verify_art
 
 
 def ledger_dict(folder: Path, verify: bool = True) -> dict[str, Any]:
-    """Everything of the ledger as JSON values, with what is not compressed, what of the source was not used, and the
-    resident bytes of both ways of loading; `verify` compares the tensors with their checksums first."""
+    """Return the ledger as JSON values, plus unquantized and unused tensors and the memory footprint of both modes.
+
+    `verify` checks the checksums of the tensors first.
+    """
     manifest, ledger = read_manifest(folder), read_ledger(folder)
     if verify:
         verify_artifact(folder)
@@ -30,30 +32,32 @@ def ledger_dict(folder: Path, verify: bool = True) -> dict[str, Any]:
 
 
 def ledger_text(folder: Path, matrices: bool = False, verify: bool = True) -> str:
-    """Bytes by role and by kind, what is not compressed or not used, sizes, and memory once loaded; with `matrices` a
-    line for each matrix; `verify` compares the tensors with their checksums first."""
+    """Return bytes by role and kind, unquantized and unused tensors, sizes, and memory footprint as text.
+
+    `matrices` adds one line per matrix; `verify` checks the checksums of the tensors first.
+    """
     ledger = read_ledger(folder)
     if verify:
         verify_artifact(folder)
     total = ledger.total_bytes
     by_role = [(role, f"{n:,}", f"{100 * n / total:.2f} %") for role, n in ledger.sum_bytes("role").items()]
     by_kind = [(kind, f"{n:,}", f"{100 * n / total:.2f} %") for kind, n in ledger.sum_bytes("kind").items()]
-    parts = [
-        table(("what the bytes are", "bytes", "share"), [*by_role, ("total", f"{total:,}", "")]),
-        table(("whose they are", "bytes", "share"), by_kind),
-        "\n".join([_unquantized_table(folder, ledger), *unused_lines(read_manifest(folder).unused_rows)]),
+    sections = [
+        table(("role", "bytes", "share"), [*by_role, ("total", f"{total:,}", "")]),
+        table(("stored in", "bytes", "share"), by_kind),
+        "\n".join([_unquantized_table(folder, ledger), *unused_lines(read_manifest(folder).unused)]),
         _sizes(ledger),
         *_coding_lines(folder, ledger),
         *_decoder_tables(folder, ledger),
         "\n".join(f"in memory, {mode:<15} {size(n)}" for mode, n in artifact_memory_footprint(folder).items()),
     ]
     if matrices:
-        parts.insert(0, _matrix_table(ledger))
-    return "\n\n".join(parts)
+        sections.insert(0, _matrix_table(ledger))
+    return "\n\n".join(sections)
 
 
 def _unquantized_table(folder: Path, ledger: Ledger) -> str:
-    """Tensors that are stored as the original has them, by reason."""
+    """Return a table of unquantized tensors by reason."""
     sizes = {row.name: row.nbytes for row in ledger.rows if row.kind == "kept"}
     found: dict[str, list[str]] = defaultdict(list)
     for name, reason in unquantized_tensors(folder).items():
@@ -62,7 +66,7 @@ def _unquantized_table(folder: Path, ledger: Ledger) -> str:
         (reason, names[0], f"{len(names):,}", f"{sum(sizes.get(name, 0) for name in names):,}")
         for reason, names in found.items()
     ]
-    return table(("not compressed because", "for instance", "tensors", "bytes"), rows, left=2)
+    return table(("unquantized because", "example", "tensors", "bytes"), rows, left=2)
 
 
 def _coding_lines(folder: Path, ledger: Ledger) -> list[str]:
@@ -76,7 +80,7 @@ def _coding_lines(folder: Path, ledger: Ledger) -> list[str]:
 
 
 def _decoder_tables(folder: Path, ledger: Ledger) -> list[str]:
-    """What decoder nets cost: multiply-adds, and seconds and memory as measured here."""
+    """Return the cost of decoder nets: multiply-adds, and the seconds and memory measured here."""
     rows = [
         (
             short_name(cost.fmt),
@@ -91,8 +95,8 @@ def _decoder_tables(folder: Path, ledger: Ledger) -> list[str]:
 
 
 def summary(folder: Path) -> str:
-    """The few lines that end `reallm compress`."""
-    lines = [str(folder), _sizes(read_ledger(folder)), *unused_lines(read_manifest(folder).unused_rows)]
+    """Return the final summary of `reallm compress`."""
+    lines = [str(folder), _sizes(read_ledger(folder)), *unused_lines(read_manifest(folder).unused)]
     return "\n".join([*lines, f"every byte: reallm info {folder}"])
 
 
@@ -100,7 +104,7 @@ def _sizes(ledger: Ledger) -> str:
     bits = ledger.bits_per_weight
     lines = [
         f"{'files':<22} {ledger.total_bytes:,} bytes ({size(ledger.total_bytes)})",
-        f"{'bits per weight':<22} {bits:.4f} (compressed block matrices, all overhead)",
+        f"{'bits per weight':<22} {bits:.4f} (compressed block matrices, all overhead included)",
         f"{'bits per parameter':<22} {ledger.bits_per_parameter:.4f} (all files / {ledger.parameters:,} parameters)",
     ]
     return "\n".join(lines if not math.isnan(bits) else [lines[0], lines[2]])
@@ -116,5 +120,5 @@ def _matrix_table(ledger: Ledger) -> str:
         nbytes = stored[matrix.name]
         bits = f"{8 * nbytes / matrix.weights:.3f}"
         rows.append((matrix.name, short_name(matrix.fmt), f"{nbytes:,}", bits, f"{saved[matrix.name]:,}"))
-    head = ("matrix", "format", "bytes", "bits/weight", "saved by coding")
+    head = ("matrix", "format", "bytes", "bits/weight", "saved by entropy coding")
     return table(head, rows, left=2) if saved else table(head[:-1], [row[:-1] for row in rows], left=2)

@@ -1,4 +1,4 @@
-"""What merging an adapter did, in a few lines."""
+"""Summary of merging an adapter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reallm.tuning.adapter_merge import read_adapter
 
 
 def merged_text(before: Path, adapter: Path, after: Path) -> str:
-    """Matrices and ranks of the adapter, the bytes of its residuals, and bits and bytes of both artifacts."""
+    """Return matrices and ranks of the adapter, bytes of its residuals, and bits and bytes before and after."""
     factors = read_adapter(adapter)
     ranks = sorted({pair.left.shape[1] for pair in factors.values()})
     ledgers = [read_ledger(folder) for folder in (before, after)]
@@ -19,7 +19,7 @@ def merged_text(before: Path, adapter: Path, after: Path) -> str:
         [
             ("merged", f"{len(factors)} matrices, rank {', '.join(map(str, ranks))}"),
             ("residuals", f"{residual[1] - residual[0]:,} bytes more"),
-            ("bits", " a weight before, ".join(f"{ledger.bits_per_weight:.4f}" for ledger in ledgers) + " after"),
+            ("bits", " per weight before, ".join(f"{ledger.bits_per_weight:.4f}" for ledger in ledgers) + " after"),
             ("files", files_text(before, after)),
         ]
     )

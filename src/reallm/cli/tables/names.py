@@ -9,12 +9,12 @@ from reallm.source import Source
 
 
 def model_name(source: Source) -> str:
-    """Of the original, without the folders that it lies in."""
+    """Return the name of the source model without its folders."""
     return Path(source.label).name or source.label
 
 
 def short_name(fmt: WeightFormat) -> str:
-    """A format in one word and its fields, inner formats in brackets: `codebook 6 2 64 two_level`."""
+    """Return the name and field values of a format, inner formats in brackets: `codebook 6 2 64 two_level`."""
     spec = {key: value for key, value in to_spec(fmt).items() if key not in ("format", "base")}
     said = {key: value for key, value in spec.items() if value is not False and value != ""}
     text = " ".join([fmt.name, *(key if value is True else str(value) for key, value in said.items())])

@@ -1,4 +1,4 @@
-"""What `reallm pack` prints."""
+"""Summary of `reallm pack`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reallm.pipeline.pack_file import PackReport
 
 
 def packed_text(report: PackReport, out: Path, matrices: bool = False) -> str:
-    """Bytes, margin, error of the round trip and size of the decoder; with `matrices` a line for each."""
+    """Return bytes, headroom, round-trip error and decoder size; `matrices` adds one line per tensor."""
     rows = [
         ("file", f"{report.nbytes:,} bytes of {report.max_bytes:,}; margin {report.margin:,}"),
         (
@@ -20,7 +20,7 @@ def packed_text(report: PackReport, out: Path, matrices: bool = False) -> str:
         ),
         ("read back", f"relative squared error {report.relative_error:.3g}; {report.exact} tensors exact"),
         ("worst tensor", f"{report.worst[0] or 'none'} {report.worst[1]:.3g}"),
-        ("stored once", f"{len(report.tied)} tensors that are another's"),
+        ("stored once", f"{len(report.tied)} tied tensors"),
         ("decoder", f"{report.decoder_nbytes:,} bytes of Python, {report.decoder_zlib_nbytes:,} by zlib"),
     ]
     text = "\n".join([str(out), *(f"{name:<22} {value}" for name, value in rows)])

@@ -1,4 +1,4 @@
-"""Predicted beside realised: what a plan was expected to lose, and what the model made by it loses."""
+"""Predicted and measured loss of a plan, and plans as files and plots."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _WINDOWS = 4
 
 
 def loss_line(job: Job, folder: Path, windows: int = _WINDOWS) -> str:
-    """The KL that was predicted and the one that is, on windows behind those calibrated on, in one line."""
+    """Return a line with predicted and measured KL, on windows after those of the calibration if there are any."""
     found = measure_loss(job, folder, windows)
-    held_out = "held out" if found["held_out"] else "calibrated on: the text has no more"
+    held_out = "held out" if found["held_out"] else "from the calibration: the text has no more"
     assert job.forecast is not None
     return (
         f"{'loss (KL)':<22} predicted {job.forecast.loss:.4f}, realised {found['kl']:.4f} nats per token "
@@ -36,7 +36,7 @@ def loss_line(job: Job, folder: Path, windows: int = _WINDOWS) -> str:
 
 
 def measure_loss(job: Job, folder: Path, windows: int = _WINDOWS) -> dict[str, Any]:
-    """KL to the original in nats per token, on windows of the calibration text behind those used, if it has any."""
+    """Return KL to the original model (nats per token) and perplexity on held-out windows of the calibration text."""
     settings = job.settings
     device = torch.device(settings.device)
     original = load(job.source.label, device=None if device.type == "cpu" else device)
@@ -48,31 +48,31 @@ def measure_loss(job: Job, folder: Path, windows: int = _WINDOWS) -> dict[str, A
 
 
 def _tokens(job: Job, model: torch.nn.Module, windows: int) -> tuple[torch.Tensor, int, bool]:
-    """(tokens, context, whether they are others than those calibrated on)."""
+    """Return (tokens, context, whether the tokens are held out from the calibration)."""
     settings, tokenizer = job.settings, load_tokenizer(job.source.label)
     limit = getattr(job.source.config.get_text_config(decoder=True), "max_position_embeddings", None)
     context = min(settings.calibration_context, limit or settings.calibration_context)
     if settings.calibration == (SELF,):
         context = min(context, 512)
-        written = generate_windows(model, tokenizer, windows, context, settings.seed + 1, settings.device)
-        body = written if leading_bos(tokenizer) is None else written[:, 1:]
+        generated = generate_windows(model, tokenizer, windows, context, settings.seed + 1, settings.device)
+        body = generated if leading_bos(tokenizer) is None else generated[:, 1:]
         return body.reshape(-1), context, True
     ids = tokenize(tokenizer, [document for path in settings.calibration for document in load_text(path)])
     body = context - (leading_bos(tokenizer) is not None)
-    behind = ids[settings.calibration_windows * body :]
-    return (behind, context, True) if len(behind) >= body else (ids, context, False)
+    held_out = ids[settings.calibration_windows * body :]
+    return (held_out, context, True) if len(held_out) >= body else (ids, context, False)
 
 
 def plan_file(job: Job) -> str:
-    """The plan as a recipe to edit: one rule a matrix, beside it the bytes and the loss that are expected."""
+    """Return the plan as an editable recipe: one rule per matrix, commented with predicted bytes and loss."""
     entries = {entry.matrix.name: entry for entry in job.plan.entries}
     lines = [*_head(job), "", "rules:"]
-    for matrix in (matrix_info(matrix) for matrix in job.walk.matrices if _has_a_rule(matrix)):
+    for matrix in (matrix_info(matrix) for matrix in job.walk.matrices if _has_rule(matrix)):
         entry = entries.get(matrix.name)
         spec = KEEP if entry is None else _flow(entry.fmt)
         lines.append(f"- {{match: {json.dumps(matrix.name)}, format: {spec}}}{_comment(job, matrix)}")
     for kind in ("embedding", "head"):
-        named = [matrix_info(m) for m in job.walk.matrices if m.kind == kind and not _has_a_rule(m)]
+        named = [matrix_info(m) for m in job.walk.matrices if m.kind == kind and not _has_rule(m)]
         if named:
             entry = entries.get(named[0].name)
             lines.append(f"{kind}: {KEEP if entry is None else _flow(entry.fmt)}{_comment(job, named[0])}")
@@ -83,18 +83,18 @@ def plan_file(job: Job) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _has_a_rule(matrix: Matrix) -> bool:
-    """Embedding and head have places of their own in a recipe."""
+def _has_rule(matrix: Matrix) -> bool:
+    """Return whether the matrix needs a rule; embedding and lm_head have keys of their own."""
     return matrix.kind == "block" or matrix.role == PER_LAYER
 
 
 def _head(job: Job) -> list[str]:
     lines = [f"name: {json.dumps(job.plan.recipe)}"]
     if job.forecast is not None:
-        kind = "from the end-to-end loss of this model" if job.forecast.calibrated else "from the table of roles"
+        kind = "from the end-to-end loss of this model" if job.forecast.calibrated else "from typical sensitivities"
         lines.insert(0, f"# predicted loss {job.forecast.loss:.5f} nats per token, {kind}")
         if job.forecast.nbytes is not None:
-            lines.insert(0, f"# about {job.forecast.nbytes:,} bytes of {job.forecast.size:,}, everything included")
+            lines.insert(0, f"# about {job.forecast.nbytes:,} bytes of {job.forecast.size:,}, all files")
     return lines
 
 
@@ -113,7 +113,7 @@ def _flow(fmt: Any) -> str:
 
 
 def plan_rows(job: Job) -> list[dict[str, Any]]:
-    """Format, bytes and predicted loss of every matrix, as JSON values."""
+    """Return format, bytes and predicted loss of every matrix as JSON values."""
     from reallm.formats import to_spec
 
     assert job.forecast is not None
@@ -126,7 +126,7 @@ def plan_rows(job: Job) -> list[dict[str, Any]]:
 
 
 def frontier(jobs: Sequence[Job]) -> dict[str, Any]:
-    """What several budgets would give: bytes, bits per weight, predicted loss, and the plan of each."""
+    """Return bytes, bits per weight, predicted loss and plan for several budgets."""
     points = [
         {
             "size": job.forecast.size,
@@ -143,7 +143,7 @@ def frontier(jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 def plot_frontier(points: dict[str, Any], path: Path) -> bool:
-    """A picture of bytes against predicted loss; False where matplotlib is not installed."""
+    """Plot bytes against predicted loss; return False if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator
@@ -155,15 +155,13 @@ def plot_frontier(points: dict[str, Any], path: Path) -> bool:
     axes = figure.subplots()
     axes.plot([row["nbytes"] / unit for row in rows], [row["loss"] for row in rows], "o-", markersize=4)
     for row in rows:
-        # A falling line leaves room above on the right and below on the left: there the last words stay in the frame.
+        # The line falls: labels fit above to the right, and the last one below to the left, inside the frame.
         place, side = ((5, 4), "left") if row is not rows[-1] else ((-5, -11), "right")
         axes.annotate(
             f"{row['loss']:.2g}, {row['bits_per_weight']:.2f} bits", (row["nbytes"] / unit, row["loss"]),
             xytext=place, ha=side, textcoords="offset points", fontsize=8,
         )  # fmt: skip
-    axes.set(
-        xlabel=f"whole artifact, {name}", ylabel="predicted KL, nats per token", yscale="log", title=points["model"]
-    )
+    axes.set(xlabel=f"all files, {name}", ylabel="predicted KL, nats per token", yscale="log", title=points["model"])
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.yaxis.set_minor_formatter("{x:g}")

@@ -1,4 +1,4 @@
-"""What `reallm analyze` found: tables by role or by matrix, JSON, pictures."""
+"""Results of `reallm analyze`: tables by role or by matrix, JSON and plots."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from reallm.evaluate.measure import versions
 from reallm.formats import from_spec
 
 Row = dict[str, Any]
-_SIDES = ("along_rows", "along_columns")
+_AXES = ("along_rows", "along_columns")
 _FILE = "structure.json"
 SHIFTS = ("matrix", "rows", "columns")
-PICTURES = ("spectra.png", "orders.png", "codecs.png")
+PLOTS = ("spectra.png", "orders.png", "codecs.png")
 
 
 def work_line(work: AnalysisJob, seconds: float) -> str:
-    """What will be done, in a line, before it begins."""
+    """Return a line that describes the work and its estimated time."""
     fits = 3 * len(work.matrices) * len(work.scope.codecs)
     return (
         f"{len(work.matrices)} of {work.of} matrices, {work.weights / 1e6:.1f} million weights, "
@@ -37,10 +37,10 @@ def work_line(work: AnalysisJob, seconds: float) -> str:
 
 
 def check_writable(json_file: Path | None, folder: Path | None) -> None:
-    """Errors: ReallmError if `write_structure` could not write there, or would write over something.
+    """Raise ReallmError if `write_structure` could not write there or would overwrite a file.
 
-    Better before the work than after it. All its files count, also those that this run will not write: a picture of an
-    earlier run beside new figures would be taken for theirs.
+    Checked before the work, for all files, also those that this run will not write: a plot of an earlier run would be
+    mistaken for one of this run.
     """
     if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
         raise ReallmError(f"--json {json_file}: not a file in an existing folder; give another name")
@@ -48,25 +48,25 @@ def check_writable(json_file: Path | None, folder: Path | None) -> None:
         raise ReallmError(f"--output {folder}: is a file; give a folder")
     if json_file is not None:
         check_new_file(json_file, "--json", (".json",))
-    for name in (_FILE, *PICTURES) if folder is not None and folder.exists() else ():
+    for name in (_FILE, *PLOTS) if folder is not None and folder.exists() else ():
         check_new_file(folder / name, "--output")
 
 
 def write_structure(found: dict[str, Any], json_file: Path | None, folder: Path | None) -> list[Path]:
-    """JSON to a file, JSON and pictures to a folder, which is made; without matplotlib there are no pictures."""
+    """Write JSON to a file, and JSON and plots (if matplotlib is installed) to a new folder; return the files."""
     files = [json_file] if json_file else []
-    pictures: list[Path] = []
+    plots: list[Path] = []
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         files.append(folder / _FILE)
-        pictures = plot_structure(found, folder)
+        plots = plot_structure(found, folder)
     for file in files:
         file.write_text(structure_json(found), encoding="utf-8")
-    return [*files, *pictures]
+    return [*files, *plots]
 
 
 def structure_json(found: dict[str, Any]) -> str:
-    """JSON text with the versions that made the figures, one line a matrix."""
+    """Return JSON text with package versions, one line per matrix."""
     found = _round_floats({"versions": versions(), **found})
     rows = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in found["matrices"])
     head = json.dumps({key: value for key, value in found.items() if key != "matrices"}, indent=1, allow_nan=False)
@@ -74,7 +74,7 @@ def structure_json(found: dict[str, Any]) -> str:
 
 
 def _round_floats(value: Any) -> Any:
-    """Six figures: what is behind them depends on the machine."""
+    """Round floats to six digits: later digits depend on the machine."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
@@ -83,33 +83,33 @@ def _round_floats(value: Any) -> Any:
 
 
 def structure_text(found: dict[str, Any], by_matrix: bool = False) -> str:
-    """Four tables: singular values, scales and tails; shifts; orders and bases; codecs with their control."""
+    """Return four tables: singular values, scales and tails; shifts; orders and bases; formats with their control."""
     if not found["matrices"]:
-        return "all weights are 0; there is nothing to see"
+        return "all weights are 0; there is nothing to analyze"
     groups = _groups(found["matrices"], (lambda row: row["name"]) if by_matrix else (lambda row: row["role"]))
-    parts = [_spectra(groups), _SPECTRA_NOTE, _shifts(groups), _SHIFTS_NOTE, _orders(groups), _ORDERS_NOTE]
+    sections = [_spectra(groups), _SPECTRA_NOTE, _shifts(groups), _SHIFTS_NOTE, _orders(groups), _ORDERS_NOTE]
     if found["matrices"][0]["codecs"]:
-        parts += [_codecs(groups), _verdicts(found["matrices"]), _CODECS_NOTE]
-    return "\n\n".join(parts)
+        sections += [_codecs(groups), _verdicts(found["matrices"]), _CODECS_NOTE]
+    return "\n\n".join(sections)
 
 
 _SPECTRA_NOTE = """\
-top 1/16: share of the energy in the leading 1/16 of the singular values; noise: that of Gaussian noise with the
-scales of the same rows and columns; MP: of noise with equal scales, by Marchenko and Pastur. above: singular values
-larger than all of the noise. rank saves: bits per weight that the best int8 residual saves, its bytes taken off.
-rows, columns: bits per weight that knowing their scales is worth at most. kurtosis: 3 is normal; even: with
-rows and columns brought to one size."""
+top 1/16: share of the energy in the largest 1/16 of the singular values; noise: the same for Gaussian noise with the
+same row and column scales; MP: for noise with equal scales, by the Marchenko-Pastur law. above: singular values
+larger than all of the noise's. rank: the best rank of an int8 residual; rank saves: bits per weight it saves, net of
+its storage. rows, columns: upper bound on the bits per weight saved by their scales. kurtosis: 3 for a normal
+distribution; even: after scaling rows and columns to equal norms."""
 _SHIFTS_NOTE = """\
-Shares of the energy that a shift of the whole matrix, of its rows or of its columns takes away; chance: what it would
-of independent numbers. saves: bits per weight, a float16 for each shift taken off."""
+Share of the energy that subtracting the mean of the matrix, of each row or of each column removes; chance: the same
+for independent values. saves: bits per weight, net of a float16 per mean."""
 _ORDERS_NOTE = """\
-stores: bits per weight of the order or basis. rows, columns: correlation of neighbours along the rows and along the
-columns; raw: ± one standard error, others: in brackets that of noise in the order found for it. sizes: the same of
-magnitudes, mean of both sides. net: bits per weight that scales and prediction from neighbours save at most over raw,
-orders and basis paid for."""
+stores: bits per weight of the order or basis. rows, columns: correlation of neighbours along rows and along columns;
+for raw ± one standard error, for others the value for noise (in its own best order) in brackets. sizes: the same for
+magnitudes, mean of both axes. net: upper bound on the bits per weight that scales and prediction from neighbours save
+over raw, net of the storage of orders and basis."""
 _CODECS_NOTE = """\
-Relative squared errors; shuffled: rows and columns in random orders. order: bits per weight that the order as it lies
-is worth to the codec, ½ log2(shuffled / real)."""
+Relative squared errors; shuffled: rows and columns in random order. order: bits per weight that the existing order is
+worth to the format, ½ log2(shuffled / real)."""
 
 
 def _groups(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
@@ -120,7 +120,7 @@ def _groups(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[Ro
 
 
 def _mean(rows: Sequence[Any], *path: str | int) -> float:
-    """The mean of a figure of all rows, found by the keys that lead to it."""
+    """Return the mean over rows of the value at a path of keys."""
     return statistics.fmean(functools.reduce(operator.getitem, path, row) for row in rows)
 
 
@@ -135,7 +135,7 @@ def _spectra(groups: dict[str, list[Row]]) -> str:
             + tuple(f"{share:z.3f}" for share in shares)
             + tuple(f"{_mean(members, 'spectrum', key):z.0f}" for key in ("above_noise", "best_rank"))
             + (f"{_mean(members, 'spectrum', 'rank_bits'):z.3f}",)
-            + tuple(f"{_mean(members, 'scales', side):z.3f}" for side in ("rows", "columns"))
+            + tuple(f"{_mean(members, 'scales', axis):z.3f}" for axis in ("rows", "columns"))
             + (f"{_mean(members, 'kurtosis'):z.2f}", f"{_mean(members, 'unscaled_kurtosis'):z.2f}")
         )
     return table(head, rows)
@@ -160,7 +160,7 @@ def _shifts(groups: dict[str, list[Row]]) -> str:
 
 
 def chance_share(shape: Sequence[int], kind: str) -> float:
-    """Share of the energy that a shift takes of independent numbers with mean 0."""
+    """Return the share of the energy that subtracting means removes from independent values with mean 0."""
     return {"matrix": 1 / math.prod(shape), "rows": 1 / shape[1], "columns": 1 / shape[0]}[kind]
 
 
@@ -172,10 +172,10 @@ def _orders(groups: dict[str, list[Row]]) -> str:
             pairs = _pairs(members, order)
             own = [own for own, _ in pairs]
             stores = statistics.fmean(8 * view["nbytes"] / view["weights"] for view in own)
-            sides = [_side(pairs, side, order == RAW) for side in _SIDES]
-            sizes = statistics.fmean(_mean(own, side, "sizes", "value") for side in _SIDES)
+            axes = [_correlation(pairs, axis, order == RAW) for axis in _AXES]
+            sizes = statistics.fmean(_mean(own, axis, "sizes", "value") for axis in _AXES)
             tails, net = f"{_mean(own, 'kurtosis'):z.2f}", f"{_mean(own, 'net_bits'):z.3f}"
-            rows.append((name, order, f"{stores:z.3f}", *sides, f"{sizes:z.3f}", tails, net))
+            rows.append((name, order, f"{stores:z.3f}", *axes, f"{sizes:z.3f}", tails, net))
             name = ""
     return table(head, rows, left=2)
 
@@ -185,7 +185,7 @@ def _order_names(rows: Sequence[Row]) -> list[str]:
 
 
 def _pairs(rows: Sequence[Row], order: str) -> list[tuple[Row, Row]]:
-    """One view of every matrix that has it, with the number of its weights, and that of the noise beside it."""
+    """Return (view, noise view) of one order for every matrix that has it; the view gets its number of weights."""
     return [
         (own | {"weights": math.prod(row["shape"])}, noise)
         for row in rows
@@ -194,12 +194,12 @@ def _pairs(rows: Sequence[Row], order: str) -> list[tuple[Row, Row]]:
     ]
 
 
-def _side(pairs: Sequence[tuple[Row, Row]], side: str, raw: bool) -> str:
-    own = _mean([own for own, _ in pairs], side, "alike", "value")
+def _correlation(pairs: Sequence[tuple[Row, Row]], axis: str, raw: bool) -> str:
+    own = _mean([own for own, _ in pairs], axis, "alike", "value")
     if raw:
-        error = math.sqrt(sum(own[side]["alike"]["error"] ** 2 for own, _ in pairs)) / len(pairs)
+        error = math.sqrt(sum(own[axis]["alike"]["error"] ** 2 for own, _ in pairs)) / len(pairs)
         return f"{own:z.3f} ± {error:z.3f}"
-    return f"{own:z.3f} ({_mean([noise for _, noise in pairs], side, 'alike', 'value'):z.3f})"
+    return f"{own:z.3f} ({_mean([noise for _, noise in pairs], axis, 'alike', 'value'):z.3f})"
 
 
 def _codecs(groups: dict[str, list[Row]]) -> str:
@@ -216,7 +216,7 @@ def _codecs(groups: dict[str, list[Row]]) -> str:
 
 
 def verdicts(rows: Sequence[Row]) -> Iterator[tuple[str, float, float]]:
-    """(codec, bits per weight that the order is worth to it on average, the standard error of that over matrices)."""
+    """Yield (format, mean bits per weight that the order is worth, standard error over matrices)."""
     for number, codec in enumerate(rows[0]["codecs"]):
         worth = [row["codecs"][number]["order_bits"] for row in rows]
         spread = statistics.stdev(worth) if len(worth) > 1 else math.nan
@@ -226,13 +226,13 @@ def verdicts(rows: Sequence[Row]) -> Iterator[tuple[str, float, float]]:
 def _verdicts(rows: Sequence[Row]) -> str:
     lines = []
     for codec, worth, error in verdicts(rows):
-        doubt = "" if math.isnan(error) else f" ± {error:z.4f}"
-        lines.append(f"{codec}: the order is worth {worth:+.4f}{doubt} bits per weight over {len(rows)} matrices")
+        uncertainty = "" if math.isnan(error) else f" ± {error:z.4f}"
+        lines.append(f"{codec}: the order is worth {worth:+.4f}{uncertainty} bits per weight over {len(rows)} matrices")
     return "\n".join(lines)
 
 
 def plot_structure(found: dict[str, Any], folder: Path) -> list[Path]:
-    """Pictures in an existing folder: spectra, orders and errors of codecs, if any; [] without matplotlib."""
+    """Plot spectra, orders and format errors into an existing folder; return the files, [] without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -242,7 +242,7 @@ def plot_structure(found: dict[str, Any], folder: Path) -> list[Path]:
         return []
     draw = {"spectra.png": _plot_spectra, "orders.png": _plot_orders, "codecs.png": _plot_codecs}
     written = []
-    for name in PICTURES:
+    for name in PLOTS:
         figure = Figure(layout="constrained")
         if draw[name](figure, groups):
             figure.savefig(folder / name, dpi=130)
@@ -280,19 +280,19 @@ def _plot_orders(figure: Any, groups: dict[str, list[Row]]) -> bool:
     orders = _order_names([row for members in groups.values() for row in members])
     figure.set_size_inches(max(7, 1.3 * len(groups) + 2), 6)
     width = 0.8 / len(orders)
-    for panel, side in zip(figure.subplots(2, 1, sharex=True), _SIDES, strict=True):
+    for panel, axis in zip(figure.subplots(2, 1, sharex=True), _AXES, strict=True):
         for number, order in enumerate(orders):
             found = {place: _pairs(members, order) for place, members in enumerate(groups.values())}
             found = {place: pairs for place, pairs in found.items() if pairs}
             places = [place + (number - (len(orders) - 1) / 2) * width for place in found]
             own, noise = (
-                [_mean([pair[which] for pair in pairs], side, "alike", "value") for pairs in found.values()]
+                [_mean([pair[which] for pair in pairs], axis, "alike", "value") for pairs in found.values()]
                 for which in (0, 1)
             )
             panel.bar(places, own, width, color=f"C{number}", label=order)
             panel.scatter(places, noise, color="black", marker="_", s=60, zorder=3, label=None if number else "noise")
         panel.axhline(0, color="0.5", linewidth=0.8)
-        title = f"correlation of neighbours {side.replace('_', ' ')}"
+        title = f"correlation of neighbours {axis.replace('_', ' ')}"
         panel.set(title=title, xticks=range(len(groups)), xticklabels=list(groups))
         panel.grid(alpha=0.3, axis="y")
     panel.legend(fontsize=8, ncols=len(orders) + 1, loc="upper center", bbox_to_anchor=(0.5, -0.12))
@@ -300,7 +300,7 @@ def _plot_orders(figure: Any, groups: dict[str, list[Row]]) -> bool:
 
 
 def bits_over_all(rows: Sequence[Row], number: int) -> float:
-    """Bits per weight of a codec over all matrices: those of large ones count for more."""
+    """Return the bits per weight of a format over all matrices, weighted by matrix size."""
     weights = [math.prod(row["shape"]) for row in rows]
     return statistics.fmean([row["codecs"][number]["bits_per_weight"] for row in rows], weights)
 
@@ -328,7 +328,7 @@ def _plot_codecs(figure: Any, groups: dict[str, list[Row]]) -> bool:
             for codec in [row["codecs"][number]]
             for kind, _, _ in kinds
         ]
-        panel.set_ylim(0.95 * min(every), 1.05 * max(every))  # a difference of 0.01 % should not fill the picture
+        panel.set_ylim(0.95 * min(every), 1.05 * max(every))  # a difference of 0.01 % should not fill the plot
         panel.grid(alpha=0.3)
     panel.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     return True

@@ -1,4 +1,4 @@
-"""Plain aligned tables, which can be copied and grepped and fit any terminal, and those of Markdown."""
+"""Plain aligned tables, easy to copy and search, and Markdown tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> str:
-    """Columns as wide as their widest cell; the first `left` are flush left, the others flush right."""
+    """Align columns to their widest cell; the first `left` columns are left-aligned, the others right-aligned."""
     cells = [list(header), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
 
@@ -20,18 +20,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1
     return "\n".join(line(row) for row in cells)
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown: the first column flush left, the others flush right."""
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table: the first column left-aligned, the others right-aligned."""
     return "\n".join(markdown_row(cells) for cells in [header, [":---", *["---:"] * (len(header) - 1)], *rows])
 
 
 def markdown_row(cells: Sequence[str]) -> str:
-    """A row of one."""
+    """Return one row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
 def unused_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a line for each thing in the source's files that is no part of the model, as `Unused.to_dict` has it."""
+    """Return a line for each entry of `Unused.to_dict`: data in the source's files that the model does not use."""
     return [
         f"not used: {row['name']}{_tensors(row['tensors'])}, {size(row['nbytes'])} ({row['reason']})" for row in rows
     ]
@@ -42,7 +42,7 @@ def _tensors(count: int) -> str:
 
 
 def size(nbytes: int) -> str:
-    """Bytes in decimal units, as file managers and disk vendors count."""
+    """Format bytes in decimal units."""
     for unit, factor in _UNITS:
         if nbytes >= factor:
             return f"{nbytes / factor:.2f} {unit}"
@@ -50,7 +50,7 @@ def size(nbytes: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person would say them."""
+    """Format seconds as s, min or h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
