@@ -230,7 +230,9 @@ def test_ctrl_c_says_where_the_finished_matrices_are_and_how_to_go_on(
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)
     assert running.returncode == 130
-    assert err.splitlines()[-1] == f"stopped; finished matrices are in {tmp_path / 'out'}.work: add --resume to continue"
+    assert (
+        err.splitlines()[-1] == f"stopped; finished matrices are in {tmp_path / 'out'}.work: add --resume to continue"
+    )
     assert finished_matrices(tmp_path / "out") and not (tmp_path / "out").exists()
     reallm.compress(tiny_llama, tmp_path / "out", recipe=recipe, resume=True)
     assert same_files(tmp_path / "out", whole)

@@ -1,4 +1,4 @@
-"""Generate docs/cli.md from the declarations of the commands: `python -m reallm.cli.reference > docs/cli.md`.
+"""Generate docs/cli.md from the declarations of the commands: `python tools/cli_reference.py > docs/cli.md`.
 
 Uses the texts of --help but not its layout, which changes with Typer's version.
 """

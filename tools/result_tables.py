@@ -1,4 +1,4 @@
-"""Generated tables in README.md and docs/: `python -m reallm.cli.tables.results`.
+"""Generated tables in README.md and docs/: `python tools/result_tables.py`.
 
 A pair of markers in a page requests a table. `<!-- results:NAME -->` … `<!-- /results -->` gets the table of
 `results/NAME.json`, or nothing if that file does not exist; `<!-- recipes -->` … `<!-- /recipes -->` gets the list of
@@ -17,7 +17,6 @@ from typing import Any
 
 from neural_tables import neural_tables
 from reallm.allocate import shipped_recipes
-from reallm.cli.tables.neural import neural_tables
 from reallm.cli.tables.text_table import markdown_row, markdown_table
 from reallm.errors import ReallmError
 
