@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: venv test test-slow test-lowest demo lint docs clean
+.PHONY: words venv test test-slow test-lowest demo lint docs site clean
 
 venv: $(VENV)/.installed
 
@@ -65,10 +65,23 @@ demo: $(VENV)/.demo
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 
+# Names and words that are not the field's, in src/, README.md and docs/: needs nothing installed.
+words: $(BIN)/python
+	$(BIN)/python tools/check_words.py
+
 docs: $(VENV)/.installed
-	$(BIN)/python -m reallm.cli.reference > docs/cli.md
-	$(BIN)/python -m reallm.cli.tables.results
+	$(BIN)/python tools/cli_reference.py > docs/cli.md
+	$(BIN)/python tools/result_tables.py
+	$(BIN)/python tools/chart.py
+
+# mkdocs alone: the pages are text, and need nothing of the library.
+$(VENV)/.site: pyproject.toml | $(BIN)/python
+	$(PIP) install "mkdocs-material>=9.5,<10"
+	touch $@
+
+site: $(VENV)/.site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) site build dist .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -32,7 +32,7 @@ WIDTH, INNER, BLOCKS, CANDIDATES = 4096, 11008, 32, 20
 SHAPES = {role: (WIDTH, WIDTH) for role in "qkvo"} | {
     "gate": (INNER, WIDTH), "up": (INNER, WIDTH), "down": (WIDTH, INNER)
 }  # fmt: skip
-BUDGETS = (1.5, 2.0, 3.0, 4.0, 6.0)  # bits a weight
+BUDGETS = (1.5, 2.0, 3.0, 4.0, 6.0)  # bits per weight
 SMALL_TABLES, SMALL_SHARES = 200, (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 SMALL_MATRICES, SMALL_CANDIDATES = 5, 6
 

@@ -134,7 +134,7 @@ class Arm:
     perplexity: float
     kl: float
     top1: float
-    predicted: float | None  # KL, nats a token
+    predicted: float | None  # KL, nats per token
     seconds: dict[str, float]
     peak_memory_bytes: int
     formats: dict[str, dict[str, int]] = field(default_factory=dict)  # matrices by role and format
@@ -253,9 +253,9 @@ class Bench:
         if not self.keep:
             shutil.rmtree(out)
         seconds = " + ".join(f"{s:.0f}" for s in arm.seconds.values())
-        foretold = "" if arm.predicted is None else f" (foretold {arm.predicted:.4f})"
+        predicted = "" if arm.predicted is None else f" (predicted {arm.predicted:.4f})"
         sizes = f"{arm.bits:7.4f} b {arm.nbytes / 1e6:7.2f} MB"
-        print(f"{arm.key:56s} {sizes}  ppl {arm.perplexity:9.3f}  KL {arm.kl:.4f}{foretold}  {seconds} s", flush=True)
+        print(f"{arm.key:56s} {sizes}  ppl {arm.perplexity:9.3f}  KL {arm.kl:.4f}{predicted}  {seconds} s", flush=True)
         return arm
 
     def _predicted(self, task: Task, job: Job) -> float | None:

@@ -21,10 +21,9 @@ from data_free import finished, normal, uniform, vectors
 from lab import Arm, Lab, Workers, arguments, asked_for, earlier_runs, original_of, save
 
 from reallm.calibrate.hidden_states import HiddenStateCache
-from reallm.calibrate.loss_gradients import Guidance, fisher, guidance
+from reallm.calibrate.loss_gradients import Guidance, guidance
 from reallm.calibrate.windows import windows_from_files
 from reallm.fit import Objective, fit, squared_error
-from reallm.fit.objective import FISHER
 from reallm.formats import from_spec
 from reallm.hf import load_tokenizer
 from reallm.source import Matrix, walk
@@ -72,8 +71,6 @@ def guided(task: Task, objective: str = "guided") -> Task:
     return Task(task.group, f"{task.name}, {objective}", task.spec, objective)
 
 
-FISHER_ALONE = "fisher without feedback"  # no objective of the product: what its weights are by themselves
-
 TRELLIS_3 = Task("3 bits", "rotated trellis", turned(trellis(3)))
 TRELLIS_2 = Task("2 bits", "rotated trellis", turned(trellis(2)))
 SCALED_3 = Task("3 bits", "scaled, rotated trellis", scaled(turned(trellis(3))))
@@ -109,8 +106,6 @@ TASKS: list[Task] = [
     Task("3 bits", "uniform 3 bits and 0.5 % of entries", scaled(decoupled(uniform(3), "entries", 0.005), "both")),
     Task("2 bits", "rotated e8 and 1 % of columns", scaled(decoupled(turned(lattice(2)), "columns", 0.01))),
     guided(VECTORS_2),
-    Task(VECTORS_2.group, f"{VECTORS_2.name}, fisher without feedback", VECTORS_2.spec, FISHER_ALONE),
-    Task(VECTORS_2.group, f"{VECTORS_2.name}, fisher and feedback", VECTORS_2.spec, FISHER),
     guided(ENTROPY_2),
     Task("3 bits", "codebook d=1", vectors(1, 3)),
     Task("3 bits", "normal_float", normal(3)),
@@ -142,10 +137,6 @@ class Bench:
     def guidance(self) -> dict[str, Guidance]:
         return guidance(self.lab.reference, self.windows, self.matrices, self.lab.device)
 
-    @functools.cached_property
-    def fisher(self) -> dict[str, torch.Tensor]:
-        return fisher(self.lab.reference, self.windows, self.matrices, self.lab.device)
-
     def original(self, matrix: Matrix) -> torch.Tensor:
         return self.lab.original[f"{matrix.name}.weight"]
 
@@ -154,15 +145,10 @@ class Bench:
 
     def objectives(self, stream: HiddenStateCache, matrices: list[Matrix], objective: str) -> dict[str, Objective]:
         """By matrix of the stream's present block."""
-        if objective == FISHER_ALONE:
-            return {matrix.name: Objective(self.fisher[matrix.name]) for matrix in matrices}
         guided = self.guidance if objective == "guided" else {}
         second_moments = stream.second_moments(matrices, {name: own.tokens for name, own in guided.items()} or None)
         rows = {name: own.rows for name, own in guided.items()}
-        found = {m.name: Objective.output_error(second_moments.get(m.name), rows.get(m.name)) for m in matrices}
-        if objective == FISHER:
-            return {name: replace(get, importance=self.fisher[name]) for name, get in found.items()}
-        return found
+        return {m.name: Objective.output_error(second_moments.get(m.name), rows.get(m.name)) for m in matrices}
 
     def run(self, task: Task) -> Arm:
         """Compress along the stream, as `reallm compress --calibration` does, and score."""

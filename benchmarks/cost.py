@@ -2,7 +2,7 @@
 
     python benchmarks/cost.py --model MODEL
 
-Each row is one process started anew, so that peak memory is its own. Writes results/cost.json.
+Each row is one process started again, so that peak memory is its own. Writes results/cost.json.
 """
 
 from __future__ import annotations

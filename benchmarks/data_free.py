@@ -114,7 +114,7 @@ def _mixture(ladder: str, bits: float, infos: list[MatrixInfo]) -> dict[MatrixIn
 
 
 def true_bits(spec: dict[str, Any], infos: list[MatrixInfo]) -> float:
-    """Stored bits a weight over the block matrices."""
+    """Stored bits per weight over the block matrices."""
     fmt = from_spec(spec)
     blocks = [info for info in infos if info.kind == "block"]
     return 8 * sum(fmt.nbytes(info.shape) for info in blocks) / sum(info.weights for info in blocks)

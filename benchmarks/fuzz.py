@@ -39,8 +39,7 @@ from reallm.checkpoint import read_ledger
 from reallm.checkpoint.checksums import compute_checksums
 from reallm.errors import ReallmError
 from reallm.fit import fit
-from reallm.hf import MODES, verify_artifact
-from reallm.hf import artifact_memory_footprint, unquantized_tensors
+from reallm.hf import MODES, artifact_memory_footprint, unquantized_tensors, verify_artifact
 from reallm.source import open_source, walk
 
 RECIPE = """

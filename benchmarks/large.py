@@ -5,7 +5,7 @@
 Makes a random Llama of 3.0 B parameters in bfloat16, shard by shard, and compresses it with round-to-nearest in a
 process whose data (RLIMIT_DATA: heap and anonymous mappings, on Linux) may not exceed the promise: the working set of
 the largest matrix and 1.5 GB. Before that it makes sure that the limit bites. Then once more with calibration, under
-the peak that --dry-run foretells, which counts hessians too: the stream goes through all blocks, and a few matrices,
+the peak that --dry-run predicts, which counts hessians too: the stream goes through all blocks, and a few matrices,
 one down_proj among them, are fitted along it, since all would take hours on a CPU; the rest is kept. Writes
 results/large.json; takes 13 GB of disk.
 """
@@ -139,8 +139,8 @@ def main() -> None:
         some = along_the_stream(options.layers)
         given = ["--recipe", str(place / "recipe.yaml"), "--calibration", str(TEXT), *some]
         given += ["--calibration-windows", str(WINDOWS), "--calibration-context", str(CONTEXT)]
-        foretold = foretold_bytes(model, place / "recipe.yaml", tuple(some[1::2]))
-        arms["calibrated"] = compressed(model, place / "out", foretold, given)
+        predicted = foretold_bytes(model, place / "recipe.yaml", tuple(some[1::2]))
+        arms["calibrated"] = compressed(model, place / "out", predicted, given)
         arms["calibrated"] |= {"windows": WINDOWS, "context": CONTEXT, "include": some[1::2]}
     finally:
         shutil.rmtree(place)

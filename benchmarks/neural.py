@@ -143,7 +143,7 @@ B_ARMS = [
     Arm("b", "learned 8×8, 32 of 64", linear("learned", 32, vectors(2, 8), 8, 8)),
 ]
 # (channels, width, stages) and steps for 1, 4 and 30 matrices: 1e4, 7e4, 3e5, 1.2e6, 1.8e6 and 4.7e6 parameters. A step
-# of the last takes 500,000 multiply-adds a weight.
+# of the last takes 500,000 multiply-adds per weight.
 NETS: dict[tuple[int, int, int], dict[int, int]] = {
     (4, 16, 1): {1: 1000, 4: 150, 30: 60},
     (16, 32, 2): {1: 1000, 4: 150, 30: 60},

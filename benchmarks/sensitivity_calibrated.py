@@ -1,4 +1,4 @@
-"""What the end loss says of each matrix: one role, one block, one matrix alone compressed with calibration data.
+"""What the end-to-end loss says of each matrix: one role, one block, one matrix alone compressed with calibration data.
 
     python benchmarks/sensitivity_calibrated.py --model MODEL --data-dir DATA --jobs N
 

@@ -2,7 +2,7 @@
 
     python benchmarks/shifts.py --model MODEL
 
-Writes results/shifts.json: shares of the energy and bits a weight (`reallm analyze` shows them for the matrices it
+Writes results/shifts.json: shares of the energy and bits per weight (`reallm analyze` shows them for the matrices it
 looks at), and errors of the embedding in 3, 4, 6 and 8 bits with and without a residual of rank 1, by 4,096 rows. Half
 a minute on one core for SmolLM2-135M.
 """

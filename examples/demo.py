@@ -177,7 +177,7 @@ def closing_table(original_bytes: int, ledger: dict, before: dict, after: dict, 
         ("bits per parameter, whole files", f"{file_bits[0]:.2f}", f"{file_bits[1]:.2f}"),
         ("bits per weight, block matrices", "", f"{ledger['bits_per_weight']:.3f}"),
         ("perplexity", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"),
-        ("KL to the original, nats a token", "", f"{after['kl']:.3f}"),
+        ("KL to the original, nats per token", "", f"{after['kl']:.3f}"),
         ("same most likely token", "", f"{100 * after['top1']:.1f} %"),
         ("compressing, s", "", f"{seconds:.0f}"),
     ]

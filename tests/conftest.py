@@ -168,7 +168,7 @@ def remembered():
 def fitted(remembered):
     """fitted(fmt, weight, objective=None, seed=0): `fit`, done once for all tests of a process that ask the same.
 
-    A caller is given its own copy of the tensors. Tests of what `fit` does anew (determinism, threads) call it itself.
+    A caller is given its own copy of the tensors. Tests of what `fit` does again (determinism, threads) call it itself.
     """
     import torch
 

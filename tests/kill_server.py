@@ -16,10 +16,13 @@ import sys
 import time
 from pathlib import Path
 
-import torch
+# Threads that load a model convert dtypes by torch's pool, which does not survive a fork.
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 
-from reallm.errors import ReallmError
-from reallm.pipeline import Settings, prepare, run
+import torch  # noqa: E402
+
+from reallm.errors import ReallmError  # noqa: E402
+from reallm.pipeline import Settings, prepare, run  # noqa: E402
 
 EVENTS = (
     "open",

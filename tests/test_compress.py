@@ -58,7 +58,7 @@ def interrupted(job, tmp_path, killed):
 
 def count_fits(monkeypatch):
     names, original = [], fitting.load_weight  # every fit begins with it
-    monkeypatch.setattr(fitting, "checked_weight", lambda *a: names.append(a[1].name) or original(*a))
+    monkeypatch.setattr(fitting, "load_weight", lambda *a: names.append(a[1].name) or original(*a))
     return names
 
 
@@ -153,7 +153,7 @@ def test_a_damaged_finished_matrix_is_named_and_not_trusted(
 def test_a_finished_matrix_with_other_tensors_is_not_trusted(job, interrupted, finished_matrices):
     file = work_folder(interrupted) / finished_matrices(interrupted)[0]
     save_file({name + "x": tensor for name, tensor in load_file(file).items()}, file)
-    with pytest.raises(ArtifactError, match="other tensors than the plan says"):
+    with pytest.raises(ArtifactError, match="its tensors differ from the plan"):
         run(job, interrupted, resume=True)
 
 
@@ -185,9 +185,10 @@ def full_in_rust(*_, **__):
 def test_a_full_disk_is_one_error_and_the_run_can_go_on(job, whole, tmp_path, module, name, failing, same_files):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, name, failing)
-        with pytest.raises(ArtifactError, match="No space left on device.*add --resume") as caught:
+        with pytest.raises(ArtifactError, match="No space left on device.*fix the cause") as caught:
             run(job, tmp_path / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    assert ("add --resume" in str(caught.value)) == (tmp_path / "out.work").exists()
     run(job, tmp_path / "out", resume=True)
     assert same_files(tmp_path / "out", whole)
 
@@ -215,8 +216,8 @@ def test_ctrl_c_says_where_the_finished_matrices_are_and_how_to_go_on(
     tiny_llama, recipe, whole, tmp_path, same_files, finished_matrices
 ):
     code = "import sys; from reallm.cli import main; sys.exit(main(sys.argv[1:]))"
-    slow = "import time, reallm.pipeline.fit_job as m, sys; f = m.checked_weight;"
-    slow += "m.checked_weight = lambda *a: (time.sleep(0.5), f(*a))[1];"
+    slow = "import time, reallm.pipeline.fit_job as m, sys; f = m.load_weight;"
+    slow += "m.load_weight = lambda *a: (time.sleep(0.5), f(*a))[1];"
     arguments = ["compress", str(tiny_llama), "-o", str(tmp_path / "out"), "--recipe", recipe]
     running = subprocess.Popen(
         [sys.executable, "-c", slow + code, *arguments],
@@ -229,7 +230,9 @@ def test_ctrl_c_says_where_the_finished_matrices_are_and_how_to_go_on(
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)
     assert running.returncode == 130
-    assert err.splitlines()[-1] == f"stopped; finished matrices are in {tmp_path / 'out'}.work: add --resume to continue"
+    assert (
+        err.splitlines()[-1] == f"stopped; finished matrices are in {tmp_path / 'out'}.work: add --resume to continue"
+    )
     assert finished_matrices(tmp_path / "out") and not (tmp_path / "out").exists()
     reallm.compress(tiny_llama, tmp_path / "out", recipe=recipe, resume=True)
     assert same_files(tmp_path / "out", whole)

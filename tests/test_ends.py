@@ -41,7 +41,7 @@ def test_rank_one_is_chosen_where_rows_have_a_mean_and_nowhere_else(tiny_llama, 
 
 
 def divergence(original, found):
-    """KL of next tokens, nats a token."""
+    """KL of next tokens, nats per token."""
     windows = torch.randint(2, 512, (8, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before, after = (model(windows).logits.log_softmax(-1) for model in (original, found))

@@ -6,8 +6,7 @@ from safetensors.torch import load_file
 
 import reallm
 from reallm.checkpoint import read_manifest
-from reallm.hf import MODES, load
-from reallm.hf import unquantized_tensors
+from reallm.hf import MODES, load, unquantized_tensors
 from reallm.source import meta_model, open_source, walk
 
 RECIPE = """

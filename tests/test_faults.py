@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tiny_llama, recipe, tmp_pat
     monkeypatch.setattr(os, "mkdir", refused)
     assert main(["compress", str(tiny_llama), "-o", str(tmp_path / "out"), "--recipe", recipe]) == 2
     err = capsys.readouterr().err.splitlines()
-    assert err[-1].startswith("error: ") and f"out.work: {os.strerror(code)}; mend it" in err[-1]
+    assert err[-1].startswith("error: ") and f"out.work: {os.strerror(code)}; fix the cause" in err[-1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -104,7 +104,9 @@ def test_a_shard_that_vanishes_under_a_run_is_named_and_the_work_stays(
     out, job = tmp_path / "out", prepare(shards, Settings(recipe=recipe))
     names = job.source.files()
     last, kept = names[-1], names[-1].read_bytes()
-    with pytest.raises(ArtifactError, match=f"{last.name}: .*what is finished is in .*out.work: mend it and add"):
+    with pytest.raises(
+        ArtifactError, match=f"{last.name}: .*finished matrices are in .*out.work: fix the cause and add"
+    ):
         run(job, out, progress=once(last.unlink if damage == "deleted" else lambda: os.truncate(last, 300), 2))
     assert 2 <= len(finished_matrices(out)) < 15 and not out.exists()
     last.write_bytes(kept)
@@ -142,7 +144,7 @@ def test_an_output_that_another_run_made_is_never_taken_for_ones_own(
 ):
     out = shutil.copytree(whole, tmp_path / "out")
     job = prepare(tiny_llama if changed else other_llama, Settings(**{"recipe": recipe, **changed}))
-    with pytest.raises(ArtifactError, match=f"out exists and is of {says}; give another --output"):
+    with pytest.raises(ArtifactError, match=f"out exists and has {says}; give another --output"):
         run(job, out, resume=True)
     assert same_files(out, whole)
     (tmp_path / "plain").mkdir()
@@ -156,6 +158,6 @@ def test_a_changed_calibration_is_refused_naming_it(tiny_llama, recipe, text_fil
     with killed(at=3) as kill:
         run(prepare(tiny_llama, Settings(recipe=recipe)), out, progress=kill)
     other = Settings(recipe=recipe, calibration=(str(text_file),), calibration_windows=2, calibration_context=32)
-    with pytest.raises(RecipeError, match="calibration was None and is now texts the one .*, windows 2,"):
+    with pytest.raises(RecipeError, match="calibration was None and is now texts sha256 .*, windows 2,"):
         run(prepare(tiny_llama, other), out, resume=True)
     assert len(finished_matrices(out)) == 3

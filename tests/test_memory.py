@@ -18,16 +18,16 @@ rules:
 SCRIPT = """
 import functools, resource, sys
 import torch
-from reallm.artifact import write_shards
-from reallm.pipeline import Settings, estimate, prepare, run, running
+from reallm.checkpoint import write_shards
+from reallm.pipeline import Settings, estimate, prepare, run, run_job
 
 torch.set_num_threads(1)
 model, recipe, out, beyond, whole, *text = *sys.argv[1:4], *map(int, sys.argv[4:6]), *sys.argv[6:]
-running.write_shards = functools.partial(write_shards, max_bytes=16_000_000)
+run_job.write_shards = functools.partial(write_shards, max_bytes=16_000_000)
 job = prepare(model, Settings(recipe=recipe, calibration=tuple(text), calibration_windows=4, calibration_context=32))
 if text:
-    foretold = estimate(job).peak_memory_bytes - 600_000_000  # the libraries, which are there already
-    assert foretold < beyond - 90_000_000, foretold
+    predicted = estimate(job).peak_memory_bytes - 600_000_000  # the libraries, which are there already
+    assert predicted < beyond - 90_000_000, predicted
 words = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)
 limit = 1024 * int(words["VmData"].split()[0]) + beyond
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -58,7 +58,7 @@ def test_a_model_is_compressed_in_less_memory_than_it_takes(tmp_path, monkeypatc
     whole = made["nbytes"]
     if (
         calibrated
-    ):  # in float32; 160 MB are foretold, twice that is given; most is for the factor of a hessian of 1,536 inputs
+    ):  # in float32; 160 MB are predicted, twice that is given; most is for the factor of a hessian of 1,536 inputs
         large.make_tokenizer(tmp_path / "model")
         beyond, whole = 160_000_000 + 160_000_000, 2 * whole
     assert beyond < 0.7 * whole

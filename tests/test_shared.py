@@ -195,7 +195,7 @@ def test_a_name_that_is_no_name_is_refused(name):
 
 
 def test_a_decoder_that_is_not_at_hand_is_named():
-    with pytest.raises(FormatError, match="'elsewhere' is not at hand"):
+    with pytest.raises(FormatError, match="'elsewhere' is not loaded"):
         shared_decoder_tensors("elsewhere")
 
 

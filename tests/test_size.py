@@ -120,7 +120,7 @@ def test_an_interrupted_run_with_a_size_goes_on_to_the_same_bytes(tiny_llama, tm
     job = prepare(tiny_llama, Settings(size=81_000))
     calls = []
     run(job, tmp_path / "whole", progress=lambda *values: calls.append(values))
-    assert len(calls) > 15, "nothing was fitted anew: the size should be one that asks for it"
+    assert len(calls) > 15, "nothing was fitted again: the size should be one that asks for it"
     for number in (5, 16, 29):
         out = tmp_path / str(number)
         with killed(at=number + 1) as kill:
@@ -239,8 +239,8 @@ def test_the_frontier_is_drawn_where_matplotlib_is(tiny_llama, tmp_path):
 @pytest.mark.parametrize(
     ("name", "goal", "says"),
     [
-        ("text.txt", "--sizes", "what is written is JSON; name it .json"),
-        ("text.txt", "--size", "what is written is YAML; name it .yaml"),
+        ("text.txt", "--sizes", "the file is written as JSON; name it .json"),
+        ("text.txt", "--size", "the file is written as YAML; name it .yaml"),
         ("z.yaml", "--sizes", "name it .json"),
         ("z.json", "--size", "name it .yaml"),
         ("plan.yaml", "--size", "plan.yaml exists; give another name or remove it"),
@@ -387,7 +387,7 @@ def test_bits_without_calibration_heed_corrections(tiny_llama, tmp_path):
 def test_a_wrong_word_for_candidates_is_refused(tiny_llama):
     with pytest.raises(RecipeError, match="--candidates 'neurol' is not one of neural"):
         prepare(tiny_llama, Settings(bits=3, candidates=("neurol",)))
-    with pytest.raises(RecipeError, match="--candidates is for budgets"):
+    with pytest.raises(RecipeError, match="--candidates applies to budgets"):
         prepare(tiny_llama, Settings(recipe="mixed", candidates=("neural",)))
 
 

@@ -1,11 +1,11 @@
-"""Compress Hugging Face language models to a stated number of bits.
+"""Compress Hugging Face language models to a given number of bits per weight.
 
     import reallm
     reallm.compress("folder-or-hub-id", "out", bits=3)
     model, tokenizer = reallm.load("out"), reallm.load_tokenizer("out")
 
-After `import reallm`, `AutoModelForCausalLM.from_pretrained("out")` works too, whichever of the two
-was imported first.
+After `import reallm`, `AutoModelForCausalLM.from_pretrained("out")` works too, in either import order of reallm and
+transformers.
 """
 
 import importlib
@@ -23,17 +23,17 @@ except importlib.metadata.PackageNotFoundError:  # run from a source tree that i
 
 __all__ = ["__version__", "compress", "load", "load_tokenizer", "pack", "tune", "unpack"]
 
-# Importing transformers' quantizers costs 4 s, so `import reallm` does not: it waits until somebody
-# else has imported what loads models, and only then tells it about our format. The module that holds
-# `from_pretrained` is the one to wait for: when it is complete, so is `transformers.quantizers`.
+# Importing transformers' quantizers takes 4 s, so `import reallm` does not import them: it registers the quantizer
+# once other code has imported the module that defines `from_pretrained`. When that module is complete,
+# `transformers.quantizers` is too.
 _MODELING_UTILS = "transformers.modeling_utils"
 _QUANTIZER = "reallm.hf.quantizer"
 
 
 def _import_quantizer(module: types.ModuleType) -> None:
-    """Import our quantizer, which registers itself through `_register_quantizer`.
+    """Import our quantizer, which `_register_quantizer` then registers.
 
-    A failure is a warning: code that imports transformers for another model must go on working.
+    An ImportError becomes a warning: code that uses transformers for other models must keep working.
     """
     try:
         importlib.import_module(_QUANTIZER)
@@ -46,10 +46,10 @@ def _register_quantizer(module: types.ModuleType) -> None:
 
 
 class _PostImportFinder(importlib.abc.MetaPathFinder):
-    """Calls a function with a module once that module's own import is complete.
+    """Call a function with a module once the import of that module is complete.
 
-    Two steps instead of one call, because either may come first: our quantizer imports transformers
-    itself, and while it does so it is half made and has no function to call yet.
+    Importing and registering the quantizer are two callbacks because either module may be imported first: the quantizer
+    module itself imports transformers, and is incomplete while it does.
     """
 
     def __init__(self, callbacks: dict):
@@ -65,7 +65,7 @@ class _PostImportFinder(importlib.abc.MetaPathFinder):
         return spec
 
     def _find_spec_elsewhere(self, name, path, target):
-        # Not importlib.util.find_spec: it would ask us again, and forget hooks such as type checkers.
+        # Not importlib.util.find_spec: it would call this finder again and skip other hooks, such as type checkers.
         others = (finder for finder in sys.meta_path if finder is not self)
         specs = (finder.find_spec(name, path, target) for finder in others)
         return next((spec for spec in specs if spec is not None), None)
@@ -78,7 +78,7 @@ class _PostImportFinder(importlib.abc.MetaPathFinder):
             execute(module)
             callback(module)
 
-        loader.exec_module = exec_module  # every import has a loader of its own: no other module is touched
+        loader.exec_module = exec_module  # each import has its own loader: no other module is affected
 
 
 def _register() -> None:

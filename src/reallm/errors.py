@@ -1,15 +1,16 @@
-"""What can go wrong through no fault of ours: each kind is one line for the user and exit code 2."""
+"""Errors the user can fix: the command line prints each as one line and exits with code 2."""
 
 
 def install_hint(extra: str) -> str:
-    """How to install what an extra of pyproject.toml names: the package is on no index, so from the clone."""
+    """Return the command that installs an extra of pyproject.toml: from the clone, as reallm is on no package index."""
     return f'pip install ".[{extra}]" in the clone of reallm'
 
 
 class ReallmError(ValueError):
-    """A mistake or a condition the user can mend; the message names the thing and the remedy.
+    """An error the user can fix; the message names the cause and the remedy.
 
-    Names and values in it come out of files: a long one is cut in its middle, so that the remedy still is there.
+    Messages quote names and values from files. One of more than 1,500 characters is cut in the middle, so that the
+    remedy at its end remains.
     """
 
     def __init__(self, message: str):
@@ -17,7 +18,7 @@ class ReallmError(ValueError):
 
 
 class FormatError(ReallmError):
-    """A format does not exist, or its fields do not fit a matrix."""
+    """An unknown format, an invalid field, a matrix that a format cannot store, or damaged stored tensors."""
 
 
 class MissingPackageError(FormatError):
@@ -25,16 +26,16 @@ class MissingPackageError(FormatError):
 
 
 class RecipeError(ReallmError):
-    """A recipe, plan or budget that cannot be followed."""
+    """An invalid recipe or plan, or a budget that cannot be met."""
 
 
 class SourceError(ReallmError):
-    """The model to read is missing, incomplete, unsafe or holds values that cannot be stored."""
+    """A source model that is missing, incomplete, unsafe, or has values that cannot be stored."""
 
 
 class ArtifactError(ReallmError):
-    """A compressed model that is damaged, of an unknown version, or in the way of a new one."""
+    """A compressed model that is damaged or of an unknown version, or an output folder that already has one."""
 
 
 class TextError(ReallmError):
-    """Text for evaluation or calibration that is missing, empty or too short."""
+    """Evaluation or calibration text that is missing, empty or too short."""

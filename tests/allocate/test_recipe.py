@@ -3,9 +3,10 @@
 import pytest
 
 from reallm.allocate import MatrixInfo, load_recipe, plan_from_recipe, recipe_of_plan, shipped_recipes
-from reallm.allocate.recipe import dump_recipe, parse_recipe, set_rank
+from reallm.allocate.recipe import dump_recipe, parse_recipe
 from reallm.errors import FormatError, RecipeError
 from reallm.formats import from_spec
+from reallm.formats.low_rank_plus import LowRankPlus
 
 MODEL = [
     MatrixInfo("embed", (100, 64), "embedding", "embedding"),
@@ -95,7 +96,11 @@ def test_rank_goes_over_block_matrices_only_and_replaces_the_recipes():
 
 def test_with_rank_of_none_changes_nothing():
     fmt = from_spec({"format": "uniform", "bits": 3})
-    assert set_rank(fmt, None) is fmt and set_rank(fmt, 0) is fmt and set_rank(fmt, 5).rank == 5
+    assert (
+        LowRankPlus.replace_residual(fmt, None) is fmt
+        and LowRankPlus.replace_residual(fmt, 0) is fmt
+        and LowRankPlus.replace_residual(fmt, 5).rank == 5
+    )
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))

@@ -1,11 +1,11 @@
-"""Blocks that are given more than hidden states: made of the tokens, handed on by other blocks, or shared by all."""
+"""Blocks with arguments other than hidden states: computed from tokens, outputs of other blocks, or shared by all."""
 
 import pytest
 import torch
 import transformers
 
 import reallm
-from reallm.calibrate.block_arguments import ring_states
+from reallm.calibrate.block_arguments import output_states
 from reallm.calibrate.hidden_states import HiddenStateCache, nbytes_per_token
 from reallm.checkpoint import work_folder
 from reallm.errors import SourceError
@@ -41,23 +41,23 @@ EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_si
 def config_of(family):
     t = transformers
     match family:
-        case "gemma3n":  # four streams before the batch, per-layer inputs, shared keys and values
+        case "gemma3n":  # four residual streams in a leading dimension, per-layer inputs, shared keys and values
             return t.Gemma3nTextConfig(**SIZES, **PER_LAYER, laurel_rank=8, activation_sparsity_pattern=[0.0] * 4)
         case "gemma4":
             return t.Gemma4TextConfig(**SIZES, **PER_LAYER, global_head_dim=8)
-        case "zamba":  # blocks are given the embedding
+        case "zamba":  # blocks receive the embedding
             return t.ZambaConfig(**SIZES | HYBRID, mamba_expand=2, n_mamba_heads=2)
-        case "glm_moe_dsa":  # blocks are given which tokens an earlier one chose
+        case "glm_moe_dsa":  # blocks receive the tokens that an earlier one selected
             return t.GlmMoeDsaConfig(**SIZES | LATENT | EXPERTS, **SPARSE, qk_nope_head_dim=8, first_k_dense_replace=1)
         case "bloom":
             return t.BloomConfig(hidden_size=32, n_layer=4, n_head=4, vocab_size=256, initializer_range=0.2)
-        case "mllama":  # cross-attention to images is passed over
+        case "mllama":  # cross-attention to images is skipped
             return t.MllamaConfig(text_config={**SIZES, "cross_attention_layers": [1, 3]})
-        case "modernbert":  # get_decoder() is the output matrix
+        case "modernbert":  # get_decoder() returns the output matrix
             return t.ModernBertDecoderConfig(**SIZES)
         case "hrm_text":  # a loop over all blocks
             return t.HrmTextConfig(**SIZES | {"num_key_value_heads": 4}, head_dim=8)
-        case "xlm":  # a list of parts of blocks
+        case "xlm":  # lists of the parts of blocks
             return t.XLMConfig(vocab_size=256, emb_dim=32, n_layers=2, n_heads=4, is_decoder=True, causal=True)
     return t.LlamaConfig(**SIZES)
 
@@ -77,9 +77,9 @@ def windows(count=5, context=12):
 
 
 def plain_states(model, batch, block):
-    """What a block puts out in a forward pass of the whole model."""
+    """Return the output of a block in a forward pass of the whole model."""
     found = []
-    hook = block.register_forward_hook(lambda _, __, output: found.append(ring_states(output)))
+    hook = block.register_forward_hook(lambda _, __, output: found.append(output_states(output)))
     with torch.no_grad():
         decoder_of(model)(input_ids=batch, use_cache=False)
     hook.remove()
@@ -87,7 +87,7 @@ def plain_states(model, batch, block):
 
 
 def change(block, seed, changed):
-    """Other weights in a block, as compression makes them; what blocks share changes once."""
+    """Change the weights of a block, as compression does; shared weights change once."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in block.parameters():
         if parameter.ndim > 1 and id(parameter) not in changed:
@@ -98,13 +98,13 @@ def change(block, seed, changed):
 @pytest.mark.parametrize(
     "family", ["llama", "gemma3n", "gemma4", "zamba", "glm_moe_dsa", "bloom", "mllama", "modernbert"]
 )
-@pytest.mark.parametrize("device", ["cpu", "cpu:0"])  # moved to the second, tensors are copied as to any other device
-def test_a_stream_of_several_batches_is_the_forward_pass_of_the_changed_model(model_of, family, device):
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])  # "cpu:0" is another device to torch: tensors are copied
+def test_block_wise_forward_of_several_batches_equals_the_forward_pass_of_the_changed_model(model_of, family, device):
     model, changed = model_of(family), set()
     stream = HiddenStateCache(model, windows(), device, batch=2)
     called = []
     for number, block in enumerate(stream.blocks):
-        called += [block] if stream.reached else []
+        called += [block] if stream.is_reached else []
         change(block, number, changed)
         stream.advance()
     assert len(called) == {"mllama": 2}.get(family, 4)
@@ -113,8 +113,8 @@ def test_a_stream_of_several_batches_is_the_forward_pass_of_the_changed_model(mo
 
 
 @pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
-def test_a_pass_that_is_not_kept_leaves_later_blocks_what_the_kept_one_shares(model_of, family):
-    """Moments and tuning steps run a block more often than the stream advances, also the original's."""
+def test_a_pass_without_keep_does_not_change_what_later_blocks_receive(model_of, family):
+    """Second moments and tuning run a block more often than the cache advances, also the teacher's block."""
     model, original = model_of(family), model_of(family)
     stream = HiddenStateCache(model, windows(), "cpu", batch=2)
     for number, block in enumerate(stream.blocks):
@@ -122,26 +122,26 @@ def test_a_pass_that_is_not_kept_leaves_later_blocks_what_the_kept_one_shares(mo
         stream.advance()
         with torch.no_grad():
             if number < 3:
-                stream.through(decoder_blocks(original)[number + 1], 0)
+                stream.forward_block(decoder_blocks(original)[number + 1], 0)
     expected = plain_states(model, stream.batches[0], stream.blocks[-1])
     torch.testing.assert_close(stream.states[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_equal_in_all_batches_is_held_once(model_of):
+def test_arguments_equal_in_all_batches_are_stored_once(model_of):
     few, many = (HiddenStateCache(model_of("llama"), windows(count), "cpu", batch=2).nbytes for count in (2, 20))
     assert many - few == 18 * 12 * 32 * 4  # the hidden states
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3n", "gemma4", "zamba", "bloom"])
-def test_bytes_per_token_are_foretold_without_weights(model_of, family):
+def test_bytes_per_token_are_predicted_without_weights(model_of, family):
     model = model_of(family)
     stream, most = HiddenStateCache(model, windows(40), "cpu", batch=2), 0
     few = HiddenStateCache(model, windows(2), "cpu", batch=2)
     for _ in stream.blocks:
         most = max(most, stream.nbytes - few.nbytes)
         stream.advance(), few.advance()
-    foretold = nbytes_per_token(model.config, torch.float32)
-    assert 0.9 * foretold <= most / (38 * 12) <= foretold
+    predicted = nbytes_per_token(model.config, torch.float32)
+    assert 0.9 * predicted <= most / (38 * 12) <= predicted
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a_family_whose_blocks_do_more_than_follow_each_other_is_refused(model_o
 
 
 def altered(model, monkeypatch, **how):
-    """A Llama whose loop over the blocks does something of its own."""
+    """Return a Llama whose loop over the blocks is changed."""
     decoder = model.model
 
     def forward(input_ids, use_cache):
@@ -182,13 +182,13 @@ def altered(model, monkeypatch, **how):
     ("how", "reason"),
     [
         ({"states": True}, "it changes the hidden states between blocks 0 and 1"),
-        ({"more": lambda states, _: states.mean()}, "'more' of block 1 is made of earlier blocks' outputs"),
+        ({"more": lambda states, _: states.mean()}, "'more' of block 1 depends on outputs of earlier blocks"),
         ({"more": lambda *_: object()}, "the argument 'more' of block 0 is a object"),
         ({"stored": True}, "it stores tensors of each batch in its decoder blocks"),
         ({"failing": True}, r"its forward pass over token ids fails \(ValueError: pixel_values are missing\)"),
     ],
 )
-def test_what_a_stream_cannot_carry_is_refused_and_never_calibrated_on(model_of, monkeypatch, how, reason):
+def test_a_model_that_cannot_run_block_by_block_is_refused(model_of, monkeypatch, how, reason):
     model = altered(model_of("llama"), monkeypatch, **how)
     with pytest.raises(SourceError, match=reason) as caught:
         HiddenStateCache(model, windows(), "cpu", batch=2)
@@ -196,7 +196,7 @@ def test_what_a_stream_cannot_carry_is_refused_and_never_calibrated_on(model_of,
     assert all("forward" not in vars(block) for block in model.model.layers)
 
 
-def test_states_of_an_earlier_block_are_handed_on_as_they_are_in_the_stream(model_of, monkeypatch):
+def test_later_blocks_receive_the_states_of_earlier_blocks_as_computed_block_by_block(model_of, monkeypatch):
     model = altered(model_of("llama"), monkeypatch, more=lambda states, ids: {"states": states, "ids": ids})
     seen = []
     stream = HiddenStateCache(model, windows(), "cpu", batch=2)

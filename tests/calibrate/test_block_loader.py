@@ -1,4 +1,4 @@
-"""A dense model of which a piece is in memory."""
+"""A dense model, loaded block by block."""
 
 import gc
 import weakref
@@ -19,7 +19,7 @@ def in_memory(module):
 
 
 def states_at(stream, block_loader=None):
-    """The hidden states before each block and behind the last."""
+    """Return the hidden states before each block and after the last."""
     found = [torch.cat(stream.states)]
     for number in range(len(stream.blocks)):
         if block_loader:
@@ -33,7 +33,7 @@ def states_at(stream, block_loader=None):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_stream_through_pieces_is_that_through_the_whole_model_to_the_bit(original, family, dtype):
+def test_hidden_states_with_a_block_loader_equal_those_of_the_whole_model_bit_for_bit(original, family, dtype):
     source = open_source(original(family))
     block_loader = BlockLoader(source, dtype)
     whole = HiddenStateCache(source.load(dtype, "cpu").eval(), WINDOWS, "cpu")
@@ -45,7 +45,7 @@ def test_a_stream_through_pieces_is_that_through_the_whole_model_to_the_bit(orig
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tables_that_a_model_makes_for_itself_are_those_of_a_loaded_one(original, family):
+def test_buffers_that_a_model_computes_equal_those_of_a_loaded_one(original, family):
     source = open_source(original(family))
     loaded = dict(source.load(torch.bfloat16, "cpu").named_buffers())
     ours = dict(BlockLoader(source, torch.bfloat16).model.named_buffers())
@@ -58,18 +58,20 @@ def test_tables_that_a_model_makes_for_itself_are_those_of_a_loaded_one(original
 def test_one_block_at_a_time_is_in_memory(original):
     source = open_source(original("llama"))
     block_loader = BlockLoader(source, torch.float32)
-    ends = block_loader.model.get_input_embeddings().weight.nbytes + block_loader.model.model.norm.weight.nbytes
-    assert in_memory(block_loader.model) == ends  # no head: no block needs it
+    outside_blocks = (
+        block_loader.model.get_input_embeddings().weight.nbytes + block_loader.model.model.norm.weight.nbytes
+    )
+    assert in_memory(block_loader.model) == outside_blocks  # no lm_head: no block needs it
     blocks = block_loader.model.model.layers
     block_loader.load_block(1)
     assert in_memory(blocks[0]) == 0 and in_memory(blocks[1]) == sum(p.nbytes for p in blocks[1].parameters())
     weight = weakref.ref(blocks[1].mlp.up_proj.weight)
     block_loader.unload_block(1)
     gc.collect()
-    assert in_memory(block_loader.model) == ends and weight() is None
+    assert in_memory(block_loader.model) == outside_blocks and weight() is None
 
 
-def test_weights_come_in_the_dtype_that_a_loaded_model_has(original):
+def test_weights_have_the_dtypes_of_a_loaded_model(original):
     for family in ("llama", "mixtral"):
         source = open_source(original(family))
         block_loader, loaded = BlockLoader(source, torch.bfloat16), source.load(torch.bfloat16, "cpu")
@@ -79,18 +81,18 @@ def test_weights_come_in_the_dtype_that_a_loaded_model_has(original):
             assert ours.dtype == parameter.dtype and (ours.is_meta or torch.equal(ours, parameter)), name
 
 
-def test_what_several_blocks_share_stays_in_memory_with_what_was_put_there(original, monkeypatch):
+def test_tensors_shared_by_several_blocks_stay_in_memory_with_their_changes(original, monkeypatch):
     """A model whose second block uses a matrix of the first, as families with recurrent depth do."""
-    from reallm.calibrate import block_loader as room
+    from reallm.calibrate import block_loader as loader_module
 
-    init_empty = room.init_empty_model
+    init_empty = loader_module.init_empty_model
 
     def sharing(config, dtype):
         model = init_empty(config, dtype)
         model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
         return model
 
-    monkeypatch.setattr(room, "init_empty_model", sharing)
+    monkeypatch.setattr(loader_module, "init_empty_model", sharing)
     source = open_source(original("llama"))
     block_loader = BlockLoader(source, torch.float32)
     shared = [layer.mlp.up_proj.weight for layer in block_loader.model.model.layers]

@@ -21,7 +21,7 @@ def dense(request, build):
 
 
 def inputs_seen(model, name, ids):
-    """What a module is fed in a plain forward pass of the whole model."""
+    """Return the inputs of a module in a plain forward pass of the whole model."""
     seen = []
     hook = model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():
@@ -31,7 +31,7 @@ def inputs_seen(model, name, ids):
 
 
 @pytest.mark.parametrize("per_pass", [1 << 20, 24])
-def test_moments_are_those_of_a_plain_forward_pass_in_every_family(dense, per_pass, monkeypatch):
+def test_second_moments_are_those_of_a_plain_forward_pass_in_every_family(dense, per_pass, monkeypatch):
     monkeypatch.setattr("reallm.calibrate.hidden_states.TOKENS_PER_PASS", per_pass)
     stream = HiddenStateCache(dense, windows(), "cpu")
     assert len(stream.blocks) == 2
@@ -49,7 +49,7 @@ def test_moments_are_those_of_a_plain_forward_pass_in_every_family(dense, per_pa
         stream.advance()
 
 
-def test_matrices_that_are_fed_the_same_share_one_sum(build):
+def test_matrices_with_the_same_inputs_share_one_sum(build):
     dense = build("llama")
     second_moments = HiddenStateCache(dense, windows(), "cpu").second_moments(block_matrices(dense, 0))
     assert sorted(name.rpartition(".")[2] for name in second_moments.sums) == [
@@ -61,7 +61,7 @@ def test_matrices_that_are_fed_the_same_share_one_sum(build):
     assert len(second_moments.leaders) == 7
 
 
-def test_sums_that_are_taken_are_those_that_are_there_and_are_kept_no_longer(build):
+def test_pop_returns_the_same_sums_as_get_and_removes_them(build):
     dense = build("llama")
     second_moments = HiddenStateCache(dense, windows(), "cpu").second_moments(block_matrices(dense, 0))
     names = list(second_moments.leaders)
@@ -70,7 +70,7 @@ def test_sums_that_are_taken_are_those_that_are_there_and_are_kept_no_longer(bui
     assert not second_moments.sums and second_moments.pop(names[0]) is None
 
 
-def test_a_replaced_block_carries_the_inputs_of_the_next(build):
+def test_a_replaced_block_computes_the_inputs_of_the_next(build):
     dense = build("llama")
     stream = HiddenStateCache(dense, windows(), "cpu")
     with torch.no_grad():
@@ -83,14 +83,14 @@ def test_a_replaced_block_carries_the_inputs_of_the_next(build):
     )
 
 
-def test_a_module_that_was_not_asked_for_has_no_moments(build):
+def test_a_module_that_was_not_asked_for_has_no_second_moments(build):
     dense = build("llama")
     assert HiddenStateCache(dense, windows(), "cpu").second_moments([]).get("model.layers.0.mlp.up_proj") is None
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_moments_of_a_16_bit_model_are_summed_in_32_bits(build, weighted):
-    # 2,048 tokens: beside a sum of 256 squares bfloat16, with its 8 bits, loses every next one.
+def test_second_moments_of_a_16_bit_model_are_summed_in_32_bits(build, weighted):
+    # 2,048 tokens: added to a sum of 256 squares, the next one is lost in bfloat16, which has 8 bits.
     dense, ids = build("llama", torch.bfloat16), windows(64, 32)
     matrix = next(m for m in block_matrices(dense, 0) if m.role == "down")
     weights = torch.rand(64, 32, generator=torch.Generator().manual_seed(1)) if weighted else torch.ones(64, 32)
@@ -104,7 +104,7 @@ def test_moments_of_a_16_bit_model_are_summed_in_32_bits(build, weighted):
     )
 
 
-def test_autocast_around_a_stream_changes_nothing(build):
+def test_autocast_around_a_hidden_state_cache_changes_nothing(build):
     def calibrated():
         dense = build("llama")
         stream = HiddenStateCache(dense, windows(), "cpu")

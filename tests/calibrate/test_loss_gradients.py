@@ -4,7 +4,7 @@ import torch
 from reallm.calibrate import loss_gradients as gradients
 from reallm.calibrate.block_loader import decoder_blocks
 from reallm.calibrate.hidden_states import HiddenStateCache
-from reallm.calibrate.loss_gradients import block_gradients, curvatures, fisher, guidance
+from reallm.calibrate.loss_gradients import block_gradients, curvatures, guidance
 from reallm.errors import SourceError
 from reallm.source import walk
 
@@ -35,7 +35,7 @@ def test_token_weights_are_squared_gradients_of_the_loss(family, build):
     torch.testing.assert_close(found[matrix.name].tokens, expected / expected.mean(), rtol=1e-3, atol=1e-5)
 
 
-def test_the_last_token_of_a_window_predicts_nothing_and_counts_nothing(build):
+def test_the_last_token_of_a_window_predicts_nothing_and_has_weight_zero(build):
     model = build("llama")
     found = guidance(model, windows(), blocks_of(model), "cpu")
     assert len(found) == len(blocks_of(model))
@@ -47,7 +47,7 @@ def draws(numbers):
 
 
 def gradients_by_autograd(model, ids, loss_mask, generators):
-    """(windows, blocks, context, hidden): of the likelihood of tokens drawn from the model where the text's count."""
+    """Return (windows, blocks, context, hidden) gradients of the log-likelihood of sampled tokens, by mask."""
     outputs = []
 
     def keep(_module, _inputs, output):
@@ -78,24 +78,26 @@ EVERY = torch.ones(3, 12, dtype=torch.bool)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3_moe"])
-def test_gradients_of_blocks_are_those_of_the_likelihood_of_drawn_tokens(family, build):
+def test_block_gradients_are_those_of_the_likelihood_of_sampled_tokens(family, build):
     model = build(family)
     found = gradients_of_blocks(model, windows(), EVERY, draws(range(3)))
     expected = gradients_by_autograd(model, windows(), EVERY, draws(range(3)))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
 
 
-def test_only_answers_are_foretold_where_only_answers_count(build):
+def test_only_answers_are_predicted_where_the_loss_mask_selects_them(build):
     model, answers = build("llama"), EVERY.clone()
     answers[:, :8] = False
     found = gradients_of_blocks(model, windows(), answers, draws(range(3)))
     expected = gradients_by_autograd(model, windows(), answers, draws(range(3)))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
-    assert (found[:, 0, 0] != 0).any() and (found[:, -1, :7] == 0).all()  # what answers attend to, at the first block
+    assert (found[:, 0, 0] != 0).any() and (
+        found[:, -1, :7] == 0
+    ).all()  # at the first block also the tokens that answers attend to
     assert (gradients_of_blocks(model, windows(), EVERY & False, draws(range(3))) == 0).all()
 
 
-def test_blocks_that_answer_with_tuples_have_the_gradients_of_those_that_answer_with_tensors(build):
+def test_blocks_that_return_tuples_have_the_gradients_of_blocks_that_return_tensors(build):
     model = build("llama")
     plain = gradients_of_blocks(model, windows(), EVERY, draws(range(3)))
     for block in decoder_blocks(model)[:-1]:
@@ -103,16 +105,6 @@ def test_blocks_that_answer_with_tuples_have_the_gradients_of_those_that_answer_
     for block in decoder_blocks(model)[1:]:
         block.register_forward_pre_hook(lambda _m, inputs: (inputs[0][0], *inputs[1:]))
     assert torch.equal(plain, gradients_of_blocks(model, windows(), EVERY, draws(range(3))))
-
-
-def test_fisher_of_one_token_is_the_squared_gradient_of_every_weight(build):
-    model = build("llama")
-    matrix = next(m for m in blocks_of(model) if m.role == "v")
-    ids = torch.tensor([[5, 9]])  # the last token predicts nothing: the gradient is that of the first alone
-    found = fisher(model, ids, [matrix], "cpu")[matrix.name]
-    model(ids, labels=ids, use_cache=False).loss.backward()
-    expected = model.get_parameter(matrix.parameter).grad.square()
-    torch.testing.assert_close(found, expected / expected.mean(), rtol=1e-3, atol=1e-5)
 
 
 def test_nothing_of_the_model_is_changed(build):
@@ -124,7 +116,7 @@ def test_nothing_of_the_model_is_changed(build):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
-def test_weighted_moments_are_sums_of_weighted_tokens(build):
+def test_weighted_second_moments_are_sums_over_weighted_tokens(build):
     model = build("llama")
     matrices = [m for m in blocks_of(model) if m.block == 0]
     weights = guidance(model, windows(), matrices, "cpu")
@@ -137,11 +129,11 @@ def test_weighted_moments_are_sums_of_weighted_tokens(build):
     hook.remove()
     rows = seen[0].reshape(-1, 64) * tokens[matrices[0].name].reshape(-1, 1).sqrt()
     torch.testing.assert_close(second_moments.get(matrices[0].name), rows.T @ rows / len(rows), rtol=1e-3, atol=1e-4)
-    assert second_moments.leaders[matrices[1].name] == matrices[1].name  # weights differ, so that nothing is shared
+    assert second_moments.leaders[matrices[1].name] == matrices[1].name  # weights differ, so nothing is shared
 
 
 def without_gradient(model, name, factor):
-    """The module's output counts for nothing (no factor), or its gradient is multiplied by the factor."""
+    """Detach the module's output (no factor), or multiply its gradient by the factor."""
 
     def detached(_module, _inputs, output):
         if factor is None:
@@ -154,18 +146,18 @@ def without_gradient(model, name, factor):
 
 
 @pytest.mark.parametrize("factor", [None, 0.0, float("nan"), float("inf")], ids=["none", "zero", "nan", "inf"])
-def test_modules_that_get_no_usable_gradient_are_left_out(build, factor):
+def test_modules_without_a_usable_gradient_are_omitted(build, factor):
     model = build("llama")
     name = "model.layers.0.self_attn.v_proj"
     matrices = [m for m in blocks_of(model) if m.name in (name, "model.layers.1.mlp.up_proj")]
     without_gradient(model, name, factor)
     found = {}
     curvatures(model, windows(), matrices, "cpu", lambda path, curvature: found.update({path: curvature}))
-    for names in (guidance(model, windows(), matrices, "cpu"), fisher(model, windows(), matrices, "cpu"), found):
+    for names in (guidance(model, windows(), matrices, "cpu"), found):
         assert set(names) == {"model.layers.1.mlp.up_proj"}
 
 
-def test_gradients_of_blocks_that_are_no_numbers_count_as_none(build):
+def test_block_gradients_that_are_not_finite_become_zeros(build):
     model = build("llama")
     decoder_blocks(model)[0].register_forward_hook(lambda _m, _i, output: output * 1.0)
     without_gradient(model, "model.layers.1", float("nan"))
@@ -173,29 +165,29 @@ def test_gradients_of_blocks_that_are_no_numbers_count_as_none(build):
     assert torch.isfinite(found).all() and (found[:, 0] == 0).all()
 
 
-def test_logits_that_are_no_numbers_are_one_error(build):
+def test_logits_that_are_not_finite_raise_one_error(build):
     model = build("llama")
     model.get_output_embeddings().register_forward_hook(lambda _m, _i, output: output * float("inf"))
-    with pytest.raises(SourceError, match="logits are NaN or infinite .* compress it without --calibration"):
+    with pytest.raises(SourceError, match="logits are NaN or infinite .* compress without --calibration"):
         guidance(model, windows(), blocks_of(model), "cpu")
 
 
-def test_tokens_are_drawn_by_their_probabilities_in_any_vocabulary():
+def test_targets_are_sampled_by_their_probabilities_in_any_vocabulary():
     for size in (5, 256, 700):
-        likely = torch.rand(40, size, generator=torch.Generator().manual_seed(size)).softmax(1)
+        probabilities = torch.rand(40, size, generator=torch.Generator().manual_seed(size)).softmax(1)
         uniform = torch.linspace(0.001, 0.999, 40)[:, None]
-        expected = torch.searchsorted(likely.double().cumsum(1), uniform.double())[:, 0]
-        assert (gradients._drawn(likely, uniform) - expected).abs().max() <= 1
+        expected = torch.searchsorted(probabilities.double().cumsum(1), uniform.double())[:, 0]
+        assert (gradients._sample_targets(probabilities, uniform) - expected).abs().max() <= 1
 
 
-def test_lower_halves_of_sums_are_whole_sums():
+def test_lower_triangles_give_the_whole_sums():
     rows = torch.randn(50, 500, generator=torch.Generator().manual_seed(0))
     total = torch.zeros(500, 500)
     gradients._add_lower(total, rows)
-    torch.testing.assert_close(gradients._mirrored(total), rows.T @ rows, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradients._symmetric(total), rows.T @ rows, rtol=1e-4, atol=1e-4)
 
 
-def test_the_precision_of_products_is_given_back():
+def test_fast_products_restores_the_precision():
     before = torch.get_float32_matmul_precision()
     with gradients.fast_products("cpu"):
         pass

@@ -8,7 +8,7 @@ from reallm.errors import TextError
 
 
 class Letters:
-    """A tokenizer of one token a character; <s> is 1, </s> is 2."""
+    """A tokenizer of one token per character; <s> is 1, </s> is 2."""
 
     bos_token_id, eos_token_id = 1, 2
 
@@ -20,7 +20,7 @@ class Letters:
         return {"input_ids": [1] * (self.adds_bos and add_special_tokens) + ids}
 
 
-def written(tmp_path, name, text):
+def write(tmp_path, name, text):
     path = tmp_path / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
@@ -30,24 +30,24 @@ def test_wikitext_lines_become_rows_joined_by_a_blank_line():
     assert wikitext_rows(" \n = Title = \n \n Some text .\n") == "\n\n = Title = \n\n\n\n\n Some text .\n"
 
 
-def test_wikitext_rows_are_those_of_reading_line_by_line(tmp_path):
-    path = written(tmp_path, "wiki.test.raw", " \n = A = \n\n b \n\x0c c\u2028d \n e")
+def test_wikitext_rows_equal_those_read_line_by_line(tmp_path):
+    path = write(tmp_path, "wiki.test.raw", " \n = A = \n\n b \n\x0c c\u2028d \n e")
     with path.open(encoding="utf-8") as file:
         expected = "\n\n".join(line if line.strip() else "" for line in file)
     assert load_text(path) == [expected]
 
 
 def test_a_plain_text_is_one_document_as_it_is(tmp_path):
-    assert load_text(written(tmp_path, "a.txt", "one\n\n two\n")) == ["one\n\n two\n"]
+    assert load_text(write(tmp_path, "a.txt", "one\n\n two\n")) == ["one\n\n two\n"]
 
 
 def test_windows_line_ends_and_a_byte_order_mark_do_not_reach_the_model(tmp_path):
-    assert load_text(written(tmp_path, "a.txt", b"\xef\xbb\xbfone\r\ntwo\r\n")) == ["one\ntwo\n"]
+    assert load_text(write(tmp_path, "a.txt", b"\xef\xbb\xbfone\r\ntwo\r\n")) == ["one\ntwo\n"]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_each_line_of_a_json_file_is_a_document(tmp_path, name):
-    path = written(tmp_path, name, '{"text": "one"}\n\n{"text": "two\\n", "id": 3}\n')
+    path = write(tmp_path, name, '{"text": "one"}\n\n{"text": "two\\n", "id": 3}\n')
     assert load_text(path) == ["one", "two\n"]
 
 
@@ -55,24 +55,24 @@ def test_each_line_of_a_json_file_is_a_document(tmp_path, name):
 @pytest.mark.parametrize("indent", [None, 4])
 def test_each_element_of_an_array_is_a_document_whatever_the_file_is_called(tmp_path, name, indent):
     array = json.dumps([{"text": "one"}, {"id": 3, "text": "two\n[{"}], indent=indent)
-    assert load_text(written(tmp_path, name, f"\ufeff\r\n {array}\r\n\n")) == ["one", "two\n[{"]
+    assert load_text(write(tmp_path, name, f"\ufeff\r\n {array}\r\n\n")) == ["one", "two\n[{"]
 
 
 @pytest.mark.parametrize("name", ["A.JSONL", "A.Json"])
 def test_a_suffix_in_capitals_is_the_same_suffix(tmp_path, name):
-    path = written(tmp_path, name, '{"text": "one"}\n')
+    path = write(tmp_path, name, '{"text": "one"}\n')
     assert load_text(path) == ["one"] and json_rows(path) is not None
-    assert load_text(written(tmp_path, "A.RAW", "a\nb\n")) == [wikitext_rows("a\nb\n")]
+    assert load_text(write(tmp_path, "A.RAW", "a\nb\n")) == [wikitext_rows("a\nb\n")]
 
 
 @pytest.mark.parametrize("text", ["[Verse 1]\nOld river\n", '[{"text": "one"}]', "[", "[1] Frantar et al."])
 def test_plain_text_that_begins_with_a_bracket_stays_as_it_is(tmp_path, text):
     for name in ("a.txt", "a", "a.md"):
-        assert load_text(written(tmp_path, name, text)) == [text]
+        assert load_text(write(tmp_path, name, text)) == [text]
 
 
-def test_numbers_that_no_integer_holds_are_passed_over(tmp_path):
-    assert load_text(written(tmp_path, "a.json", f'[{{"text": "one", "id": {"9" * 5000}}}]')) == ["one"]
+def test_numbers_beyond_the_integer_limit_are_ignored(tmp_path):
+    assert load_text(write(tmp_path, "a.json", f'[{{"text": "one", "id": {"9" * 5000}}}]')) == ["one"]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_numbers_that_no_integer_holds_are_passed_over(tmp_path):
     ],
 )
 def test_a_file_that_holds_no_text_is_named_in_one_line(tmp_path, name, content, says):
-    path = written(tmp_path, name, content)
+    path = write(tmp_path, name, content)
     with pytest.raises(TextError) as caught:
         load_text(path)
     assert says in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
@@ -124,8 +124,8 @@ def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
         load_text(tmp_path, "--calibration")
 
 
-def test_the_hash_is_that_of_the_bytes_on_disk(tmp_path):
-    path = written(tmp_path, "a.txt", "abc")
+def test_the_hash_is_of_the_bytes_on_disk(tmp_path):
+    path = write(tmp_path, "a.txt", "abc")
     assert text_sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 

@@ -24,7 +24,7 @@ def as_json(manifest):
     return json.loads(json.dumps(manifest.to_dict()))
 
 
-def test_what_is_read_from_sorted_json_is_written_again_to_the_byte():
+def test_rewriting_a_manifest_read_from_sorted_json_gives_the_same_bytes():
     text = json.dumps(MANIFEST.to_dict(), sort_keys=True)
     assert json.dumps(Manifest.from_dict(json.loads(text)).to_dict(), sort_keys=True) == text
 
@@ -33,11 +33,11 @@ def test_a_manifest_survives_json():
     assert Manifest.from_dict(as_json(MANIFEST)) == MANIFEST
 
 
-def test_matrices_stored_alike_share_one_layout():
+def test_matrices_with_equal_layouts_share_one_entry():
     assert len(MANIFEST.to_dict()["layouts"]) == 3
 
 
-def test_keys_of_later_versions_are_left_alone():
+def test_keys_of_later_versions_are_ignored():
     assert Manifest.from_dict(as_json(MANIFEST) | {"flavour": "new", "quant_method": "reallm"}) == MANIFEST
 
 
@@ -68,7 +68,7 @@ def test_keys_of_later_versions_are_left_alone():
         (lambda v: v["matrices"].update(embed="0"), ArtifactError, "embed has layout '0'"),
     ],
 )
-def test_a_damaged_manifest_names_what_is_wrong(change, error, says):
+def test_a_damaged_manifest_is_refused_with_the_reason(change, error, says):
     values = as_json(MANIFEST)
     change(values)
     with pytest.raises(error, match=says):
@@ -88,14 +88,14 @@ def test_a_damaged_manifest_names_what_is_wrong(change, error, says):
         (b'{"quantization_config": {"quant_method": "gptq"}}', "not compressed by reallm"),
     ],
 )
-def test_a_folder_that_is_no_artifact_says_why(tmp_path, content, says):
+def test_a_folder_that_is_not_an_artifact_is_refused_with_the_reason(tmp_path, content, says):
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ArtifactError, match=says):
         read_manifest(tmp_path)
 
 
-def test_a_missing_folder_and_a_file_are_told_apart(tmp_path):
+def test_a_missing_folder_and_a_file_have_different_errors(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ArtifactError, match="no such folder"):
         read_manifest(tmp_path / "nowhere")

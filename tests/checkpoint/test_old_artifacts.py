@@ -1,4 +1,4 @@
-"""Artifacts written by older versions still load and compute what they computed."""
+"""Artifacts written by older versions still load and compute the same logits."""
 
 from pathlib import Path
 
@@ -37,9 +37,9 @@ def test_there_is_an_artifact_of_every_version():
     assert VERSIONS[-1] == VERSION
 
 
-def test_the_artifact_of_version_2_has_tensors_coded_in_both_ways():
+def test_the_artifact_of_version_2_has_tensors_of_both_codecs():
     stored = load_file(DATA / "artifact_v2" / "model.safetensors")
-    widths = {int(stored[row.name][0]) for row in read_ledger(DATA / "artifact_v2").coded}
+    widths = {int(stored[row.name][0]) for row in read_ledger(DATA / "artifact_v2").entropy_coded_rows}
     assert 0 in widths and len(widths) > 2
 
 

@@ -18,13 +18,13 @@ def loaded(folder):
     return found
 
 
-def test_what_fits_is_one_file_without_an_index(tmp_path):
+def test_tensors_within_the_limit_are_one_file_without_an_index(tmp_path):
     write_shards(tensors(), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("max_bytes", [1, 399, 400, 401, 800, 1999])
-def test_shards_hold_everything_and_are_no_larger_than_asked_unless_one_tensor_is(tmp_path, max_bytes):
+def test_shards_hold_all_tensors_within_the_limit_unless_one_tensor_exceeds_it(tmp_path, max_bytes):
     write_shards(tensors(), tmp_path, max_bytes)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 5 * 400
@@ -42,15 +42,15 @@ def test_shards_are_named_as_the_hugging_face_libraries_expect(tmp_path):
     ]
 
 
-def test_tensors_are_taken_one_by_one_and_at_most_a_shard_is_held(tmp_path):
+def test_tensors_are_consumed_one_by_one_and_at_most_one_shard_is_held(tmp_path):
     alive = []
 
-    def counted():
+    def counting():
         for name, tensor in tensors(10):
             alive.append(len(list(tmp_path.glob("*.safetensors"))))
             yield name, tensor
 
-    write_shards(counted(), tmp_path, 800)
+    write_shards(counting(), tmp_path, 800)
     assert alive == [0, 0, 0, 1, 1, 2, 2, 3, 3, 4]
 
 
@@ -59,7 +59,7 @@ def test_no_tensors_make_an_empty_file(tmp_path):
     assert load_file(tmp_path / "model.safetensors") == {}
 
 
-def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_file_is_complete_or_absent(tmp_path, monkeypatch):
     def broken(*_, **__):
         (tmp_path / "x.safetensors.partial").write_bytes(b"half")
         raise OSError
@@ -70,7 +70,7 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_views_and_transposed_tensors_are_written_as_they_look(tmp_path):
+def test_views_and_transposed_tensors_are_written_contiguously(tmp_path):
     base = torch.arange(12.0).view(3, 4)
     save_tensors({"rows": base[1:], "turned": base.T}, tmp_path / "x.safetensors")
     found = load_file(tmp_path / "x.safetensors")

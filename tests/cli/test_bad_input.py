@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from reallm.checkpoint import read_manifest
 from reallm.cli import main
 
 ALL_3_BITS = 'rules: [{match: "*", format: {format: uniform, bits: 3}}]'
@@ -215,10 +216,13 @@ def test_weights_too_large_to_square_are_named(refused, damaged):
     assert name in refused(folder, "--recipe", "mixed")
 
 
-def test_weights_beyond_a_dense_dtype_are_refused_and_no_work_folder_stays(refused, damaged, recipe):
-    folder = damaged(lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].mul_(1e6))
+def test_weights_beyond_a_dense_dtype_are_stored_in_one_that_holds_them(damaged, recipe, tmp_path):
+    name = "model.layers.0.mlp.up_proj"
+    folder = damaged(lambda tensors: tensors[f"{name}.weight"].mul_(1e6))
     text = "rules: [{match: '*', format: {format: dense, dtype: float16}}]"
-    assert "use bfloat16" in refused(folder, "--recipe", recipe(text))
+    assert main(["compress", str(folder), "-o", str(tmp_path / "out"), "--recipe", str(recipe(text))]) == 0
+    formats = {matrix.name: matrix.fmt for matrix in read_manifest(tmp_path / "out").matrices}
+    assert formats[name].dtype == "bfloat16" and formats["model.layers.1.mlp.up_proj"].dtype == "float16"
 
 
 def test_a_missing_tensor_is_named(refused, damaged):

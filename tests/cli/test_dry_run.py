@@ -8,7 +8,7 @@ import torch
 from reallm.cli import main
 from reallm.errors import RecipeError, SourceError
 from reallm.pipeline import Settings, analysis_seconds, estimate, prepare
-from reallm.pipeline.compress_settings import for_analysis
+from reallm.pipeline.compress_settings import analysis_settings
 
 COSTS = sys.modules["reallm.pipeline.cost"]
 SAID = "predicted from typical sensitivities of each role; the run measures them first: about "
@@ -24,7 +24,6 @@ MORE = {
     "plain": [],
     "outputs": ["--objective", "outputs"],
     "guided": ["--objective", "guided"],
-    "fisher": ["--objective", "fisher"],
     "neural": ["--candidates", "neural"],
     "trellis": ["--state-bits", "16"],
 }
@@ -104,9 +103,9 @@ def test_the_cost_of_an_analysis_is_told_before_it_begins(tiny_llama, text_file,
 
 
 def test_an_analysis_reads_at_most_16_windows_of_1024():
-    few = for_analysis(Settings(size=1, calibration=("x",), calibration_windows=128, calibration_context=2048))
+    few = analysis_settings(Settings(size=1, calibration=("x",), calibration_windows=128, calibration_context=2048))
     assert (few.calibration_windows, few.calibration_context) == (16, 1024)
-    few = for_analysis(Settings(size=1, calibration=("x",), calibration_windows=3, calibration_context=2048))
+    few = analysis_settings(Settings(size=1, calibration=("x",), calibration_windows=3, calibration_context=2048))
     assert (few.calibration_windows, few.calibration_context) == (6, 1024)
 
 

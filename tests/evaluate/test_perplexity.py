@@ -32,7 +32,7 @@ def some_tokens(count, seed=0):
 
 
 def by_hand(model, reference, token_ids, context, bos=None):
-    """nll, KL and agreement of every scored token, in float64, one at a time."""
+    """Return nll, KL and top-1 agreement of every scored token, computed in float64, one at a time."""
     step = context - (bos is not None)
     rows = []
     for start in range(0, len(token_ids) - step + 1, step):
@@ -137,7 +137,7 @@ def test_progress_counts_windows():
     assert seen == [(2, 5), (4, 5), (5, 5)]
 
 
-def test_dropout_is_off_while_scoring_and_the_mode_is_given_back():
+def test_dropout_is_off_while_scoring_and_the_mode_is_restored():
     model = Table(1).train()
     evaluate(model, some_tokens(20), 10)
     assert model.modes == [False, False] and model.training

@@ -11,7 +11,8 @@ def error(shape, **spec):
 
 
 def test_a_small_trellis_has_the_error_of_its_best_order_of_states():
-    # 0.0798 here, 0.0794 to 0.0806 with other seeds. Other orders of the states have 0.0816 to 0.1024 (docs/log.md).
+    # 0.0798 here, 0.0794 to 0.0806 with other seeds. Other orders of the states have 0.0816 to 0.1024
+    # (docs/experiments/values-of-trellis-states.md).
     assert error((64, 512), format="trellis", bits=2, state_bits=8) < 0.081
 
 
@@ -21,7 +22,7 @@ def test_a_trellis_with_more_states_has_less_error():
 
 
 def test_two_small_codebooks_have_less_error_than_the_best_four_levels():
-    # 0.1031 here, to 0.1033 with other seeds, without refits 0.1072. So few weights are learned by heart in part.
+    # 0.1031 here, to 0.1033 with other seeds, without refits 0.1072. So few weights are learned by overfitting in part.
     assert error((64, 512), format="additive", books=2, index_bits=4, vector_dim=4) < 0.105 < LLOYD_MAX
 
 

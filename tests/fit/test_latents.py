@@ -131,7 +131,7 @@ def test_latents_can_be_entropy_coded():
     [
         ({"format": "conv_latents", "channels": 0}, "channels=0"),
         ({"format": "conv_latents", "stages": 9}, "stages=9"),
-        ({"format": "conv_latents", "width": 256, "stages": 4}, "multiply-adds a weight"),
+        ({"format": "conv_latents", "width": 256, "stages": 4}, "multiply-adds per weight"),
         ({"format": "conv_latents", "method": "magic"}, "method='magic'"),
         ({"format": "conv_latents", "steps": -1}, "steps=-1"),
         ({"format": "linear_latents", "kept": 9}, "kept=9"),
@@ -154,5 +154,5 @@ def test_a_field_out_of_range_is_named_with_its_value(spec, said):
     ],
 )
 def test_a_small_file_cannot_ask_for_any_memory(spec):
-    with pytest.raises(FormatError, match="below 1/8 bit a weight"):
+    with pytest.raises(FormatError, match="below 1/8 bit per weight"):
         from_spec(spec).check((4096, 4096))

@@ -135,7 +135,7 @@ def test_ordered_rows_and_columns_are_put_back(method, block_rows):
 
 def test_an_order_of_rows_takes_its_bytes():
     plain, both = (Permuted(base=BASE, rows=rows) for rows in (False, True))
-    assert both.nbytes((100, 24)) - plain.nbytes((100, 24)) == 88  # 7 bits a row
+    assert both.nbytes((100, 24)) - plain.nbytes((100, 24)) == 88  # 7 bits per row
 
 
 def test_an_objective_by_rows_follows_the_rows():

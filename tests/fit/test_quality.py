@@ -36,7 +36,7 @@ def test_a_code_on_the_bound_has_no_gap():
 
 
 def test_a_sign_has_the_error_that_theory_gives():
-    # One bit a weight with the best level, E|x| = sqrt(2/π): the error is 1 - 2/π.
+    # One bit per weight with the best level, E|x| = sqrt(2/π): the error is 1 - 2/π.
     fmt = from_spec({"format": "codebook", "index_bits": 1, "vector_dim": 1, "group_size": 0})
     weight = gaussian((64, 1024))
     best = weight.sign() * math.sqrt(2 / math.pi)
@@ -87,5 +87,5 @@ def test_a_shared_decoder_is_measured_on_what_it_was_not_trained_on_whatever_its
     own, one, other = (from_spec({"format": "rotated", "base": spec}) for spec in specs)
     assert gaussian_error(one) == gaussian_error(other) == pytest.approx(measured_gaussian_error(other), rel=0.02)
     monkeypatch.setattr(quality_module, "_SEEN", (64, 512))
-    # On few vectors a decoder of its own learns them by heart; one of others cannot.
+    # On few vectors a decoder of its own learns them by overfitting; one of others cannot.
     assert measured_gaussian_error(one) > measured_gaussian_error(own)

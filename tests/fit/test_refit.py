@@ -110,7 +110,7 @@ def test_with_a_hessian_float_parts_and_codes_move_in_turn(spec, monkeypatch):
     fmt, objective = from_spec(spec), correlated()
     errors = [objective.error(weight(), fmt.decode(fit(fmt, weight(), objective), SHAPE))]
     for module in ("kmeans", "trellis", "additive"):
-        monkeypatch.setattr(f"reallm.fit.{module}.alternated", lambda fmt, unpacked, *_: unpacked)
+        monkeypatch.setattr(f"reallm.fit.{module}.alternate", lambda fmt, unpacked, *_: unpacked)
     errors.append(objective.error(weight(), fmt.decode(fit(fmt, weight(), objective), SHAPE)))
     assert errors[0] < 0.95 * errors[1]
 

@@ -6,7 +6,7 @@ from safetensors.torch import save
 
 from reallm.errors import FormatError
 from reallm.fit import fit, relative_error
-from reallm.formats import WeightFormat, decode_rows, from_spec, known_formats, map_tensors, to_spec
+from reallm.formats import WeightFormat, from_spec, known_formats, map_tensors, to_spec
 
 CODEBOOK = {"format": "codebook", "index_bits": 4, "vector_dim": 2, "group_size": 16}
 NORMAL = {"format": "normal_float", "bits": 3, "group_size": 32}
@@ -184,7 +184,7 @@ def test_single_rows_decode_as_in_the_whole(fitted, fmt, shape):
     tensors = fmt.pack(fitted(fmt, weight_of(shape)), shape)
     rows = torch.tensor([shape[0] - 1, 0, shape[0] // 2])
     whole = fmt.decode(fmt.unpack(tensors, shape), shape)
-    torch.testing.assert_close(decode_rows(fmt, tensors, shape, rows), whole[rows], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(fmt.decode_rows(tensors, shape, rows), whole[rows], rtol=1e-6, atol=1e-7)
 
 
 @each_format

@@ -21,10 +21,17 @@ from transformers import (
 
 import reallm
 from reallm.errors import ArtifactError, FormatError, ReallmError, SourceError
-from reallm.hf import MODES, ReallmConfig, load, load_tokenizer, register_with_transformers
+from reallm.hf import (
+    MODES,
+    ReallmConfig,
+    get_memory_footprint,
+    load,
+    load_tokenizer,
+    predict_memory_footprint,
+    register_with_transformers,
+)
 from reallm.hf.modules import _CompressedModule
 from reallm.hf.replacement import compressed_modules
-from reallm.hf import get_memory_footprint, predict_memory_footprint
 
 FAMILIES = ["llama", "tied", "qwen2", "gemma3", "gpt2", "opt", "phi3", "neox", "mixtral", "qwen3_moe", "gpt_oss"]
 
@@ -93,7 +100,7 @@ def test_the_base_model_loads_alone(artifact, ids):
         ("gpt2", AutoModelForQuestionAnswering),
     ],
 )
-def test_another_class_has_the_decoder_of_the_artifact_and_a_fresh_head(artifact, ids, tmp_path, family, opener):
+def test_another_class_has_the_decoder_of_the_artifact_and_a_new_head(artifact, ids, tmp_path, family, opener):
     model, causal = opener.from_pretrained(artifact(family)), load(artifact(family))
     with torch.no_grad():
         assert torch.equal(model.base_model(ids)[0], causal.base_model(ids)[0])
@@ -110,8 +117,8 @@ def test_a_class_whose_decoder_has_another_name_says_what_artifacts_load_as(arti
         AutoModelForQuestionAnswering.from_pretrained(artifact("llama"))
 
 
-def test_the_head_of_a_language_model_and_the_decoder_are_never_fresh(artifact, tmp_path):
-    folder = copied(artifact, tmp_path, "llama")
+def test_lm_head_and_decoder_are_never_new(artifact, tmp_path):
+    folder = copy_artifact(artifact, tmp_path, "llama")
     AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(tmp_path / "classifier")
     with pytest.raises(ArtifactError, match="'lm_head.weight' is missing in what was saved of a LlamaForSequence"):
         load(tmp_path / "classifier")
@@ -122,7 +129,7 @@ def test_the_head_of_a_language_model_and_the_decoder_are_never_fresh(artifact, 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ["llama", "tied", "gpt2", "mixtral"])
-def test_parameters_are_counted_as_the_original_counts_them(artifact, build, family, mode):
+def test_num_parameters_is_that_of_the_original_model(artifact, build, family, mode):
     original, model = build(family), load(artifact(family), mode)
     for embeddings in (False, True):
         expected = original.num_parameters(exclude_embeddings=embeddings)
@@ -138,14 +145,14 @@ def test_parameters_are_counted_as_the_original_counts_them(artifact, build, fam
 @pytest.mark.parametrize("family", ["gpt2", "opt", "mixtral"])
 @pytest.mark.parametrize("mode", MODES)
 def test_no_module_decodes_before_loading_has_ended(artifact, family, mode, monkeypatch):
-    decoded = _CompressedModule.unpacked
+    unpack = _CompressedModule.unpack
 
-    def watched(module):
+    def check_unpack(module):
         assert all(tensor.device.type != "meta" for tensor in module.packed_tensors().values())
         assert not module.loading
-        return decoded(module)
+        return unpack(module)
 
-    monkeypatch.setattr(_CompressedModule, "unpacked", watched)
+    monkeypatch.setattr(_CompressedModule, "unpack", check_unpack)
     modules = compressed_modules(load(artifact(family), mode)).values()
     assert not any(module.loading for module in modules)
 
@@ -200,7 +207,7 @@ def test_tying_again_breaks_nothing(artifact, ids, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ["tied", "mixtral"])
-def test_resident_bytes_are_foretold_exactly(artifact, family, mode):
+def test_memory_footprint_is_predicted_exactly(artifact, family, mode):
     model = load(artifact(family), mode)
     formats = model.hf_quantizer.quantization_config.weight_formats()
     assert predict_memory_footprint(model.config, formats)[mode] == get_memory_footprint(model)
@@ -238,7 +245,7 @@ def test_gradients_reach_the_input_embeddings(artifact):
     assert embeddings.grad.abs().sum() > 0
 
 
-def test_originals_load_through_the_same_door(original, ids, build):
+def test_original_models_load_with_the_same_function(original, ids, build):
     assert torch.equal(logits(load(original("gpt2")), ids), logits(build("gpt2"), ids))
 
 
@@ -255,7 +262,7 @@ def test_a_sharded_artifact_loads(artifact, ids, tmp_path):
     assert torch.equal(logits(load(tmp_path), ids), logits(model, ids))
 
 
-def copied(artifact, tmp_path, family="tied"):
+def copy_artifact(artifact, tmp_path, family="tied"):
     return shutil.copytree(artifact(family), tmp_path / "copy")
 
 
@@ -296,7 +303,7 @@ CODES = "model.layers.1.mlp.up_proj.base.codes"
     ],
 )
 def test_a_damaged_or_foreign_config_is_one_line(artifact, tmp_path, opener, change, kind, words):
-    folder = copied(artifact, tmp_path)
+    folder = copy_artifact(artifact, tmp_path)
     edit(folder, change)
     with pytest.raises(kind, match=words):
         opener(folder)
@@ -314,14 +321,14 @@ def test_a_damaged_or_foreign_config_is_one_line(artifact, tmp_path, opener, cha
     ],
 )
 def test_a_missing_or_wrong_tensor_is_named(artifact, tmp_path, opener, change, words):
-    folder = copied(artifact, tmp_path)
+    folder = copy_artifact(artifact, tmp_path)
     edit_tensors(folder, change)
     with pytest.raises(ArtifactError, match=words):
         opener(folder)
 
 
 def test_a_missing_weight_file_is_named(artifact, tmp_path):
-    folder = copied(artifact, tmp_path)
+    folder = copy_artifact(artifact, tmp_path)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ArtifactError, match="model.safetensors: weight file is missing"):
         load(folder)
@@ -332,7 +339,7 @@ def test_an_unknown_mode_lists_the_modes(artifact):
         load(artifact("tied"), mode="fast")
 
 
-def test_a_device_that_is_not_there_is_named(artifact):
+def test_a_missing_device_is_named(artifact):
     for path in (artifact("tied"), "nonsense"):
         if path == "nonsense" or not torch.cuda.is_available():
             with pytest.raises(ReallmError):
@@ -340,7 +347,7 @@ def test_a_device_that_is_not_there_is_named(artifact):
 
 
 def test_keys_of_a_later_minor_version_survive_saving(artifact, tmp_path):
-    folder = copied(artifact, tmp_path)
+    folder = copy_artifact(artifact, tmp_path)
     edit(folder, lambda q: q.update(flavour="new"))
     load(folder).save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["flavour"] == "new"

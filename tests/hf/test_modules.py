@@ -1,4 +1,4 @@
-"""Compressed modules act as the ones they replace."""
+"""Compressed modules act as the modules that they replace."""
 
 import copy
 
@@ -15,8 +15,8 @@ from reallm.hf.modules import CompressedExpert
 FMT = LowRankPlus(base=Uniform(bits=4, group_size=8), rank=2)
 
 
-def filled(module, weight):
-    """The module with the tensors of a fitted weight, on the CPU."""
+def fill(module, weight):
+    """Fill the module with the packed tensors of a fitted weight, on the CPU."""
     module = module.to_empty(device="cpu")
     packed = module.fmt.pack(fit(module.fmt, weight, seed=0), module.shape)
     for name, tensor in packed.items():
@@ -29,10 +29,10 @@ def linear(dtype=torch.float32, bias=True):
     weight = torch.randn(6, 16)
     parameter = nn.Parameter(torch.randn(6, dtype=dtype)) if bias else None
     module = CompressedLinear(FMT, (6, 16), dtype, parameter)
-    kept = None if parameter is None else parameter.detach().clone()
-    module = filled(module, weight)
-    if kept is not None:
-        module.bias.data.copy_(kept)
+    bias_values = None if parameter is None else parameter.detach().clone()
+    module = fill(module, weight)
+    if bias_values is not None:
+        module.bias.data.copy_(bias_values)
     return module
 
 
@@ -54,12 +54,14 @@ def test_gradients_reach_the_input_and_the_bias():
     assert x.grad.abs().sum() > 0 and module.bias.grad is not None
 
 
-def test_rows_beside_a_residual_are_decoded_without_the_rest(monkeypatch):
+def test_rows_plus_a_residual_are_decoded_without_the_rest(monkeypatch):
     weight = torch.randn(12, 16, generator=torch.Generator().manual_seed(0))
-    module = filled(CompressedEmbedding(FMT, (12, 16), torch.float32, nn.Embedding(12, 16)), weight)
+    module = fill(CompressedEmbedding(FMT, (12, 16), torch.float32, nn.Embedding(12, 16)), weight)
     whole, decoded = module.decode(), []
     decode = Uniform.decode
-    monkeypatch.setattr(Uniform, "decode", lambda fmt, parts, shape: decoded.append(shape) or decode(fmt, parts, shape))
+    monkeypatch.setattr(
+        Uniform, "decode", lambda fmt, unpacked, shape: decoded.append(shape) or decode(fmt, unpacked, shape)
+    )
     torch.testing.assert_close(module(torch.tensor([[3, 3], [7, 3]])), whole[torch.tensor([[3, 3], [7, 3]])])
     assert decoded == [(2, 16)]
 
@@ -89,7 +91,7 @@ def test_decoding_once_adds_nothing_to_what_is_saved():
 @pytest.mark.parametrize("decoded", [False, True])
 def test_an_embedding_looks_up_the_rows_of_the_decoded_matrix(decoded):
     original = nn.Embedding(6, 16, padding_idx=1, device="meta")
-    module = filled(CompressedEmbedding(FMT, (6, 16), torch.float32, original), torch.randn(6, 16))
+    module = fill(CompressedEmbedding(FMT, (6, 16), torch.float32, original), torch.randn(6, 16))
     if decoded:
         module.decode_once()
     ids = torch.tensor([[0, 5, 5], [1, 2, 0]])
@@ -105,7 +107,7 @@ def test_an_embedding_with_a_forward_of_its_own_keeps_it():
         def forward(self, ids):
             return super().forward(ids) + self.shift
 
-    module = filled(CompressedEmbedding(FMT, (6, 16), torch.float32, Shifted()), torch.randn(6, 16))
+    module = fill(CompressedEmbedding(FMT, (6, 16), torch.float32, Shifted()), torch.randn(6, 16))
     ids = torch.tensor([[0, 3, 3]])
     torch.testing.assert_close(module(ids), module.decode()[ids] + 3.0)
     plain = module.dense_module(torch.float32)
@@ -114,7 +116,7 @@ def test_an_embedding_with_a_forward_of_its_own_keeps_it():
 
 
 def test_a_tied_head_stores_nothing_and_follows_its_owner():
-    owner = filled(CompressedEmbedding(FMT, (6, 16), torch.float32, nn.Embedding(6, 16)), torch.randn(6, 16))
+    owner = fill(CompressedEmbedding(FMT, (6, 16), torch.float32, nn.Embedding(6, 16)), torch.randn(6, 16))
     head = TiedLinear(owner)
     assert head.state_dict() == {} and list(head.buffers()) == []
     owner.decode_once()
@@ -122,15 +124,15 @@ def test_a_tied_head_stores_nothing_and_follows_its_owner():
 
 
 def test_a_copied_model_ties_its_own_modules():
-    owner = filled(CompressedEmbedding(FMT, (6, 16), torch.float32, nn.Embedding(6, 16)), torch.randn(6, 16))
+    owner = fill(CompressedEmbedding(FMT, (6, 16), torch.float32, nn.Embedding(6, 16)), torch.randn(6, 16))
     pair = copy.deepcopy(nn.ModuleList([owner, TiedLinear(owner)]))
     assert pair[1]._owner[0] is pair[0]
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("decoded", [False, True])
-def test_experts_are_for_torch_the_whole_tensor(transposed, decoded):
-    weights = [filled(CompressedExpert(FMT, (6, 16), torch.float32), torch.randn(6, 16)) for _ in range(3)]
+def test_torch_functions_get_the_whole_tensor_of_experts(transposed, decoded):
+    weights = [fill(CompressedExpert(FMT, (6, 16), torch.float32), torch.randn(6, 16)) for _ in range(3)]
     if decoded:
         for module in weights:
             module.decode_once()
@@ -160,13 +162,13 @@ def test_an_embedding_with_modules_of_its_own_holds_them_under_their_names():
             return self.embed_norm(super().forward(ids)) * self.gain * self.scale
 
     original = Normed()
-    module = filled(CompressedEmbedding(FMT, (6, 16), torch.float32, original), torch.randn(6, 16))
+    module = fill(CompressedEmbedding(FMT, (6, 16), torch.float32, original), torch.randn(6, 16))
     others = set(original.state_dict()) - {"weight"}
     assert others == {"embed_norm.weight", "embed_norm.bias", "gain"}
     assert others == set(module.state_dict()) - set(FMT.layout((6, 16)))
-    module.shell.scale.fill_(3.0)  # as the family's initialisation does after loading
+    module.wrapped.scale.fill_(3.0)  # as the family's initialisation does after loading
     nn.init.normal_(module.embed_norm.bias)
-    nn.init.normal_(module.embed_norm.weight)  # as a loader puts another tensor there
+    nn.init.normal_(module.embed_norm.weight)  # as a loader replaces the tensor
     module.gain = nn.Parameter(torch.randn(16))
     ids = torch.tensor([[0, 3, 3]])
     expected = module.embed_norm(module.decode()[ids]) * module.gain * 3.0

@@ -12,7 +12,7 @@ from reallm.integrations import lm_eval_tasks as ours
 from reallm.integrations.lm_eval_tasks import score_tasks
 
 needs_lm_eval = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason='not tested beside lm-eval: pip install ".[tasks]"'
+    importlib.util.find_spec("lm_eval") is None, reason='lm-eval is not installed: pip install ".[tasks]"'
 )
 
 
@@ -22,7 +22,7 @@ def lines(path, rows):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Tiny files in the form in which the data sets are published."""
+    """Tiny files in the format of the published data sets."""
     folder = tmp_path_factory.mktemp("tasks")
     choices = [{"text": text, "label": label} for text, label in (("A river.", "A"), ("A stone house.", "B"))]
     asked = [{"stem": f"Which of {n} is old?", "choices": choices} for n in range(3)]
@@ -48,7 +48,7 @@ def figures(result):
 
 
 def log_probability(model, tokenizer, context, continuation):
-    """Of a continuation after a context, in nats."""
+    """Return the log-probability of a continuation after a context, in nats."""
     before = tokenizer(context)["input_ids"]
     ids = torch.tensor([tokenizer(context + continuation)["input_ids"]])
     with torch.no_grad():
@@ -76,11 +76,11 @@ def test_figures_are_those_of_the_prompts_of_lm_eval_scored_by_hand(tiny_llama, 
 
 
 @needs_lm_eval
-def test_an_artifact_is_scored_in_both_modes_and_the_original_beside_it(compressed, tiny_llama, data):
+def test_an_artifact_is_scored_in_both_modes_together_with_the_original(compressed, tiny_llama, data):
     options = {"data": data, "reference": str(tiny_llama)}
-    kept = score_tasks(str(compressed), ["lambada"], **options)
+    decoded_once = score_tasks(str(compressed), ["lambada"], **options)
     each_time = score_tasks(str(compressed), ["lambada"], mode="decode_per_use", **options)
-    perplexity = figures(kept)["lambada_openai", "perplexity"]
+    perplexity = figures(decoded_once)["lambada_openai", "perplexity"]
     assert perplexity["model"] != perplexity["reference"]
     assert perplexity["model"] == pytest.approx(figures(each_time)["lambada_openai", "perplexity"]["model"], rel=1e-4)
     alone = figures(score_tasks(str(tiny_llama), ["lambada"], data=data))
@@ -125,14 +125,14 @@ def test_any_task_of_lm_eval_is_taken_and_its_data_set_missed_in_one_line(tiny_l
 
     import datasets
 
-    # As far as lm-eval knows: its name on the stack is what tells whose error it is.
+    # The file name on the stack tells that the error comes from datasets.
     monkeypatch.setattr(datasets, "load_dataset", eval_in(datasets.__file__, no_hub))
     with pytest.raises(TextError, match="(?s)winogrande.*no hub.*--tasks-data"):
         score_tasks(str(tiny_llama), ["piqa", "winogrande"], data=data)
 
 
 def eval_in(file, function):
-    """The function as if it stood in that file."""
+    """Return the function as if it were defined in that file."""
     namespace = {"function": function}
     exec(compile("def called(*a, **k):\n    return function(*a, **k)", file, "exec"), namespace)
     return namespace["called"]

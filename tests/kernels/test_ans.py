@@ -1,4 +1,4 @@
-"""The stream against a decoder written from docs/artifact.md alone: whole numbers of Python, nothing of the library."""
+"""The stream against a decoder written from docs/artifact.md alone: Python integers, no code of the library."""
 
 import numpy as np
 import pytest
@@ -86,7 +86,7 @@ def test_a_stream_is_read_back_by_the_library_and_by_the_page(rows, columns, lev
     words = written(codes, table)
     reader = AnsReader(np.concatenate([words, np.zeros(3, np.uint32)]))
     np.testing.assert_array_equal(read_codes(reader, rows, columns, table), codes)
-    assert reader.exhausted
+    assert reader.is_empty
     np.testing.assert_array_equal(read_by_the_page(words, rows, columns, table), codes)
 
 
@@ -102,7 +102,7 @@ def test_a_stream_takes_its_entropy():
     codes = points(64, 1000, 2.0)
     table = frequency_table(codes, 31)
     shares = np.unique(codes, return_counts=True)[1] / codes.size
-    entropy = -(shares * np.log2(shares)).sum() - 1  # all but one bit a weight of the parity is known
+    entropy = -(shares * np.log2(shares)).sum() - 1  # parity saves almost one bit per weight
     assert 32 * len(written(codes, table)) / codes.size < entropy + 0.01
 
 
@@ -114,7 +114,7 @@ def test_damaged_words_end_in_other_codes_or_an_error_and_a_table_without_codes_
         bad = np.random.default_rng(seed).integers(0, 2**32, len(words) + seed, dtype=np.uint32)
         reader = AnsReader(bad)
         assert read_codes(reader, 16, 50, table).shape == codes.shape
-        assert not reader.exhausted or len(bad) <= len(words) + 8
+        assert not reader.is_empty or len(bad) <= len(words) + 8
     with pytest.raises(FormatError, match="damaged"):
         read_codes(AnsReader(words), 16, 50, np.zeros_like(table))
 

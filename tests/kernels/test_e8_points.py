@@ -42,14 +42,14 @@ def test_points_lie_on_the_lattice_rows_left_over_too():
 
 
 def test_no_neighbouring_point_is_cheaper():
-    given = case(8, 4)
-    codes = cheapest_points(*given)
+    problem = case(8, 4)
+    codes = cheapest_points(*problem)
     for i, j in itertools.combinations(range(8), 2):
         for a, b in itertools.product((-2, 2), repeat=2):
             other = codes.clone()
             other[i] += a
             other[j] += b
-            assert (total(other, *given) >= total(codes, *given) - 1e-5).all()
+            assert (total(other, *problem) >= total(codes, *problem) - 1e-5).all()
 
 
 @needs_triton
@@ -58,8 +58,8 @@ def test_no_neighbouring_point_is_cheaper():
 def test_the_kernel_finds_the_same_points(shape, one_row):
     from reallm.kernels.e8_points_triton import cheapest
 
-    given = [t.to(DEVICE) for t in case(*shape, one_row)]
-    assert torch.equal(cheapest(*given), _cheapest(*given))
+    problem = [t.to(DEVICE) for t in case(*shape, one_row)]
+    assert torch.equal(cheapest(*problem), _cheapest(*problem))
 
 
 @needs_triton
@@ -86,6 +86,6 @@ def test_a_panel_with_feedback_is_that_of_its_columns_one_after_another(shape):
         now = slice(j, j + 1)
         expected = _cheapest((moving[:, now] / 0.75).clamp(-6, 6), importance[:, now], costs, parities, classes[now])
         assert torch.equal(codes[:, now], expected.int())
-        answer = (moving[:, now] - 0.75 * expected) / factor[j, j]
-        torch.testing.assert_close(compensation[:, now], answer)
-        moving[:, j + 1 :] -= answer @ factor[now, j + 1 :]
+        scaled_error = (moving[:, now] - 0.75 * expected) / factor[j, j]
+        torch.testing.assert_close(compensation[:, now], scaled_error)
+        moving[:, j + 1 :] -= scaled_error @ factor[now, j + 1 :]

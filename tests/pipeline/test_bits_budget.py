@@ -66,7 +66,7 @@ def test_more_bits_never_cost_more_predicted_error():
 
 @pytest.mark.parametrize("bits", [0.0, 0.5, 17.0, float("nan"), float("inf"), -3.0])
 def test_impossible_bits_name_the_possible_range(bits):
-    with pytest.raises(RecipeError, match=r"between 1\.\d\d and 16\.00 is"):
+    with pytest.raises(RecipeError, match=r"give a value between 1\.\d\d and 16\.00$"):
         plan_for_bits(bits, MODEL, error_of)
 
 

@@ -48,6 +48,6 @@ def test_a_format_that_cannot_hold_a_matrix_is_refused_by_name_with_the_remedy(t
     latents = {"format": "conv_latents", "steps": 2, "base": {"format": "codebook", "index_bits": 4}}
     rules = [{"match": UP, "format": latents}, {"match": "*", "format": {"format": "dense"}}]
     (tmp_path / "recipe.yaml").write_text(json.dumps({"name": "one", "rules": rules}))
-    with pytest.raises(SourceError, match=f"{UP}.weight: conv_latents cannot hold.*--exclude {UP}"):
+    with pytest.raises(SourceError, match=f"{UP}.weight: conv_latents cannot represent.*--exclude {UP}"):
         reallm.compress(folder, tmp_path / "out", recipe=tmp_path / "recipe.yaml")
     assert torch.isfinite(load_file(folder / "model.safetensors")[f"{UP}.weight"]).all()

@@ -50,6 +50,10 @@ def write(path, arch, kind, tokens, types, scores=(), merges=(), rows=None, stat
         getattr(writer, f"add_{name}")(value)
     shapes = {"attn_norm": (32,), "ffn_norm": (32,), "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32)}
     shapes |= {"attn_output": (32, 32), "ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
+    if arch.startswith("gemma"):
+        shapes |= {"post_attention_norm": (32,), "post_ffw_norm": (32,)}
+    if arch == "gemma3":
+        shapes |= {"attn_q_norm": (16,), "attn_k_norm": (16,)}
     shapes = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()}
     shapes |= {"token_embd.weight": (rows or len(tokens), 32), "output_norm.weight": (32,)}
     draw = np.random.default_rng(0)
@@ -235,6 +239,19 @@ def test_special_tokens_that_are_no_bytes_stay_whole(byte_level, tmp_path):
     assert load_tokenizer(path).decode([len(tokens), len(tokens) + 1]) == "<｜User｜><think>"
 
 
+def test_runs_of_spaces_may_be_tokens_of_their_own_beside_those_that_merges_make(byte_level, tmp_path):
+    _, tokens, merges = byte_level
+    more, count = [*tokens, "ĠĠ", "  ", "    "], len(tokens)
+    types = [CONTROL] + [NORMAL] * count + [USER, USER]
+    path = write(tmp_path / "x.gguf", "llama", "gpt2", more, types, merges=[*merges, "Ġ Ġ"], eos_token_id=0)
+    assert {count + 1, count + 2} <= set(ids_of(path, "old  house    holds"))
+    more = [*tokens, "  "]
+    path = write(
+        tmp_path / "y.gguf", "llama", "gpt2", more, types[:1] + types[2:-1], merges=[*merges, "Ġ Ġ"], eos_token_id=0
+    )
+    assert load_tokenizer(path).decode(ids_of(path, "old  house")) == "old  house"
+
+
 def test_padding_of_the_embedding_is_no_misfit(byte_level, tmp_path):
     tokens = [*byte_level[1], "[PAD0]", "[PAD1]"]
     types = [CONTROL] + [NORMAL] * (len(tokens) - 3) + [5, 5]
@@ -256,7 +273,7 @@ def test_a_tokenizer_that_cannot_be_built_or_is_damaged_is_one_line_before_any_w
     types, path = [NORMAL] * len(tokens), tmp_path / "x.gguf"
     said = lambda *arguments, **more: dry_run(write(path, "llama", *arguments, **more), tmp_path, capsys)  # noqa: E731
     assert "cannot build its tokenizer of kind 'rwkv'" in said("rwkv", tokens, types, merges=merges)
-    assert "holds no tokenizer" in said(None, tokens, types)
+    assert "holds no tokenizer" in said(None, tokens, types) and "holds no tokenizer" in said("none", tokens, types)
     assert "BPE without merges" in said("gpt2", tokens, types)
     assert "Unigram without scores" in said("t5", tokens, types)
     assert f"{len(tokens)} tokens, the embedding 300 rows" in said(
@@ -268,6 +285,9 @@ def test_a_tokenizer_that_cannot_be_built_or_is_damaged_is_one_line_before_any_w
     assert f"{len(tokens)} tokens and 300 types" in said("gpt2", tokens, types[:300], merges=merges)
     assert "eos_token is 330, of" in said("gpt2", tokens, types, merges=merges, eos_token_id=330)
     assert "cannot build" in said("gpt2", tokens, types, merges=[*merges, "no such"])
+    write(path, "llama", "gpt2", tokens, types, merges=merges)
+    path.write_bytes(path.read_bytes().replace(b"hou", b"h\xff\xfe", 1))
+    assert "cannot be read as GGUF" in dry_run(path, tmp_path, capsys)
 
 
 @pytest.fixture

@@ -392,7 +392,9 @@ def test_a_gguf_file_that_lacks_a_tensor_is_refused_before_the_run(gguf_file):
 def test_a_head_in_a_gguf_file_of_a_family_that_ties_is_kept_where_it_differs(gguf_file, monkeypatch):
     import reallm.source.model_source as source_module
 
-    monkeypatch.setattr(source_module, "quantized_by", lambda config: config.update({"tie_word_embeddings": True}))
+    monkeypatch.setattr(
+        source_module, "quantization_method", lambda config: config.update({"tie_word_embeddings": True})
+    )
     head = torch.randn(256, 64)
     source = open_source(gguf_file({"output.weight": head}))
     assert walk(source.skeleton).tied_heads == [] and torch.equal(source.read("lm_head.weight"), head)

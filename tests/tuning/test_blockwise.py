@@ -78,9 +78,8 @@ def test_the_cost_of_small_errors_is_the_kl_divergence_in_nats(tiny_llama):
     torch.testing.assert_close(cost(errors[:, :-1], torch.stack(found)[:, :-1]), divergence, rtol=0.15, atol=0)
 
 
-@pytest.mark.parametrize("target", ["original", "compressed"])
-def test_blocks_that_learn_by_the_end_loss_bring_the_model_nearer(nearby, tiny_llama, tuning_text, tmp_path, target):
-    options = {**QUICK, "text": (tuning_text,), "reference": str(tiny_llama), "target": target}
+def test_blocks_that_learn_by_the_end_loss_bring_the_model_nearer(nearby, tiny_llama, tuning_text, tmp_path):
+    options = {**QUICK, "text": (tuning_text,), "reference": str(tiny_llama)}
     events = reallm.tune(nearby, tmp_path / "out", **options).events
     windows = load_windows([tuning_text], load_tokenizer(tiny_llama), 32).ids
     with torch.no_grad():
@@ -107,8 +106,7 @@ def test_what_errors_cost_is_named_in_the_provenance_unless_it_is_the_default(
     assert any(not torch.equal(tuned["loss"][name], tuned["outputs"][name]) for name in tuned["loss"])
 
 
-@pytest.mark.parametrize("target", ["original", "compressed"])
-def test_one_block_of_the_original_is_in_memory(nearby, tiny_llama, tuning_text, tmp_path, monkeypatch, target):
+def test_one_block_of_the_original_is_in_memory(nearby, tiny_llama, tuning_text, tmp_path, monkeypatch):
     made, counts, whole = [], [], []
 
     class Watched(BlockLoader):
@@ -126,7 +124,7 @@ def test_one_block_of_the_original_is_in_memory(nearby, tiny_llama, tuning_text,
 
     monkeypatch.setattr(blockwise.HiddenStateCache, "forward_block", counting)
     monkeypatch.setattr(FolderSource, "load", lambda *a, **k: whole.append(a))
-    options = {**SHORT, "text": (tuning_text,), "reference": str(tiny_llama), "target": target}
+    options = {**SHORT, "text": (tuning_text,), "reference": str(tiny_llama)}
     reallm.tune(nearby, tmp_path / "out", block_error="outputs", **options)
     assert max(counts) == 1 and len(made) == 1 and whole == []
 

@@ -59,7 +59,7 @@ def chosen(artifact, train=("decoders",), **how):
     model = load(artifact, DECODE_PER_USE, dtype=torch.float32)
     walked = walk(meta_model(copy.deepcopy(model.config)))
     dtypes = {unquantized.name: torch.float32 for unquantized in walked.unquantized}
-    return choose(model, walked, dtypes, train, **{"rounded": True, "constant_dtype": torch.float32, **how})
+    return choose(model, walked, dtypes, train, **{"constant_dtype": torch.float32, **how})
 
 
 def logits_of(model):

@@ -147,7 +147,7 @@ def parts_of(compressed, train):
     model = load(compressed, DECODE_PER_USE, dtype=torch.float32)
     walked = walk(meta_model(copy.deepcopy(model.config)))
     dtypes = {unquantized.name: torch.float32 for unquantized in walked.unquantized}
-    return choose(model, walked, dtypes, train, rounded=True, constant_dtype=torch.float32)
+    return choose(model, walked, dtypes, train, constant_dtype=torch.float32)
 
 
 @pytest.mark.parametrize(

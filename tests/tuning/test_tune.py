@@ -49,7 +49,7 @@ def divergence(original, compressed, text):
     "how",
     [
         {"method": "end-to-end"},
-        *({"method": "blockwise", "block_error": "outputs", "target": t} for t in ("original", "compressed")),
+        {"method": "blockwise", "block_error": "outputs"},
     ],
     ids=str,
 )
@@ -222,7 +222,7 @@ def test_a_log_that_cannot_be_written_is_refused_before_any_work(compressed, tin
         assert not list(tmp_path.iterdir())
 
 
-def test_other_settings_are_refused_on_resume(compressed, tiny_llama, tuning_text, tmp_path):
+def test_other_settings_are_refused_on_resume(compressed, tiny_llama, tuning_text, tmp_path, killed):
     arguments = {"text": (tuning_text,), "reference": str(tiny_llama), **SHORT}
 
     def stop(event):  # once there is something to resume from
@@ -244,7 +244,6 @@ def test_other_settings_are_refused_on_resume(compressed, tiny_llama, tuning_tex
         {"loss": "mix"},
         {"top_k": 16},
         {"save_memory": True},
-        {"round_at_end": True},
         {"dtype": "bfloat16"},
     ],
     ids=str,
@@ -277,25 +276,18 @@ def test_logits_in_chunks_give_the_same_loss(compressed, tiny_llama, tuning_text
     torch.testing.assert_close(plain, losses(compressed, tiny_llama, tuning_text, tmp_path / "two"), rtol=1e-5, atol=0)
 
 
-def test_what_validation_sees_is_what_the_file_holds_unless_rounding_waits(
-    compressed, tiny_llama, tuning_text, tmp_path
-):
-    after = {}
-    for late in (False, True):
-        options = {**QUICK, "method": "end-to-end", "reference": str(tiny_llama), "round_at_end": late}
-        out = tmp_path / f"{late}"
-        seen = reallm.tune(compressed, out, text=(tuning_text,), **options).end_to_end["after"]["kl"]
-        windows = split_windows(load_windows([tuning_text], load_tokenizer(tiny_llama), 32), 8, 0)[1].ids
-        with torch.no_grad():
-            logits = [load(folder)(windows).logits[:, :-1].log_softmax(-1) for folder in (tiny_llama, out)]
-        held = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean().item()
-        after[late] = abs(held - seen) / seen
-    assert after[False] < 1e-6 and after[True] > 10 * after[False]
+def test_what_validation_sees_is_what_the_file_holds(compressed, tiny_llama, tuning_text, tmp_path):
+    options = {**QUICK, "method": "end-to-end", "reference": str(tiny_llama)}
+    seen = reallm.tune(compressed, tmp_path / "out", text=(tuning_text,), **options).end_to_end["after"]["kl"]
+    windows = split_windows(load_windows([tuning_text], load_tokenizer(tiny_llama), 32), 8, 0)[1].ids
+    with torch.no_grad():
+        logits = [load(folder)(windows).logits[:, :-1].log_softmax(-1) for folder in (tiny_llama, tmp_path / "out")]
+    held = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean().item()
+    assert abs(held - seen) / seen < 1e-6
 
 
-@pytest.mark.parametrize("target", ["original", "compressed"])
-def test_blocks_end_no_worse_than_they_began(compressed, tiny_llama, tuning_text, tmp_path, target):
-    options = {**SHORT, "method": "blockwise", "target": target, "block_learning_rate": 3.0}  # far too high
+def test_blocks_end_no_worse_than_they_began(compressed, tiny_llama, tuning_text, tmp_path):
+    options = {**SHORT, "method": "blockwise", "block_learning_rate": 3.0}  # far too high
     events = reallm.tune(compressed, tmp_path / "out", text=(tuning_text,), reference=str(tiny_llama), **options).events
     errors = [event for event in events if event["phase"] == "block"]
     assert {event["block"] for event in errors} == {0, 1}

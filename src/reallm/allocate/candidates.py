@@ -6,7 +6,7 @@ import functools
 import importlib.util
 
 from reallm.errors import install_hint
-from reallm.formats import WeightFormat
+from reallm.formats import WeightFormat, known_formats
 from reallm.formats.codebook import Codebook
 from reallm.formats.dense import Dense
 from reallm.formats.e8 import E8
@@ -29,7 +29,8 @@ def data_free_candidates() -> tuple[WeightFormat, ...]:
     """Return what a budget without calibration chooses from for blocks: 1 to 8 bits and dense.
 
     Learned scalar codes in many group sizes, and vector codes of two: steps fine enough to land within 1 %. No
-    permutations: sorting helps some roles and harms others (docs/log.md, 2026-11-22), and the prediction cannot tell
+    permutations: sorting helps some roles and harms others
+    (docs/experiments/data-free-codes.md), and the prediction cannot tell
     which.
     """
     signs = [NormalFloat(bits=1, group_size=g) for g in (64, 128, 256)]
@@ -41,7 +42,7 @@ def data_free_candidates() -> tuple[WeightFormat, ...]:
 # Words of --candidates: what is added to the lists below.
 NEURAL = "neural"
 MORE = (NEURAL,)
-# (index bits, weights of a vector): 0.75 to 3.5 bits a weight.
+# (index bits, weights of a vector): 0.75 to 3.5 bits per weight.
 _CODEWORDS = ((12, 16), (16, 16), (8, 8), (10, 8), (12, 8), (14, 8), (16, 8), (10, 4), (12, 4), (14, 4))
 
 
@@ -50,8 +51,8 @@ def neural_candidates(kind: str, largest: int = 16) -> tuple[WeightFormat, ...]:
     """Rotated codeword decoders of up to `largest` index bits, for blocks. Each is shared by all matrices that take it.
 
     After a rotation all matrices are as Gaussian, so that one decoder serves them all and costs next to nothing; of
-    its own it would be 0.2 bits a weight of a matrix of 110,000. Search goes through all codewords: a CPU takes an hour
-    for 10⁷ weights at 16 bits, so that 12 are the largest there.
+    its own it would be 0.2 bits per weight of a matrix of 110,000. Search goes through all codewords: a CPU takes an
+    hour for 10⁷ weights at 16 bits, so that 12 are the largest there.
     """
     if kind != BLOCK:
         return ()
@@ -82,6 +83,14 @@ def calibrated_candidates(kind: str, state_bits: int, entropy: bool | None = Non
         *(_add_rank_one(fmt) for fmt in (*_embedding_candidates(groups=(64,)), *lattice)),
         Dense(),
     )
+
+
+def plugin_candidates(kind: str, device: str) -> tuple[WeightFormat, ...]:
+    """Return the formats that say themselves that budgets may choose them: those of other packages do.
+
+    `kind` of matrix: block, embedding or head; `device` that fits.
+    """
+    return tuple(fmt for cls in known_formats().values() for fmt in cls.candidates(kind, device))
 
 
 def missing_candidates() -> str | None:
@@ -119,7 +128,7 @@ def _plain_entropy_coded(rates: tuple[float, ...]) -> list[WeightFormat]:
 def _add_rank_one(fmt: WeightFormat) -> WeightFormat:
     """The mean of all tokens is half of an embedding's energy, and a code that need not hold it is 0.4 bits ahead.
 
-    A rank of 2, 4 or 8 is within 0.02 bits of that (docs/log.md, 2026-11-28).
+    A rank of 2, 4 or 8 is within 0.02 bits of that (docs/experiments/rank-1-residual-for-embedding.md).
     """
     return LowRankPlus(base=fmt, rank=1, factors=INT8)
 

@@ -1,14 +1,14 @@
-"""What a model's end loss says of its matrices, as numbers: predicted loss of any format = number · error.
+"""What a model's end-to-end loss says of its matrices, as numbers: predicted loss of any format = number · error.
 
-The number of a matrix is the loss (KL to the original, nats a token) at a relative error of 1, to second order. How
+The number of a matrix is the loss (KL to the original, nats per token) at a relative error of 1, to second order. How
 errors spread over weights differs, and so do the numbers:
 
 * `grouped`: in proportion to the variance of their group (scales of groups, unrotated);
-* `stepped`: alike everywhere (one step a matrix, entropy-coded);
+* `stepped`: alike everywhere (one step per matrix, entropy-coded);
 * `rotated_1`, `rotated_8`, `rotated_16`: alike everywhere after a rotation, coded so many columns at a time;
 * `inputs_rotated_1`, `outputs_rotated_8`, `both_rotated_16`, …: the same inside scales of columns, rows or both;
 * `beside_rank_1_grouped`, …: of embedding and head, the loss at a relative error of 1 of what the best term of rank 1
-  leaves. It foretells `low_rank_plus` by the error of its base.
+  leaves. It predicts `low_rank_plus` by the error of its base.
 
 The model room computes them, `reallm.pipeline.loss_analysis`; a file keeps them, and this room only multiplies.
 """
@@ -29,10 +29,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from reallm.allocate.format_plan import MatrixInfo
 from reallm.errors import RecipeError
 from reallm.formats import WeightFormat, from_spec, to_spec
-from reallm.formats.entropy_coded import EntropyCoded
-from reallm.formats.low_rank_plus import LowRankPlus
-from reallm.formats.rotated import Rotated
-from reallm.formats.scaled import Scaled
 
 ROTATED_WIDTHS = (1, 8, 16)
 # Relative squared error of a format on Gaussian weights.
@@ -65,11 +61,11 @@ class Analysis:
         return name in self.numbers
 
     def loss(self, name: str, fmt: WeightFormat, error_fn: ErrorFn) -> float:
-        """Predicted KL to the original, nats a token, if this matrix alone is stored so."""
+        """Predicted KL to the original, nats per token, if this matrix alone is stored so."""
         measured = self.measured.get(name, {}).get(spec_key(fmt))
         numbers, kind = self.numbers[name], kind_of_error(fmt)
-        if isinstance(fmt, LowRankPlus) and PLUS_RANK_ONE + kind in numbers:
-            fmt, kind = fmt.base, PLUS_RANK_ONE + kind
+        if fmt.residual_rank() and PLUS_RANK_ONE + kind in numbers:
+            fmt, kind = fmt.without_residual(), PLUS_RANK_ONE + kind
         return numbers[kind] * (measured.error if measured else error_fn(fmt))
 
     def share(self, name: str, fmt: WeightFormat) -> float | None:
@@ -109,15 +105,11 @@ def spec_key(fmt: WeightFormat) -> str:
 @functools.lru_cache(maxsize=1 << 14)
 def kind_of_error(fmt: WeightFormat) -> str:
     """Which of a matrix's numbers a format's error is multiplied by."""
-    rotated, scaled = False, ""
-    while (base := getattr(fmt, "base", None)) is not None:
-        if isinstance(fmt, Scaled) and not rotated:
-            scaled = f"{fmt.sides}_"
-        rotated, fmt = rotated or isinstance(fmt, Rotated), base
-    if not rotated:
-        return "stepped" if isinstance(fmt, EntropyCoded) else "grouped"
-    width = getattr(fmt, "tile_columns", getattr(fmt, "vector_dim", 8 if fmt.name == "e8" else 1))
-    return f"{scaled}rotated_{min((w for w in ROTATED_WIDTHS if w >= width), default=ROTATED_WIDTHS[-1])}"
+    kind, _, width = fmt.error_model().rpartition("rotated_")
+    if not width.isdigit():
+        return fmt.error_model()
+    widest = ROTATED_WIDTHS[-1]
+    return f"{kind}rotated_{min((w for w in ROTATED_WIDTHS if w >= int(width)), default=widest)}"
 
 
 class LossRow(BaseModel):

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from reallm.allocate.format_plan import MatrixInfo, Plan, PlanEntry, shared_decoder_nbytes
 from reallm.allocate.problem import Choice, Problem
-from reallm.allocate.recipe import KEEP, FormatSpec, set_rank
+from reallm.allocate.recipe import KEEP, FormatSpec
 from reallm.errors import FormatError, RecipeError
 from reallm.formats import Shape, WeightFormat, collect_shared_decoders, from_spec
+from reallm.formats.low_rank_plus import LowRankPlus
 
-# The whole file is at least this share of its budget.
+# The artifact is at least this share of its budget.
 LEAST_SHARE = 0.995
 # Tables of frequencies: what a coded matrix takes beside its share, and small tensors never earn.
 _CODED_TABLES = 200
@@ -22,7 +23,7 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 
 @dataclass(frozen=True)
 class Option:
-    """A format for a matrix, the bytes it will about take in the file, and its predicted loss in nats a token."""
+    """A format for a matrix, the bytes it will about take in the file, and its predicted loss in nats per token."""
 
     fmt: WeightFormat
     nbytes: int
@@ -53,7 +54,9 @@ def matrix_options(
     end_formats: Mapping[str, FormatSpec | None] | None = None,
     always: Mapping[str, WeightFormat] | None = None,
 ) -> dict[str, list[Option]]:
-    """What each matrix can be stored as. `end_formats` fixes the format of embedding or head; one that is kept has no options.
+    """Return what each matrix can be stored as.
+
+    `end_formats` fixes the format of embedding or lm_head; one that stays unquantized has no options.
 
     `share`: stored bytes / bytes before entropy coding. `rank` puts a residual around every block format, which takes
     bytes and is credited with no gain. `always` names a format by matrix that is among its options whatever it loses.
@@ -69,7 +72,7 @@ def matrix_options(
         given = (always or {}).get(matrix.name)
         bases = candidates(matrix) if fixed is None else [from_spec(fixed)]
         for base in bases if given is None else [given, *bases]:
-            fmt = set_rank(base, rank) if matrix.kind == "block" and base is not given else base
+            fmt = LowRankPlus.replace_residual(base, rank) if matrix.kind == "block" and base is not given else base
             if (full := cached_size(fmt, matrix.shape)) is not None:
                 nbytes = min(full, round(full * share(matrix, fmt)) + _CODED_TABLES)
                 rows.append(Option(fmt, nbytes, loss(matrix, base)))
@@ -143,7 +146,7 @@ def predicted_bytes(plan: Plan, options: Options) -> int:
 
 
 def predicted_loss(plan: Plan, options: Options) -> float:
-    """Predicted KL to the original, nats a token: losses of single matrices add up as long as they are small."""
+    """Predicted KL to the original, nats per token: losses of single matrices add up as long as they are small."""
     return sum(find_option(entry, options).loss for entry in plan.entries)
 
 

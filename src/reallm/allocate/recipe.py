@@ -13,7 +13,7 @@
     embedding: {format: uniform, bits: 8}   # or `keep`
     head: {format: uniform, bits: 8}        # or `keep`; a head tied to the embedding is the embedding
     coding: true                 # tensors that entropy coding makes smaller are stored coded; default false
-    objective: guided            # what calibration minimises, if there is any: outputs, guided or fisher
+    objective: guided            # what calibration minimises, if there is any: outputs or guided
 
 A format of `keep` leaves the matrix as it is.
 """
@@ -85,7 +85,7 @@ class Recipe(BaseModel):
     embedding: FormatSpec = DEFAULT_EMBEDDING
     head: FormatSpec = DEFAULT_EMBEDDING
     coding: bool = False
-    objective: Literal["outputs", "guided", "fisher"] | None = None  # of fit.objective.OBJECTIVES; None: the default
+    objective: Literal["outputs", "guided"] | None = None  # of fit.objective.OBJECTIVES; None: the default
 
 
 def parse_recipe(text: str, origin: str) -> Recipe:
@@ -197,18 +197,12 @@ def plan_from_recipe(
         spec = _find_spec(recipe, matrix, depth)
         fmt = _format(spec, recipe.name)
         if fmt is not None:
-            entries.append(PlanEntry(matrix, set_rank(fmt, rank) if matrix.kind == "block" else fmt))
+            entries.append(
+                PlanEntry(matrix, LowRankPlus.replace_residual(fmt, rank) if matrix.kind == "block" else fmt)
+            )
     plan = Plan(tuple(entries), recipe.name)
     plan.check()
     return plan
-
-
-def set_rank(fmt: WeightFormat, rank: int | None) -> WeightFormat:
-    """`fmt` with its residual, if any, replaced by one of `rank`; None leaves the format alone, 0 removes it."""
-    if rank is None:
-        return fmt
-    base, factors = (fmt.base, fmt.factors) if isinstance(fmt, LowRankPlus) else (fmt, "int8")
-    return LowRankPlus(base=base, rank=rank, factors=factors) if rank else base
 
 
 def recipe_of_plan(

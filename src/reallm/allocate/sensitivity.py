@@ -28,19 +28,13 @@ def load_table() -> dict[str, Any]:
 
 
 def sensitivity(matrix: MatrixInfo, fmt: WeightFormat, depth: int) -> float:
-    """Predicted KL (nats a token) per unit of relative error if all of the matrix's role were compressed so.
+    """Predicted KL (nats per token) per unit of relative error if all of the matrix's role were compressed so.
 
     `depth` is the number of decoder blocks.
     """
-    roles = load_table()["roles"][_family(fmt)]
+    roles = load_table()["roles"]["vector" if fmt.codes_vectors() else "scalar"]
     role = _ALIKE.get(matrix.role, matrix.role)
     figure = roles.get(role, sum(roles.values()) / len(roles))
     if matrix.block == depth - 1:
         return figure * load_table()["last_block"]
     return figure * (load_table()["first_block"] if matrix.block == 0 else 1.0)
-
-
-def _family(fmt: WeightFormat) -> str:
-    while (base := getattr(fmt, "base", None)) is not None:
-        fmt = base
-    return "vector" if getattr(fmt, "vector_dim", 1) > 1 else "scalar"

@@ -42,7 +42,7 @@ class CodecErrors:
 
     @property
     def order_bits(self) -> float:
-        """Bits a weight that the order of rows and columns is worth to the codec: ½ log2(shuffled / real)."""
+        """Bits per weight that the order of rows and columns is worth to the codec: ½ log2(shuffled / real)."""
         return 0.5 * math.log2(self.shuffled / self.real) if self.real and self.shuffled else 0.0
 
 

@@ -43,7 +43,7 @@ def magnitudes(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
 
 
 def predictable_bits(weight: Float[Tensor, "out in"]) -> float:
-    """Bits a weight that the best linear prediction from the 16 weights before it in the row saves at most.
+    """Bits per weight that the best linear prediction from the 16 weights before it in the row saves at most.
 
     ½ log2 of the variance over that of the prediction's error (Yule-Walker). Positive by chance too: about
     0.7 · 16 / weights for noise.

@@ -27,7 +27,7 @@ ORDERS = (RAW, *METHODS, SINGULAR, HADAMARD)
 class Neighbours:
     """How alike neighbours along the rows are (an order of the columns), or along the columns (an order of the rows).
 
-    `sizes` is the autocorrelation of magnitudes, `saves` what linear prediction saves at most in bits a weight, and
+    `sizes` is the autocorrelation of magnitudes, `saves` what linear prediction saves at most in bits per weight, and
     `nbytes` what the order of this side takes in the file.
     """
 
@@ -54,7 +54,7 @@ class View:
         return self.along_rows.nbytes + self.along_columns.nbytes + self.basis_nbytes
 
     def net_bits(self, raw: View, weights: int) -> float:
-        """Bits a weight that the view saves at most over the matrix as it lies, its bytes taken off.
+        """Bits per weight that the view saves at most over the matrix as it lies, its bytes taken off.
 
         Scales of rows and columns and prediction along both sides count. An order of one side that does not earn its
         bytes is left out.

@@ -14,7 +14,7 @@ from reallm.kernels import average
 
 @dataclass(frozen=True)
 class ScaleBits:
-    """Bits a weight that a code gains at most when it knows the scale of every row and of every column.
+    """Bits per weight that a code gains at most when it knows the scale of every row and of every column.
 
     ½ log2 of the arithmetic over the geometric mean of the variances: at one error for all weights, small ones need so
     many bits fewer. Variances are products of a row's and a column's, so that the worth of both is the sum. The scales'
@@ -26,7 +26,7 @@ class ScaleBits:
 
     @property
     def both(self) -> float:
-        """Bits a weight for rows and columns together."""
+        """Bits per weight for rows and columns together."""
         return self.rows + self.columns
 
 

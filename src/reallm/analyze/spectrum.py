@@ -97,7 +97,7 @@ def marchenko_pastur(shape: Shape) -> Float[Tensor, " rank"]:
 
 
 def best_rank(falling: Float[Tensor, " rank"], shape: Shape) -> tuple[int, float]:
-    """(rank, bits a weight saved) of the low-rank residual in int8 that saves most; (0, 0.0) where none pays."""
+    """(rank, bits per weight saved) of the low-rank residual in int8 that saves most; (0, 0.0) where none pays."""
     base = Dense()
     each = LowRankPlus(base=base, rank=1, factors=INT8).nbytes(shape) - base.nbytes(shape)
     left = (1 - falling.cumsum(0)).clamp(min=0) + _FACTOR_ERROR

@@ -1,1 +1,1 @@
-"""Text, and what it makes of a model: windows, hidden states, inputs of every matrix, gradients of the loss."""
+"""Calibration data and statistics: text windows, hidden states, second moments of inputs, gradients of the loss."""

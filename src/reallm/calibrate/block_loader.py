@@ -1,7 +1,7 @@
-"""A dense model of which a piece is in memory: what lies outside its decoder blocks, and a block while it is wanted.
+"""Load a dense model one decoder block at a time; tensors outside the blocks stay in memory.
 
-Weights come from the source tensor by tensor; what is not wanted lies on the meta device. Tables that a model makes
-for itself (rotary frequencies, masks) are real from the start: no file has them.
+Weights are read from the source tensor by tensor; unloaded tensors are on the meta device. Buffers that a model
+computes itself (rotary frequencies, masks) are real from the start: no file has them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from reallm.source.walk import build_model
 
 
 def init_empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
-    """A causal language model of a config: its parameters are on the meta device, its buffers are made."""
+    """Return a causal language model of a config, its parameters on the meta device, its buffers computed."""
 
     def move_to_meta(_: nn.Module, __: str, parameter: nn.Parameter) -> nn.Parameter | None:
-        # One that is empty already keeps its identity: it may be shared.
+        # A parameter that is on the meta device already keeps its identity: it may be shared.
         return None if parameter.is_meta else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
     handle = register_module_parameter_registration_hook(move_to_meta)
@@ -40,7 +40,7 @@ def init_empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Slot:
-    """A place of a module that a tensor of the state dict lies in."""
+    """An attribute of a module that holds a tensor of the state dict."""
 
     module: nn.Module
     name: str
@@ -50,21 +50,21 @@ class _Slot:
         return getattr(self.module, self.name)
 
     def set(self, tensor: Tensor) -> None:
-        places = self.module._parameters if self.name in self.module._parameters else self.module._buffers
-        places[self.name] = tensor
+        tensors = self.module._parameters if self.name in self.module._parameters else self.module._buffers
+        tensors[self.name] = tensor
 
 
 class BlockLoader:
-    """A dense model in eval mode, in one dtype on the CPU, that is filled and emptied block by block.
+    """Load and unload the blocks of a dense model, which is in eval mode, in one dtype and on the CPU.
 
-    What several blocks share stays in memory, like everything outside the blocks. The head is never read unless it is
-    the embedding: no block needs it.
+    Tensors shared by several blocks stay in memory, like everything outside the blocks. lm_head is never read unless it
+    is tied to the embedding: no block needs it.
     """
 
     def __init__(self, source: Source, dtype: torch.dtype) -> None:
-        """Everything outside the blocks is filled.
+        """Build the model and load everything outside the blocks.
 
-        Errors: SourceError for a model whose blocks cannot be told apart, OSError for files that are gone.
+        Errors: SourceError for a model without a list of decoder blocks, OSError for missing files.
         """
         self._source = source
         with silence_transformers(), loading_limits(source.label, SourceError, source.tensors):
@@ -77,11 +77,11 @@ class BlockLoader:
         self._load(outside)
 
     def load_block(self, block: int) -> None:
-        """Read the original weights of a block."""
+        """Load the original weights of a block."""
         self._load(self._block_tensors[block])
 
     def unload_block(self, block: int) -> None:
-        """Forget the weights of a block."""
+        """Free the weights of a block."""
         for slots in self._block_tensors[block].values():
             meta_tensor = _parameter_like(slots[0].tensor, slots[0].tensor.to("meta"))
             for slot in slots:
@@ -90,32 +90,32 @@ class BlockLoader:
     def _load(self, tensors: dict[str, list[_Slot]]) -> None:
         for name, slots in tensors.items():
             read = self._source.read(name)
-            filled = _parameter_like(slots[0].tensor, read.to(self._target_dtype(name, slots[0].tensor, read)))
+            loaded = _parameter_like(slots[0].tensor, read.to(self._target_dtype(name, slots[0].tensor, read)))
             for slot in slots:
-                slot.set(filled)
+                slot.set(loaded)
 
     def _target_dtype(self, name: str, meta_tensor: Tensor, read: Tensor) -> torch.dtype:
-        """As `from_pretrained` does it: some parameters stay in float32, in some families."""
+        """Return the dtype that `from_pretrained` uses: some parameters stay in float32, in some families."""
         if not read.is_floating_point():
             return read.dtype
-        kept = (dtype for pattern, dtype in self._plan.items() if fnmatch.fnmatchcase(name, f"*{pattern}*"))
-        return next(kept, meta_tensor.dtype)
+        exceptions = (dtype for pattern, dtype in self._plan.items() if fnmatch.fnmatchcase(name, f"*{pattern}*"))
+        return next(exceptions, meta_tensor.dtype)
 
     def _tensors(self) -> Iterator[tuple[int | None, str, list[_Slot]]]:
-        """(its block or None, a name, all its places) of every tensor of the state dict but an untied head."""
+        """Yield (block or None, name, all slots) of every tensor of the state dict except an untied lm_head."""
         numbers = defaultdict(set)
         for number, block in enumerate(decoder_blocks(self.model)):
             for module in block.modules():
                 numbers[id(module)].add(number)
         names: dict[int, str] = {}
-        places: dict[int, dict[tuple[int, str], _Slot]] = defaultdict(dict)
+        slots_by_id: dict[int, dict[tuple[int, str], _Slot]] = defaultdict(dict)
         for path, module in self.model.named_modules(remove_duplicate=False):
             for own in _own_names(module):
                 tensor = getattr(module, own)
                 names.setdefault(id(tensor), f"{path}.{own}" if path else own)
-                places[id(tensor)][id(module), own] = _Slot(module, own)
+                slots_by_id[id(tensor)][id(module), own] = _Slot(module, own)
         head = self.model.get_output_embeddings()
-        for key, slots in places.items():
+        for key, slots in slots_by_id.items():
             homes = [numbers.get(id(slot.module), {None}) for slot in slots.values()]
             found = set().union(*homes)
             if all(slot.module is head for slot in slots.values()):
@@ -124,13 +124,13 @@ class BlockLoader:
 
 
 def _own_names(module: nn.Module) -> Iterator[str]:
-    """Names of the parameters and persistent buffers that a module holds itself."""
+    """Yield the names of a module's own parameters and persistent buffers."""
     yield from (name for name, tensor in module._parameters.items() if tensor is not None)
     for name, buffer in module._buffers.items():
         if buffer is not None and name not in module._non_persistent_buffers_set:
             yield name
 
 
-def _parameter_like(model: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor as a parameter if `model` is one."""
-    return nn.Parameter(tensor, requires_grad=False) if isinstance(model, nn.Parameter) else tensor
+def _parameter_like(like: Tensor, tensor: Tensor) -> Tensor:
+    """Return the tensor as a parameter if `like` is one."""
+    return nn.Parameter(tensor, requires_grad=False) if isinstance(like, nn.Parameter) else tensor

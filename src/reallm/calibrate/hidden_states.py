@@ -1,8 +1,8 @@
-"""Calibration inputs on their way through a model, one decoder block after the other.
+"""Hidden-state cache: run calibration windows through a model, one decoder block at a time.
 
-The hidden states of all windows stand before one block at a time. What its matrices are fed is summed up
-there; then the block, compressed by now, carries the states on. So every block is calibrated on the inputs
-that it will really see.
+The cache holds the hidden states of all windows before the current block. The second moments of the inputs of its
+matrices are computed there; then the block, compressed by then, computes the states before the next. So every block
+is calibrated on the inputs that it gets in the compressed model.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from reallm.calibrate import block_arguments as calls
-from reallm.calibrate.block_arguments import Calls
+from reallm.calibrate import block_arguments
+from reallm.calibrate.block_arguments import BlockCalls
 from reallm.calibrate.block_loader import BlockLoader, init_empty_model
 from reallm.errors import SourceError
 from reallm.source.decoder_blocks import decoder_blocks, decoder_of
@@ -25,27 +25,27 @@ from reallm.source.devices import module_device
 from reallm.source.transformers_logging import silence_transformers
 from reallm.source.walk import Matrix, linear_shape
 
-# Tokens a pass: 8,192 of 4,096 hidden numbers are 128 MB in float32, and keep a processor's products large.
+# Tokens per forward pass: 8,192 of hidden size 4,096 are 128 MB in float32, and make matrix products large.
 TOKENS_PER_PASS = 8192
 
 
 @dataclass
 class SecondMoments:
-    """XᵀX / n_tokens of the inputs of modules; those that are fed the same tensor share one."""
+    """Second moments XᵀX / n_tokens of the inputs of modules; modules with the same input tensor share one sum."""
 
-    leaders: dict[str, str] = field(default_factory=dict)  # module path -> the one whose sum serves
+    leaders: dict[str, str] = field(default_factory=dict)  # module path -> path of the module whose sum it uses
     sums: dict[str, Float[Tensor, "in in"]] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
 
     def get(self, name: str) -> Float[Tensor, "in in"] | None:
-        """XᵀX / n_tokens, float32; None for a module that calibration never reached."""
+        """Return XᵀX / n_tokens in float32; None for a module that no calibration token is_reached."""
         leader = self.leaders.get(name)
         if leader is None or not self.tokens[leader]:
             return None
         return self.sums[leader] / self.tokens[leader]
 
     def pop(self, name: str) -> Float[Tensor, "in in"] | None:
-        """The same, for the last time: sums that serve no other module are given away and not copied."""
+        """Return `get(name)` and remove the module; a sum that no other module uses is divided in place, not copied."""
         found = None
         if (leader := self.leaders.pop(name, None)) is not None and self.tokens[leader]:
             last = leader not in self.leaders.values()
@@ -57,19 +57,19 @@ class SecondMoments:
         self,
         name: str,
         inputs: Float[Tensor, "*tokens in"],
-        alike: dict[str, Tensor],
+        leader_inputs: dict[str, Tensor],
         weights: Float[Tensor, "windows context"] | None = None,
     ) -> None:
-        """Count the inputs of one forward pass. `alike`: leaders of this pass with the very tensor they got.
+        """Add the inputs of one forward pass. `leader_inputs`: the input tensors of this pass's leaders.
 
-        With `weights` of the tokens a module has a sum of its own.
+        With `weights`, one per token, a module gets a sum of its own.
         """
-        twin = next((leader for leader, tensor in alike.items() if tensor is inputs), None)
+        twin = next((leader for leader, tensor in leader_inputs.items() if tensor is inputs), None)
         if self.leaders.setdefault(name, twin or name) != name:
             return
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         if weights is None:
-            alike[name] = inputs
+            leader_inputs[name] = inputs
         else:
             rows = rows * weights.reshape(-1, 1).to(rows).sqrt()
         if name not in self.sums:
@@ -80,19 +80,19 @@ class SecondMoments:
 
 
 def nbytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Return the bytes that a stream through a model of a config holds per token, from a pass that reads no weight.
+    """Return the bytes per token of a hidden-state cache of a model, predicted from its config without weights.
 
-    Where only a run can tell it is one row of hidden numbers.
+    If only a real run can tell, it is one row of hidden states.
     """
     text = config.get_text_config(decoder=True)
     with silence_transformers():
         model = init_empty_model(config, dtype).eval()
-    found = calls.nbytes_per_token(model, decoder_of(model), decoder_blocks(model))
+    found = block_arguments.nbytes_per_token(model, decoder_of(model), decoder_blocks(model))
     return text.hidden_size * dtype.itemsize if found is None else found
 
 
 class HiddenStateCache:
-    """Windows of token ids inside a dense model, whose weights its owner replaces block by block."""
+    """The hidden states of token windows before one block of a dense model, whose weights the caller replaces."""
 
     def __init__(
         self,
@@ -102,51 +102,52 @@ class HiddenStateCache:
         batch: int | None = None,
         block_loader: BlockLoader | None = None,
     ) -> None:
-        """Stands before the first block. The model may lie on the CPU: only one block at a time is on `device`.
+        """Compute the hidden states before the first block. The model may be on the CPU; only one block is on `device`.
 
-        `batch` windows go through a block at once; without, as many as 8,192 tokens. A model that is in memory in
-        `block_loader` is filled here a block at a time; later the owner has to fill the present block.
-        Errors: SourceError for a model whose blocks cannot be told apart.
+        `batch` windows are processed at once, by default as many as have 8,192 tokens. With a `block_loader`, blocks
+        are loaded here one at a time; after that the caller has to load the current block.
+        Errors: SourceError for a model without a list of decoder blocks, or whose blocks cannot be run one by one.
         """
         self.model, self.device, self._block_loader = model, torch.device(device), block_loader
         self.batches = list(windows.split(batch or max(1, TOKENS_PER_PASS // windows.shape[1])))
         self.blocks = decoder_blocks(model)
         self.position = 0
-        with torch.no_grad(), _plain_arithmetic(self.device):
-            self._calls = Calls(model, decoder_of(model), self.blocks, self.batches, self._in_memory)
+        with torch.no_grad(), _full_precision(self.device):
+            self._calls = BlockCalls(model, decoder_of(model), self.blocks, self.batches, self._load_block)
         self.states = self._calls.states
 
     @property
     def nbytes(self) -> int:
-        """Memory of the hidden states and of what blocks are given with them."""
+        """Return the bytes of the hidden states and of the other block arguments."""
         return sum(state.nbytes for state in self.states) + self._calls.nbytes
 
     @property
-    def reached(self) -> bool:
-        """Whether the model calls the present block on text; it passes over cross-attention to images."""
+    def is_reached(self) -> bool:
+        """Whether the model calls the current block on text; it skips cross-attention to images."""
         return self.position in self._calls.order
 
     def second_moments(
         self, matrices: Sequence[Matrix], weights: dict[str, Float[Tensor, "windows context"]] | None = None
     ) -> SecondMoments:
-        """What the given matrices of the present block are fed; the states stay where they are.
+        """Return the second moments of the inputs of the given matrices of the current block; the states do not change.
 
-        `weights` of every window's tokens by module, where tokens do not count alike.
+        `weights` (windows, context) by module name weigh tokens, by default equally.
+        Errors: SourceError if a module with weights gets another number of tokens than a window has.
         """
         second_moments, block = SecondMoments(), self.blocks[self.position]
-        if not self.reached:
+        if not self.is_reached:
             return second_moments
-        alike: dict[str, Tensor] = {}
+        leader_inputs: dict[str, Tensor] = {}
         hooks, span = [], slice(0, 0)
 
         def count(name: str, inputs: Tensor) -> None:
             own = weights.get(name) if weights else None
             if own is not None and inputs.shape[0] not in (span.stop - span.start, own[span].numel()):
                 raise SourceError(
-                    f"{name}: its inputs are {tuple(inputs.shape)} for {span.stop - span.start} windows, so that its "
-                    "tokens cannot be weighted; take --objective outputs"
+                    f"{name}: its inputs have shape {tuple(inputs.shape)} for {span.stop - span.start} windows, so "
+                    "token weights do not apply; use --objective outputs"
                 )
-            second_moments.add(name, inputs, alike, None if own is None else own[span])
+            second_moments.add(name, inputs, leader_inputs, None if own is None else own[span])
 
         for matrix in matrices:
             module = self.model.get_submodule(matrix.name) if matrix.expert is None else None
@@ -156,7 +157,7 @@ class HiddenStateCache:
                 )
         with torch.no_grad(), self.on_device(block):
             for number, batch in enumerate(self.batches):
-                alike.clear()
+                leader_inputs.clear()
                 span = slice(span.stop, span.stop + len(batch))
                 self.forward_block(block, number)
         for hook in hooks:
@@ -164,9 +165,9 @@ class HiddenStateCache:
         return second_moments
 
     def advance(self) -> None:
-        """Carry the states through the present block, as it is now, to the next."""
+        """Replace the states by the outputs of the current block with its present weights; go to the next block."""
         block = self.blocks[self.position]
-        if self.reached:
+        if self.is_reached:
             with torch.no_grad(), self.on_device(block):
                 for number, state in enumerate(self.states):
                     self.states[number] = self.forward_block(block, number, True).to(state.device)
@@ -175,25 +176,25 @@ class HiddenStateCache:
 
     @contextlib.contextmanager
     def on_device(self, block: nn.Module) -> Iterator[None]:
-        """A block on the stream's device, in plain float32 arithmetic."""
+        """Move a block to the cache's device inside the context, without autocast and TF32."""
         home = module_device(block)
-        with _plain_arithmetic(self.device):
+        with _full_precision(self.device):
             block.to(self.device)
             yield
             block.to(home)
 
     def forward_block(self, block: nn.Module, number: int, keep: bool = False) -> Float[Tensor, "*states hidden"]:
-        """Return what a block makes of a batch's hidden states, in place of the present one; it must be on the device.
+        """Return the output of `block`, in place of the current one, for batch `number`; it must be on the device.
 
-        With `keep` later blocks are handed its other outputs. A block that the model passes over changes nothing.
+        With `keep` its other outputs are stored for later blocks. A block that the model skips returns its input.
         """
-        if not self.reached:
+        if not self.is_reached:
             return self.states[number].to(self.device)
         return self._calls.run(self.position, block, self.states[number], number, self.device, keep)
 
     @contextlib.contextmanager
-    def _in_memory(self, number: int) -> Iterator[torch.device]:
-        """A block filled and on the device; on a CPU a batch takes 10 s through 135 M parameters."""
+    def _load_block(self, number: int) -> Iterator[torch.device]:
+        """Load a block and move it to the device; on a CPU one batch through 135M parameters takes 10 s."""
         block = self.blocks[number]
         if self._block_loader is not None:
             self._block_loader.load_block(number)
@@ -204,8 +205,8 @@ class HiddenStateCache:
 
 
 @contextlib.contextmanager
-def _plain_arithmetic(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32: sums over 100,000 tokens must keep their small entries."""
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Disable autocast and TF32: sums over 100,000 tokens must keep their small entries."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:

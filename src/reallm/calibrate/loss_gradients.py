@@ -1,4 +1,4 @@
-"""What the end loss says of a model's matrices and blocks: squared gradients on a text, in the original model."""
+"""Gradients of the end-to-end loss by the outputs of matrices and blocks, in the original model on a text."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from reallm.errors import SourceError
 from reallm.kernels import average
 from reallm.source.walk import Matrix, linear_shape
 
-OnProgress = Callable[[int, int], None]  # (windows done, of how many)
-# (module path, its inputs (tokens, in), gradients of its outputs (tokens, out)) of one window
+OnProgress = Callable[[int, int], None]  # (windows done, windows in total)
+# (module path, inputs (tokens, in), gradients of the outputs (tokens, out)) of one window
 GradientSink = Callable[[str, Float[Tensor, "tokens in"], Float[Tensor, "tokens out"]], None]
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """What the end loss says of a module's outputs: mean squared gradients by token and by channel, both of mean 1."""
+    """Mean squared gradients of the end-to-end loss by a module's outputs, per token and per channel, of mean 1."""
 
     tokens: Float[Tensor, "windows context"]
     rows: Float[Tensor, " out"]
@@ -38,11 +38,12 @@ def guidance(
     device: str | torch.device,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Guidance]:
-    """How much each token and each channel of each module's output matters, by the squared gradient of the loss.
+    """Return the importance of each token and each output channel of each module: squared gradients of the loss.
 
-    With `tokens` XᵀX becomes the end-loss-guided hessian of GuidedQuant (Kim et al., arXiv:2505.07004), all output
-    channels in one group. Left out are modules that no gradient reaches in every window (the indexer of sparse
-    attention passes none on), that see other tokens than the window's (experts), and whose gradients are not finite.
+    XᵀX weighted by `tokens` is the end-to-end-loss-guided Hessian of GuidedQuant (Kim et al., arXiv:2505.07004), with
+    all output channels in one group. Omitted are modules without a gradient in some window (the indexer of sparse
+    attention passes none on), modules that get other tokens than the window's (experts), and modules whose gradients
+    are not finite.
     Errors: SourceError for a model whose logits are not finite.
     """
     squares = _SquareSums()
@@ -52,7 +53,7 @@ def guidance(
         if len(parts) != len(windows) or any(len(part) != windows.shape[1] for part in parts):
             continue
         weight, rows = torch.stack(parts), squares.rows[name].cpu()
-        if _usable(average(weight)) and _usable(average(rows)):
+        if _is_usable(average(weight)) and _is_usable(average(rows)):
             found[name] = Guidance(weight / average(weight), rows / average(rows))
     return found
 
@@ -65,15 +66,15 @@ def block_gradients(
     draws: Iterable[torch.Generator],
     on_result: Callable[[int, Float[Tensor, "blocks context hidden"]], None],
 ) -> None:
-    """Gradients of the end loss by the hidden states that every decoder block puts out, handed over window by window.
+    """Compute the gradients of the end-to-end loss by the output hidden states of every block, window by window.
 
-    `on_result` gets a window's number and its gradients, float32 on the device; zeros where none arrive. Tokens to predict
-    are drawn from the model, for each window by a generator of its own in `draws`, wherever the text's is `loss_mask`;
-    so an error d of a token's states costs ½ (g · d)² nats of KL divergence to the model, to second order, in the mean
-    over draws, and as if tokens erred independently (see `curvatures`).
-    Takes the memory of the whole model on the device and of one window's activations there.
-    Gradients that are not finite count as none.
-    Errors: SourceError for a model whose blocks cannot be told apart, or whose logits are not finite.
+    `on_result` gets the window's number and its gradients, in float32 on the device; zeros where none arrive. Targets
+    are sampled from the model, for each window by its own generator in `draws`, at the tokens where `loss_mask` is
+    true. So an error d of a token's states costs ½ (g · d)² nats of KL divergence to the model, to second order, in the
+    mean over draws, and under the assumption that errors of tokens are independent (see `curvatures`).
+    The whole model and the activations of one window must fit on the device.
+    Gradients that are not finite are replaced by zeros.
+    Errors: SourceError for a model without a list of decoder blocks, or whose logits are not finite.
     """
     blocks = {str(number): block for number, block in enumerate(decoder_blocks(model))}
     sink: dict[str, Tensor] = {}
@@ -91,7 +92,7 @@ def block_gradients(
 
 
 class _SquareSums:
-    """Squared gradients by module: the mean over channels of each token, window by window, and sums over tokens."""
+    """Squared gradients by module: means over channels per token, one tensor per window, and sums over tokens."""
 
     def __init__(self) -> None:
         self.tokens: dict[str, list[Tensor]] = {}
@@ -103,42 +104,19 @@ class _SquareSums:
         self.rows[name] = self.rows[name] + squares.sum(0) if name in self.rows else squares.sum(0)
 
 
-def fisher(
-    model: nn.Module,
-    windows: Int[Tensor, "windows context"],
-    matrices: Sequence[Matrix],
-    device: str | torch.device,
-    on_progress: OnProgress | None = None,
-) -> dict[str, Float[Tensor, "out in"]]:
-    """The diagonal of the Fisher information of every weight, tokens taken as independent: Σ_t g_ti² x_tj², mean 1.
-
-    Matrices that no gradient reaches, or none that is finite, are left out.
-    Errors: SourceError for a model whose logits are not finite.
-    """
-    found: dict[str, Tensor] = {}
-
-    def sink(name: str, inputs: Tensor, gradients: Tensor) -> None:
-        update = gradients.float().square().T @ inputs.float().square()
-        found[name] = found[name] + update.cpu() if name in found else update.cpu()
-
-    _backward_each(model, windows, _linears(model, matrices), device, sink, on_progress=on_progress)
-    return {name: total / average(total) for name, total in found.items() if _usable(average(total))}
-
-
 @dataclass(frozen=True)
 class Curvature:
-    """What the end loss is to a matrix: its second derivatives, inputs apart from outputs (K-FAC, arXiv:1503.05671).
+    """Second derivatives of the end-to-end loss by a matrix, inputs apart from outputs (K-FAC, arXiv:1503.05671).
 
-    An error D of the weights costs about ½ Σ_i outputs_i · (D H Dᵀ)_ii nats a token, with H = `hessian`, in which
+    An error D of the weights costs about ½ Σ_i outputs_i · (D H Dᵀ)_ii nats per token, with H = `hessian`, in which
     tokens count by their gradients (GuidedQuant, arXiv:2505.07004).
     """
 
     outputs: Float[Tensor, " out"]  # mean over tokens of the squared gradient of the log-likelihood
-    halves: Float[Tensor, "2 out"]  # in any unit, of the windows of `feedback_hessian` and of those of `hessian`
+    halves: Float[Tensor, "2 out"]  # row 0: windows of `feedback_hessian`, row 1: of `hessian`; sums, not means
     hessian: Float[Tensor, "in in"]  # Σ w x xᵀ / Σ w, w the token's mean squared gradient; float32
-    feedback_hessian: Float[
-        Tensor, "in in"
-    ]  # what a fit would know: of other windows, w = 1 unless fits are guided too
+    # The Hessian available to a fit: from the other windows, w = 1 unless fits are guided too.
+    feedback_hessian: Float[Tensor, "in in"]
 
 
 def curvatures(
@@ -151,12 +129,12 @@ def curvatures(
     guided: bool = False,
     on_progress: OnProgress | None = None,
 ) -> EmbeddingHeadCurvature:
-    """Curvature of each module, handed to `on_result` one by one, in a pass of the original model over the windows.
+    """Compute the curvature of each module in a pass of the original model over the windows; call `on_result` for each.
 
-    Tokens to predict are drawn from the model's own distribution: then mean squared gradients are the second
-    derivatives of the KL divergence to the original. `guided`: fits weigh tokens by gradients.
-    Modules that no gradient reaches, or none that is finite, are left out. Several passes where the sums of one would
-    take over _SUMS_BYTES.
+    Targets are sampled from the model's own distribution: then mean squared gradients are the second derivatives of
+    the KL divergence to the original. `guided`: fits weight tokens by gradients.
+    Modules without a gradient, or whose gradients are not finite, are omitted. If the sums would take more than
+    _MAX_SUMS_BYTES, several passes are run.
     Errors: SourceError for a model whose logits are not finite.
     """
     embedding_head = _EmbeddingHeadSums(model, windows)
@@ -185,7 +163,7 @@ def curvatures(
     return embedding_head.result()
 
 
-# Of second moments held at a time: all of a 135M model's are 1 GB, those of a 7B model come in several passes.
+# Most bytes of second moments in memory: a 135M model needs 1 GB in total, a 7B model takes several passes.
 _MAX_SUMS_BYTES = 8_000_000_000
 
 
@@ -202,7 +180,7 @@ def _split_by_memory(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
 
 
 class _CurvatureSums:
-    """Sums over tokens of one pass: of every second window what fits will know, of the others what errors cost."""
+    """Sums over tokens of one pass: even windows give the Hessian available to fits, odd ones the cost of errors."""
 
     def __init__(self, guided: bool, single: bool) -> None:
         self.guided, self.single = guided, single
@@ -239,43 +217,43 @@ class _CurvatureSums:
         self.weights[name][half] += weights.sum()
 
     def pop(self, name: str) -> Curvature | None:
-        """None where a half of the windows has no gradient, or one that is not finite."""
+        """Remove and return a module's curvature; None if half of the windows has no finite gradient."""
         hessians, halves = self.hessians.pop(name), self.outputs.pop(name)
         weights = self.weights.pop(name)
-        if not all(map(_usable, [*weights, *halves.sum(1)])):
+        if not all(map(_is_usable, [*weights, *halves.sum(1)])):
             return None
-        feedback_hessian, cost = (_mirrored(total) / weight for total, weight in zip(hessians, weights, strict=True))
+        feedback_hessian, cost = (_symmetric(total) / weight for total, weight in zip(hessians, weights, strict=True))
         return Curvature(halves.sum(0) / self.tokens[name], halves, cost, feedback_hessian)
 
 
-def _usable(mean: Float[Tensor, ""]) -> bool:
-    """Whether weights of this mean say anything: neither all 0 nor NaN or infinite."""
+def _is_usable(mean: Float[Tensor, ""]) -> bool:
+    """Whether non-negative weights with this mean can be used: not all 0, not NaN, not infinite."""
     return 0 < mean.item() < math.inf
 
 
 def _add_lower(total: Float[Tensor, "in in"], rows: Float[Tensor, "tokens in"]) -> None:
-    """Add the lower half of rowsᵀ · rows, panel by panel: five eighths of the whole product's time."""
+    """Add the lower triangle of rowsᵀ · rows, panel by panel, in five eighths of the time of the whole product."""
     width = max(_LEAST_PANEL, 16 * math.ceil(len(total) / 64))
     for start in range(0, len(total), width):
         panel = slice(start, start + width)
         total[start:, panel].addmm_(rows[:, start:].T, rows[:, panel])
 
 
-_LEAST_PANEL = 192  # columns: narrower products are no faster
+_LEAST_PANEL = 192  # columns; narrower products are no faster
 
 
-def _mirrored(lower: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    """The symmetric matrix of a lower half."""
+def _symmetric(lower: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """Return the symmetric matrix of a lower triangle."""
     lower = lower.tril()
     return lower + lower.tril(-1).T
 
 
 @dataclass(frozen=True)
 class EmbeddingHeadCurvature:
-    """What errors of embedding and head cost: means over tokens.
+    """Curvature of the end-to-end loss by embedding and lm_head: means over tokens.
 
-    `inputs`: squared gradient of the embedding's output by dimension; `frequencies`: share of each token at the input;
-    `states`: h_j² of the head's inputs by dimension; `outputs`: p (1 - p) by token, the curvature in its logit.
+    `inputs`: squared gradient of the embedding's output per dimension; `frequencies`: share of each token in the text;
+    `states`: h_j² of the inputs of lm_head per dimension; `outputs`: p (1 - p) per token, the curvature of its logit.
     """
 
     inputs: Float[Tensor, " hidden"]
@@ -285,7 +263,7 @@ class EmbeddingHeadCurvature:
 
 
 class _EmbeddingHeadSums:
-    """Sums for embedding and head, both ends of the model."""
+    """Sums over tokens for embedding and lm_head."""
 
     def __init__(self, model: nn.Module, windows: Tensor) -> None:
         size = model.get_input_embeddings().weight.shape
@@ -309,10 +287,10 @@ class _EmbeddingHeadSums:
     def _add_inputs(self, gradient: Tensor) -> None:
         self.inputs += gradient.float().square().reshape(-1, gradient.shape[-1]).sum(0).cpu()
 
-    def add_likely(self, likely: Float[Tensor, "tokens vocabulary"]) -> None:
-        """Probabilities of some tokens."""
-        self.outputs += (likely.sum(0) - likely.square().sum(0)).cpu()
-        self.tokens += len(likely)
+    def add_probabilities(self, probabilities: Float[Tensor, "tokens vocabulary"]) -> None:
+        """Add the predicted probabilities at some positions."""
+        self.outputs += (probabilities.sum(0) - probabilities.square().sum(0)).cpu()
+        self.tokens += len(probabilities)
 
     def result(self) -> EmbeddingHeadCurvature:
         count = max(self.tokens, 1)
@@ -320,7 +298,7 @@ class _EmbeddingHeadSums:
 
 
 def _linears(model: nn.Module, matrices: Sequence[Matrix]) -> dict[str, nn.Module]:
-    """The modules of those matrices that are a linear's."""
+    """Return the linear modules among those of the matrices, by path."""
     modules = {matrix.name: model.get_submodule(matrix.name) for matrix in matrices if matrix.expert is None}
     return {name: module for name, module in modules.items() if linear_shape(module) is not None}
 
@@ -336,10 +314,11 @@ def _backward_each(
     on_progress: OnProgress | None = None,
     loss_mask: Bool[Tensor, "windows context"] | None = None,
 ) -> None:
-    """One window at a time through the whole model and back; no weight gets a gradient of its own.
+    """Run the whole model forwards and backwards on one window at a time; no parameter gets a gradient.
 
-    With `draws`, one for each window, every token is predicted to be one drawn from the model, without them to be the
-    text's; with `loss_mask` only those that are.
+    With `draws`, one generator per window, targets are sampled from the model, otherwise they are the text's tokens.
+    With `loss_mask` only the tokens where it is true are predicted.
+    Errors: SourceError for a model without gradients, or whose logits are not finite.
     """
     home = next(model.parameters()).device
     model.to(device)
@@ -354,13 +333,13 @@ def _backward_each(
             pairs = zip(windows, itertools.repeat(None) if draws is None else draws, strict=False)
             for number, (window, draw) in enumerate(pairs, start=1):
                 ids = window[None].to(device)
-                there = None if loss_mask is None else loss_mask[number - 1].to(device)
+                own_mask = None if loss_mask is None else loss_mask[number - 1].to(device)
                 logits = model(input_ids=ids, use_cache=False).logits
                 if not logits.requires_grad:
                     raise SourceError(
-                        f"{type(model).__name__} passes no gradient on; give --objective outputs, no budget"
+                        f"{type(model).__name__} passes no gradient on; use --objective outputs, and no budget"
                     )
-                logits.backward(_by_logits(logits.detach()[0], ids[0], draw, embedding_head, there)[None])
+                logits.backward(_logit_gradient(logits.detach()[0], ids[0], draw, embedding_head, own_mask)[None])
                 if on_progress:
                     on_progress(number, len(windows))
     finally:
@@ -371,20 +350,20 @@ def _backward_each(
         model.to(home)
 
 
-# Rows of logits at a time: 50 MB of float32 for 49,152 tokens.
+# Rows of logits at a time: 50 MB of float32 for a vocabulary of 49,152.
 _ROWS = 256
 
 
-def _by_logits(
+def _logit_gradient(
     logits: Float[Tensor, "tokens vocabulary"],
     ids: Int[Tensor, " tokens"],
     draw: torch.Generator | None,
     embedding_head: _EmbeddingHeadSums | None,
     loss_mask: Bool[Tensor, " tokens"] | None,
 ) -> Float[Tensor, "tokens vocabulary"]:
-    """Gradient of the negative log-likelihood by the logits: probabilities, less 1 at the token that is predicted.
+    """Return the gradient of the negative log-likelihood by the logits: probabilities, minus 1 at the target.
 
-    One softmax serves the gradient, the draw and the sums for the ends.
+    One softmax serves the gradient, the sampling and the sums for embedding and lm_head.
     Errors: SourceError for logits that are not finite.
     """
     rows = torch.arange(len(ids), device=ids.device)
@@ -396,46 +375,46 @@ def _by_logits(
     gradient = torch.zeros_like(logits)
     for start in range(0, len(rows), _ROWS):
         own = rows[start : start + _ROWS]
-        likely = logits[own].float().softmax(1)
-        if not torch.isfinite(likely.sum()):
+        probabilities = logits[own].float().softmax(1)
+        if not torch.isfinite(probabilities.sum()):
             raise SourceError(
-                f"the original's logits are NaN or infinite in {logits.dtype} on the calibration text: its activations "
-                "overflow; compress it without --calibration"
+                f"the original model's logits are NaN or infinite in {logits.dtype} on this text: it is damaged, or "
+                "its activations overflow; compress without --calibration, fine-tune with --block-error outputs"
             )
         if embedding_head:
-            embedding_head.add_likely(likely)
-        targets = ids[own + 1] if uniform is None else _sample_targets(likely, uniform[start : start + _ROWS])
-        likely.scatter_add_(1, targets[:, None], likely.new_full((len(own), 1), -1.0))
-        gradient[own] = likely.to(gradient.dtype)
+            embedding_head.add_probabilities(probabilities)
+        targets = ids[own + 1] if uniform is None else _sample_targets(probabilities, uniform[start : start + _ROWS])
+        probabilities.scatter_add_(1, targets[:, None], probabilities.new_full((len(own), 1), -1.0))
+        gradient[own] = probabilities.to(gradient.dtype)
     return gradient
 
 
-_AT_ONCE = 256  # probabilities that are summed up before one is looked for among them
+_CHUNK = 256  # probabilities per partial sum of the inverse-CDF search
 
 
 def _sample_targets(
-    likely: Float[Tensor, "tokens vocabulary"], uniform: Float[Tensor, "tokens 1"]
+    probabilities: Float[Tensor, "tokens vocabulary"], uniform: Float[Tensor, "tokens 1"]
 ) -> Int[Tensor, " tokens"]:
-    """A token for each row by its probabilities; the same on every device, up to rounding.
+    """Sample a token for each row by inverse CDF; the result is the same on every device, up to rounding.
 
-    Sums of `_AT_ONCE` tokens first: running sums of a whole vocabulary took a twentieth of a pass.
+    Search sums of `_CHUNK` probabilities first: cumulative sums of a whole vocabulary took a twentieth of a pass.
     """
-    parts = nn.functional.pad(likely, (0, -likely.shape[1] % _AT_ONCE)).view(len(likely), -1, _AT_ONCE)
+    parts = nn.functional.pad(probabilities, (0, -probabilities.shape[1] % _CHUNK)).view(len(probabilities), -1, _CHUNK)
     sums = parts.sum(2).cumsum(1)
     aim = uniform * sums[:, -1:]
     part = torch.searchsorted(sums, aim).clamp(max=sums.shape[1] - 1)
     before = torch.where(part > 0, sums.gather(1, (part - 1).clamp(min=0)), 0.0)
-    inside = parts.gather(1, part[:, :, None].expand(-1, -1, _AT_ONCE))[:, 0].cumsum(1)
-    place = torch.searchsorted(inside, aim - before).clamp(max=_AT_ONCE - 1)
-    return (part * _AT_ONCE + place)[:, 0].clamp(max=likely.shape[1] - 1)
+    inside = parts.gather(1, part[:, :, None].expand(-1, -1, _CHUNK))[:, 0].cumsum(1)
+    place = torch.searchsorted(inside, aim - before).clamp(max=_CHUNK - 1)
+    return (part * _CHUNK + place)[:, 0].clamp(max=probabilities.shape[1] - 1)
 
 
 @contextlib.contextmanager
 def fast_products(device: str | torch.device) -> Iterator[None]:
-    """Products of float32 matrices on a CPU by oneDNN, in bfloat16 where the processor multiplies tiles of that.
+    """Let oneDNN multiply float32 matrices on a CPU inside the context, in bfloat16 if the processor has AMX.
 
-    Elsewhere they stay float32, 2.2 times as fast as by the BLAS on a processor with AVX-512 that is not Intel's
-    (240 against 107 GFLOPS a thread). A GPU goes on as it was.
+    Without AMX products stay float32, 2.2 times as fast as by the BLAS on a non-Intel processor with AVX-512
+    (240 against 107 GFLOPS per thread). On a GPU nothing changes.
     """
     if torch.device(device).type != "cpu":
         yield
@@ -449,7 +428,7 @@ def fast_products(device: str | torch.device) -> Iterator[None]:
 
 
 def _gradient_hook(name: str, sink: GradientSink) -> Callable[..., None]:
-    """A forward hook that waits for the gradient of the module's output, of a tuple's first; for none that has none."""
+    """Return a forward hook that passes the gradient of the output (a tuple's first item), if any, to `sink`."""
 
     def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> None:
         states = output if isinstance(output, Tensor) else output[0]

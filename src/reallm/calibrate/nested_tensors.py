@@ -1,4 +1,4 @@
-"""Tensors inside tuples, lists and mappings: what modules of transformers are called with and put out."""
+"""Tensors in nested tuples, lists and mappings: the arguments and outputs of transformers modules."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Path = tuple[Any, ...]  # keys and indices on the way to a leaf
+Path = tuple[Any, ...]  # keys and indices from the root to a leaf
 
 
 def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yield (path, value) of everything that is no container."""
+    """Yield (path, value) of every item that is not a container."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from leaves(inner, (*path, key))
@@ -29,33 +29,33 @@ def tensors(value: Any) -> list[Tensor]:
     return [leaf for _, leaf in leaves(value) if isinstance(leaf, Tensor)]
 
 
-def rebuilt(value: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> Any:
-    """Return the same containers, made again, around `change(path, leaf)` in place of every leaf."""
+def map_leaves(value: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+    """Return copies of the containers with every leaf replaced by `change(path, leaf)`."""
     if isinstance(value, Mapping):
-        inner = {key: rebuilt(one, change, (*path, key)) for key, one in value.items()}
+        inner = {key: map_leaves(one, change, (*path, key)) for key, one in value.items()}
         if type(value) is dict:
             return inner
         made = copy.copy(value)
         made.update(inner)  # type: ignore[attr-defined]
         return made
     if isinstance(value, tuple | list):
-        inner = [rebuilt(one, change, (*path, index)) for index, one in enumerate(value)]
+        inner = [map_leaves(one, change, (*path, index)) for index, one in enumerate(value)]
         return type(value)(*inner) if hasattr(value, "_fields") else type(value)(inner)
     return change(path, value)
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """Return the same containers, made again, around tensors on `device`."""
-    return rebuilt(value, lambda _, leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
+def to_device(value: Any, device: torch.device) -> Any:
+    """Return copies of the containers with their tensors on `device`."""
+    return map_leaves(value, lambda _, leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
 
 
 def writable(value: Any) -> bool:
-    """Return whether a value is a container that can be written into."""
+    """Return whether a value is a mutable container."""
     return isinstance(value, MutableMapping | MutableSequence)
 
 
 def overwrite(container: Any, content: Any) -> None:
-    """Give a mapping or list the content of another; it stays the same object."""
+    """Replace the content of a mapping or list in place."""
     if isinstance(container, MutableMapping):
         container.clear()
         container.update(content)

@@ -1,4 +1,4 @@
-"""From a file to token ids, as the published numbers do it."""
+"""Read text files into token ids, as the published perplexities do."""
 
 import hashlib
 import json
@@ -14,19 +14,19 @@ from reallm.checkpoint.validation import suffix_of
 from reallm.errors import TextError
 
 _JSON = (".json", ".jsonl")
-_MAX_DIGITS = 4000  # Python's limit is 4,300 unless it is told otherwise
+_MAX_DIGITS = 4000  # Python's default limit is 4,300
 
 
 def load_text(path: str | Path, option: str = "--text") -> list[str]:
-    """The documents of a UTF-8 file: one, save for `.json` and `.jsonl`.
+    """Return the documents of a UTF-8 file: one, except for `.json` and `.jsonl`.
 
     * `.raw` (WikiText): lines become rows, a blank line the empty string, and rows are joined by a blank
       line. This is the text behind the published WikiText-2 numbers, not the file as it lies on disk.
     * `.json`, `.jsonl`: the `text` field of each line, or of each element of an array, is a document of its own.
-    * anything else: the file as it is, also where it begins with a bracket.
+    * anything else: the file unchanged, even if it begins with a bracket.
 
-    TextError if the file is missing, which names the `option` that asked for it, is not text, or holds nothing but
-    white space; of JSON it names the line and column, or the element, that cannot be read.
+    Errors: TextError if the file is missing (the message names `option`), is not text, or holds only white space; for
+    JSON it names the line and column, or the element, that cannot be read.
     """
     path = Path(path)
     text = _read_text(path, option)
@@ -42,28 +42,28 @@ def load_text(path: str | Path, option: str = "--text") -> list[str]:
 
 
 def json_rows(path: Path, option: str = "--text") -> Iterator[tuple[str, Any]] | None:
-    """(where it stands, for errors; what it holds) of each row of a `.json` or `.jsonl`; None for any other file.
+    """Return an iterator of (location for errors, value) over the rows of a `.json` or `.jsonl` file; None for others.
 
-    Rows are lines, blank ones left out, or the elements of the one array that the file is; both count from 1.
-    Errors: as `load_text`; of lines that are not JSON when they are come to.
+    Rows are non-blank lines, or the elements if the file is one array; both are numbered from 1.
+    Errors: as `load_text`; for lines that are not JSON, when the iterator reaches them.
     """
     return _json_rows(path, _read_text(path, option)) if suffix_of(path) in _JSON else None
 
 
 def json_text(where: str, row: Any, field: str) -> str:
-    """A field of a row. Errors: TextError naming the row and the fields it has, unless there is text in it."""
+    """Return the string in a field of a row. Errors: TextError naming the row and its fields if there is none."""
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         raise TextError(f'{where}: no "{field}" field with a string in it; {describe_fields(row)}')
     try:
         row[field].encode()
     except UnicodeEncodeError as error:  # a tokenizer would refuse it with a TypeError
         half = f"\\u{ord(row[field][error.start]):04x}"
-        raise TextError(f'{where}: {half} in "{field}" is half of a character, a pair cut in two') from None
+        raise TextError(f'{where}: {half} in "{field}" is half of a character: an unpaired surrogate') from None
     return row[field]
 
 
 def describe_fields(row: Any) -> str:
-    """What a row of JSON has, for errors, which are one line whatever is in the names."""
+    """Return the field names of a JSON row for an error message, in one line whatever the names contain."""
     if not isinstance(row, dict):
         return "it is no object"
     names = ", ".join(name if name.isprintable() else repr(name) for name in row)
@@ -71,7 +71,7 @@ def describe_fields(row: Any) -> str:
 
 
 def wikitext_rows(text: str) -> str:
-    """A WikiText file's text in the form that the field measures: rows joined by a blank line."""
+    """Return a WikiText file's text as published results use it: rows joined by a blank line."""
     # Not str.splitlines: it also cuts at form feeds and Unicode separators, which are text here.
     lines = text.split("\n")
     rows = [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
@@ -79,14 +79,14 @@ def wikitext_rows(text: str) -> str:
 
 
 def text_sha256(path: str | Path) -> str:
-    """SHA-256 of the file's bytes, as `sha256sum` prints it."""
+    """Return the SHA-256 of the file's bytes, as `sha256sum` prints it."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def tokenize(tokenizer: Any, documents: Sequence[str], enough: int | None = None) -> Int[Tensor, " n"]:
-    """Token ids of the documents, each as one string, with the end-of-text token between two of them.
+    """Return the token ids of the documents, each tokenized as one string, with the end-of-text token between them.
 
-    Documents behind the first `enough` tokens are not looked at.
+    Documents after the first `enough` tokens are not read.
     No other special token is added: `perplexity.windows` puts `leading_bos(tokenizer)` where it belongs.
     """
     ids: list[int] = []
@@ -95,13 +95,13 @@ def tokenize(tokenizer: Any, documents: Sequence[str], enough: int | None = None
             break
         if number and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
-        # verbose=False: "longer than the model's maximum" is true and wanted, windows are cut later.
+        # verbose=False: no warning about texts longer than the model's maximum, windows are cut later.
         ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 
 def leading_bos(tokenizer: Any) -> int | None:
-    """The begin-of-text token id if this tokenizer puts it before a text by itself, else None."""
+    """Return the begin-of-text token id if this tokenizer prepends it to a text, else None."""
     bos = tokenizer.bos_token_id
     if bos is None:
         return None
@@ -125,7 +125,7 @@ def _read_text(path: Path, option: str) -> str:
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    # By the content, not the name: both are found under either. A line of task data is an object and begins otherwise.
+    # By content, not by suffix: arrays and lines occur under both suffixes. A line of task data is an object.
     if text.lstrip().startswith("["):
         for number, element in enumerate(_parse_json(path, text), start=1):
             yield f"{path}, element {number}", element
@@ -136,12 +136,12 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parse_int(digits: str) -> int | float:
-    """Of more digits than Python turns into an integer, where only strings are asked for, it is no error."""
+    """Return a number; one with more digits than Python's limit for integers becomes a float: only strings are used."""
     return int(digits) if len(digits) <= _MAX_DIGITS else float(digits)
 
 
 def _parse_json(path: Path, text: str, line: int = 1) -> Any:
-    """The JSON of a text that begins in this line of the file."""
+    """Return the value of a JSON text that begins at this line of the file."""
     try:
         return json.loads(text, parse_int=_parse_int)
     except json.JSONDecodeError as error:
@@ -151,4 +151,4 @@ def _parse_json(path: Path, text: str, line: int = 1) -> Any:
             "objects, a .txt is read as it is"
         ) from None
     except RecursionError:
-        raise TextError(f"{path}: what begins in line {line} is nested too deep to be read") from None
+        raise TextError(f"{path}: the value in line {line} is nested too deep") from None

@@ -1,4 +1,4 @@
-"""The compressed model on disk: manifest, writer, reader, ledger. Specified in docs/artifact.md."""
+"""The compressed model on disk: manifest, writer, reader and ledger. docs/artifact.md specifies the format."""
 
 from reallm.checkpoint.decoder_cost import DecoderCost, decoder_costs
 from reallm.checkpoint.entropy_coding import decode_tensor, encode_tensor, encode_tensors, encode_untrained_tensors

@@ -1,4 +1,4 @@
-"""What decoding by nets costs at load: multiply-adds, and seconds and memory as measured on matrices of the file."""
+"""Cost of neural decoders at load: multiply-adds, plus seconds and memory measured on matrices of the artifact."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from reallm.formats.shared_decoders import PREFIX
 
 @dataclass(frozen=True)
 class DecoderCost:
-    """Matrices of one format with a decoder net. `seconds` for all of them, here; `peak_bytes` while one is decoded."""
+    """Decoding cost of all matrices of one format that has a neural decoder.
+
+    `seconds` is the total on this machine; `peak_bytes` is the peak of tensor memory while one matrix is decoded.
+    """
 
     fmt: WeightFormat
     matrices: int
@@ -33,27 +36,29 @@ class DecoderCost:
     peak_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {**{k: v for k, v in asdict(self).items() if k != "fmt"}, "format": to_spec(self.fmt)}
 
 
 def decoder_costs(folder: Path, ledger: Ledger) -> list[DecoderCost]:
-    """By format; one matrix of every shape is decoded, from the bytes in the file to float32.
+    """Return the cost per format; one matrix of every shape is decoded from the bytes in the file to float32.
 
-    Nets behind codewords run once a matrix and are look-ups from then on; with `decode_at_load`, the default, none runs
-    after loading.
+    A neural codebook runs its net once per matrix and is a look-up afterwards; with `decode_at_load`, the default, no
+    net runs after loading.
     """
-    alike: dict[WeightFormat, dict[Shape, list[StoredMatrix]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[WeightFormat, dict[Shape, list[StoredMatrix]]] = defaultdict(lambda: defaultdict(list))
     for matrix in ledger.compressed_matrices:
         if matrix.fmt.multiply_adds(matrix.shape):
-            alike[matrix.fmt][matrix.shape].append(matrix)
-    return [_cost(folder, ledger, fmt, by_shape) for fmt, by_shape in alike.items()]
+            groups[matrix.fmt][matrix.shape].append(matrix)
+    return [_measure_format(folder, ledger, fmt, by_shape) for fmt, by_shape in groups.items()]
 
 
-def _cost(folder: Path, ledger: Ledger, fmt: WeightFormat, by_shape: dict[Shape, list[StoredMatrix]]) -> DecoderCost:
+def _measure_format(
+    folder: Path, ledger: Ledger, fmt: WeightFormat, by_shape: dict[Shape, list[StoredMatrix]]
+) -> DecoderCost:
     seconds, peak = 0.0, 0
     for matrices in by_shape.values():
-        once, most = _measure(folder, ledger, matrices[0])
+        once, most = _measure_matrix(folder, ledger, matrices[0])
         seconds, peak = seconds + len(matrices) * once, max(peak, most)
     weights = sum(matrix.weights for matrices in by_shape.values() for matrix in matrices)
     products = sum(len(matrices) * fmt.multiply_adds(shape) for shape, matrices in by_shape.items())
@@ -61,13 +66,13 @@ def _cost(folder: Path, ledger: Ledger, fmt: WeightFormat, by_shape: dict[Shape,
 
 
 @torch.no_grad()
-def _measure(folder: Path, ledger: Ledger, matrix: StoredMatrix) -> tuple[float, int]:
-    """(seconds, bytes of tensors at their most) of decoding one matrix."""
+def _measure_matrix(folder: Path, ledger: Ledger, matrix: StoredMatrix) -> tuple[float, int]:
+    """Return (seconds, peak bytes of tensors) of decoding one matrix."""
     shared_decoders = {
-        name: _read(folder, ledger, f"{PREFIX}.{name}", table.layout, ())
-        for name, table in collect_shared_decoders([matrix.fmt]).items()
+        name: _read_tensors(folder, ledger, f"{PREFIX}.{name}", decoder.layout, ())
+        for name, decoder in collect_shared_decoders([matrix.fmt]).items()
     }
-    tensors = _read(folder, ledger, matrix.name, matrix.fmt.layout(matrix.shape), matrix.coded)
+    tensors = _read_tensors(folder, ledger, matrix.name, matrix.fmt.layout(matrix.shape), matrix.coded)
     with use_shared_decoders(shared_decoders):
         begun = time.perf_counter()
         matrix.fmt.decode(matrix.fmt.unpack(tensors, matrix.shape), matrix.shape)
@@ -77,7 +82,7 @@ def _measure(folder: Path, ledger: Ledger, matrix: StoredMatrix) -> tuple[float,
     return seconds, live.most
 
 
-def _read(folder: Path, ledger: Ledger, owner: str, layout: Tensors, coded: tuple[str, ...]) -> Tensors:
+def _read_tensors(folder: Path, ledger: Ledger, owner: str, layout: Tensors, coded: tuple[str, ...]) -> Tensors:
     files = {row.name: row.file for row in ledger.rows}
     found = {}
     for local, like in layout.items():
@@ -88,7 +93,7 @@ def _read(folder: Path, ledger: Ledger, owner: str, layout: Tensors, coded: tupl
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations inside make, as they come and go; `most` at any time."""
+    """Count the bytes of live tensors that operations inside the context create; `most` is the peak."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Stored tensors entropy-coded as a whole: what a file holds of a tensor that coding makes smaller.
+"""Lossless entropy coding of stored tensors that coding makes smaller.
 
-Formats know nothing of it: a tensor is coded after `pack` and decoded before `unpack`, whatever it means. Of two
-codecs each tensor has the one that serves it best: symbols by their frequencies (`kernels/rans.py`), which is best for
-codes of weights, or LZMA, which is best for some thousand scales, where a table of frequencies is too large.
+Formats are not involved: a tensor is coded after `pack` and decoded before `unpack`, whatever it means. Each tensor
+takes the smaller output of two codecs: rANS over symbol frequencies (`kernels/rans.py`), best for weight codes, or
+LZMA, best for a few thousand scales, where a frequency table is too large.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from reallm.errors import FormatError
 from reallm.formats import Tensors, WeightFormat
 from reallm.kernels.rans import decode_bytes, encode_bytes
 
-# A coded tensor costs time at every load: 1 % is what it must save for that.
+# Decoding costs time at every load: a tensor is coded only if that saves at least 1 %.
 LEAST_GAIN = 0.01
-# A matrix whose coded tensors are others than those of its like has a layout of its own in the manifest.
+# Bytes: a matrix whose set of coded tensors differs from similar matrices needs its own layout entry in the manifest.
 _LEAST_SAVED = 400
-# Roles that `reallm tune` changes unless told otherwise: other values may code worse, so that an artifact which has to
-# keep within a size has them as they are. On SmolLM2-135M coding left 0.68 to 0.94 of scales, 0.2 % of a 60 MB file.
+# Roles that `reallm tune` trains by default: new values may code worse, so an artifact with a size limit stores them
+# uncoded. On SmolLM2-135M coding left 0.68 to 0.94 of the scales' bytes, a saving of 0.2 % of a 60 MB file.
 TRAINED_ROLES = frozenset({"residual", "scales", "gains", "codebooks"})
-_LZMA = 0  # first byte; those of the other codec begin with 1 to 8
+_LZMA = 0  # first byte; rANS output begins with 1 to 8
 _FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9, "lc": 0, "lp": 0, "pb": 0, "dict_size": 1 << 20}]
-_LARGEST_FOR_LZMA = 1 << 18  # beyond, the table of frequencies is nothing, and LZMA codes 2 MB a second
+_LARGEST_FOR_LZMA = 1 << 18  # above it the frequency table is negligible, and LZMA codes 2 MB per second
 
 
 def encode_tensor(tensor: Tensor, least_gain: float = LEAST_GAIN) -> Tensor | None:
-    """The tensor's bytes in fewer, uint8 of shape [bytes] on the CPU; None where that saves less than `least_gain`."""
+    """Return the coded tensor, uint8 of shape [bytes] on the CPU; None if coding saves less than `least_gain`."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     most = float(min((1 - least_gain) * len(raw), len(raw) - _LEAST_SAVED))
     found = encode_bytes(raw, most) if most > 0 else None
@@ -42,9 +42,9 @@ def encode_tensor(tensor: Tensor, least_gain: float = LEAST_GAIN) -> Tensor | No
 
 
 def decode_tensor(coded: Tensor, like: Tensor) -> Tensor:
-    """The tensor that `coded` stands for, of shape and dtype of `like` (any device), on the device of `coded`.
+    """Decode a tensor to the shape and dtype of `like` (any device), on the device of `coded`.
 
-    Errors: FormatError for bytes that are damaged.
+    Errors: FormatError for damaged bytes.
     """
     stored = coded.detach().cpu().numpy()
     if len(stored) and stored[0] == _LZMA:
@@ -55,13 +55,13 @@ def decode_tensor(coded: Tensor, like: Tensor) -> Tensor:
 
 
 def encode_tensors(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
-    """Tensors as they are written, and the names of those that are coded."""
+    """Return the tensors as they are written, and the names of the coded ones."""
     coded = {name: found for name, tensor in tensors.items() if (found := encode_tensor(tensor)) is not None}
     return tensors | coded, tuple(coded)
 
 
 def encode_untrained_tensors(fmt: WeightFormat, tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
-    """As `encode_tensors` for the tensors of a matrix, without those that tuning changes: they could take more bytes then."""
+    """Apply `encode_tensors` to a matrix, except for roles that tuning trains: they could grow afterwards."""
     coded, names = encode_tensors(
         {name: tensor for name, tensor in tensors.items() if fmt.role(name) not in TRAINED_ROLES}
     )
@@ -70,7 +70,7 @@ def encode_untrained_tensors(fmt: WeightFormat, tensors: Tensors) -> tuple[Tenso
 
 def _decompress_lzma(data: bytes, nbytes: int) -> bytes:
     damaged = FormatError("entropy-coded tensor is damaged; copy the artifact again")
-    if nbytes > _LARGEST_FOR_LZMA:  # never written: a few bytes would stand for any number
+    if nbytes > _LARGEST_FOR_LZMA:  # never written; without this bound a few bytes could decode to any number
         raise damaged
     try:
         decompressor = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS)

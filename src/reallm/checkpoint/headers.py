@@ -1,4 +1,4 @@
-"""What a folder of safetensors files holds, read from the headers alone."""
+"""Tensors of a folder of safetensors files, listed from the headers alone and read one at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reallm.errors import ReallmError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# The dtypes of `artifact.checks.DTYPE_BYTES`.
+# The dtypes of `checkpoint.validation.DTYPE_BYTES`.
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -37,7 +37,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Header:
-    """One tensor of a safetensors file; `nbytes` is what its data takes, from byte `start` of the file on."""
+    """One tensor of a safetensors file: `nbytes` bytes of data from byte `start` of the file."""
 
     file: Path
     dtype: torch.dtype
@@ -47,13 +47,13 @@ class Header:
 
 
 def weight_files(folder: Path, error: type[ReallmError]) -> list[Path]:
-    """Return the safetensors files of a model folder: one, or the shards its index names.
+    """Return the safetensors files of a model folder: the single file, or the shards its index names.
 
-    Errors: `error` for no safetensors at all, for one file and an index of others, since loaders differ in which they
-    read, an unreadable index, one that leads out of the folder, or a missing shard (named).
+    Errors: `error` if there is no safetensors file; for a single file plus an index of other files, since loaders
+    differ in which they read; for an index that is unreadable or leads out of the folder; for a missing shard (named).
     """
     single, index = folder / SINGLE, folder / INDEX
-    files = _indexed(index, error) if index.is_file() else [single]
+    files = _index_shards(index, error) if index.is_file() else [single]
     if single.is_file() and files != [single]:
         raise error(
             f"{folder}: holds two sets of weights, {SINGLE} and the {len(files)} files that {INDEX} names, and loaders "
@@ -65,8 +65,8 @@ def weight_files(folder: Path, error: type[ReallmError]) -> list[Path]:
     return files
 
 
-def _indexed(index: Path, error: type[ReallmError]) -> list[Path]:
-    """The shards that an index names."""
+def _index_shards(index: Path, error: type[ReallmError]) -> list[Path]:
+    """Return the shards that an index names, sorted."""
     try:
         shards = sorted({check_shard_name(name) for name in read_json(index, error)["weight_map"].values()})
     except (ValueError, KeyError, AttributeError, TypeError) as problem:
@@ -79,9 +79,9 @@ def _indexed(index: Path, error: type[ReallmError]) -> list[Path]:
 
 
 def read_headers(files: list[Path], error: type[ReallmError]) -> dict[str, Header]:
-    """Every tensor of the files by name, without reading any data.
+    """Return the header of every tensor of the files by name; no data is read.
 
-    Errors: `error` naming the file if it is cut short, damaged or holds a dtype torch does not have.
+    Errors: `error` naming the file if it is truncated, damaged or holds a dtype torch does not have.
     """
     headers: dict[str, Header] = {}
     for file in files:
@@ -94,10 +94,10 @@ def read_headers(files: list[Path], error: type[ReallmError]) -> dict[str, Heade
 
 
 def read_tensor(header: Header, index: int | None = None) -> Tensor:
-    """A tensor from its file, or one slice of its first axis, into memory of its own.
+    """Read a tensor, or one slice of its first axis, from its file into newly allocated memory.
 
-    Not mapped: a file that becomes shorter under a mapping ends the process, and pages of it count as memory.
-    Errors: OSError naming a file that is gone, or became shorter since its header was read.
+    The file is not memory-mapped: truncating a mapped file kills the process, and its pages count as memory.
+    Errors: OSError naming a file that was deleted, or truncated since its header was read.
     """
     shape, start = header.shape, header.start
     if index is not None:
@@ -108,7 +108,7 @@ def read_tensor(header: Header, index: int | None = None) -> Tensor:
 
 
 def same_values(one: Header, other: Header, dtype: torch.dtype) -> bool:
-    """Return whether two tensors are equal in a dtype; read in chunks of rows, up to the first that differs."""
+    """Return whether two tensors are equal after a cast to `dtype`; stops at the first chunk of rows that differs."""
     if one == other:
         return True
     if one.shape != other.shape or not one.shape:
@@ -128,14 +128,14 @@ def _rows(header: Header, rows: range) -> Tensor:
     return read_tensor(replace(header, shape=shape, nbytes=nbytes, start=header.start + rows.start * each))
 
 
-def fill_buffer(path: Path, start: int, left: memoryview) -> None:
-    """Fill memory with the bytes of a file from `start` on.
+def fill_buffer(path: Path, start: int, buffer: memoryview) -> None:
+    """Fill a buffer with the bytes of a file from offset `start`.
 
-    Errors: OSError naming a file that is gone, or ends before.
+    Errors: OSError naming a file that was deleted, or ends before the buffer is full.
     """
     with path.open("rb", buffering=0) as file:
         file.seek(start)
-        while len(left):
-            if not (count := file.readinto(left)):
+        while len(buffer):
+            if not (count := file.readinto(buffer)):
                 raise OSError(errno.EIO, "the file became shorter while it was read", str(path))
-            left = left[count:]
+            buffer = buffer[count:]

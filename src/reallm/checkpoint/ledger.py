@@ -1,4 +1,4 @@
-"""The ledger: where every byte of an artifact went. Read from the files, never from a formula."""
+"""The ledger: accounts for every byte of an artifact, read from the files and never from a formula."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from reallm.errors import ArtifactError
 from reallm.formats import Shape, WeightFormat, collect_shared_decoders, shared_decoder_layout
 from reallm.formats.parameters import ROLE
 
-_TOKENIZER_WORDS = ("token", "vocab", "merges", "chat_template", "spiece", ".model", ".bpe", ".spm", ".codes", "tekken")
+_TOKENIZER_MARKS = ("token", "vocab", "merges", "chat_template", "spiece", ".model", ".bpe", ".spm", ".codes", "tekken")
 
 
 @dataclass(frozen=True)
 class Row:
-    """Some bytes of one file: a stored tensor, a header, or a whole companion file.
+    """A range of bytes in one file: a stored tensor, a header, or an auxiliary file.
 
-    `role` says what the bytes are for (codes, scales, …), `matrix` whose they are; `kind` is block,
-    embedding or head for compressed matrices, `kept` for tensors left as they were, else `file`. A decoder that
-    matrices share has no `matrix`, and is of the kind `block` if a block matrix uses it. `nbytes` are those of the
-    file, `raw_nbytes` those before entropy coding where a tensor is coded.
+    `role` is the category of the bytes (codes, scales, …), `matrix` the matrix they belong to; `kind` is block,
+    embedding or head for compressed matrices, `kept` for unquantized tensors, else `file`. A shared decoder has no
+    `matrix`, and its kind is `block` if a block matrix uses it. `nbytes` counts bytes on disk, `raw_nbytes` bytes
+    before entropy coding (None for a tensor that is not entropy-coded).
     """
 
     file: str
@@ -45,7 +45,7 @@ class Row:
 class Ledger:
     """All rows of an artifact; they sum to the bytes on disk.
 
-    `compressed_matrices` are the manifest's matrices; `unquantized_weights` counts the elements of tensors left as they were.
+    `compressed_matrices` are the manifest's matrices; `unquantized_weights` counts the elements of unquantized tensors.
     """
 
     rows: tuple[Row, ...]
@@ -54,44 +54,44 @@ class Ledger:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all files."""
+        """Return the bytes of all files."""
         return sum(row.nbytes for row in self.rows)
 
     @property
     def block_weights(self) -> int:
-        """Weights of the compressed block matrices."""
+        """Return the number of weights in the compressed block matrices."""
         return sum(m.weights for m in self.compressed_matrices if m.kind == "block")
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole model; tied matrices count once."""
+        """Return the number of parameters of the whole model; tied matrices count once."""
         return sum(m.weights for m in self.compressed_matrices) + self.unquantized_weights
 
     @property
     def bits_per_weight(self) -> float:
-        """8 · stored bytes / weights over the compressed block matrices, all side bytes included."""
+        """Return 8 · stored bytes / weights over the compressed block matrices, all overhead included."""
         stored = sum(row.nbytes for row in self.rows if row.kind == "block")
         return 8 * stored / self.block_weights if self.block_weights else math.nan
 
     @property
     def bits_per_parameter(self) -> float:
-        """8 · bytes of all files / parameters of the whole model."""
+        """Return 8 · bytes of all files / parameters of the whole model."""
         return 8 * self.total_bytes / self.parameters if self.parameters else math.nan
 
     @property
     def entropy_coded_rows(self) -> tuple[Row, ...]:
-        """Rows of entropy-coded tensors."""
+        """Return the rows of entropy-coded tensors."""
         return tuple(row for row in self.rows if row.raw_nbytes is not None)
 
     def sum_bytes(self, field: str) -> dict[str, int]:
-        """Bytes summed by a field of the rows (`role`, `kind`, `matrix`, `file`), largest first."""
+        """Return the bytes grouped by a field of the rows (`role`, `kind`, `matrix`, `file`), largest first."""
         sums: dict[str, int] = defaultdict(int)
         for row in self.rows:
             sums[str(getattr(row, field))] += row.nbytes
         return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values for `reallm info --json`; NaN, which JSON has not, becomes null."""
+        """Return plain JSON values for `reallm info --json`; NaN, which JSON lacks, becomes null."""
         bits = self.bits_per_weight
         return {
             "total_bytes": self.total_bytes,
@@ -111,7 +111,7 @@ class Ledger:
 
 
 def read_ledger(folder: Path) -> Ledger:
-    """The ledger of the artifact in `folder`, from file sizes and safetensors headers.
+    """Return the ledger of the artifact in `folder`, from file sizes and safetensors headers.
 
     Errors: ArtifactError if it is not an artifact or a header is damaged.
     """
@@ -122,9 +122,9 @@ def read_ledger(folder: Path) -> Ledger:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         check_inside(path, folder)
         if path.suffix == ".safetensors":
-            tensors, kept = _tensor_rows(path, folder, manifest)
+            tensors, unquantized = _tensor_rows(path, folder, manifest)
             rows += tensors
-            unquantized_weights += kept
+            unquantized_weights += unquantized
         else:
             rows.append(_file_row(path, folder))
     _check_complete(folder, rows, manifest)
@@ -132,7 +132,7 @@ def read_ledger(folder: Path) -> Ledger:
 
 
 def _check_complete(folder: Path, rows: list[Row], manifest: Manifest) -> None:
-    """Every tensor that the manifest leads to is there, with the bytes it should have."""
+    """Raise ArtifactError if a tensor that the manifest implies is missing or has another size."""
     found = {row.name: row.nbytes for row in rows if row.kind not in ("file", "kept")}
     for name, tensor in shared_decoder_layout(manifest.shared_decoders).items():
         if found.get(name) != tensor.nbytes:
@@ -151,16 +151,16 @@ def _check_complete(folder: Path, rows: list[Row], manifest: Manifest) -> None:
 
 def _file_row(path: Path, folder: Path) -> Row:
     name = path.relative_to(folder).as_posix()
-    role = "tokenizer" if any(word in name for word in _TOKENIZER_WORDS) else "metadata"
+    role = "tokenizer" if any(mark in name for mark in _TOKENIZER_MARKS) else "metadata"
     return Row(name, name, None, "file", role, path.stat().st_size)
 
 
 def _tensor_rows(path: Path, folder: Path, manifest: Manifest) -> tuple[list[Row], int]:
-    """Rows of one safetensors file and the number of kept weights in it."""
+    """Return the rows of one safetensors file and its number of unquantized weights."""
     header, header_bytes = read_header(path)
     file = path.relative_to(folder).as_posix()
     owners = {matrix.name: matrix for matrix in manifest.matrices}
-    shared = _kinds_of_shared(manifest)
+    shared = _shared_decoder_kinds(manifest)
     rows = [Row(file, "header", None, "file", "headers", header_bytes)]
     unquantized_weights = 0
     for name, entry in header.items():
@@ -178,8 +178,8 @@ def _tensor_rows(path: Path, folder: Path, manifest: Manifest) -> tuple[list[Row
     return rows, unquantized_weights
 
 
-def _kinds_of_shared(manifest: Manifest) -> dict[str, str]:
-    """The kind of every tensor of a shared decoder, by full name: what all matrices are that use it, or `block`."""
+def _shared_decoder_kinds(manifest: Manifest) -> dict[str, str]:
+    """Return the kind of every shared decoder tensor by name: `block` if a block uses it, else its users' kind."""
     found: dict[str, str] = {}
     for kind in sorted({matrix.kind for matrix in manifest.matrices}, key=lambda kind: kind == "block"):
         shared_decoders = collect_shared_decoders(matrix.fmt for matrix in manifest.matrices if matrix.kind == kind)
@@ -188,7 +188,7 @@ def _kinds_of_shared(manifest: Manifest) -> dict[str, str]:
 
 
 def _owner(tensor: str, owners: dict[str, StoredMatrix]) -> StoredMatrix | None:
-    """The matrix whose name and a dot begin the tensor's name."""
+    """Return the matrix whose name plus a dot is a prefix of the tensor's name; None if there is none."""
     prefix = tensor
     while "." in prefix:
         prefix = prefix.rpartition(".")[0]
@@ -198,7 +198,7 @@ def _owner(tensor: str, owners: dict[str, StoredMatrix]) -> StoredMatrix | None:
 
 
 def _role(matrix: StoredMatrix, tensor: str) -> str | None:
-    """What the bytes are for; None for a neighbour that is kept as it was, such as the module's bias."""
+    """Return the role of a tensor; None for an unquantized tensor of the same module, such as its bias."""
     local = tensor.removeprefix(f"{matrix.name}.")
     return matrix.fmt.role(local) if local in _local_names(matrix.fmt, matrix.shape) else None
 
@@ -208,12 +208,12 @@ def _local_names(fmt: WeightFormat, shape: Shape) -> frozenset[str]:
     return frozenset(fmt.layout(shape))
 
 
-# Bytes of coded tensors that are decoded to tell how long all of them take.
+# Bytes of coded tensors that are decoded to estimate the time for all of them.
 _TIMED_BYTES = 4_000_000
 
 
 def decoding_seconds(folder: Path, ledger: Ledger) -> float:
-    """How long entropy decoding takes at load, here: timed on some of the tensors."""
+    """Return the estimated seconds of entropy decoding at load on this machine, timed on some of the tensors."""
     layouts = {f"{m.name}.{local}": t for m in ledger.compressed_matrices for local, t in m.fmt.layout(m.shape).items()}
     done, begun = 0, time.perf_counter()
     for row in ledger.entropy_coded_rows:
@@ -226,6 +226,6 @@ def decoding_seconds(folder: Path, ledger: Ledger) -> float:
 
 
 def _raw_nbytes(matrix: StoredMatrix, tensor: str) -> int | None:
-    """Bytes of a tensor before it was coded; None for one that is stored as it is."""
+    """Return the bytes of a tensor before entropy coding; None for a tensor that is stored uncoded."""
     local = tensor.removeprefix(f"{matrix.name}.")
     return matrix.fmt.layout(matrix.shape)[local].nbytes if local in matrix.coded else None

@@ -1,4 +1,4 @@
-"""What a loader must know: which matrix is stored in which format. Lives in config.json."""
+"""The manifest: which matrix is stored in which format. Stored in config.json."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUANT_METHOD = "reallm"
 VERSION = 2
 _VERSION_WITHOUT_CODING = 1
 KINDS = ("block", "embedding", "head")
-# The largest matrices of today, embeddings, have 2^32 weights. Sizes beyond these overflow 64 bits further on.
+# The largest matrices in use, embeddings, have 2^32 weights. Sizes beyond these limits overflow 64 bits later.
 _MOST_ROWS = 1 << 31
 _MOST_WEIGHTS = 1 << 40
 
@@ -32,7 +32,7 @@ _MOST_WEIGHTS = 1 << 40
 class StoredMatrix:
     """One compressed matrix: module path, format, (out, in) shape, and `kind` block, embedding or head.
 
-    `coded` are the local names of tensors that are stored entropy-coded.
+    `coded` lists the local names of entropy-coded tensors.
     """
 
     name: str
@@ -43,20 +43,20 @@ class StoredMatrix:
 
     @property
     def weights(self) -> int:
-        """Number of weights."""
+        """Return the number of weights."""
         return self.shape[0] * self.shape[1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes by the format's layout; stored ones are fewer where tensors are coded."""
+        """Return the bytes by the format's layout; fewer are stored where tensors are entropy-coded."""
         return self.fmt.nbytes(self.shape)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All compressed matrices of an artifact, in model order, where they come from, and checksums by weight file.
+    """All compressed matrices of an artifact in model order, their provenance, and checksums by weight file.
 
-    Without `checksums` (see `integrity.py`) nothing can be verified: version 1 began without them.
+    Without `checksums` (see `checksums.py`) nothing can be verified; the first artifacts of version 1 have none.
     """
 
     matrices: tuple[StoredMatrix, ...]
@@ -66,36 +66,36 @@ class Manifest:
 
     @property
     def shared_decoders(self) -> dict[str, SharedDecoder]:
-        """Decoders that matrices share, by name: they follow from the formats."""
+        """Return the shared decoders by name; they follow from the formats."""
         return collect_shared_decoders(matrix.fmt for matrix in self.matrices)
 
     @property
     def size(self) -> int | None:
-        """Bytes that the whole folder was made for, and keeps within when tuned; None if none were asked for."""
+        """Return the size limit of the artifact in bytes, which tuning respects too; None if there is none."""
         size = self.provenance.get("size")
         return size if type(size) is int and size > 0 else None
 
     @property
-    def unused(self) -> list[dict[str, Any]]:
-        """What lay in the source's files and is no part of the model: name, reason, tensors (0: a file), nbytes."""
+    def unused_rows(self) -> list[dict[str, Any]]:
+        """Return unused tensors and files of the source, with name, reason, tensors (0: a file) and nbytes."""
         found = self.provenance.get("unused")
         rows = found if isinstance(found, list) else []
         return [row for row in rows if isinstance(row, dict) and _is_unused(row)]
 
     def check_shared_decoders(self) -> None:
-        """Errors: ArtifactError if one name stands for two shared decoders, or the name of a matrix for one."""
+        """Raise ArtifactError if two shared decoders have one name, or a matrix has the name of a shared decoder."""
         try:
             names = shared_decoder_layout(self.shared_decoders)
         except FormatError as error:
             raise ArtifactError(f"config.json: {error}; it is damaged") from error
         if taken := [m.name for m in self.matrices if names and f"{m.name}.".startswith(f"{SHARED}.")]:
-            raise ArtifactError(f"config.json: {taken[0]} is no name of a matrix; it is damaged")
+            raise ArtifactError(f"config.json: {taken[0]} is not a valid name of a matrix; it is damaged")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values. Matrices stored alike share one entry of `layouts`: hundreds of matrices, few lines."""
+        """Return plain JSON values. Matrices with equal kind, shape and format share one entry of `layouts`."""
         layouts: list[dict[str, Any]] = []
         indices: dict[str, int] = {}
-        # By name, as they are read back from sorted JSON: written again they have the same numbers, of as many digits.
+        # Sorted by name, as they are read back from sorted JSON: rewriting gives the same indices with as many digits.
         for matrix in sorted(self.matrices, key=lambda matrix: matrix.name):
             layout = {"kind": matrix.kind, "shape": list(matrix.shape), "format": to_spec(matrix.fmt)}
             if matrix.coded:
@@ -105,7 +105,7 @@ class Manifest:
             indices[matrix.name] = layouts.index(layout)
         coded = any(matrix.coded for matrix in self.matrices)
         return {
-            # Older readers can read what has nothing in it that they do not know.
+            # An artifact without coded tensors stays readable for version 1.
             "version": VERSION if coded else _VERSION_WITHOUT_CODING,
             "layouts": layouts,
             "matrices": {matrix.name: indices[matrix.name] for matrix in self.matrices},
@@ -115,7 +115,7 @@ class Manifest:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Manifest:
-        """The inverse of `to_dict`; keys it does not know are left alone.
+        """Return the manifest of `to_dict`'s output; unknown keys are ignored.
 
         Errors: ArtifactError for an unknown version or a malformed entry, FormatError for an unknown format.
         """
@@ -127,8 +127,8 @@ class Manifest:
             provenance = dict(values.get("provenance") or {})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ArtifactError(f"quantization_config in config.json is damaged: {error!r}") from error
-        if not all(isinstance(word, str) for word in checksums.values()):
-            raise ArtifactError("checksums in config.json are no words; it is damaged")
+        if not all(isinstance(value, str) for value in checksums.values()):
+            raise ArtifactError("checksums in config.json are not strings; it is damaged")
         for name, index in named.items():
             if not isinstance(index, int) or not 0 <= index < len(layouts):
                 raise ArtifactError(f"quantization_config: {name} has layout {index!r:.50} of {len(layouts)}; damaged")
@@ -140,12 +140,12 @@ class Manifest:
 
 
 def _is_unused(row: dict[str, Any]) -> bool:
-    words, numbers = (row.get("name"), row.get("reason")), (row.get("tensors"), row.get("nbytes"))
-    return all(isinstance(word, str) and word.isprintable() for word in words) and all(type(n) is int for n in numbers)
+    texts, numbers = (row.get("name"), row.get("reason")), (row.get("tensors"), row.get("nbytes"))
+    return all(isinstance(text, str) and text.isprintable() for text in texts) and all(type(n) is int for n in numbers)
 
 
 def check_version(version: Any) -> int:
-    """A version this library reads.
+    """Return a version that this library can read.
 
     Errors: ArtifactError for anything else.
     """
@@ -154,7 +154,7 @@ def check_version(version: Any) -> int:
     if version > VERSION:
         raise ArtifactError(
             f"artifact version {version} was written by a newer reallm (this one reads up to {VERSION}); "
-            "update its clone, and pip install -U . there"
+            "update the clone and run pip install -U . there"
         )
     return version
 
@@ -166,14 +166,16 @@ def _stored_matrix(name: str, kind: Any, shape: Any, spec: Any, coded: Any) -> S
     fmt = from_spec(spec)
     fmt.check((shape[0], shape[1]))
     if not isinstance(coded, list) or not set(map(str, coded)) <= set(fmt.layout((shape[0], shape[1]))):
-        raise ArtifactError(f"{name}: coded={coded!r} are not tensors of the format {fmt.name}; config.json is damaged")
+        raise ArtifactError(
+            f"{name}: coded={coded!r} does not list tensors of the format {fmt.name}; config.json is damaged"
+        )
     return StoredMatrix(name, fmt, (shape[0], shape[1]), kind, tuple(coded))
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the artifact in `folder`.
+    """Read the manifest of the artifact in `folder`.
 
-    Errors: ArtifactError if there is no folder, no config.json, it is not a reallm artifact, or something in it
+    Errors: ArtifactError if the folder or its config.json is missing, it is not a reallm artifact, or a link in it
     leads out of it.
     """
     path = Path(folder) / "config.json"

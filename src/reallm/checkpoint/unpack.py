@@ -1,11 +1,11 @@
-"""What `reallm pack` wrote, read with numpy and the standard library alone: copy this file to where it is needed.
+"""Read the output of `reallm pack` with numpy and the standard library alone: copy this file to where it is needed.
 
-    python unpack.py FILE            # lists what is in it
+    python unpack.py FILE            # lists its content
     tensors = unpack("FILE")         # {name: array}
     code = files("FILE")             # {name: bytes}
 
-Written from docs/artifact.md, as any other decoder would be. Only matrices in the format `entropy_coded` need one
-package more, constriction.
+Written from docs/artifact.md alone, as any other decoder would be. Only matrices in the format `entropy_coded` need
+one more package, constriction.
 """
 
 import json
@@ -19,7 +19,7 @@ import numpy as np
 
 MAGIC = b"RLM1"
 DTYPES = {"U8": "u1", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "BOOL": "?"}
-# Bytes of the JSON; bytes of code that a byte of the file stands for, and weights that a byte of a matrix does.
+# Limits: bytes of the JSON; bytes of code per byte of the file; weights per stored byte of a matrix.
 MOST_JSON, MOST, MOST_WEIGHTS = 32_000_000, 4096, 128
 READ_ERRORS = (
     ArithmeticError,
@@ -36,15 +36,15 @@ DTYPES |= {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
 
 
 def unpack(path):
-    """{name: array} of a packed file; bfloat16, which numpy has not, becomes float32.
+    """Return {name: array} of a packed file; bfloat16, which numpy lacks, becomes float32.
 
-    Errors: ValueError for a file that is none, damaged or forged, in memory bounded by its size.
+    Errors: ValueError for a file that is not a packed file, damaged or forged; memory is bounded by its size.
     """
     return _read(path, _tensors)
 
 
 def files(path):
-    """{name: bytes} of the code files that were packed."""
+    """Return {name: bytes} of the code files that were packed."""
     return _read(path, _files)
 
 
@@ -71,7 +71,7 @@ def _tensors(header, data, at):
             at += size
         held = sum(array.nbytes for array in stored.values())
         if entry["format"] and math.prod(map(_size, entry["matrix"])) > MOST_WEIGHTS * held:
-            raise ValueError("a matrix of more weights than the file can hold")
+            raise ValueError("a matrix has more weights than the file can hold")
         found[entry["name"]] = _values(entry, stored)
     for name, owner in header["same"].items():
         found[name] = found[owner]
@@ -88,16 +88,16 @@ def _files(header, data, at):
 
 
 def _decompress(decompressor, data, most):
-    """What is decompressed, if it is all and no more than `most` bytes."""
+    """Return the decompressed bytes. Errors: ValueError if the stream is truncated or holds more than `most` bytes."""
     found = decompressor.decompress(data, most)
     if not decompressor.eof:
-        raise ValueError("a compressed part that is cut or too large")
+        raise ValueError("a compressed stream is truncated or too large")
     return found
 
 
 def _size(number):
     if type(number) is not int or not 0 <= number < 1 << 40:
-        raise ValueError(f"{number!r} is no size")
+        raise ValueError(f"{number!r} is not a size")
     return number
 
 
@@ -114,7 +114,7 @@ def _floats(array, dtype):
 
 
 def _values(entry, stored):
-    """A tensor as it was, or the matrix that its format stands for, in the shape and dtype it had."""
+    """Return a stored tensor, or the decoded matrix of its format, in the original shape and dtype."""
     fmt, dtype = entry["format"], entry["dtype"]
     if fmt is None:
         return _floats(stored["values"], dtype)
@@ -151,14 +151,14 @@ def _normal_float(fmt, stored, rows, columns):
 def _codebook(fmt, stored, rows, columns):
     vectors = math.ceil(columns / fmt["vector_dim"])
     if stored["codebook"].shape != (2 ** min(fmt["index_bits"], 16), fmt["vector_dim"]) or fmt["vector_dim"] > 16:
-        raise ValueError("a codebook of another shape than the format says")
+        raise ValueError("the shape of a codebook differs from its format")
     codes = _codes(stored["codes"], fmt["index_bits"], rows * vectors)
     values = stored["codebook"].astype(np.float32)[codes].reshape(rows, -1)[:, :columns]
     return values * _scales(fmt, stored, rows, columns)
 
 
 def _codes(packed, bits, count):
-    """Codes of 1 to 8 bits; of 9 to 16 bits: low bytes first."""
+    """Unpack `count` codes of 1 to 16 bits; above 8 bits the low bytes come first, then the high bits."""
     if not 0 < bits <= 16 or packed.dtype != np.uint8:
         raise ValueError(f"codes of {bits} bits")
     if bits > 8:
@@ -197,12 +197,12 @@ def _weights(table):
 
 
 def _decode_entropy(data, nbytes):
-    """A coded tensor's bytes."""
+    """Return the bytes of an entropy-coded tensor."""
     width = data[0]
-    # The packer codes with LZMA up to 256 KB, and takes at most 2,048 steps in each lane of four bytes.
+    # The packer uses LZMA up to 256 KB, and at most 2,048 steps in each lane of four bytes.
     most = 2**18 if width == 0 else 2048 * len(data) // 4 * width // 8
     if width > 8 or nbytes > most:
-        raise ValueError("a tensor of more bytes than a few can stand for")
+        raise ValueError("a tensor decodes to more bytes than its code can represent")
     if width == 0:
         filters = [{"id": lzma.FILTER_LZMA1, "preset": 9, "lc": 0, "lp": 0, "pb": 0, "dict_size": 1 << 20}]
         return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters).decompress(data[1:], nbytes)
@@ -242,7 +242,7 @@ def _entropy_coded(fmt, stored, rows, columns):
 
 
 def _points(models, coder, table, rows, columns):
-    """Codes of one class: eight rows are a point of E8."""
+    """Decode the codes of one class; each group of eight rows is a point of the E8 lattice."""
     most = len(table) // 2
     values = np.arange(-most, most + 1)
 
@@ -252,10 +252,12 @@ def _points(models, coder, table, rows, columns):
         weights = np.where((values % modulus == residue) | (abs(values) == most), _weights(table), 0)
         freqs = weights * 2**24 // weights.sum()
         freqs[freqs.argmax()] += 2**24 - freqs.sum()
-        kept = np.flatnonzero(freqs)
-        found = np.full(count, kept[0])
-        if len(kept) > 1:
-            found = kept[coder.decode(models.Categorical((freqs[kept] - 1).astype(float), perfect=False), count)]
+        possible = np.flatnonzero(freqs)
+        found = np.full(count, possible[0])
+        if len(possible) > 1:
+            found = possible[
+                coder.decode(models.Categorical((freqs[possible] - 1).astype(float), perfect=False), count)
+            ]
         found, large = found - most, np.abs(found - most) == most
         if large.any():
             found[large] += np.sign(found[large]) * coder.decode(models.Uniform(2**16), int(large.sum()))

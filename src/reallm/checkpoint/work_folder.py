@@ -1,4 +1,4 @@
-"""The work folder: finished matrices wait beside the output until all are there."""
+"""The work folder: holds finished matrices next to the output until all are there."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from reallm.errors import ArtifactError, FormatError, RecipeError, SourceError
 from reallm.formats import Tensors, to_spec
 
 STATE_FILE = "state.json"
-STAGING = "artifact"  # where the output is put together, inside the work folder
+STAGING = "artifact"  # subfolder of the work folder in which the output is assembled
 
 
 def work_folder(out: Path) -> Path:
-    """Where finished matrices wait: beside the output, so that a rename suffices at the end."""
+    """Return the folder for finished matrices: next to the output, so that the last step is one rename."""
     return out.with_name(out.name + ".work")
 
 
 def finished_file(work: Path, name: str) -> Path:
-    """The file of one finished matrix; it appears by a rename, so that it is there whole or not at all."""
+    """Return the file of one finished matrix; it appears by a rename, so it is either complete or absent."""
     return work / f"{name}.safetensors"
 
 
 def check_output(out: Path, resume: bool = False, read: Callable[[Path], Any] = read_manifest) -> None:
-    """Refuse an output that is in the way, before any work. `read` fails on what a finished run does not leave.
+    """Refuse an existing output or work folder before any work starts.
 
+    `read` must raise ArtifactError or FormatError on a folder that a finished run did not write.
     Errors: ArtifactError with the remedy.
     """
     if not out.name:
@@ -43,24 +44,24 @@ def check_output(out: Path, resume: bool = False, read: Callable[[Path], Any] = 
     if not out.absolute().parent.is_dir():
         raise ArtifactError(f"{out}: the folder {out.absolute().parent} does not exist; make it first")
     if (around := _enclosing_artifact(out)) is not None:
-        raise ArtifactError(f"{out} would lie in {around} and count as its bytes; give an --output beside it")
+        raise ArtifactError(f"{out} would lie in {around} and count towards its bytes; give an --output outside it")
     work = work_folder(out)
     if not os.path.lexists(work):
         return
     if not resume:
         raise ArtifactError(f"{work} is left from an interrupted run; add --resume to go on, or remove it")
-    # It is removed at the end: never take a folder that is somebody else's.
+    # The run removes this folder at the end: never take over a folder that another program made.
     if not work.is_dir() or (any(work.glob("[!.]*")) and not any(work.glob(f"{STATE_FILE}*"))):
         raise ArtifactError(f"{work} is not the work folder of an interrupted run; give another --output or remove it")
 
 
 def check_new_file(file: Path, option: str, suffixes: tuple[str, ...] = ()) -> None:
-    """Refuse a file that cannot be written or is there already, before any work. `suffixes`: of what it will hold.
+    """Refuse a file that exists or cannot be written, before any work starts. `suffixes` are those of its file type.
 
     Errors: ArtifactError that names the option, with the remedy.
     """
     if suffixes and suffix_of(file) not in suffixes:
-        raise ArtifactError(f"{option} {file}: what is written is {suffixes[0][1:].upper()}; name it {suffixes[0]}")
+        raise ArtifactError(f"{option} {file}: the file is written as {suffixes[0][1:].upper()}; name it {suffixes[0]}")
     if not file.absolute().parent.is_dir():
         raise ArtifactError(f"{option} {file}: the folder {file.absolute().parent} does not exist; make it first")
     if os.path.lexists(file):
@@ -68,7 +69,7 @@ def check_new_file(file: Path, option: str, suffixes: tuple[str, ...] = ()) -> N
 
 
 def _may_be_finished(out: Path, read: Callable[[Path], Any]) -> bool:
-    """Whether a run may have been killed after it had put what it made at `out`, by the last of its renames."""
+    """Return whether a run may have been killed after its last rename, which moved the result to `out`."""
     try:
         read(out)
     except (ArtifactError, FormatError):
@@ -77,19 +78,19 @@ def _may_be_finished(out: Path, read: Callable[[Path], Any]) -> bool:
 
 
 def _enclosing_artifact(out: Path) -> Path | None:
-    """The compressed model that a new folder would lie in, if there is one."""
+    """Return the compressed model that encloses a new folder, if there is one."""
     for folder in out.absolute().parents:
-        with contextlib.suppress(ArtifactError, FormatError, OSError):  # a config.json of anything else
+        with contextlib.suppress(ArtifactError, FormatError, OSError):  # some other config.json
             read_manifest(folder)
             return folder
     return None
 
 
 def check_finished_output(out: Path, state: dict[str, Any], formats_may_differ: bool = False) -> None:
-    """What a killed run left at `out` must be what this one would make.
+    """Check that the artifact a killed run left at `out` is the one this run would write.
 
-    `formats_may_differ`: the run may have changed formats on the way, so that the plan is compared by its names.
-    Errors: ArtifactError if it is of another source, seed, calibration or plan.
+    `formats_may_differ`: the run may have changed formats while it compressed, so only the plan's names are compared.
+    Errors: ArtifactError if its source, seed, calibration or plan differs.
     """
     manifest = read_manifest(out)
     found = {key: manifest.provenance.get(key) for key in ("seed", "calibration")}
@@ -100,11 +101,11 @@ def check_finished_output(out: Path, state: dict[str, Any], formats_may_differ: 
         if formats_may_differ and key == "plan":
             value, wanted = set(value), set(wanted)
         if value != wanted:
-            raise ArtifactError(f"{out} exists and is of another {key}; give another --output or remove it")
+            raise ArtifactError(f"{out} exists and has another {key}; give another --output or remove it")
 
 
 def remove_work_folder(work: Path) -> None:
-    """Remove a work folder, its state last: killed on the way, it still is known for one."""
+    """Remove a work folder, its state file last: if the removal is killed, the folder is still recognized."""
     for path in work.iterdir():
         if path.name != STATE_FILE:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -113,11 +114,11 @@ def remove_work_folder(work: Path) -> None:
 
 @contextlib.contextmanager
 def open_work_folder(work: Path, state: dict[str, Any]) -> Iterator[None]:
-    """Make the work folder, or go on in one whose `state` (source, seed, device, plan) is the same.
+    """Create the work folder, or continue in one with the same `state` (source, seed, device, plan).
 
-    A run that fails leaves it for --resume, unless its own input is at fault, when nothing in it is of use, or nothing
-    is in it yet.
-    Errors: RecipeError naming what has changed; ArtifactError for a disk that is full or cannot be written.
+    A failed run leaves the folder for --resume, unless the run's own input is at fault (nothing in it can be reused)
+    or the folder holds no results yet.
+    Errors: RecipeError naming the changed setting; ArtifactError for a disk that is full or cannot be written.
     """
     new = not work.exists()
     try:
@@ -130,7 +131,9 @@ def open_work_folder(work: Path, state: dict[str, Any]) -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or error
         place = getattr(error, "filename", None) or work
-        remedy = f"what is finished is in {work}: mend it and add --resume" if work.exists() else "mend it"
+        remedy = (
+            f"finished matrices are in {work}: fix the cause and add --resume" if work.exists() else "fix the cause"
+        )
         raise ArtifactError(f"{place}: {reason}; {remedy}") from error
 
 
@@ -139,7 +142,7 @@ def _has_results(work: Path) -> bool:
 
 
 def check_finished(path: Path, layout: Tensors) -> None:
-    """A finished matrix must be what its format writes.
+    """Check that the file of a finished matrix holds the tensors its format writes.
 
     Errors: ArtifactError naming the damaged file.
     """
@@ -149,15 +152,15 @@ def check_finished(path: Path, layout: Tensors) -> None:
     except SafetensorError as error:
         raise ArtifactError(f"{path}: damaged ({error}); remove this file and add --resume") from error
     if found != {name: tuple(tensor.shape) for name, tensor in layout.items()}:
-        raise ArtifactError(f"{path}: holds other tensors than the plan says; remove this file and add --resume")
+        raise ArtifactError(f"{path}: its tensors differ from the plan; remove this file and add --resume")
 
 
 def read_work_tensors(path: Path, like: Tensors) -> Tensors:
-    """The tensors of a file of the work folder: of the names, shapes and dtypes of `like`.
+    """Return the tensors of a file in the work folder; names, shapes and dtypes must equal those of `like`.
 
     Errors: ArtifactError naming the damaged file.
     """
-    remedy = f"remove {path.parent} to start anew"
+    remedy = f"remove {path.parent} to start again"
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
@@ -166,7 +169,7 @@ def read_work_tensors(path: Path, like: Tensors) -> Tensors:
     kinds = [{name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} for tensors in (found, like)]
     if kinds[0] != kinds[1]:
         name = min(set(kinds[0].items()) ^ set(kinds[1].items()), key=lambda item: item[0])[0]
-        raise ArtifactError(f"{path}: holds another {name!r} than this run has; {remedy}")
+        raise ArtifactError(f"{path}: tensor {name!r} differs from this run's; {remedy}")
     return found
 
 
@@ -186,8 +189,8 @@ def _check_state(path: Path, now: dict[str, Any]) -> None:
         before = read_json(path)
         old_plan, new_plan = dict(before["plan"]), now["plan"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path}: damaged; remove {path.parent} to start anew") from error
-    remedy = f"go back to that, or remove {path.parent} to start anew"
+        raise ArtifactError(f"{path}: damaged; remove {path.parent} to start again") from error
+    remedy = f"go back to that, or remove {path.parent} to start again"
     if before.get("source") != now["source"]:
         raise RecipeError(f"--resume: the weights of the source are not those the run began with; {remedy}")
     changes = [line for key in ("seed", "device", "calibration") for line in _changes(key, before.get(key), now[key])]
@@ -200,7 +203,7 @@ def _check_state(path: Path, now: dict[str, Any]) -> None:
 
 
 def _changes(name: str, old: Any, new: Any) -> Iterator[str]:
-    """What differs between two JSON values, a line each, by the innermost names."""
+    """Yield one line per difference between two JSON values, with the innermost key as its name."""
     old, new = (list(value) if isinstance(value, tuple) else value for value in (old, new))
     if isinstance(old, dict) and isinstance(new, dict):
         for key in old | new:
@@ -210,11 +213,11 @@ def _changes(name: str, old: Any, new: Any) -> Iterator[str]:
 
 
 def _describe(value: Any) -> str:
-    """A setting as a user would say it; of a sha256, which stands for a text or a model, the beginning."""
+    """Return a setting as text; a sha256, which identifies a text or a model, is cut to 12 digits."""
     if isinstance(value, dict):
         return ", ".join(f"{key.replace('_', ' ')} {_describe(inner)}" for key, inner in value.items())
     if isinstance(value, list | tuple):
         return " + ".join(map(_describe, value)) or "none"
     if isinstance(value, str) and len(value) == 64:
-        return f"the one of sha256 {value[:12]}…"
+        return f"sha256 {value[:12]}…"
     return str(value)

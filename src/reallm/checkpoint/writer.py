@@ -1,4 +1,4 @@
-"""Writing tensors: one file for a finished matrix, shards for the whole model."""
+"""Write tensors: one file per finished matrix, shards for the whole model."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ from torch import Tensor
 
 from reallm.formats import Tensors
 
-# A shard is held in memory beside the libraries: a run may take 1.5 GB beyond the working set of its largest matrix.
+# A shard is held in memory in addition to the libraries: a run may take 1.5 GB beyond the working set of its largest
+# matrix.
 MAX_SHARD_BYTES = 500_000_000
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
 def save_tensors(tensors: Tensors, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file by an atomic rename: it is there whole or not at all."""
+    """Write a safetensors file by an atomic rename: it is either complete or absent."""
     partial = path.with_name(path.name + ".partial")
     # transformers refuses files whose metadata does not name the framework.
     metadata = {"format": "pt", **(metadata or {})}
     save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial, metadata=metadata)
-    partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
+    partial.chmod(0o666 & ~_umask())  # safetensors creates files that only their owner may read
     os.replace(partial, path)
 
 
 def _umask() -> int:
-    mask = os.umask(0o022)  # the only way to ask for it is to set it
+    mask = os.umask(0o022)  # the only way to read it is to set it
     os.umask(mask)
     return mask
 
 
 def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write named tensors as one `model.safetensors`, or as numbered shards with an index when larger.
+    """Write named tensors as one `model.safetensors`, or as numbered shards with an index above `max_bytes`.
 
-    Tensors are taken one by one and at most a shard of them is held. A tensor larger than `max_bytes` gets
-    a shard of its own.
+    Tensors are consumed one by one; at most one shard of them is in memory. A tensor larger than `max_bytes` gets
+    its own shard.
     """
     shards: list[list[str]] = []
     total, size, held = 0, 0, {}
@@ -53,7 +54,7 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_bytes:
     _name_shards(shards, folder, total)
 
 
-# The order of tensors in a file: by dtype, the last of these first, then by name.
+# Order of tensors in a file: by dtype, the last of this table first, then by name.
 _DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
     torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
@@ -61,7 +62,7 @@ _DTYPES = {
 
 
 def predict_nbytes(tensors: Iterable[tuple[str, Tensor]], max_bytes: int = MAX_SHARD_BYTES) -> int:
-    """Bytes of the files that `write_shards` makes of tensors, which may be on the meta device."""
+    """Return the bytes of the files that `write_shards` would write; tensors may be on the meta device."""
     shards = _predict_shards(tensors, max_bytes)
     files = sum(_file_nbytes(shard) for shard in shards)
     if len(shards) == 1:
@@ -71,7 +72,7 @@ def predict_nbytes(tensors: Iterable[tuple[str, Tensor]], max_bytes: int = MAX_S
 
 
 def predict_files(tensors: Iterable[tuple[str, Tensor]], max_bytes: int = MAX_SHARD_BYTES) -> dict[str, int]:
-    """Name of every safetensors file that `write_shards` makes, and how many tensors it holds."""
+    """Return the number of tensors by name of every safetensors file that `write_shards` would write."""
     shards = _predict_shards(tensors, max_bytes)
     names = [SINGLE] if len(shards) == 1 else _index([list(shard) for shard in shards], 0)[0]
     return {name: len(shard) for name, shard in zip(names, shards, strict=True)}
@@ -90,7 +91,7 @@ def _predict_shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> li
 
 
 def _file_nbytes(tensors: Tensors) -> int:
-    """Length, header (JSON, filled to a multiple of 8) and data of a safetensors file."""
+    """Return the bytes of a safetensors file: length field, header (JSON padded to a multiple of 8) and data."""
     places = {dtype: place for place, dtype in enumerate(_DTYPES)}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -112,7 +113,7 @@ def _temporary_name(number: int) -> str:
 
 
 def _name_shards(shards: list[list[str]], folder: Path, total: int) -> None:
-    """Give shards the names that the Hugging Face libraries expect: only now their number is known."""
+    """Rename shards as the Hugging Face libraries expect; their total number is known only at the end."""
     if len(shards) == 1:
         os.replace(folder / _temporary_name(1), folder / SINGLE)
         return
@@ -123,7 +124,7 @@ def _name_shards(shards: list[list[str]], folder: Path, total: int) -> None:
 
 
 def _index(shards: list[list[str]], total: int) -> tuple[list[str], str]:
-    """Names of the shards, and the text of the index."""
+    """Return the names of the shards and the text of the index."""
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     return names, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)

@@ -113,10 +113,9 @@ def command(
         typer.Option(
             "--objective",
             metavar="NAME",
-            help="[advanced] What calibration minimizes: outputs (squared error of each matrix's outputs), guided (the "
-            "same, with tokens weighted by the gradient of the end-to-end loss) or fisher (as outputs, but codebooks "
-            "are fitted with the Fisher information of every weight; the same as outputs under a rotation). "
-            "Default: from the recipe; else guided for a budget, outputs for a recipe.",
+            help="What calibration minimizes: outputs (squared error of every matrix's outputs) or guided (the same, "
+            "tokens weighted by the gradient of the end-to-end loss). "
+            "Default: what the recipe says, guided under a budget, outputs without.",
         ),
     ] = None,
     coding: Annotated[

@@ -85,8 +85,7 @@ def command(
         typer.Option(
             "--objective",
             metavar="NAME",
-            help="[advanced] Objective to plan for and to write into the recipe: guided (default), outputs or fisher; "
-            "see reallm compress.",
+            help="What fits will minimise: outputs or guided, as in compress.",
         ),
     ] = None,
     analysis_windows: Annotated[

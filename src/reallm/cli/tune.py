@@ -152,15 +152,6 @@ def command(
             help="[advanced] Steps between validations; default: a twentieth of all steps.",
         ),
     ] = None,
-    target: Annotated[
-        str,
-        typer.Option(
-            "--target",
-            metavar="NAME",
-            help="[advanced] Block-wise target: the original block's output on the hidden states of the compressed "
-            "model (compressed) or on its own (original), which was never clearly better.",
-        ),
-    ] = "compressed",
     block_error: Annotated[
         str,
         typer.Option(
@@ -192,14 +183,6 @@ def command(
             help="[advanced] Block-wise learning rate, relative to the root mean square of each tensor.",
         ),
     ] = 1e-3,
-    round_at_end: Annotated[
-        bool,
-        typer.Option(
-            "--round-at-end",
-            help="[advanced] Round trained tensors only when they are stored, instead of at every step with a "
-            "straight-through estimator.",
-        ),
-    ] = False,
     save_memory: Annotated[
         bool,
         typer.Option(
@@ -253,13 +236,11 @@ def command(
         validation=_paths(validation),
         validation_windows=validation_windows,
         validate_every=validate_every,
-        target=target,
         block_error=block_error,
         block_windows=block_windows,
         block_epochs=block_epochs,
         block_patience=block_patience,
         block_learning_rate=block_learning_rate,
-        round_at_end=round_at_end,
         save_memory=save_memory,
         checkpointing=not no_checkpointing,
         seed=seed,

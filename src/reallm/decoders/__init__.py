@@ -1,6 +1,6 @@
-"""Small nets from latents to weights: a frozen config, and a pure call on one flat vector of parameters.
+"""Small neural decoders from latents to weights: a frozen config and pure functions of one flat parameter vector.
 
-They know nothing of formats: how their parameters are stored is `formats/parameters.py`, how they are trained `fit/`.
+Decoders do not depend on formats: `formats/parameters.py` stores their parameters, `fit/` trains them.
 """
 
 from reallm.decoders.codebook_net import CodebookNet

@@ -1,10 +1,10 @@
-"""From the number of a codeword to the codeword: digits of the index, a table for each, and a small net over their sum.
+"""Map a codeword index to its codeword: one embedding table per digit of the index, and a small MLP on their sum.
 
-index ── digits ──▶ Σ_j table_j[digit_j] + bias ──┬── first `vector_dim` numbers ───────────────┬──▶ codeword
-                                                  └── the other `hidden`: GELU ── linear map ───┘
+index ── digits ──▶ Σ_j table_j[digit_j] + bias ──┬── first `vector_dim` values ────────────────┬──▶ codeword
+                                                  └── other `hidden` values: GELU ── linear ────┘
 
-Without hidden numbers it is a linear map of the digits (the sum of codebooks of AQLM, arXiv:2401.06118), and with one
-digit as wide as the index a plain codebook.
+With `hidden=0` the codeword is linear in the digits (additive codebooks as in AQLM, arXiv:2401.06118); with one digit
+as wide as the index it is a plain codebook.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from reallm.decoders.flat_vector import Shapes, count, split
 
 @dataclass(frozen=True)
 class CodebookNet:
-    """2^index_bits codewords of `vector_dim` numbers; digits have `digit_bits` bits, the last one what is left."""
+    """2^index_bits codewords of `vector_dim` values; digits have `digit_bits` bits, the last one the remaining bits."""
 
     index_bits: int
     vector_dim: int
@@ -29,31 +29,31 @@ class CodebookNet:
 
     @property
     def digits(self) -> list[int]:
-        """Bits of every digit, the highest of the index first."""
-        full, rest = divmod(self.index_bits, self.digit_bits)
-        return [self.digit_bits] * full + [rest] * (rest > 0)
+        """Bits of each digit, most significant digit first."""
+        full, remainder = divmod(self.index_bits, self.digit_bits)
+        return [self.digit_bits] * full + [remainder] * (remainder > 0)
 
     @property
     def shapes(self) -> Shapes:
-        """A table for every digit, whose first row is zeros and is left out, the bias, and the linear map."""
+        """Shapes of the tables (one per digit; row 0 is zero and not stored), the bias and the output matrix."""
         width = self.vector_dim + self.hidden
         tables = {f"digit{j}": (2**bits - 1, width) for j, bits in enumerate(self.digits)}
         return {**tables, "bias": (width,), "out": (self.hidden, self.vector_dim)}
 
     @property
     def parameters(self) -> int:
-        """Numbers in all."""
+        """Total number of parameters."""
         return count(self.shapes)
 
     @property
     def multiply_adds(self) -> int:
-        """Of the whole table: it is made once."""
+        """Multiply-adds to compute the whole codebook, which happens once per matrix."""
         return 2**self.index_bits * self.hidden * self.vector_dim
 
     def codebook(self, flat: Float[Tensor, " parameters"]) -> Float[Tensor, "codewords vector_dim"]:
-        """All codewords in the order of their index.
+        """Return all codewords in index order.
 
-        Sums of tables go digit by digit, so that gradients are sums along an axis: the same in every run.
+        Tables are added digit by digit, so that gradients are sums along an axis and deterministic.
         """
         named = split(flat, self.shapes)
         total = named["bias"][None]

@@ -1,10 +1,10 @@
-"""A convolutional upsampler from a grid of latents to weights, after HNeRV (Chen et al., arXiv:2304.02633).
+"""Convolutional upsampler from a grid of latents to weights, after HNeRV (Chen et al., arXiv:2304.02633).
 
 latents ──┬── 1×1 conv ── [3×3 conv, PixelShuffle, GELU] × stages ── 3×3 head ──┬──▶ weights
           └── linear map to the patch of each latent ── PixelShuffle ────────────┘
 
-The second way, which HNeRV has not, makes the linear decoder a special case: where convolutions gain nothing, they lose
-nothing.
+HNeRV does not have the lower path. With it the linear decoder is a special case, so that the convolutions are never
+worse than it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.nn import functional as F
 
 from reallm.decoders.flat_vector import Shapes, count, split
 
-_TILE = 256  # weights along the side of a tile: 256² · width numbers at a time
-_HALO = 2  # latents around a tile that reach into it: 1 + 1/2 + 1/4 … + that of the head, below 2
+_TILE = 256  # weights along one side of a tile: activations of 256² · width values at a time
+_HALO = 2  # receptive field around a tile in latents: 1 + 1/2 + 1/4 … + the head's share, less than 2
 
 
 @dataclass(frozen=True)
 class ConvNet:
-    """`channels` latents at each place; every one of `stages` doubles both sides. `width` channels inside."""
+    """`channels` latents per grid cell, `width` hidden channels, `stages` upsampling stages that double both axes."""
 
     channels: int
     width: int
@@ -32,12 +32,12 @@ class ConvNet:
 
     @property
     def factor(self) -> int:
-        """Weights along one side of a latent's patch."""
+        """Upsampling factor: weights along one side of the patch of a grid cell."""
         return 2**self.stages
 
     @property
     def shapes(self) -> Shapes:
-        """Of all parameters; convolutions are (out, in, height, width)."""
+        """Shapes of all parameters; convolutions are (out, in, height, width)."""
         ups = {}
         for stage in range(self.stages):
             ups |= {f"up{stage}": (4 * self.width, self.width, 3, 3), f"up{stage}_bias": (4 * self.width,)}
@@ -52,24 +52,24 @@ class ConvNet:
 
     @property
     def parameters(self) -> int:
-        """Numbers in all."""
+        """Total number of parameters."""
         return count(self.shapes)
 
     @property
     def multiply_adds_per_weight(self) -> float:
-        """Of one decoded weight."""
+        """Multiply-adds per decoded weight."""
         area = self.factor**2
         ups = sum(36 * self.width**2 * 4**stage for stage in range(self.stages))
         return self.channels + (self.channels * self.width + ups) / area + 9 * self.width
 
     def grid(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """Places of latents along both sides of a matrix; the last may reach beyond it."""
+        """Return the grid size (rows, columns) for a matrix; the last cells may extend beyond the matrix."""
         return -(-out_features // self.factor), -(-in_features // self.factor)
 
     def decode(
         self, flat: Float[Tensor, " parameters"], latents: Float[Tensor, "channels down across"]
     ) -> Float[Tensor, "out in"]:
-        """All weights at once: what training needs."""
+        """Decode all weights in one pass, as training does."""
         named = split(flat, self.shapes)
         values = latents[None]
         skip = F.pixel_shuffle(F.conv2d(values, named["skip"][:, :, None, None]), self.factor)
@@ -82,7 +82,7 @@ class ConvNet:
     def decode_tiled(
         self, flat: Float[Tensor, " parameters"], latents: Float[Tensor, "channels down across"]
     ) -> Float[Tensor, "out in"]:
-        """The same tile by tile, each with the latents around it that it depends on: no seams, and little memory."""
+        """Decode tile by tile with bounded memory; each tile sees its whole receptive field, so there are no seams."""
         side = max(4, _TILE // self.factor)
         rows = [
             torch.cat([self._tile(flat, latents, top, left, side) for left in range(0, latents.shape[2], side)], 1)
@@ -92,8 +92,8 @@ class ConvNet:
 
     def _tile(self, flat: Tensor, latents: Tensor, top: int, left: int, side: int) -> Float[Tensor, "out in"]:
         first = [max(0, start - _HALO) for start in (top, left)]
-        part = latents[:, first[0] : top + side + _HALO, first[1] : left + side + _HALO]
-        found = self.decode(flat, part)
-        cut = [(start - begin) * self.factor for start, begin in zip((top, left), first, strict=True)]
+        window = latents[:, first[0] : top + side + _HALO, first[1] : left + side + _HALO]
+        decoded = self.decode(flat, window)
+        crop = [(start - begin) * self.factor for start, begin in zip((top, left), first, strict=True)]
         length = side * self.factor
-        return found[cut[0] : cut[0] + length, cut[1] : cut[1] + length]
+        return decoded[crop[0] : crop[0] + length, crop[1] : crop[1] + length]

@@ -1,4 +1,4 @@
-"""One flat vector of numbers as named tensors."""
+"""Named tensors as views of one flat parameter vector."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def count(shapes: Shapes) -> int:
-    """Numbers of all tensors together."""
+    """Return the total number of elements."""
     return sum(math.prod(shape) for shape in shapes.values())
 
 
 def split(flat: Float[Tensor, " parameters"], shapes: Shapes) -> dict[str, Tensor]:
-    """Views of the vector, one tensor after the other, each row-major."""
-    parts = flat.split([math.prod(shape) for shape in shapes.values()])
-    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    """Split the vector into views in the order of `shapes`, each row-major."""
+    views = flat.split([math.prod(shape) for shape in shapes.values()])
+    return {name: view.view(shape) for (name, shape), view in zip(shapes.items(), views, strict=True)}

@@ -1,1 +1,1 @@
-"""How good a model is: perplexity of a text, distance to a reference, and what it writes."""
+"""Evaluate a model: perplexity on a text, KL divergence to a reference, text generation."""

@@ -1,4 +1,4 @@
-"""Text from a model, piece by piece as it is made."""
+"""Generate text with a model, streamed in pieces."""
 
 import queue
 import threading
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reallm.errors import ReallmError, SourceError, TextError
 
-# Tokens that are decoded anew for each piece: without a limit the cost of a piece would grow with the answer.
+# Most tokens that are decoded again for each piece: without a limit its cost would grow with the answer.
 REDECODED_TOKENS = 64
 
 
@@ -28,16 +28,17 @@ def generate_stream(
     chat: bool | None = None,
     system: str | None = None,
 ) -> Iterator[str]:
-    """Yield the answer to `prompt`; the pieces joined are the whole answer, special tokens left out.
+    """Yield the answer to `prompt` in pieces; joined they are the whole answer, without special tokens.
 
-    `temperature` 0 takes the most likely token each time; above 0 it draws, from the most likely tokens
-    that together reach `top_p`, the same for the same `seed`. A `repetition_penalty` above 1 makes tokens
-    that were already used less likely: without it the most likely words of a small model soon go in
-    circles. `chat` wraps the prompt (and `system`) in the tokenizer's chat template; None does so when
-    there is one. Generation ends at the end-of-text token, after `max_new_tokens`, or where the model's
-    positions end. Leaving the iterator early stops the model.
+    `temperature` 0 is greedy decoding; above 0 tokens are sampled from the most likely ones that together
+    reach `top_p`, the same for the same `seed`. A `repetition_penalty` above 1 makes tokens that were
+    already used less likely: without it the greedy output of a small model soon repeats itself.
+    `chat` wraps the prompt (and `system`) in the tokenizer's chat template; None does so if there is one.
+    Generation ends at the end-of-text token, after `max_new_tokens`, or at the model's last position.
+    Closing the iterator early stops the model.
 
-    SourceError if a chat template is asked for and missing; TextError if the prompt is empty or too long.
+    Errors: SourceError if a chat template is requested and missing; TextError if the prompt is empty or too long, or
+    an option is out of range.
     """
     input_ids = encode_prompt(tokenizer, prompt, chat=chat, system=system)
     settings = _sampling_options(temperature, top_p, repetition_penalty) | {
@@ -50,7 +51,11 @@ def generate_stream(
 def encode_prompt(
     tokenizer: Any, prompt: str, *, chat: bool | None = None, system: str | None = None
 ) -> Int[Tensor, "1 n"]:
-    """Token ids of the prompt as the model wants to see it, chat template and special tokens included."""
+    """Return the token ids of the prompt, chat template and special tokens included.
+
+    Errors: SourceError for a missing chat template, or one that refuses the prompt; TextError for an empty prompt, or a
+    system message without a chat template.
+    """
     template = getattr(tokenizer, "chat_template", None)
     if chat is None:
         chat = template is not None
@@ -72,17 +77,20 @@ def _chat_text(tokenizer: Any, prompt: str, system: str | None) -> str:
         messages.insert(0, {"role": "system", "content": system})
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program of the model's author, and may refuse a role
+    except Exception as error:  # a template is a program, and may refuse a role
         raise SourceError(f"the model's chat template refuses this prompt ({error}): use --raw") from error
 
 
 def _sampling_options(temperature: float, top_p: float, repetition_penalty: float) -> dict[str, Any]:
-    """What `model.generate` is told. Every field is given, so that the defaults which a model brings along
-    in its own generation settings do not change the answer between it and its compressed twin."""
+    """Return the sampling options of `model.generate`.
+
+    All are set, so that the defaults in a model's generation config do not make original and compressed model differ.
+    Errors: TextError for a value out of range.
+    """
     if temperature < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0:
         raise TextError(
             f"temperature {temperature}, top_p {top_p}, repetition_penalty {repetition_penalty}: "
-            "needed are temperature >= 0, 0 < top_p <= 1 and repetition_penalty > 0"
+            "temperature >= 0, 0 < top_p <= 1 and repetition_penalty > 0 are required"
         )
     greedy = temperature == 0
     return {
@@ -102,12 +110,12 @@ def _remaining_tokens(model: Any, used: int, wanted: int) -> int:
     if limit is None:
         return wanted
     if used >= limit:
-        raise TextError(f"the prompt has {used} tokens, and the model's {limit} positions leave no room for an answer")
+        raise TextError(f"the prompt has {used} tokens, and the model's {limit} positions leave none for an answer")
     return min(wanted, limit - used)
 
 
 def _pad_token_id(model: Any, tokenizer: Any) -> int | None:
-    """Any id does, since one prompt is never padded; without one, transformers prints a notice each time."""
+    """Return a padding token id: one prompt is never padded, but without an id transformers prints a warning."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, model.generation_config.eos_token_id):
         if token is not None:
             return token[0] if isinstance(token, list) else token
@@ -115,11 +123,11 @@ def _pad_token_id(model: Any, tokenizer: Any) -> int | None:
 
 
 class _StopGeneration(Exception):
-    """Raised inside the generating thread when nobody reads any more."""
+    """Raised inside the generation thread to stop it when the iterator is closed."""
 
 
 class _QueueStreamer:
-    """What `model.generate` calls a streamer: hands new token ids from its thread to the reader."""
+    """A streamer for `model.generate`: passes new token ids from its thread to the reader."""
 
     def __init__(self):
         self.queue: queue.Queue = queue.Queue()
@@ -131,10 +139,10 @@ class _QueueStreamer:
             raise _StopGeneration
         if self.prompt_seen:
             self.queue.put(ids.flatten().tolist())
-        self.prompt_seen = True  # the first call brings the prompt
+        self.prompt_seen = True  # the first call passes the prompt
 
     def end(self) -> None:
-        """Nothing to do: the thread itself tells when it ends, also when it ends in an error."""
+        """Do nothing: the thread itself reports its end, also after an error."""
 
 
 def _run(model: Any, tokenizer: Any, input_ids: Tensor, settings: dict, seed: int) -> Iterator[str]:
@@ -149,7 +157,7 @@ def _run(model: Any, tokenizer: Any, input_ids: Tensor, settings: dict, seed: in
 
 
 def _generate(model: Any, input_ids: Tensor, settings: dict, seed: int, tokens: _QueueStreamer) -> None:
-    """The thread's work. Last into the queue goes None, or the error that ended it."""
+    """Run `model.generate` in the thread; the last item in the queue is None, or the error."""
     try:
         torch.manual_seed(seed)
         input_ids = input_ids.to(_device(model))
@@ -161,7 +169,7 @@ def _generate(model: Any, input_ids: Tensor, settings: dict, seed: int, tokens: 
 
 
 def _device(model: Any) -> torch.device:
-    # The input embedding is where token ids go, also in a model spread over devices.
+    # Token ids go to the device of the input embedding, also in a model spread over devices.
     embedding = model.get_input_embeddings()
     tensors = [*embedding.parameters(), *embedding.buffers(), *model.parameters(), *model.buffers()]
     return tensors[0].device
@@ -177,9 +185,9 @@ def _receive(tokens: queue.Queue) -> Iterator[list[int]]:
 
 
 def _decode_stream(tokenizer: Any, batches: Iterator[list[int]]) -> Iterator[str]:
-    """Decode as tokens come. One character may be several tokens: its bytes are held back until complete."""
+    """Yield text as tokens arrive. A character may consist of several tokens: it is yielded when it is complete."""
     ids: list[int] = []
-    shown = ""  # what of the text of `ids` was yielded
+    shown = ""  # the part of the text of `ids` that was yielded
     for batch in batches:
         ids += batch
         text = _decode(tokenizer, ids)
@@ -188,7 +196,7 @@ def _decode_stream(tokenizer: Any, batches: Iterator[list[int]]) -> Iterator[str
             yield whole[len(shown) :]
             shown = whole
         if len(ids) > REDECODED_TOKENS and whole == text:
-            # The tokens kept are context: many tokenizers drop the space before the first word they decode.
+            # The last tokens are kept as context: many tokenizers drop the space before the first word.
             ids = ids[-8:]
             shown = _decode(tokenizer, ids)
     rest = _decode(tokenizer, ids)[len(shown) :]
@@ -197,5 +205,5 @@ def _decode_stream(tokenizer: Any, batches: Iterator[list[int]]) -> Iterator[str
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
-    # Cleaning up would change text that was yielded before: "a ." becomes "a." when the full stop comes.
+    # Clean-up would change text that was already yielded: "a ." becomes "a." once the full stop arrives.
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,4 +1,4 @@
-"""From the words of a command line to what `reallm.load` takes."""
+"""Convert command-line options to arguments of `reallm.load`."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 
 
 def load_options(device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
-    """`device` and `dtype` for `reallm.load`: auto is the first GPU if there is one, and the model's own dtype.
+    """Return `device` and `dtype` for `reallm.load`; auto: the first GPU if any, and the model's own dtype.
 
-    SourceError if torch does not know the device or it is not there, or the dtype is none of DTYPES.
+    Errors: SourceError if torch does not know the device or it is missing, or if the dtype is not one of DTYPES.
     """
     if dtype not in DTYPES:
         raise SourceError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -25,6 +25,6 @@ def _device(name: str) -> torch.device | None:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA fails with an assertion
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises AssertionError
         raise SourceError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
     return device

@@ -1,4 +1,4 @@
-"""The whole of `reallm eval`: from paths to figures with their provenance."""
+"""Implement `reallm eval`: from paths to metrics with their provenance."""
 
 import dataclasses
 import importlib.metadata
@@ -33,14 +33,14 @@ def measure(
     adapter: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate the model at a path or hub id on a text file, both models on `device` in `dtype`.
+    """Evaluate the model at a path or hub id on a text file; model and reference are on `device` in `dtype`.
 
-    `adapter` is a folder with an adapter of the model; the reference has none. The result is ready for JSON: the fields
-    of `Evaluation`, what was measured on what, with which versions, and `seconds`, the time of scoring without that of
-    loading. ReallmError as `evaluate`.
+    `adapter` is a folder with an adapter for the model, not for the reference. Returns a dict for JSON: the fields of
+    `Evaluation`, the paths of model and text, package versions, and `seconds`, the time of scoring without loading.
+    Errors: those of `evaluate`, `reallm.load` and `load_text`.
     """
     loading = load_options(device, dtype) | {"mode": mode, "verify": verify}
-    documents = texts.load_text(text)  # first: it is cheap, and most often what is wrong
+    documents = texts.load_text(text)  # first: it is cheap, and the most frequent error
     tokenizer = hf.load_tokenizer(model)
     token_ids = texts.tokenize(tokenizer, documents)
     if reference is not None:
@@ -72,13 +72,13 @@ def measure(
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a figure may depend on."""
+    """Return the versions of the packages that a result may depend on."""
     packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     return {"reallm": reallm.__version__, "python": platform.python_version(), **packages}
 
 
 def to_json(result: dict[str, Any]) -> str:
-    """JSON text; a figure that is infinite or not a number becomes null, which JSON has no word for."""
+    """Return JSON text; infinity and NaN, which JSON does not have, become null."""
     return json.dumps(_finite(result), indent=2, ensure_ascii=False, allow_nan=False)
 
 
@@ -91,10 +91,10 @@ def _finite(value: Any) -> Any:
 
 
 def _check_tokenizers(tokenizer: Any, reference: str) -> None:
-    """SourceError if the reference reads other tokens. Equal sizes do not show it: many vocabularies have 32,000."""
+    """Raise SourceError if the reference has another tokenizer. Equal sizes are no proof: many have 32,000 tokens."""
     try:
         other = hf.load_tokenizer(reference)
     except ReallmError:
-        return  # a reference may come without a tokenizer; the sizes are still compared
+        return  # a reference may lack a tokenizer; vocabulary sizes are still compared
     if tokenizer.get_vocab() != other.get_vocab():
         raise SourceError(f"{reference}: its tokenizer is not the model's: KL and agreement need the same tokens")

@@ -1,4 +1,4 @@
-"""Perplexity of a text, and the distance of a compressed model to its original on the same windows."""
+"""Perplexity of a model on a text, and KL divergence to a reference on the same windows."""
 
 import contextlib
 import math
@@ -13,29 +13,29 @@ from torch import Tensor
 from reallm.errors import SourceError, TextError
 from reallm.source.devices import module_device
 
-# Log-probabilities are made for so many values at a time (64 MiB in float32). The logits of one window
-# are 2,048 × 49,152 values, 400 MB; a log-softmax of all of them at once would double that, KL triple it.
+# Log-probabilities are computed for so many values at a time (64 MiB in float32). The logits of one window
+# are 2,048 × 49,152 values, 400 MB; a log-softmax of all of them at once would double that, KL would triple it.
 CHUNK_VALUES = 1 << 24
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured. All means are over the scored tokens."""
+    """Results of an evaluation. All means are over the scored tokens."""
 
-    perplexity: float  # exp(nll); inf when that overflows
-    nll: float  # mean negative log-likelihood, nats a token
-    tokens: int  # scored tokens: every token of a window but its first
+    perplexity: float  # exp(nll); inf if that overflows
+    nll: float  # mean negative log-likelihood, nats per token
+    tokens: int  # scored tokens: every token of a window except its first
     windows: int
-    context: int  # tokens in a window, a leading <bos> included
-    kl: float | None = None  # mean KL(reference ‖ model), nats a token
-    top1: float | None = None  # share of tokens where both find the same token most likely
+    context: int  # tokens per window, a leading <bos> included
+    kl: float | None = None  # mean KL(reference ‖ model), nats per token
+    top1: float | None = None  # top-1 agreement: share of tokens where both models predict the same token
 
 
 def windows(token_ids: Int[Tensor, " n"], context: int, bos: int | None = None) -> Int[Tensor, "windows context"]:
-    """Cut a text into windows of `context` tokens that do not overlap; what is left at the end is dropped.
+    """Cut a text into non-overlapping windows of `context` tokens; the remainder is dropped.
 
     With `bos` each window is that token and context - 1 tokens of the text. A text shorter than one
-    window becomes one shorter window. TextError if nothing can be scored: fewer than 2 tokens.
+    window becomes one shorter window. Errors: TextError if nothing can be scored: fewer than 2 tokens.
     """
     if context < 2:
         raise TextError(f"context {context}: a window needs at least 2 tokens, one to read and one to predict")
@@ -59,14 +59,14 @@ def evaluate(
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Score a text window by window, each on its own.
+    """Score a text in independent windows and return the metrics.
 
-    `model` and `reference` are causal language models (called with input ids, answering with `.logits`);
-    each stays on the device where it is. `max_windows` takes the first ones. `batch_size` windows go
-    through a model at once. `progress` is called with (windows done, windows in all). Log-probabilities
-    are float32 whatever the model computes in.
+    `model` and `reference` are causal language models (called with input ids, returning `.logits`); each
+    stays on its device. Only the first `max_windows` windows are scored, `batch_size` at once.
+    `progress` is called with (windows done, windows in total). Log-probabilities are float32 in any
+    compute dtype.
 
-    TextError if the text or the context does not fit; SourceError if the two vocabularies differ.
+    Errors: TextError if the text or the context does not fit; SourceError if the two vocabularies differ.
     """
     _check_context(model, context)
     batches = windows(token_ids, context, bos)[:max_windows]
@@ -99,7 +99,7 @@ def _summary(sums: Float[Tensor, "3"], batches: Int[Tensor, "windows context"], 
 
 
 def _score(model: Any, reference: Any, batch: Int[Tensor, "batch context"]) -> Float[Tensor, "3"]:
-    """Sums over the batch's scored tokens: negative log-likelihood, KL, agreements."""
+    """Return sums over the scored tokens of a batch: negative log-likelihood, KL, top-1 agreement."""
     logits = _logits(model, batch)
     others = None if reference is None else _logits(reference, batch)
     targets = batch[:, 1:].flatten()
@@ -129,7 +129,7 @@ def _log_softmax(logits: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:
 
 
 def _logits(model: Any, batch: Int[Tensor, "batch context"]) -> Float[Tensor, "n vocab"]:
-    """Logits of every position that has a next token, windows one after the other."""
+    """Return the logits of all positions with a next token, windows concatenated."""
     logits = model(input_ids=batch.to(module_device(model)), use_cache=False).logits[:, :-1]
     return logits.reshape(-1, logits.shape[-1])
 
@@ -140,7 +140,7 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 
 @contextlib.contextmanager
 def _eval_mode(model: Any) -> Iterator[None]:
-    """Dropout off inside, and the model's mode as it was afterwards."""
+    """Put the model into eval mode inside the context and restore its mode afterwards."""
     if model is None:
         yield
         return
@@ -153,7 +153,7 @@ def _eval_mode(model: Any) -> Iterator[None]:
 
 
 def _text_config(model: Any) -> Any:
-    """The language part's configuration: that of a model which also sees or hears is nested."""
+    """Return the config of the language model, which is nested in that of a multimodal model."""
     return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
 
 

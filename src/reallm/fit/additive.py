@@ -145,7 +145,7 @@ def beam_search(
 ) -> Int[Tensor, "n tables"]:
     """Codes whose sum of entries is at a small squared distance, each coordinate weighted by `importance`.
 
-    Table by table the `width` best partial sums go on; then every code of the survivors is chosen anew, the others
+    Table by table the `width` best partial sums go on; then every code of the survivors is chosen again, the others
     fixed. One table is searched exactly.
     """
     scores = _SCORES_PER_CHUNK.get(vectors.device.type, _SCORES_PER_CHUNK_ELSEWHERE)

@@ -35,7 +35,7 @@ from reallm.formats.entropy_coded import EntropyCoded
 from reallm.kernels import average, one_thread, straight_through
 
 _NET_RATE, _LATENT_RATE = 2e-3, 1e-2
-# The base is fitted to the latents anew after so many steps; in between its errors stay as they were found.
+# The base is fitted to the latents again after so many steps; in between its errors stay as they were found.
 _REQUANTISED = 10
 _TINY = 1e-30
 _LARGEST_WEIGHT = 1e6  # float16 scales end at 65,504; from 1e8 on training by rate ended in nan
@@ -149,9 +149,10 @@ class _MatrixState:
     def loss_and_rate(self, latents: Float[Tensor, "channels down across"], flat: Tensor | None = None) -> Tensor:
         """What training descends along: `loss`, and with a rate the cost of bits.
 
-        Errors of the base are noise there, as in learned image compression: its errors with signs drawn anew. Latents
+        Errors of the base are noise there, as in learned image compression: its errors with signs drawn again. Latents
         that saw the same errors for some steps would answer them, and be rounded back, worse than before. Noise comes
-        with its negative, so that it moves no latents where a decoder is linear (docs/log.md, 2026-11-28).
+        with its negative, so that it moves no latents where a decoder is linear
+        (docs/experiments/rate-in-the-loss-of-convolutions.md).
         """
         if self.rate is None:
             return self.loss(latents, flat)

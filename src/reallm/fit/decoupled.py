@@ -47,7 +47,8 @@ def _costs(fmt: Decoupled, weight: Tensor, objective: Objective, seed: int) -> F
 
     With a hessian, an error costs what is left of it once later columns have answered. For columns the
     errors are taken as alike: a fit that measures them changes the result by 1 %, the plain diagonal in place of
-    what is left by 1 to 2 % (docs/log.md, 2026-11-24). Entries go by their own size, not by their error: it is the
+    what is left by 1 to 2 %
+    (docs/experiments/outliers-and-scales.md). Entries go by their own size, not by their error: it is the
     large ones that stretch scales.
     """
     left = objective.importance

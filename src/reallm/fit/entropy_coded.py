@@ -1,7 +1,7 @@
 """Lattice codes by rate and distortion, at a step whose coded words fill the budget.
 
 Codes minimise importance · (error / step)² + λ · bits, bits by the histogram of the codes themselves: code, count,
-code again. The step follows from the rate: a step twice as wide takes about one bit a weight less.
+code again. The step follows from the rate: a step twice as wide takes about one bit per weight less.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from reallm.kernels.e8_points import cheapest_points, points_with_feedback
 from reallm.kernels.e8_stream import DIM, largest_code
 
 # Squared steps that one bit is worth. Theory at high rates says 2 ln 2 · D = 0.40, D = 4 · 0.0717 (E8 of spacing 2).
-# 0.44 is best at 2 bits, 0.40 at 3 and 4, where the error hardly changes from 0.36 to 0.48 (docs/log.md, 2026-11-22).
+# 0.44 is best at 2 bits, 0.40 at 3 and 4, where the error hardly changes from 0.36 to 0.48
+# (docs/experiments/entropy-coded-and-shannon.md).
 BIT = 0.42
 _ROUNDS = 3
 # The step is sought on so many weights, and corrected on all.
@@ -124,7 +125,7 @@ class _Sample:
     fmt: EntropyCoded
     weight: Float[Tensor, "rows in"]
     importance: Float[Tensor, "weighted in"]
-    budget: float  # bits a weight that the words have
+    budget: float  # bits per weight that the words have
     least_step: float  # a finer one would clip the largest weight
 
     @staticmethod
@@ -214,12 +215,12 @@ def _fill_budget(
 
 
 def _slope(before: tuple[float, float] | None, now: tuple[float, float]) -> float:
-    """Bits a weight that an exponent higher by 1 takes away, from two tries (exponent, rate); about 1 at high rates."""
+    """Return the bits per weight that an exponent higher by 1 saves, from two tries; about 1 at high rates."""
     if before is None or before[0] == now[0]:
         return 1.0
     return min(max((before[1] - now[1]) / (now[0] - before[0]), 0.2), 2.0)
 
 
 def _rate(fmt: EntropyCoded, codes: Int[Tensor, "rows in"]) -> float:
-    """Bits a weight of the coded words."""
+    """Bits per weight of the coded words."""
     return 32 * len(fmt.encode_codes(codes.cpu().numpy())[0]) / codes.numel()

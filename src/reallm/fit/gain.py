@@ -34,7 +34,8 @@ def _fit_scaled_rows(
     base = fit(fmt.base, weight / size[:, None], objective.divide_rows(size), seed, start)
     approximation = decode_unpacked(fmt.base, base, weight)
     # With a hessian errors of a row belong together: feedback has made them cancel in the outputs. Gains that look at
-    # every weight apart undo that (3-bit uniform codes lost twice their output error by it; docs/log.md, 2026-11-24).
+    # every weight apart undo that (3-bit uniform codes lost twice their output error by it;
+    # docs/experiments/outliers-and-scales.md).
     costly = approximation * objective.importance
     if objective.hessian is not None:
         costly = approximation @ objective.hessian

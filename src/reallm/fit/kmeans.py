@@ -45,8 +45,8 @@ def fit_codebook(
     The weighting makes the sum k-means lowers the objective of the weight itself, not of its normalised form.
     A group is divided by its weight of largest magnitude *with its sign*, so that all outliers become exactly
     1, and entries near 1 are pinned there: a few outlier weights carry a model, and means of neighbours would
-    shrink them (docs/log.md, 2026-11-22). With a hessian codes are found with error feedback, and then entries and
-    codes improve in turn by the objective (`alternate`), pinned ones too: entries that are refitted while codes stay
+    shrink them (docs/experiments/data-free-codes.md). With a hessian codes are found with error feedback, and then
+    entries and codes improve in turn by the objective (`alternate`), pinned ones too: entries refitted while codes stay
     are the fit of ClusComp (Liao et al., arXiv:2503.13089).
     """
     scales = scale_store.fake_quantize(fmt.scales, signed_largest(weight, fmt.group_size), signed=True)

@@ -23,11 +23,11 @@ from reallm.formats import scales as scale_store
 from reallm.formats.neural_codebook import NeuralCodebook, UnpackedNeuralCodebook
 from reallm.kernels import average, segment_sum, total
 
-# Sums by code are exact for up to 2^19 vectors. With few vectors a codeword a net of 2,000 numbers learns them by heart
+# Sums by code are exact for up to 2^19 vectors. With few vectors per codeword a net of 2,000 numbers overfits them
 # (8 a codeword: 0.090 on them, 0.0985 on others, d = 6 at 12 bits); of its own matrix it may.
 _LEAST_SAMPLES, _MOST_SAMPLES = 1 << 15, 1 << 17
 _SAMPLES_PER_CODEWORD = 16
-# A plain table of 2^16 entries has a number for each of its own: with 2^17 vectors it would learn two of them by heart.
+# A plain table of 2^16 entries has a number for each of its own: with 2^17 vectors it would overfit two each.
 _MANY_PARAMETERS, _MOST_SAMPLES_OF_MANY = 1 << 17, 1 << 19
 _ASSIGNMENTS, _STEPS, _RATE = 12, 20, 0.02
 _WARM_ASSIGNMENTS = 2

@@ -14,11 +14,10 @@ from reallm.errors import FormatError
 from reallm.kernels import average, one_thread, total
 
 # What calibration can minimise.
-OUTPUTS, GUIDED, FISHER = "outputs", "guided", "fisher"
+OUTPUTS, GUIDED = "outputs", "guided"
 OBJECTIVES = {
     OUTPUTS: "squared error of every matrix's outputs",
-    GUIDED: "the same, tokens weighted by the gradient of the end loss",
-    FISHER: "as outputs, save that codebooks are made by the Fisher information of every weight",
+    GUIDED: "the same, tokens weighted by the gradient of the end-to-end loss",
 }
 
 # A column that is (nearly) zero counts at most 1,000 times as much as the mean column.
@@ -26,7 +25,7 @@ _LEAST_ENERGY = 1e-3
 # Inputs that calibration never saw (dead ones) count a millionth of the mean: rounding to nearest decides there.
 _LEAST_INPUT = 1e-6
 # Share of the mean diagonal that is added where exact weights answer for the errors of others. With 1e-4 the error on
-# text not calibrated on is 1 % higher (docs/log.md, 2026-11-24).
+# text not calibrated on is 1 % higher (docs/experiments/outliers-and-scales.md).
 COMPENSATION_DAMPING = 1e-2
 
 
@@ -37,7 +36,7 @@ class Objective:
     Σ importance · D², `importance` by column: one row of it for all, or one for every output row. With
     `hessian` = XᵀX / n_tokens of the calibration inputs the cost is tr(D H Dᵀ), the squared error of the
     layer's output per token (the objective of GPTQ, Frantar et al., arXiv:2210.17323), and importance is its
-    diagonal, for methods that treat columns apart: k-means of codebooks, and the choice of what is kept apart. Fisher
+    diagonal, for methods that treat columns apart: k-means of codebooks, and the choice of what is kept apart. Other
     weights stand there in place of the diagonal, one for every weight (SqueezeLLM, Kim et al., arXiv:2306.07629).
 
     `rows`: what an error of each output row costs beside, mean 1; None where all cost alike. Codes of one row do not
@@ -59,7 +58,7 @@ class Objective:
 
         A network that was trained gives small weights to large inputs, so that equal errors hurt more where
         weights are small. On SmolLM2-135M this took vector codes at 3.13 bits from perplexity 80 to 51 and at
-        2.16 bits from 1.4e5 to 1.9e3, at a weight error 2 % higher (docs/log.md, 2026-11-22).
+        2.16 bits from 1.4e5 to 1.9e3, at a weight error 2 % higher (docs/experiments/errors-relative-to-columns.md).
         """
         largest = weight.abs().max()
         if largest == 0:

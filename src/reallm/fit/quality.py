@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 # The least of so many decodings: what else the processor does only ever adds time.
 _DECODINGS = 5
 _WEIGHTS_PER_LEARNED = 16
-# A net with 100 weights a parameter was 9 % better on them than on others (fit/neural_codebook.py).
+# A net with 100 weights per parameter was 9 % better on them than on others (fit/neural_codebook.py).
 _SAMPLES_PER_PARAMETER = 8
 _SEEN = (2048, 1024)  # as many vectors of 16 as a decoder is trained on
 _ANY = "x"  # stands for all names of shared decoders
@@ -49,7 +49,7 @@ class Quality:
 
     @property
     def gap_bits(self) -> float:
-        """Bits a weight above those that the best code needs for the same error; -inf for no error at all.
+        """Bits per weight above those that the best code needs for the same error; -inf for no error at all.
 
         R - ½ log2(1/D). Below 0 by no more than sampling noise, as long as D > 0: a lossless format has an
         error of 0 because the source is not real numbers but float32, for which the bound does not hold.
@@ -109,7 +109,7 @@ def _table() -> dict[str, dict[str, Any]]:
 
 
 def measured_gaussian_error(fmt: WeightFormat) -> float:
-    """Relative squared error on a seeded Gaussian matrix, large enough that no codebook learns it by heart."""
+    """Relative squared error on a seeded Gaussian matrix, large enough that no codebook overfits it."""
     if fmt.shared_decoders() and "codeword" in json.dumps(to_spec(fmt)):
         return _held_out_error(fmt)
     fmt = rename_shared_decoders(fmt, "")

@@ -65,7 +65,8 @@ def alternate(
 
     New codes come from a sweep over the blocks if the objective has a hessian, else from rounding, and each row takes
     those that serve it better. Ends with a refit, after `rounds` or when one gains little. Sweeps do more than
-    codes found anew by feedback, which are often worse than the refitted old ones (docs/log.md, 2026-11-24).
+    codes found again by feedback, which are often worse than the refitted old ones
+    (docs/experiments/codebook-refits.md).
     """
     error = None
     for number in range(rounds + 1):

@@ -25,7 +25,7 @@ from reallm.kernels import nearest_level
 
 _ROUNDS = 1  # of sweeps and refits; the second gains a tenth of the first
 # Shares of a group's range that its levels may span. With a hessian the best one lowers the error of 3 bits by 20 to
-# 30 %; without, a few outliers carry the model and nothing is clipped (docs/log.md, 2026-11-25).
+# 30 %; without, a few outliers carry the model and nothing is clipped (docs/experiments/range-of-scalar-codes.md).
 _SHARES = tuple(share / 20 for share in range(20, 7, -1))
 
 
@@ -123,7 +123,7 @@ class GroupScaledCoder:
         return self.scales.square()
 
     def expand_columns(self, values: Real[Tensor, "out groups"], start: int, count: int) -> Real[Tensor, "out count"]:
-        """One value a weight of `count` columns from column `start` on."""
+        """One value per weight of `count` columns from column `start` on."""
         return scale_store.expand_columns(values, start, count, self.fmt.group_size)
 
 

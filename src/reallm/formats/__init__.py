@@ -1,4 +1,4 @@
-"""What a matrix is: the waist, and one file per format. To add one, see docs/add_a_format.md."""
+"""What a matrix is: the interface of a format, and one file per format. To add one, see docs/add_a_format.md."""
 
 import importlib
 import pkgutil
@@ -20,7 +20,6 @@ from reallm.formats.base import (
     to_spec,
 )
 from reallm.formats.fake_quantize import fake_quantize, fake_quantizer, shared_decoder_name, zero_value
-from reallm.formats.rows import decode_rows
 from reallm.formats.shared_decoders import (
     collect_shared_decoders,
     shared_decoder_layout,
@@ -39,7 +38,6 @@ __all__ = [
     "Tensors",
     "WeightFormat",
     "fake_quantize",
-    "decode_rows",
     "example_formats",
     "from_spec",
     "known_format",

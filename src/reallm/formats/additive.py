@@ -6,7 +6,7 @@ M · K.
     codes (M numbers of `index_bits` bits) -> Σ_m codebooks[m, code_m] -> times the scale of the row or group
 
 The tables belong to the matrix and are charged to it: M · 2^index_bits · vector_dim · 16 bits. Two codebooks of 256
-entries for vectors of 8 are 2 bits a weight and 8 KiB: 0.20 bits a weight of a 576 x 576 matrix, 0.07 of 1536 x 576,
+entries for vectors of 8 are 2 bits per weight and 8 KiB: 0.20 bits per weight of 576 x 576, 0.07 of 1536 x 576,
 0.004 of 4096 x 4096. Smaller matrices want fewer entries or shorter vectors: four codebooks of 16 for vectors of 8 are
 2 bits too, and 1 KiB.
 """
@@ -41,11 +41,11 @@ class UnpackedAdditive:
 @register
 @dataclass(frozen=True)
 class Additive(WeightFormat):
-    """`books` indices of `index_bits` bits for `vector_dim` weights: books · index_bits / vector_dim bits a weight.
+    """`books` indices of `index_bits` bits for `vector_dim` weights: books · index_bits / vector_dim bits per weight.
 
     1 to 16 codebooks of 2^index_bits float16 entries, 1 to 16 index bits, vectors of 4, 8 or 16. Rows that
     `vector_dim` does not divide are padded with zeros by one short vector, which is counted. `group_size` (0: one
-    scale a row) and `scales` as in `scales.py`.
+    scale per row) and `scales` as in `scales.py`.
     """
 
     books: int = 2
@@ -70,6 +70,14 @@ class Additive(WeightFormat):
     def codes_per_row(self, in_features: int) -> int:
         """Indices of one row: `books` for each vector."""
         return -(-in_features // self.vector_dim) * self.books
+
+    def block_width(self) -> int:
+        """Return the weights of a vector."""
+        return self.vector_dim
+
+    def codes_vectors(self) -> bool:
+        """Return whether vectors are longer than one weight."""
+        return self.vector_dim > 1
 
     def check(self, shape: Shape) -> None:
         """Every shape fits: the last vector and the last group of a row may be short."""

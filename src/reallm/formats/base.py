@@ -1,4 +1,4 @@
-"""The waist of the library: a matrix in a format.
+"""The core interface: a matrix in a format.
 
 format -> a frozen dataclass of plain numbers; parts -> tensors in natural units; tensors -> what is
 written. Everything above asks only the methods below; everything below knows only plain tensors.
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
+import importlib.metadata
 import reprlib
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.errors import FormatError
@@ -22,6 +25,7 @@ Shape: TypeAlias = tuple[int, int]  # (out_features, in_features), as nn.Linear.
 Tensors: TypeAlias = dict[str, Tensor]  # local names: "codes", "base.scales"
 Unpacked: TypeAlias = Any  # the format's own frozen dataclass of tensors
 
+PLUGINS = "reallm.formats"  # entry-point group of packages that bring formats
 _REGISTRY: dict[str, type[WeightFormat]] = {}
 
 
@@ -41,6 +45,12 @@ class WeightFormat(abc.ABC):
     roles: ClassVar[dict[str, str]]
     # Settings worth comparing, each the fields of a spec: `reallm formats` rates and measures them.
     examples: ClassVar[tuple[dict, ...]] = ()
+
+    # Whether the sensitivity of a matrix's role, which knows its error alone, predicts what the format loses. Scales of
+    # channels leave the relative error as it is: only an analysis of the model sees what they gain.
+    predicted_by_role: ClassVar[bool] = True
+    # Whether fitting takes milliseconds per million weights, so that an analysis tries it on the embedding itself.
+    cheap_to_fit: ClassVar[bool] = False
 
     @abc.abstractmethod
     def check(self, shape: Shape) -> None:
@@ -75,6 +85,64 @@ class WeightFormat(abc.ABC):
         """Shape of the inner format's matrix, where there is one: the same, unless a format takes something out."""
         return shape
 
+    def decode_rows(self, tensors: Tensors, shape: Shape, rows: Int[Tensor, " n"]) -> Float[Tensor, "n in"]:
+        """Return the named rows of the decoded matrix in float32: what an embedding look-up needs.
+
+        By default everything is decoded; formats with a shorter way have their own.
+        """
+        return self.decode(self.unpack(tensors, shape), shape)[rows]
+
+    # What a format says of itself to planner, cost model and tuner; wrappers say what the format inside says.
+    def children(self) -> dict[str, WeightFormat]:
+        """Return the formats that are fields of this one, by field name. Never overridden."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in values.items() if isinstance(value, WeightFormat)}
+
+    def error_model(self) -> str:
+        """Return how errors spread over a matrix, a kind of `allocate.loss_prediction.Analysis.numbers`.
+
+        `grouped`: proportional to the size of the weights in a group; `stepped`: the same everywhere;
+        `rotated_N`: spread evenly by a rotation, of codes that decide N columns together.
+        """
+        return self._base().error_model() if self._base() else "grouped"
+
+    def block_width(self) -> int:
+        """Return how many columns are decided together, between which no error is fed back."""
+        return self._base().block_width() if self._base() else 1
+
+    def codes_vectors(self) -> bool:
+        """Return whether one code stands for several weights: at equal squared error they hurt a model differently."""
+        return self._base().codes_vectors() if self._base() else False
+
+    def residual_rank(self) -> int:
+        """Return the rank of the low-rank residual that this format adds; 0 for none."""
+        return 0
+
+    def residual_dtype(self) -> str | None:
+        """Return how the factors of the residual are stored; None without a residual."""
+        return None
+
+    def without_residual(self) -> WeightFormat:
+        """Return the format inside the residual, or the format itself."""
+        return self
+
+    def timing_format(self) -> WeightFormat:
+        """Return the format whose fit is timed in place of this one: group sizes do not change the time."""
+        has_groups = "group_size" in {field.name for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return dataclasses.replace(self, group_size=64) if has_groups else self  # type: ignore[type-var]
+
+    @classmethod
+    def candidates(cls, kind: str, device: str) -> tuple[WeightFormat, ...]:
+        """Return what budgets choose from in addition to `allocate/candidates.py`.
+
+        `kind` of matrix: block, embedding or head; `device` that fits. A format from another package is chosen by
+        budgets through this.
+        """
+        return ()
+
+    def _base(self) -> WeightFormat | None:
+        return self.children().get("base")
+
     def own_shared_decoders(self) -> dict[str, SharedDecoder]:
         """The shared decoder that this format names, by its name; those of inner formats apart."""
         return {}
@@ -86,13 +154,13 @@ class WeightFormat(abc.ABC):
     def shared_decoders(self) -> dict[str, SharedDecoder]:
         """Shared decoders, inner formats' too: they are stored once, and are not in the layout. Never overridden."""
         found = self.own_shared_decoders()
-        for fmt in inner_formats(self):
+        for fmt in self.children().values():
             found |= fmt.shared_decoders()
         return found
 
     def multiply_adds(self, shape: Shape) -> int:
         """Multiply-adds of all decoder nets for a matrix of `shape`, inner formats' too. Never overridden."""
-        inside = sum(fmt.multiply_adds(self.inner_shape(shape)) for fmt in inner_formats(self))
+        inside = sum(fmt.multiply_adds(self.inner_shape(shape)) for fmt in self.children().values())
         return self.own_multiply_adds(shape) + inside
 
     def role(self, local_name: str) -> str:
@@ -103,12 +171,6 @@ class WeightFormat(abc.ABC):
         return self.roles[local_name]
 
 
-def inner_formats(fmt: WeightFormat) -> list[WeightFormat]:
-    """The formats that are fields of a format."""
-    values = (getattr(fmt, field.name) for field in dataclasses.fields(fmt))  # type: ignore[arg-type]
-    return [value for value in values if isinstance(value, WeightFormat)]
-
-
 def register(cls: type[WeightFormat]) -> type[WeightFormat]:
     """Make a format known by its name; a new format joins by this and edits no old file."""
     if _REGISTRY.setdefault(cls.name, cls) is not cls:
@@ -117,12 +179,30 @@ def register(cls: type[WeightFormat]) -> type[WeightFormat]:
 
 
 def known_formats() -> dict[str, type[WeightFormat]]:
-    """Registered formats by name, sorted."""
+    """Return registered formats by name, sorted; those of other packages too.
+
+    A package joins by an entry point of the group `reallm.formats` that names a module: importing it registers its
+    formats and how they are fitted.
+    """
+    _load_plugins()
     return dict(sorted(_REGISTRY.items()))
+
+
+@functools.cache
+def _load_plugins() -> None:
+    """Import what other packages registered under the entry-point group; one that fails is a warning that names it."""
+    for point in importlib.metadata.entry_points(group=PLUGINS):
+        try:
+            point.load()
+        except Exception as problem:  # somebody else's module may raise anything, and other models must go on working
+            package = point.dist.name if point.dist else point.value
+            warnings.warn(f"formats of {package} cannot be loaded ({type(problem).__name__}: {problem})", stacklevel=3)
 
 
 def known_format(name: Any) -> type[WeightFormat]:
     """The format registered as `name`; FormatError that lists the known ones if there is none."""
+    if isinstance(name, str) and name not in _REGISTRY:
+        _load_plugins()
     if not isinstance(name, str) or name not in _REGISTRY:
         raise FormatError(f"unknown format {reprlib.repr(name)}; known formats: {', '.join(known_formats())}")
     return _REGISTRY[name]

@@ -33,7 +33,7 @@ class UnpackedCodebook:
 @register
 @dataclass(frozen=True)
 class Codebook(WeightFormat):
-    """`index_bits` bits a vector of `vector_dim` weights: index_bits / vector_dim bits a weight.
+    """`index_bits` bits per vector of `vector_dim` weights: index_bits / vector_dim bits per weight.
 
     2^index_bits entries in float16, 1 to 16 index bits. Rows that `vector_dim` does not divide are padded
     with zeros by one short vector, which is counted. `group_size` and `scales` as in `scales.py`.
@@ -67,6 +67,14 @@ class Codebook(WeightFormat):
     def vectors_per_row(self, in_features: int) -> int:
         """Indices of one row."""
         return -(-in_features // self.vector_dim)
+
+    def block_width(self) -> int:
+        """Return the weights of a vector."""
+        return self.vector_dim
+
+    def codes_vectors(self) -> bool:
+        """Return whether vectors are longer than one weight."""
+        return self.vector_dim > 1
 
     def check(self, shape: Shape) -> None:
         """Every shape fits: the last vector and the last group of a row may be short."""

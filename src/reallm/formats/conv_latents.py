@@ -4,7 +4,7 @@ The neural decoder of ReALLM (Leconte et al., arXiv:2405.13155), which took HNeR
 512 weights. Here one net takes a matrix of any size, tile by tile without seams; it is run once at load. It is dear:
 `reallm info` counts its multiply-adds, and its parameters weigh like all bytes unless many matrices share it.
 
-    latents (a matrix in `base`) -> net (decoders/conv.py), b_φ bits a parameter -> times the scale of the row
+    latents (a matrix in `base`) -> net (decoders/conv.py), b_φ bits per parameter -> times the scale of the row
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class ConvLatents(WeightFormat):
                 raise FormatError(f"conv_latents: {name}={getattr(self, name)} is not in 1 … {most}")
         if (multiply_adds := self.net.multiply_adds_per_weight) > MAX_MULTIPLY_ADDS:
             raise FormatError(
-                f"conv_latents: width={self.width} and stages={self.stages} take {multiply_adds:,.0f} multiply-adds a weight, "
-                f"more than {MAX_MULTIPLY_ADDS:,}"
+                f"conv_latents: width={self.width} and stages={self.stages} take {multiply_adds:,.0f} multiply-adds "
+                f"per weight, more than {MAX_MULTIPLY_ADDS:,}"
             )
         if not 0 <= self.steps <= _MAX_STEPS:
             raise FormatError(f"conv_latents: steps={self.steps} is not in 0 … {_MAX_STEPS}")
@@ -116,7 +116,7 @@ class ConvLatents(WeightFormat):
         return rows, columns * self.channels
 
     def check(self, shape: Shape) -> None:
-        """Fits where the base fits the latents, down to 1/8 bit a weight."""
+        """Fits where the base fits the latents, down to 1/8 bit per weight."""
         self.base.check(self.inner_shape(shape))
         parameters.check_rate(self.name, self.base.nbytes(self.inner_shape(shape)), shape)
 
@@ -148,7 +148,7 @@ class ConvLatents(WeightFormat):
         return parameters.pack(self.decoder_bits, decoder, self.num_decoder_parameters)
 
     def unpack(self, tensors: Tensors, shape: Shape) -> UnpackedConvLatents:
-        """The inverse of `pack`. Errors: FormatError if a shared net is not at hand."""
+        """The inverse of `pack`. Errors: FormatError if a shared net is not loaded."""
         base = self.base.unpack(strip_prefix("base", tensors), self.inner_shape(shape))
         scales = scale_store.unpack(scale_store.FLOAT16, tensors, (shape[0], 1))
         return UnpackedConvLatents(self.decoder(tensors, scales.device), scales, base)

@@ -1,6 +1,6 @@
 """`e8`: words of the E8 lattice for eight neighbouring weights, made for entries that look Gaussian.
 
-The E8P code of QuIP# (Tseng et al., arXiv:2402.04396) at 2 bits a weight, and its residual forms at 3 and 4.
+The E8P code of QuIP# (Tseng et al., arXiv:2402.04396) at 2 bits per weight, and its residual forms at 3 and 4.
 The words follow from their definition and are never stored. Among equally short lattice points, more than fit into
 a code, the choice is our own: those far from each other. It is meant for weights after a Hadamard transform.
 
@@ -41,7 +41,7 @@ class UnpackedE8:
 @register
 @dataclass(frozen=True)
 class E8(WeightFormat):
-    """E8-lattice words for eight weights of a row, 2, 3 or 4 bits a weight, and one float32 scale a matrix.
+    """E8-lattice words for eight weights of a row, 2, 3 or 4 bits per weight, and one float32 scale per matrix.
 
     Rows that 8 does not divide are padded with zeros by one short vector, which is counted.
     Errors: FormatError for other `bits`.
@@ -61,11 +61,15 @@ class E8(WeightFormat):
         """Codes of one row."""
         return -(-in_features // VECTOR_DIM)
 
+    def block_width(self) -> int:
+        """Return the weights of a lattice point."""
+        return 8
+
     def check(self, shape: Shape) -> None:
         """Every shape fits: the last vector of a row may be short."""
 
     def layout(self, shape: Shape) -> Tensors:
-        """`codes`: `bits` bytes a vector, lowest first, row-major; `scales` (1,) float32."""
+        """`codes`: `bits` bytes per vector, lowest first, row-major; `scales` (1,) float32."""
         count = shape[0] * self.vectors_per_row(shape[1])
         return {"codes": empty((count * self.bits,), torch.uint8), "scales": empty((1,), torch.float32)}
 

@@ -2,7 +2,7 @@
 
 The size follows the entropy of the codes and not their largest (WaterSIC, arXiv:2603.04956), so that one step serves
 a whole matrix and no weight is clipped. Eight neighbouring rows of a column are a point of the lattice E8, which
-loses 0.15 bits a weight to Shannon's bound where separate codes lose 0.25 (a sphere packs space better than a cube).
+loses 0.15 bits per weight to Shannon's bound where separate codes lose 0.25 (a sphere packs space better than a cube).
 
 weight ── E8, rate and distortion (fit) ──▶ codes ── histogram, ANS (pack) ──▶ words, zeros up to the budget
 """
@@ -38,7 +38,7 @@ class UnpackedEntropyCoded:
 @register
 @dataclass(frozen=True)
 class EntropyCoded(WeightFormat):
-    """`bits` stored bits a weight, tables and step included; the size is exact and known before fitting.
+    """`bits` stored bits per weight, tables and step included; the size is exact and known before fitting.
 
     `fit` chooses the step so that the coded words fill the budget; what they leave is filled with zeros and counted.
     `largest` (1 to 127): codes of smaller magnitude have a frequency of their own, others take 16 bits more.
@@ -70,6 +70,10 @@ class EntropyCoded(WeightFormat):
     def words(self, shape: Shape) -> int:
         """32-bit words for codes: what the budget leaves beside tables and step; may be negative."""
         return (math.floor(self.bits * shape[0] * shape[1] / 8) - self._overhead_nbytes(shape)) // _WORD_BYTES
+
+    def error_model(self) -> str:
+        """Return `stepped`: one step for the whole matrix."""
+        return "stepped"
 
     def check(self, shape: Shape) -> None:
         """Tables may take half of the bytes."""
@@ -126,7 +130,7 @@ class EntropyCoded(WeightFormat):
             columns = np.flatnonzero(column_classes == number)
             codes[:, columns] = read_codes(reader, shape[0], len(columns), table)
             done += len(columns)
-        if not reader.exhausted or done != shape[1]:
+        if not reader.is_empty or done != shape[1]:
             raise FormatError("entropy_coded: the stream of codes is damaged; copy the artifact again")
         return UnpackedEntropyCoded(torch.from_numpy(codes).to(tensors["codes"].device), tensors["step"])
 

@@ -94,7 +94,7 @@ class LinearLatents(WeightFormat):
         return -(-shape[0] // self.patch_rows), -(-shape[1] // self.patch_columns) * self.kept
 
     def check(self, shape: Shape) -> None:
-        """Fits where the base fits the latents, down to 1/8 bit a weight."""
+        """Fits where the base fits the latents, down to 1/8 bit per weight."""
         self.base.check(self.inner_shape(shape))
         parameters.check_rate(self.name, self.base.nbytes(self.inner_shape(shape)), shape)
 
@@ -125,7 +125,7 @@ class LinearLatents(WeightFormat):
         return parameters.pack(self.decoder_bits, decoder, self.num_decoder_parameters)
 
     def unpack(self, tensors: Tensors, shape: Shape) -> UnpackedLinearLatents:
-        """The inverse of `pack`. Errors: FormatError if a shared basis is not at hand."""
+        """The inverse of `pack`. Errors: FormatError if a shared basis is not loaded."""
         base = self.base.unpack(strip_prefix("base", tensors), self.inner_shape(shape))
         return UnpackedLinearLatents(self.decoder(tensors, next(iter(tensors.values())).device), base)
 

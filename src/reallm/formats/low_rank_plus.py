@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from reallm.errors import FormatError
@@ -33,7 +33,7 @@ class UnpackedLowRankPlus:
 @register
 @dataclass(frozen=True)
 class LowRankPlus(WeightFormat):
-    """`base` plus `rank` terms; factors in bfloat16, or in int8 with one float16 scale a column."""
+    """`base` plus `rank` terms; factors in bfloat16, or in int8 with one float16 scale per column."""
 
     base: WeightFormat
     rank: int
@@ -103,3 +103,32 @@ class LowRankPlus(WeightFormat):
     def fake_quantize_factor(self, factor: Float[Tensor, "rows rank"]) -> Float[Tensor, "rows rank"]:
         """A factor as it comes back from the file."""
         return self.unpack_factor("left", self.pack_factor("left", factor))
+
+    def decode_rows(self, tensors: Tensors, shape: Shape, rows: Int[Tensor, " n"]) -> Float[Tensor, "n in"]:
+        """Return the named rows in float32: those of the base, and of the residual."""
+        found = self.base.decode_rows(strip_prefix("base", tensors), shape, rows)
+        return found + self.unpack_factor("left", tensors)[rows] @ self.unpack_factor("right", tensors).T
+
+    def residual_rank(self) -> int:
+        """Return the rank."""
+        return self.rank
+
+    def residual_dtype(self) -> str:
+        """Return how the factors are stored."""
+        return self.factors
+
+    def without_residual(self) -> WeightFormat:
+        """Return the format inside."""
+        return self.base
+
+    def timing_format(self) -> WeightFormat:
+        """Return the format inside as it is timed, without a residual of rank 1: that fits the base in rounds."""
+        return self.base.timing_format() if self.rank == 1 else self
+
+    @staticmethod
+    def replace_residual(fmt: WeightFormat, rank: int | None) -> WeightFormat:
+        """Return `fmt` with its residual, if any, replaced by one of `rank`; None leaves it alone, 0 removes it."""
+        if rank is None:
+            return fmt
+        base, factors = (fmt.base, fmt.factors) if isinstance(fmt, LowRankPlus) else (fmt, INT8)
+        return LowRankPlus(base=base, rank=rank, factors=factors) if rank else base

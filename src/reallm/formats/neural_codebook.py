@@ -5,7 +5,7 @@ indices and is a plain table from then on, so that it costs nothing where the ma
 of 8 in float16 is 1 MiB, a net of 4 digits and 32 hidden numbers is 2.8 KB at 8 bits. One decoder can serve many
 matrices (`shared`), and is then charged once.
 
-    index -> net (decoders/codebook_net.py), b_φ bits a parameter -> table -> look-up -> times the scale of the row or group
+    index -> net (decoders/codebook_net.py), b_φ bits per parameter -> codebook -> look-up -> scale of row or group
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class UnpackedNeuralCodebook:
 @register
 @dataclass(frozen=True)
 class NeuralCodebook(WeightFormat):
-    """`index_bits` bits a vector of `vector_dim` weights; the codebook is a net of the index, not a stored table.
+    """`index_bits` bits per vector of `vector_dim` weights; the codebook is a net of the index, not a stored table.
 
     The index is cut into digits of `digit_bits` bits, each with a table of its own; `hidden` numbers beside the sum of
     their entries pass a GELU (0: the decoder is linear in the digits). Parameters take `decoder_bits` bits (3, 4, 6,
-    8, 16). `shared` names a decoder for all matrices that name it. `group_size` (0: one scale a row) and `scales` as in
-    `scales.py`.
+    8, 16). `shared` names a decoder for all matrices that name it. `group_size` (0: one scale per row) and `scales` as
+    in     `scales.py`.
     """
 
     index_bits: int = 16
@@ -90,8 +90,16 @@ class NeuralCodebook(WeightFormat):
         """Indices of one row."""
         return -(-in_features // self.vector_dim)
 
+    def block_width(self) -> int:
+        """Return the weights of a vector."""
+        return self.vector_dim
+
+    def codes_vectors(self) -> bool:
+        """Return whether vectors are longer than one weight."""
+        return self.vector_dim > 1
+
     def check(self, shape: Shape) -> None:
-        """The last vector and the last group of a row may be short; 1/8 bit a weight is the least."""
+        """The last vector and the last group of a row may be short; 1/8 bit per weight is the least."""
         codes = packed_nbytes(shape[0] * self.vectors_per_row(shape[1]), self.index_bits)
         parameters.check_rate(self.name, codes, shape)
 
@@ -127,7 +135,7 @@ class NeuralCodebook(WeightFormat):
         }
 
     def unpack(self, tensors: Tensors, shape: Shape) -> UnpackedNeuralCodebook:
-        """The inverse of `pack`. Errors: FormatError if a shared decoder is not at hand."""
+        """The inverse of `pack`. Errors: FormatError if a shared decoder is not loaded."""
         vectors = self.vectors_per_row(shape[1])
         codes = unpack_bits(tensors["codes"], self.index_bits, shape[0] * vectors).view(shape[0], vectors)
         scales = scale_store.unpack(self.scales, tensors, scale_store.grid(shape, self.group_size))

@@ -17,7 +17,7 @@ from torch import Tensor
 from reallm.errors import FormatError
 from reallm.formats import scales as scale_store
 from reallm.formats.base import Shape, Tensors, WeightFormat, empty, register
-from reallm.kernels import pack_bits, packed_nbytes, unpack_bits
+from reallm.kernels import pack_bits, packed_nbytes, unpack_bits, unpack_code_rows
 
 
 @functools.cache
@@ -61,6 +61,7 @@ class NormalFloat(WeightFormat):
     scales: str = scale_store.TWO_LEVEL
 
     name: ClassVar[str] = "normal_float"
+    cheap_to_fit: ClassVar[bool] = True
     roles: ClassVar[dict[str, str]] = {"codes": "codes", **scale_store.ROLES}
     examples: ClassVar[tuple[dict, ...]] = ({"bits": 2}, {"bits": 3}, {"bits": 4})
 
@@ -97,3 +98,11 @@ class NormalFloat(WeightFormat):
         """levels[code] · scale."""
         levels = self.levels(unpacked.scales.device)
         return scale_store.apply_scales(levels[unpacked.codes], unpacked.scales, self.group_size)
+
+    def decode_rows(self, tensors: Tensors, shape: Shape, rows: Int[Tensor, " n"]) -> Float[Tensor, "n in"]:
+        """Return the named rows in float32; only rows that fill whole bytes can be read alone."""
+        if shape[1] * self.bits % 8:
+            return super().decode_rows(tensors, shape, rows)
+        scales = scale_store.unpack(self.scales, tensors, scale_store.grid(shape, self.group_size))[rows]
+        unpacked = UnpackedNormalFloat(unpack_code_rows(tensors["codes"], self.bits, shape, rows), scales)
+        return self.decode(unpacked, (len(rows), shape[1]))

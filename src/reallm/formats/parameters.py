@@ -31,9 +31,9 @@ def check_bits(owner: str, bits: int) -> None:
 
 
 def check_rate(owner: str, codes: int, shape: Shape) -> None:
-    """Errors: FormatError for codes below 1/8 bit a weight, by which a small file could ask for any memory."""
+    """Errors: FormatError for codes below 1/8 bit per weight, by which a small file could ask for any memory."""
     if 64 * codes < shape[0] * shape[1]:
-        raise FormatError(f"{owner}: {codes:,} bytes of codes for a {shape} matrix are below 1/8 bit a weight")
+        raise FormatError(f"{owner}: {codes:,} bytes of codes for a {shape} matrix are below 1/8 bit per weight")
 
 
 def storage(bits: int) -> WeightFormat:

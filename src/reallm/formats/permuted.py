@@ -33,8 +33,8 @@ class UnpackedPermuted:
 class Permuted(WeightFormat):
     """`base` of the reordered matrix; one order of columns for all rows, or one for every `block_rows` rows.
 
-    Stored as ⌈log2 in_features⌉ bits a column and order. With `rows` the rows have an order too, at
-    ⌈log2 out_features⌉ bits a row; blocks are then of rows in that order. `method` is how `fit` looks for orders:
+    Stored as ⌈log2 in_features⌉ bits per column and order. With `rows` the rows have an order too, at
+    ⌈log2 out_features⌉ bits per row; blocks are then of rows in that order. `method` is how `fit` looks for orders:
     `sort` by norms; `greedy`, the chain of nearest columns of ReALLM (arXiv:2405.13155); `spectral`, by the Fiedler
     vector of their likeness.
     """

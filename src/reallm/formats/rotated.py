@@ -50,6 +50,10 @@ class Rotated(WeightFormat):
         if not 0 <= self.seed < 1 << 63:
             raise FormatError(f"rotated: seed={self.seed} is not in 0 … 2^63 - 1")
 
+    def error_model(self) -> str:
+        """Return `rotated_N` with the columns N that the base decides together."""
+        return f"rotated_{self.base.block_width()}"
+
     def check(self, shape: Shape) -> None:
         """Fits whatever the base fits, but for sizes whose odd part is huge: it takes a square matrix of its own."""
         turned = {"both": shape, "inputs": shape[1:], "outputs": shape[:1]}[self.sides]

@@ -46,6 +46,7 @@ class Scaled(WeightFormat):
     scales: str = scale_store.TWO_LEVEL
 
     name: ClassVar[str] = "scaled"
+    predicted_by_role: ClassVar[bool] = False
     roles: ClassVar[dict[str, str]] = _ROLES
     examples: ClassVar[tuple[dict, ...]] = ({"base": {"format": "rotated", "base": {"format": "e8", "bits": 2}}},)
 
@@ -53,6 +54,11 @@ class Scaled(WeightFormat):
         if self.sides not in (BOTH, INPUTS, OUTPUTS):
             raise FormatError(f"scaled: sides={self.sides!r} is not one of {BOTH}, {INPUTS}, {OUTPUTS}")
         scale_store.check_groups(self.name, 0, self.scales)
+
+    def error_model(self) -> str:
+        """Return the base's, and before a rotation also which channels are scaled: `inputs_rotated_N`."""
+        inside = self.base.error_model()
+        return f"{self.sides}_{inside}" if inside.startswith("rotated_") else inside
 
     def check(self, shape: Shape) -> None:
         """Fits whatever the base fits."""

@@ -47,7 +47,7 @@ def grid(shape: Shape, group_size: int) -> Shape:
 
 
 def expand_groups(values: Shaped[Tensor, "out groups"], in_features: int, group_size: int) -> Shaped[Tensor, "out in"]:
-    """One value a group -> one value a weight."""
+    """One value per group -> one value per weight."""
     return values.repeat_interleave(_width(in_features, group_size), dim=1)[:, :in_features]
 
 

@@ -1,7 +1,7 @@
-"""Decoders that many matrices share: stored once in an artifact, and put at hand for whoever unpacks a matrix.
+"""Decoders that many matrices share: stored once in an artifact, and put loaded for whoever unpacks a matrix.
 
 A format that names a shared decoder leaves it out of its layout. It is a *table* of the artifact, and its tensors are
-at hand inside `with use_shared_decoders({name: tensors})`: so no wrapper around such a format needs to know of it.
+loaded inside `with use_shared_decoders({name: tensors})`: so no wrapper around such a format needs to know of it.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def use_shared_decoders(shared_decoders: Mapping[str, Tensors]) -> Iterator[None
 
 
 def shared_decoder_tensors(name: str) -> Tensors:
-    """The tensors of a table by local name. Errors: FormatError if it is not at hand."""
+    """The tensors of a table by local name. Errors: FormatError if it is not loaded."""
     found = (_loaded.get() or {}).get(name)
     if found is None:
-        raise FormatError(f"the shared decoder {name!r} is not at hand: it is trained with all matrices that name it")
+        raise FormatError(f"the shared decoder {name!r} is not loaded: it is trained with all matrices that name it")
     return found
 
 

@@ -32,7 +32,7 @@ class UnpackedTrellis:
 @register
 @dataclass(frozen=True)
 class Trellis(WeightFormat):
-    """`bits` bits a weight (1 to 4), window of `state_bits` bits, one scale a matrix.
+    """`bits` bits per weight (1 to 4), window of `state_bits` bits, one scale per matrix.
 
     Values are computed, the quantiles of a normal; with `table_bits` they are that many bits of the quantile
     looked up in a learned table, which is stored. A tile has `tile_columns` columns (4, 8 or 16) and
@@ -57,6 +57,10 @@ class Trellis(WeightFormat):
             raise FormatError(f"trellis: tile_columns={self.tile_columns} is not one of 4, 8, 16")
         if not 0 <= self.table_bits <= self.state_bits:
             raise FormatError(f"trellis: table_bits={self.table_bits} is not in 0 … state_bits={self.state_bits}")
+
+    def block_width(self) -> int:
+        """Return the columns of a tile."""
+        return self.tile_columns
 
     def check(self, shape: Shape) -> None:
         """Every shape fits: the last tiles are filled."""

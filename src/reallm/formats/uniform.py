@@ -12,7 +12,7 @@ from torch import Tensor
 from reallm.errors import FormatError
 from reallm.formats import scales as scale_store
 from reallm.formats.base import Shape, Tensors, WeightFormat, empty, register
-from reallm.kernels import pack_bits, packed_nbytes, unpack_bits
+from reallm.kernels import pack_bits, packed_nbytes, unpack_bits, unpack_code_rows
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class UnpackedUniform:
 @register
 @dataclass(frozen=True)
 class Uniform(WeightFormat):
-    """2^bits levels a group, 1 to 8 bits.
+    """2^bits levels per group, 1 to 8 bits.
 
     Symmetric: a fixed zero code and a *signed* scale, so that the group's largest weight, whichever its
     sign, takes the one level that has no opposite. Asymmetric: an integer zero point of `bits` bits a
@@ -44,6 +44,7 @@ class Uniform(WeightFormat):
     scales: str = scale_store.FLOAT16
 
     name: ClassVar[str] = "uniform"
+    cheap_to_fit: ClassVar[bool] = True
     roles: ClassVar[dict[str, str]] = {"codes": "codes", "zeros": "scales", **scale_store.ROLES}
     examples: ClassVar[tuple[dict, ...]] = ({"bits": 2}, {"bits": 3}, {"bits": 4})
 
@@ -95,3 +96,13 @@ class Uniform(WeightFormat):
                 torch.float32
             )
         return scale_store.apply_scales(steps, unpacked.scales, self.group_size)
+
+    def decode_rows(self, tensors: Tensors, shape: Shape, rows: Int[Tensor, " n"]) -> Float[Tensor, "n in"]:
+        """Return the named rows in float32; only rows that fill whole bytes can be read alone."""
+        if shape[1] * self.bits % 8:
+            return super().decode_rows(tensors, shape, rows)
+        grid = scale_store.grid(shape, self.group_size)
+        zeros = None if self.symmetric else unpack_bits(tensors["zeros"], self.bits, grid[0] * grid[1]).view(grid)[rows]
+        codes = unpack_code_rows(tensors["codes"], self.bits, shape, rows)
+        unpacked = UnpackedUniform(codes, scale_store.unpack(self.scales, tensors, grid)[rows], zeros)
+        return self.decode(unpacked, (len(rows), shape[1]))

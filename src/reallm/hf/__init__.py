@@ -1,19 +1,19 @@
-"""The compressed model in transformers: modules, the quantizer that puts them in place, loading, memory.
+"""Compressed models in transformers: modules, the quantizer that inserts them, loading, memory footprint.
 
-Importing it does not import transformers yet, which takes seconds.
+Importing this package does not import transformers, which takes seconds.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# Imported eagerly also so that `load` here is the function, not the file of that name.
+# Imported eagerly so that `load` is the function here, not the module of that name.
 from reallm.hf.load import is_artifact, load, load_tokenizer
 from reallm.hf.memory_footprint import (
+    artifact_memory_footprint,
+    get_memory_footprint,
     predict_memory_footprint,
     unquantized_tensors,
-    get_memory_footprint,
-    artifact_memory_footprint,
     verify_artifact,
 )
 from reallm.hf.modules import (

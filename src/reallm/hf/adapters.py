@@ -1,6 +1,6 @@
-"""Adapters in a loaded model: residuals of the form that PEFT's LoRA has, read from a folder and added by hooks.
+"""Adapters in a loaded model: LoRA residuals in PEFT's format, read from a folder and added by forward hooks.
 
-adapter_config.json         rank, and which modules; the scale is alpha / rank
+adapter_config.json         rank, alpha and target modules; the scale is alpha / rank
 adapter_model.safetensors   base_model.model.<module path>.lora_A.weight (rank, in) and lora_B.weight (out, rank)
 """
 
@@ -22,25 +22,25 @@ from reallm.errors import ArtifactError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# Kinds of first factors that PEFT subtracts from the base's weights, which it changes for that.
-TAKEN_OUT = ("pissa", "olora", "loftq", "corda", "lora_ga")
-# Before `source_sha256` of the artifact that it was trained over, as the base's `revision` in CONFIG: a field of PEFT,
-# which keeps it. Metadata of WEIGHTS come in any order, so that equal adapters had other bytes.
+# Values of init_lora_weights for which PEFT subtracts the initial factors from the weights of its base.
+RESIDUAL_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
+# Prefix of the base artifact's `source_sha256` in the field `revision` of CONFIG, which PEFT preserves. Metadata of
+# WEIGHTS would be written in any order, so that equal adapters had different bytes.
 REVISION = "sha256:"
 
 
 @dataclass(frozen=True)
 class Factors:
-    """left · rightᵀ is added to a weight."""
+    """Low-rank factors; left · rightᵀ is added to a weight."""
 
     left: Float[Tensor, "out rank"]
     right: Float[Tensor, "in rank"]
 
 
 def read_adapter(folder: str | Path) -> dict[str, Factors]:
-    """An adapter's factors by module path, float32, the scale put into the left ones.
+    """Return an adapter's factors by module path, in float32, the left ones multiplied by the scale.
 
-    Errors: ArtifactError if it is not a LoRA adapter, damaged, or of a kind that is more than two factors.
+    Errors: ArtifactError if it is not a LoRA adapter, is damaged, or has more than two factors per module.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
@@ -49,14 +49,14 @@ def read_adapter(folder: str | Path) -> dict[str, Factors]:
     headers = read_headers([folder / WEIGHTS], ArtifactError)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA" or config.get("use_dora"):
         raise ArtifactError(f"{folder}: only plain LoRA adapters can be read")
-    if str(begun := config.get("init_lora_weights")).startswith(TAKEN_OUT):
+    if str(init := config.get("init_lora_weights")).startswith(RESIDUAL_INITS):
         raise ArtifactError(
-            f"{folder}: init_lora_weights={begun!r} took its first factors out of the weights of its base, "
-            "which a compressed one still has; save it with PEFT's path_initial_model_for_weight_conversion"
+            f"{folder}: init_lora_weights={init!r} took its first factors out of the weights of its base, "
+            "but a compressed model still contains them; save it with PEFT's path_initial_model_for_weight_conversion"
         )
     paths = [name.removesuffix(".lora_A.weight") for name in headers if name.endswith(".lora_A.weight")]
     if len(headers) != 2 * len(paths) or not all(f"{path}.lora_B.weight" in headers for path in paths):
-        raise ArtifactError(f"{folder}: holds other tensors than pairs of lora_A and lora_B; only these can be read")
+        raise ArtifactError(f"{folder}: contains tensors other than pairs of lora_A and lora_B; only these can be read")
     for path in paths:
         down, up = (headers[f"{path}.lora_{side}.weight"] for side in "AB")
         ranks = {down.shape[0], up.shape[-1]} if len(down.shape) == len(up.shape) == 2 else set()
@@ -68,7 +68,7 @@ def read_adapter(folder: str | Path) -> dict[str, Factors]:
     try:
         pairs = {path: _pair(folder, headers, path, config) for path in paths}
     except (ValueError, TypeError, AttributeError, OverflowError) as problem:
-        raise ArtifactError(f"{folder}: {CONFIG} holds what is no scale of an adapter ({problem})") from problem
+        raise ArtifactError(f"{folder}: {CONFIG} has an invalid scale ({problem})") from problem
     for path, pair in pairs.items():
         if not (torch.isfinite(pair.left).all() and torch.isfinite(pair.right).all()):
             raise ArtifactError(f"{folder}: {path} has factors that are not finite; damaged")
@@ -76,10 +76,9 @@ def read_adapter(folder: str | Path) -> dict[str, Factors]:
 
 
 def check_base(folder: str | Path, provenance: Mapping[str, Any] | None) -> None:
-    """Whether an adapter was trained over an artifact of the same original, as far as both say so.
+    """Raise ArtifactError if an adapter was trained over an artifact of another source model.
 
-    `provenance` is the artifact's; None for a model that is none.
-    Errors: ArtifactError naming both.
+    `provenance` is the artifact's, None for a model that is not compressed. Without a recorded base it passes.
     """
     revision = read_json(Path(folder) / CONFIG, ArtifactError).get("revision")
     if not isinstance(revision, str) or not revision.startswith(REVISION):
@@ -87,18 +86,18 @@ def check_base(folder: str | Path, provenance: Mapping[str, Any] | None) -> None
     if provenance is None:
         raise ArtifactError(
             f"{folder}: was trained over a compressed model, whose errors it makes up for, and this one is not "
-            "compressed; name the folder that reallm compress wrote"
+            "compressed; give the folder that reallm compress wrote"
         )
     trained, here = revision.removeprefix(REVISION), provenance.get("source_sha256")
     if isinstance(here, str) and trained != here:
         raise ArtifactError(
-            f"{folder}: was trained over a model made of {trained:.12}…, and this one is made of {here:.12}… (sha256 "
-            "of the originals' weights); it is of another base"
+            f"{folder}: was trained over a compressed model of source {trained:.12}…, but this model's source is "
+            f"{here:.12}… (sha256 of the source weights); it is of another base"
         )
 
 
 class Adapters:
-    """Adapters in a loaded model, compressed or not, of which one, several or none are at work.
+    """Adapters in a loaded model, compressed or not; none, one or several are active.
 
     >>> adapters = Adapters(reallm.load("OUT"))
     >>> adapters.load("french", "FRENCH"); adapters.switch("french"); adapters.switch()
@@ -112,30 +111,32 @@ class Adapters:
 
     @property
     def names(self) -> list[str]:
-        """Those that are loaded."""
+        """Return the names of the loaded adapters."""
         return list(self._loaded)
 
     def load(self, name: str, folder: str | Path) -> None:
-        """Read an adapter; it is at work once switched to, at once in place of one of its name that is.
+        """Read an adapter; `switch` activates it. If an adapter of this name is active, it is replaced at once.
 
         Errors: ArtifactError if it does not fit this model.
         """
         self.add(name, folder, read_adapter(folder))
 
     def add(self, name: str, folder: str | Path, factors: dict[str, Factors]) -> None:
-        """`load` of a folder whose factors have been read."""
+        """Add an adapter whose factors have been read; otherwise as `load`."""
         check_base(folder, _provenance(self.model))
         modules = dict(self.model.named_modules())
         for path, pair in factors.items():
             module, shape = modules.get(path), (pair.left.shape[0], pair.right.shape[0])
             if (getattr(module, "out_features", None), getattr(module, "in_features", None)) != shape:
-                raise ArtifactError(f"{folder}: {path} of shape {shape} is no linear of this model; it is of another")
+                raise ArtifactError(
+                    f"{folder}: {path} of shape {shape} is no linear of this model; the adapter belongs to another"
+                )
         self._loaded[name] = factors
         if name in self.active:
             self.switch(*self.active)
 
     def switch(self, *names: str) -> None:
-        """Only the adapters named are at work from now on, added up; none without a name.
+        """Activate exactly the named adapters, whose residuals are added up; without names none is active.
 
         Errors: ArtifactError for a name that is not loaded.
         """
@@ -153,13 +154,13 @@ class Adapters:
 
 
 def _provenance(model: nn.Module) -> Mapping[str, Any] | None:
-    """That of the artifact which a model was loaded from; None for others."""
+    """Return the provenance of the artifact that a model was loaded from; None for other models."""
     quantization = getattr(getattr(model, "config", None), "quantization_config", None)
     return getattr(quantization, "provenance", None)
 
 
 def _pair(folder: Path, headers: dict[str, Header], path: str, config: dict[str, Any]) -> Factors:
-    """The factors of one module; both keys of a pattern are looked up as PEFT does, by the end of the path."""
+    """Return the scaled factors of one module; keys of `alpha_pattern` match the end of the path, as in PEFT."""
     down, up = (read_tensor(headers[f"{path}.lora_{side}.weight"]).to(torch.float32) for side in "AB")
     alpha = float(_match_pattern(config.get("alpha_pattern"), path, float(config.get("lora_alpha", down.shape[0]))))
     rank = math.sqrt(down.shape[0]) if config.get("use_rslora") else down.shape[0]
@@ -167,34 +168,34 @@ def _pair(folder: Path, headers: dict[str, Header], path: str, config: dict[str,
 
 
 def _check_rank(folder: Path, path: str, rank: int, config: dict[str, Any]) -> None:
-    """Errors: ArtifactError if the config says another rank than a module's factors have; PEFT could not read them."""
-    said, pattern = config.get("r"), config.get("rank_pattern")
+    """Raise ArtifactError if the config's rank is not the rank of a module's factors; PEFT could not read them."""
+    stated, pattern = config.get("r"), config.get("rank_pattern")
     if isinstance(pattern, dict) and pattern:
-        # PEFT also takes expressions for keys: what none of the plain ones names is left to the factors.
-        said = _match_pattern(pattern, path, None)
-    if type(said) is int and said != rank:
-        raise ArtifactError(f"{folder}: {path} has factors of rank {rank}, {CONFIG} says {said}; they do not match")
+        # PEFT also accepts regular expressions as keys: without a plain key that matches, the rank is not checked.
+        stated = _match_pattern(pattern, path, None)
+    if type(stated) is int and stated != rank:
+        raise ArtifactError(f"{folder}: {path} has factors of rank {rank}, {CONFIG} says {stated}; they do not match")
 
 
 def _are_floats(*headers: Header) -> bool:
     return all(header.dtype.is_floating_point for header in headers)
 
 
-def _match_pattern(pattern: Any, path: str, usual: Any) -> Any:
-    """The value of the first key that ends the path, as PEFT looks it up."""
+def _match_pattern(pattern: Any, path: str, default: Any) -> Any:
+    """Return the value of the first key that matches the end of the path, as PEFT does; else `default`."""
     found = [value for key, value in (pattern or {}).items() if path == key or path.endswith(f".{key}")]
-    return found[0] if found else usual
+    return found[0] if found else default
 
 
 def _residual_hook(pair: Factors) -> Callable[..., Tensor]:
-    """A forward hook that adds what the residual makes of the inputs."""
+    """Return a forward hook that adds the residual's product with the inputs."""
 
     right, left = pair.right, pair.left
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         nonlocal right, left
         x = inputs[0]
-        if (right.device, right.dtype) != (x.device, x.dtype):  # once, not at every token
+        if (right.device, right.dtype) != (x.device, x.dtype):  # once, not for every token
             right, left = (factor.to(x.device, x.dtype) for factor in (pair.right, pair.left))
         return output + (x @ right) @ left.T
 

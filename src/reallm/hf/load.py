@@ -1,4 +1,4 @@
-"""Loading a model to use: an artifact of ours or an original, through one door."""
+"""Load a model: a compressed artifact or an original model."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ def load(
     verify: bool = True,
     adapter: str | Path | None = None,
 ) -> nn.Module:
-    """A model in eval mode: a compressed one in `mode`, or an original folder, hub id or GGUF file.
+    """Return a model in eval mode: a compressed artifact in `mode`, or an original folder, hub id or GGUF file.
 
-    `dtype` is what it computes in, its own by default. `verify` compares a compressed one with its checksums first.
-    `adapter` is a folder with a LoRA adapter, ours or PEFT's, which is added to what the model's linears put out.
+    `dtype` is the compute dtype, the model's own by default. `verify` compares an artifact with its checksums first.
+    `adapter` is a folder with a LoRA adapter, written by reallm or PEFT, whose residuals are added to the outputs of
+    the model's linears.
     Errors: ArtifactError, FormatError or SourceError, one line with the remedy.
     """
     check_mode(mode)
-    factors = None if adapter is None else read_adapter(adapter)  # before a model of minutes
+    factors = None if adapter is None else read_adapter(adapter)  # first: loading the model may take minutes
     if not is_artifact(path):
         if adapter is not None:
             check_base(adapter, None)
@@ -49,7 +50,7 @@ def load(
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of an artifact or an original.
+    """Return the tokenizer of an artifact or an original model.
 
     Errors: SourceError if there is none, or if it would run code from the folder.
     """
@@ -71,12 +72,12 @@ def load_tokenizer(path: str | Path) -> Any:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except SourceError:
         raise
-    except Exception as problem:  # tokenizers are code of many families that meets any file
+    except Exception as problem:  # tokenizers raise errors of any type on damaged files
         raise SourceError(f"{path}: the tokenizer cannot be read ({error_line(problem)})") from problem
 
 
 def is_artifact(path: str | Path) -> bool:
-    """Whether a path is a folder that reallm wrote, by its config alone."""
+    """Return whether a path is a folder that reallm wrote, by its config alone."""
     file = Path(path).expanduser() / "config.json"
     try:
         config = read_json(file)
@@ -87,7 +88,7 @@ def is_artifact(path: str | Path) -> bool:
 
 
 def _load_artifact(folder: Path, mode: str, device: Any, dtype: torch.dtype | None, verify: bool) -> nn.Module:
-    """Everything that can be known of the files is checked before transformers builds anything."""
+    """Load an artifact; everything that the files tell is checked before transformers builds the model."""
     from transformers import AutoModelForCausalLM
 
     from reallm.hf.quantizer import register_with_transformers, replace_mode

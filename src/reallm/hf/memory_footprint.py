@@ -1,4 +1,4 @@
-"""Bytes that a model takes in memory: measured, and foretold from shapes."""
+"""Memory footprint of a model: measured, and predicted from shapes."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ from reallm.source.walk import EXCLUDED_BY_PLAN, meta_model, walk
 
 
 def get_memory_footprint(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, each storage once; works on the meta device too."""
+    """Return the bytes of all parameters and buffers, each storage once; also works on the meta device."""
     tensors = [*model.parameters(), *model.buffers()]
     storages = {storage._cdata: storage for tensor in tensors if (storage := tensor.untyped_storage()) is not None}
     return sum(storage.nbytes() for storage in storages.values())
 
 
 def num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    """Count a model's parameters, every compressed matrix as the one it stands for: the original's number.
+    """Return the number of a model's parameters, every compressed matrix counted as the dense one it replaces.
 
-    The method of transformers, which counts what is a parameter, for models whose matrices are buffers.
+    Replaces the method of transformers, which does not count matrices that are stored as buffers.
     """
     compressed = compressed_modules(model)
-    trained = tuple(f"{path}.live." for path in compressed)  # what a matrix is decoded from while it is tuned
+    trained = tuple(
+        f"{path}.trainable_weight." for path in compressed
+    )  # tensors from which a matrix is decoded in fine-tuning
     embeddings = tuple(f"{path}." for path, module in model.named_modules() if _is_embedding(module))
     total = 0
     for name, parameter in model.named_parameters():
@@ -54,9 +56,9 @@ def num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embed
 
 
 def count_matrices(model: nn.Module, compressed: bool = True) -> None:
-    """Have `num_parameters()` of a loaded model, and of models within it, count compressed matrices, or no longer.
+    """Make `num_parameters()` of a loaded model and its submodels count compressed matrices, or undo it.
 
-    The method is put on the instances: their class names stay those of transformers, which go into config.json.
+    The method is set on instances: their class names, which go into config.json, stay those of transformers.
     """
     from transformers import PreTrainedModel
 
@@ -70,11 +72,11 @@ def count_matrices(model: nn.Module, compressed: bool = True) -> None:
 def predict_memory_footprint(
     config: Any, formats: dict[str, WeightFormat], dtype: torch.dtype | None = None
 ) -> dict[str, int]:
-    """Resident bytes of a model in each mode, from shapes alone: `{mode: bytes}`.
+    """Return the memory footprint of a model in each mode, predicted from shapes: `{mode: bytes}`.
 
     `config` is the transformers config, `formats` the format of each compressed matrix by module path,
     `dtype` the compute dtype (the config's by default). "decode_per_use" is all stored tensors and the
-    dense rest; "decode_at_load" adds the decoded matrices. What one decode needs for a moment is not in it.
+    unquantized tensors; "decode_at_load" adds the decoded matrices. Temporary memory of decoding is not included.
     """
     model = meta_model(config, dtype or config.dtype)
     replace_with_compressed(model, formats)
@@ -84,14 +86,14 @@ def predict_memory_footprint(
 
 
 def artifact_memory_footprint(folder: Path) -> dict[str, int]:
-    """`predict_memory_footprint` of the artifact in `folder`; nothing is loaded."""
+    """Return `predict_memory_footprint` of the artifact in `folder`; no tensor is loaded."""
     formats = {matrix.name: matrix.fmt for matrix in read_manifest(folder).matrices}
     with _limited_config(folder) as config:
         return predict_memory_footprint(config, formats)
 
 
 def unquantized_tensors(folder: Path) -> dict[str, str]:
-    """Tensors that an artifact stores as the original has them, in model order, each with the reason."""
+    """Return the unquantized tensors of an artifact, in model order, each with the reason."""
     compressed = {matrix.name for matrix in read_manifest(folder).matrices}
     with _limited_config(folder) as config:
         found = walk(meta_model(config))
@@ -106,7 +108,7 @@ def verify_artifact(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _limited_config(folder: Path) -> Iterator[Any]:
-    """The config of an artifact, and the bounds of what is built of it."""
+    """Yield the config of an artifact, with limits on the model that is built from it."""
     headers = read_headers(weight_files(Path(folder), ArtifactError), ArtifactError)
     config = read_config(Path(folder), str(folder))
     with silence_transformers(), loading_limits(str(folder), ArtifactError, len(headers)):

@@ -1,4 +1,4 @@
-"""Modules that hold a compressed matrix and act as the linear or embedding it replaces."""
+"""Modules that store a compressed matrix and act as the linear or embedding that they replace."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from reallm.errors import ArtifactError
-from reallm.formats import Shape, SharedDecoder, Tensors, Unpacked, WeightFormat, decode_rows, use_shared_decoders
+from reallm.formats import Shape, SharedDecoder, Tensors, Unpacked, WeightFormat, use_shared_decoders
 from reallm.hf.validate import check_decoded, check_unpacked
 
 DECODE_AT_LOAD = "decode_at_load"
 DECODE_PER_USE = "decode_per_use"
 MODES = (DECODE_AT_LOAD, DECODE_PER_USE)
 
-# Names of the modules' own; a stored tensor of such a local name would hide one of them.
-RESERVED = frozenset({"weight", "bias", "dense", "shell", "trainable_weight"})
+# Attributes of the modules; a stored tensor with such a local name would hide one of them.
+RESERVED = frozenset({"weight", "bias", "dense", "wrapped", "trainable_weight"})
 
 
 _READ_ONLY = (
@@ -31,22 +31,22 @@ _READ_ONLY = (
 
 
 class SharedDecoders(nn.Module):
-    """The stored tensors of decoders that many matrices share, as buffers `<table>.<local name>`."""
+    """The stored tensors of shared decoders, as buffers `<decoder>.<local name>`."""
 
     def __init__(self, shared_decoders: dict[str, SharedDecoder]) -> None:
         super().__init__()
-        self._names = {name: tuple(table.layout) for name, table in shared_decoders.items()}
-        for name, table in shared_decoders.items():
-            for local, tensor in table.layout.items():
+        self._names = {name: tuple(decoder.layout) for name, decoder in shared_decoders.items()}
+        for name, decoder in shared_decoders.items():
+            for local, tensor in decoder.layout.items():
                 parent, leaf = _descend(self, f"{name}.{local}")
                 parent.register_buffer(leaf, tensor)
         self._is_hf_initialized = True
 
     def packed_tensors(self) -> dict[str, Tensors]:
-        """The tensors by table and local name."""
+        """Return the stored tensors by decoder and local name."""
         return {
-            table: {local: self.get_buffer(f"{table}.{local}") for local in names}
-            for table, names in self._names.items()
+            decoder: {local: self.get_buffer(f"{decoder}.{local}") for local in names}
+            for decoder, names in self._names.items()
         }
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -54,18 +54,18 @@ class SharedDecoders(nn.Module):
         return super()._apply(lambda tensor: _move_only(fn, tensor), recurse)
 
 
-class _Decoded(Tensor):
-    """A decoded weight to look at. What is written into it would change no stored tensor: it is refused.
+class _DecodedWeight(Tensor):
+    """A read-only decoded weight: assignments, which would not change the stored tensors, raise ArtifactError.
 
-    PEFT merges into weights and takes residuals out of them (PiSSA) by `weight.data = …`.
+    PEFT merges into weights and subtracts residuals from them (PiSSA) by `weight.data = …`.
     """
 
     owner: nn.Module | None = None
-    __torch_function__ = torch._C._disabled_torch_function_impl  # as for parameters: what is computed is a plain tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # as for parameters: results are plain tensors
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
-        """A copy."""
+        """Return a copy."""
         return self.as_subclass(Tensor).detach().clone()
 
     @data.setter
@@ -74,29 +74,29 @@ class _Decoded(Tensor):
 
 
 class _ReadOnly(nn.Module):
-    """A module whose `weight` is no parameter but made of stored tensors."""
+    """A module whose `weight` is not a parameter but decoded from stored tensors."""
 
     def reset_parameters(self) -> None:
-        """Nothing: there are none."""
+        """Do nothing: there are no parameters to initialise."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As a module's. Errors: ArtifactError for another `weight` than its own, which nothing would read."""
+        """Set an attribute. Errors: ArtifactError for a `weight` of another module, which would have no effect."""
         if name != "weight":
             super().__setattr__(name, value)
-        elif not isinstance(value, _Decoded) or value.owner is not self.weight.owner:
+        elif not isinstance(value, _DecodedWeight) or value.owner is not self.weight.owner:
             raise ArtifactError(_READ_ONLY)
 
 
 class _CompressedModule(_ReadOnly):
-    """Stored tensors of one matrix as buffers under their local names, and its weight.
+    """The stored tensors of one matrix as buffers under their local names, and its decoded weight.
 
     `dense` (not persistent) is the decoded weight in the compute dtype; while it is empty, the weight
-    is decoded at each use. Its dtype follows the model's; stored tensors keep theirs. While the matrix is
-    tuned, `trainable_weight` decodes it from parts that train, and nothing is stored here.
+    is decoded at each use. Its dtype follows the model's; stored tensors keep theirs. In fine-tuning
+    `trainable_weight` decodes the matrix from trainable tensors, and the buffers are empty.
     """
 
     def __init__(self, fmt: WeightFormat, shape: Shape, dtype: torch.dtype) -> None:
-        nn.Module.__init__(self)  # and nothing of the linear or embedding that a subclass also is
+        nn.Module.__init__(self)  # not the __init__ of nn.Linear or nn.Embedding, which subclasses inherit from
         self.fmt, self.shape = fmt, shape
         self._local_names = tuple(layout := fmt.layout(shape))
         for name, tensor in layout.items():
@@ -105,22 +105,22 @@ class _CompressedModule(_ReadOnly):
             parent.register_buffer(leaf, tensor)
         self.register_buffer("dense", torch.empty(0, dtype=dtype, device="meta"), persistent=False)
         self.trainable_weight: nn.Module | None = None
-        self.loading = False  # until the loader is done: stored tensors may be entropy-coded still, or not there
-        self._shared: tuple[SharedDecoders, ...] = ()  # in a tuple: a child would list its tensors once a matrix
-        # Nothing in here is for the model's random initialisation.
+        self.loading = False  # until loading ends: stored tensors may be missing or still entropy-coded
+        self._shared: tuple[SharedDecoders, ...] = ()  # in a tuple: a child module would be listed once per matrix
+        # Exclude it from the model's random initialisation.
         self._is_hf_initialized = True
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """dtype of the decoded weight."""
+        """Return the dtype of the decoded weight."""
         return self.dense.dtype
 
     def packed_tensors(self) -> Tensors:
-        """The stored tensors by local name."""
+        """Return the stored tensors by local name."""
         return {name: self.get_buffer(name) for name in self._local_names}
 
-    def loaded(self) -> None:
-        """Say that all stored tensors are there, as the file's layout has them."""
+    def finish_loading(self) -> None:
+        """End loading: all stored tensors are present, in the layout of the format."""
         self.loading = False
 
     def set_tensor(self, name: str, tensor: Tensor) -> None:
@@ -129,61 +129,60 @@ class _CompressedModule(_ReadOnly):
         parent.register_buffer(leaf, tensor)
 
     def decode(self) -> Float[Tensor, "out in"]:
-        """The matrix from its stored tensors, in the compute dtype."""
+        """Return the matrix decoded from its stored tensors, in the compute dtype."""
         return self.fmt.decode(self.unpack(), self.shape).to(self.compute_dtype)
 
     def set_shared_decoders(self, shared_decoders: SharedDecoders) -> None:
-        """Take shared decoders from there."""
+        """Use the shared decoders of this module."""
         self._shared = (shared_decoders,)
 
     def shared_decoder_tensors(self) -> dict[str, Tensors]:
-        """Stored tensors of the decoders that this matrix shares with others, by table."""
+        """Return the stored tensors of the shared decoders of this matrix, by decoder."""
         names = self.fmt.shared_decoders()
         return {name: t for shared in self._shared for name, t in shared.packed_tensors().items() if name in names}
 
     def unpack(self) -> Unpacked:
-        """The parts of the matrix."""
+        """Return the unpacked tensors of the matrix."""
         with use_shared_decoders(self.shared_decoder_tensors()):
             return self.fmt.unpack(self.packed_tensors(), self.shape)
 
     def decode_once(self) -> None:
-        """Keep the decoded matrix from now on. Errors: FormatError if stored numbers are not what a fit gives."""
+        """Decode the matrix and keep it in `dense`. Errors: FormatError if stored numbers are not finite, or huge."""
         with torch.no_grad():
-            parts = self._unpack_checked()
-            dense = self.fmt.decode(parts, self.shape).to(self.compute_dtype).contiguous()
+            dense = self.fmt.decode(self._unpack_checked(), self.shape).to(self.compute_dtype).contiguous()
             check_decoded(dense)
             self.dense = dense
 
     def check_values(self) -> None:
-        """Errors: FormatError if stored numbers are not what a fit gives; unpacks the matrix once."""
+        """Raise FormatError if stored numbers are not finite, or huge; unpacks the matrix once."""
         with torch.no_grad():
             self._unpack_checked()
 
     def _unpack_checked(self) -> Unpacked:
-        parts = self.unpack()
-        check_unpacked(parts)
-        return parts
+        unpacked = self.unpack()
+        check_unpacked(unpacked)
+        return unpacked
 
     def attach_trainable(self, trainable_weight: nn.Module) -> None:
-        """Take the matrix from what `trainable_weight()` decodes from now on, and let go of what is stored."""
+        """Use `trainable_weight()` as the matrix from now on, and free the stored tensors."""
         self.trainable_weight = trainable_weight
         for name, tensor in self.packed_tensors().items():
             self.set_tensor(name, tensor.new_empty(0))
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
-        """The decoded matrix: the kept one, or a fresh one. While it loads, an empty one of its shape without memory.
+        """Return the decoded matrix: `dense`, or decoded now. During loading, a meta tensor of its shape.
 
-        Families whose initialisation looks at the weights of other modules (GPT-2) do so before all tensors are there.
+        The initialisation of some families (GPT-2) reads the weights of other modules before all tensors are loaded.
         """
         if not self.loading and self.trainable_weight is None:
-            weight = self.matrix().as_subclass(_Decoded)
-            weight.owner = self  # PEFT puts a module's own weight back when it goes
+            weight = self.matrix().as_subclass(_DecodedWeight)
+            weight.owner = self  # PEFT assigns a module's own weight back when it is removed
             return weight
         return self.matrix()
 
     def matrix(self) -> Float[Tensor, "out in"]:
-        """`weight` as a plain tensor, to compute with."""
+        """Return `weight` as a plain tensor."""
         if self.loading:
             blank = torch.empty(self.shape, dtype=self.compute_dtype, device="meta")
             blank._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -193,18 +192,18 @@ class _CompressedModule(_ReadOnly):
         return self.dense if self.dense.numel() else self.decode()
 
     def rows(self, ids: Int[Tensor, " ..."]) -> Float[Tensor, "... in"]:
-        """Rows of the matrix by number; decodes only those if the format can."""
+        """Return rows of the matrix by index; only these are decoded if the format allows."""
         if self.trainable_weight is not None or self.dense.numel():
             return F.embedding(ids, self.matrix())
         # A token that occurs twice is decoded once.
         rows, place = torch.unique(ids, return_inverse=True)
         with use_shared_decoders(self.shared_decoder_tensors()):
-            found = decode_rows(self.fmt, self.packed_tensors(), self.shape, rows)
+            found = self.fmt.decode_rows(self.packed_tensors(), self.shape, rows)
         return F.embedding(place, found.to(self.compute_dtype))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        """In a model, the same; of it alone, the plain module it stands for: PEFT's modules_to_save train that."""
-        return _copied(self, memo) if memo else copy.deepcopy(self.dense_module(self.compute_dtype))
+        """Copy the module within a model; alone, return its dense counterpart, which PEFT's modules_to_save train."""
+        return _copy_module(self, memo) if memo else copy.deepcopy(self.dense_module(self.compute_dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move stored tensors with the model, but never cast them: their dtype is the format's."""
@@ -220,9 +219,9 @@ class _CompressedModule(_ReadOnly):
 
 
 class CompressedLinear(_CompressedModule, nn.Linear):
-    """x @ weight.T + bias, also for Conv1D; `bias` is a normal parameter.
+    """Compute x @ weight.T + bias, also in place of a Conv1D; `bias` is a normal parameter.
 
-    It is a linear for those who ask, so that PEFT and others work over it.
+    Inherits from nn.Linear, so that PEFT and others accept it.
     """
 
     def __init__(
@@ -236,13 +235,13 @@ class CompressedLinear(_CompressedModule, nn.Linear):
         super().__init__(fmt, shape, dtype)
         self.out_features, self.in_features = shape
         self.register_parameter("bias", bias)
-        self.conv1d = conv1d  # what to turn into again when decompressed
+        self.conv1d = conv1d  # whether `dense_module` returns a Conv1D
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         return F.linear(x, self.matrix(), self.bias)
 
     def dense_module(self, dtype: torch.dtype) -> nn.Module:
-        """The plain module it stands for, with the decoded weight."""
+        """Return the plain module that this one replaces, with the decoded weight."""
         plain = _plain_linear(self.shape, self.conv1d)
         weight = self.matrix().to(dtype)
         plain.weight = nn.Parameter(weight.T.contiguous() if self.conv1d else weight)
@@ -251,10 +250,10 @@ class CompressedLinear(_CompressedModule, nn.Linear):
 
 
 class CompressedEmbedding(_CompressedModule, nn.Embedding):
-    """A look-up of rows; an embedding for those who ask.
+    """Look up rows of a compressed matrix; inherits from nn.Embedding.
 
-    `shell` is the module it replaces if that has a forward of its own (scaled or normed embeddings): it is run on the
-    rows that occur, so that whatever it does is done. What it stores beside its table is held here, under its names.
+    `wrapped` is the module it replaces if that has a forward of its own (scaled or normed embeddings): it is run on the
+    rows that occur. Its other parameters, buffers and modules are registered here under their names.
     """
 
     def __init__(self, fmt: WeightFormat, shape: Shape, dtype: torch.dtype, original: nn.Embedding) -> None:
@@ -263,15 +262,17 @@ class CompressedEmbedding(_CompressedModule, nn.Embedding):
         self.padding_idx = original.padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         own_forward = type(original).forward is not nn.Embedding.forward
-        self.shell = _strip_weight(original, dtype) if own_forward else None
-        self._held = self._take_over(original) if own_forward else ()
+        self.wrapped = _strip_tensors(original, dtype) if own_forward else None
+        self._other_names = self._register_other_tensors(original) if own_forward else ()
 
-    def loaded(self) -> None:
-        """Also put a parameter of no bytes where the table was: PEFT's soft prompts seek one with so many rows."""
-        super().loaded()
+    def finish_loading(self) -> None:
+        """Also register an empty parameter as `weight`: PEFT's soft prompts look for one with as many rows."""
+        super().finish_loading()
         device = next(iter(self.packed_tensors().values())).device
         blank = torch.empty((self.shape[0], 0), dtype=self.compute_dtype, device=device)
-        self._parameters["weight"] = nn.Parameter(blank, requires_grad=False)  # `weight` itself stays the property
+        self._parameters["weight"] = nn.Parameter(
+            blank, requires_grad=False
+        )  # attribute access still finds the property
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -284,52 +285,52 @@ class CompressedEmbedding(_CompressedModule, nn.Embedding):
             self._parameters["weight"] = blank
 
     def forward(self, ids: Int[Tensor, " ..."]) -> Float[Tensor, "... in"]:
-        if self.shell is None:
+        if self.wrapped is None:
             return self.rows(ids)
         rows, place = torch.unique(ids, return_inverse=True)
-        return self._filled({}, {"weight": self.rows(rows)})(place)
+        return self._fill_wrapped({}, {"weight": self.rows(rows)})(place)
 
-    def _take_over(self, original: nn.Embedding) -> tuple[str, ...]:
-        """Hold what an embedding stores beside its table; returns the names."""
-        held = {n: p for n, p in original._parameters.items() if n != "weight"} | original._modules
-        held |= {n: b for n, b in original._buffers.items() if n not in original._non_persistent_buffers_set}
-        taken = set(held) & {name.partition(".")[0] for name in (*self._local_names, *RESERVED)}
-        assert not taken, f"{type(original).__name__}: {taken} are names of stored tensors"
-        for name, value in held.items():
+    def _register_other_tensors(self, original: nn.Embedding) -> tuple[str, ...]:
+        """Register the other parameters, buffers and modules of an embedding here; return their names."""
+        others = {n: p for n, p in original._parameters.items() if n != "weight"} | original._modules
+        others |= {n: b for n, b in original._buffers.items() if n not in original._non_persistent_buffers_set}
+        reserved = set(others) & {name.partition(".")[0] for name in (*self._local_names, *RESERVED)}
+        assert not reserved, f"{type(original).__name__}: {reserved} are names of stored tensors"
+        for name, value in others.items():
             if isinstance(value, nn.Module):
                 self.add_module(name, value)
             elif name in original._parameters:
                 self.register_parameter(name, value)
             else:
                 self.register_buffer(name, value)
-        return tuple(held)
+        return tuple(others)
 
-    def _filled(self, parameters: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Embedding:
-        """The module it replaces with what is held here; `tensors` as buffers, which may be any tensor."""
-        filled = copy.copy(self.shell)
-        own = {n: b for n, b in filled._buffers.items() if n != "weight"}
-        filled._parameters = {n: self._parameters[n] for n in self._held if n in self._parameters} | parameters
-        filled._buffers = own | {n: self._buffers[n] for n in self._held if n in self._buffers} | tensors
-        filled._modules = {n: self._modules[n] for n in self._held if n in self._modules}
-        return filled
+    def _fill_wrapped(self, parameters: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Embedding:
+        """Return a copy of the wrapped embedding with its tensors and modules; `tensors` are set as buffers."""
+        module = copy.copy(self.wrapped)
+        own = {n: b for n, b in module._buffers.items() if n != "weight"}
+        module._parameters = {n: self._parameters[n] for n in self._other_names if n in self._parameters} | parameters
+        module._buffers = own | {n: self._buffers[n] for n in self._other_names if n in self._buffers} | tensors
+        module._modules = {n: self._modules[n] for n in self._other_names if n in self._modules}
+        return module
 
     def dense_module(self, dtype: torch.dtype) -> nn.Module:
-        """The plain module it stands for, with the decoded weight."""
-        if self.shell is None:
+        """Return the plain module that this one replaces, with the decoded weight."""
+        if self.wrapped is None:
             return nn.Embedding(*self.shape, padding_idx=self.padding_idx, _weight=self.matrix().to(dtype))
-        plain = self._filled({"weight": nn.Parameter(self.matrix().to(dtype))}, {})
+        plain = self._fill_wrapped({"weight": nn.Parameter(self.matrix().to(dtype))}, {})
         plain.padding_idx = self.padding_idx
         return plain
 
 
 class CompressedExpert(_CompressedModule):
-    """One expert's matrix; `CompressedExperts` hands it out."""
+    """The matrix of one expert in `CompressedExperts`."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        return _copied(self, memo)
+        return _copy_module(self, memo)
 
 
-# Of tensors, and not of modules.
+# Attributes of tensors that modules do not have.
 _METHODS = frozenset(
     "T mT size dim numel view reshape transpose permute unbind chunk split contiguous flatten unsqueeze detach data "
     "matmul bmm is_floating_point".split()
@@ -338,10 +339,10 @@ _PRODUCTS = (torch.bmm, torch.matmul, Tensor.bmm, Tensor.matmul, Tensor.__matmul
 
 
 class CompressedExperts(nn.Module):
-    """Stands for a fused (experts, ...) parameter: indexing decodes that expert's slice.
+    """Replaces a fused (experts, ...) parameter: indexing decodes the slice of one expert.
 
-    For functions of torch, and by its methods, it is the whole tensor, decoded; a batched product takes one expert
-    after the other. `transposed`: the model stores slices as (in, out).
+    Torch functions and tensor methods get the whole decoded tensor; batched products decode one expert at a time.
+    `transposed`: the model stores slices as (in, out).
     """
 
     def __init__(self, experts: list[CompressedExpert], transposed: bool) -> None:
@@ -365,31 +366,31 @@ class CompressedExperts(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the slices."""
+        """Return the dtype of the slices."""
         return self.get_submodule("0").compute_dtype
 
     @property
     def shape(self) -> torch.Size:
-        """That of the fused parameter."""
+        """Return the shape of the fused parameter."""
         slice_shape = self.get_submodule("0").shape
         return torch.Size((len(self), *(reversed(slice_shape) if self.transposed else slice_shape)))
 
     @property
     def ndim(self) -> int:
-        """Three."""
+        """Return 3."""
         return 3
 
     @property
     def device(self) -> torch.device:
-        """Where the stored tensors are."""
+        """Return the device of the stored tensors."""
         return next(self.buffers()).device
 
     def whole(self) -> Float[Tensor, "experts rows columns"]:
-        """All slices, decoded."""
+        """Return all slices, decoded and stacked."""
         return torch.stack(list(self))
 
     def __getattr__(self, name: str) -> Any:
-        """A tensor's method is that of the whole."""
+        """Return a tensor method of the whole tensor."""
         if name in _METHODS:
             return getattr(self.whole(), name)
         return super().__getattr__(name)
@@ -399,7 +400,7 @@ class CompressedExperts(nn.Module):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-        """What a function of torch gives of the decoded tensors."""
+        """Call a torch function on the decoded tensors."""
         if function in _PRODUCTS and len(arguments) == 2 and not named:
             x, experts = arguments
             if isinstance(x, Tensor) and isinstance(experts, cls) and x.ndim == 3 and len(x) == len(experts):
@@ -408,15 +409,15 @@ class CompressedExperts(nn.Module):
         return function(*arguments, **named)
 
     def dense_parameter(self, dtype: torch.dtype) -> nn.Parameter:
-        """The fused parameter it stands for."""
+        """Return the fused parameter that this module replaces."""
         return nn.Parameter(self.whole().to(dtype))
 
 
 class Anchor(nn.Module):
-    """An empty parameter that is no part of the state, for a model of which everything else is buffers.
+    """An empty parameter outside the state dict, for a model without any other parameter.
 
-    Transformers and PEFT ask a model's first parameter for device and dtype. OLMo's norms have no weights, so that
-    none is left once all its matrices are compressed.
+    Transformers and PEFT take device and dtype from a model's first parameter. OLMo's norms have no weights, so no
+    parameter is left once all its matrices are compressed.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -429,11 +430,11 @@ class Anchor(nn.Module):
 
 
 class TiedLinear(_ReadOnly, nn.Linear):
-    """A head that uses the matrix of another module, the input embedding's, and stores nothing of it."""
+    """An lm_head that uses the matrix of another module, the input embedding, and stores nothing."""
 
     def __init__(self, owner: _CompressedModule, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
-        # In a tuple: a plain attribute would make the owner a child, and its tensors be listed twice.
+        # In a tuple: as a plain attribute the owner would be a child module, and its tensors would be listed twice.
         self._owner = (owner,)
         self.out_features, self.in_features = owner.shape
         self.register_parameter("bias", bias)
@@ -441,79 +442,79 @@ class TiedLinear(_ReadOnly, nn.Linear):
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
-        """The owner's decoded matrix."""
+        """Return the owner's decoded matrix."""
         return self._owner[0].weight
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        """In a model, the same; of this module alone, a plain linear with a matrix of its own."""
+        """Copy the module within a model; alone, return a plain linear with its own matrix."""
         if memo:
-            return _copied(self, memo)
+            return _copy_module(self, memo)
         matrix = self._owner[0].matrix().detach()
         plain = self.dense_module(matrix.dtype)
         plain.weight = nn.Parameter(matrix)
         return copy.deepcopy(plain)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        # Spread over devices, the embedding may lie on another than the head's input.
+        # In a model spread over devices, the embedding may be on another device than the input.
         return F.linear(x, self._owner[0].matrix().to(x.device), self.bias)
 
     def dense_module(self, dtype: torch.dtype) -> nn.Module:
-        """The plain module; its weight is to be tied again."""
+        """Return the plain module; the caller ties its weight again."""
         plain = _plain_linear(self._owner[0].shape, conv1d=False)
         plain.bias = None if self.bias is None else nn.Parameter(self.bias.detach().to(dtype))
         return plain
 
 
 def check_mode(mode: Any) -> str:
-    """A mode's name. Errors: ArtifactError listing the modes."""
+    """Return `mode` if it is one. Errors: ArtifactError listing the modes."""
     if mode not in MODES:
         raise ArtifactError(f"mode={mode!r} is not one of {', '.join(MODES)}")
     return mode
 
 
-def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """What `copy.deepcopy` makes of a module."""
+def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Return what `copy.deepcopy` would of a module without `__deepcopy__`."""
     made = memo[id(module)] = type(module).__new__(type(module))
     made.__dict__.update(copy.deepcopy(module.__dict__, memo))
     return made
 
 
 def _move_only(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """What `fn` makes of a stored tensor, in its own dtype."""
+    """Return `fn(tensor)`, or if that has another dtype the tensor itself on the new device."""
     moved = fn(tensor)
     return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
 
 def _descend(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The submodule that holds a dotted local name, made where it is missing, and the last part."""
-    *parts, leaf = name.split(".")
-    for part in parts:
-        if part not in module._modules:
+    """Return the submodule for a dotted local name, created if missing, and the name's last component."""
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        if parent not in module._modules:
             child = nn.Module()
             child._is_hf_initialized = True
-            module.add_module(part, child)
-        module = module._modules[part]
+            module.add_module(parent, child)
+        module = module._modules[parent]
     return module, leaf
 
 
-def _strip_weight(original: nn.Embedding, dtype: torch.dtype) -> nn.Embedding:
-    """The module with nothing but buffers that are not stored; it will be lent the rest at each call.
+def _strip_tensors(original: nn.Embedding, dtype: torch.dtype) -> nn.Embedding:
+    """Return a copy of the embedding with only its non-persistent buffers; `_fill_wrapped` adds the rest at each call.
 
-    These stay: the family's initialisation, which knows the class, makes them after loading.
+    These buffers stay because the family's initialisation, which knows the class, computes them after loading.
     """
-    shell = copy.copy(original)
-    unstored = shell._non_persistent_buffers_set = set(original._non_persistent_buffers_set)
-    shell._parameters, shell._modules = {}, {}
-    shell._buffers = {name: buffer for name, buffer in original._buffers.items() if name in unstored}
-    # No rows, but a tensor: initialisation code reads the weight.
-    shell.register_buffer("weight", torch.empty((0, original.embedding_dim), dtype=dtype, device="meta"), False)
-    # The table lent holds only the rows that occur, so the number of the padding row means nothing.
-    shell.padding_idx = None
-    return shell
+    wrapped = copy.copy(original)
+    unstored = wrapped._non_persistent_buffers_set = set(original._non_persistent_buffers_set)
+    wrapped._parameters, wrapped._modules = {}, {}
+    wrapped._buffers = {name: buffer for name, buffer in original._buffers.items() if name in unstored}
+    # A tensor without rows: initialisation code reads the weight.
+    wrapped.register_buffer("weight", torch.empty((0, original.embedding_dim), dtype=dtype, device="meta"), False)
+    # The weight at each call has only the rows that occur, so the index of the padding row is meaningless.
+    wrapped.padding_idx = None
+    return wrapped
 
 
 def _plain_linear(shape: Shape, conv1d: bool) -> nn.Module:
-    """An empty linear (or Conv1D) of a shape (out, in)."""
+    """Return a linear (or Conv1D) of shape (out, in) on the meta device."""
     from transformers.pytorch_utils import Conv1D
 
     with torch.device("meta"):

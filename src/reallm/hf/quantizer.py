@@ -1,4 +1,4 @@
-"""The Hugging Face side: the quantization config of an artifact, and what `from_pretrained` does with it."""
+"""The quantization config of an artifact, and the quantizer that `from_pretrained` calls."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ REMEDY = "COMPRESSED_BY_REALLM.pip_install_reallm-compress_and_IMPORT_REALLM_bef
 
 
 class ReallmConfig(QuantizationConfigMixin):
-    """`quantization_config` of an artifact: plain JSON values only, those of `artifact.Manifest` and `mode`.
+    """`quantization_config` of an artifact: plain JSON values only, the fields of `Manifest` and `mode`.
 
-    A user may pass `ReallmConfig(mode=..., verify=...)` to `from_pretrained`: these are taken over, the rest is the
-    artifact's. `verify`: compare the tensors with the checksums before they are loaded. Keys that this version does
-    not know are kept as they are.
-    Errors: ArtifactError for a version of the future or an unknown mode.
+    A user may pass `ReallmConfig(mode=..., verify=...)` to `from_pretrained`: these two are used, all other fields come
+    from the artifact. `verify`: compare the tensors with the checksums before they are loaded. Unknown keys are
+    preserved.
+    Errors: ArtifactError for a newer version or an unknown mode.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class ReallmConfig(QuantizationConfigMixin):
         provenance: dict[str, Any] | None = None,
         checksums: dict[str, str] | None = None,
         verify: bool = True,
-        **others: Any,
+        **unknown: Any,
     ) -> None:
-        others.pop("quant_method", None)
+        unknown.pop("quant_method", None)
         self.quant_method = QUANT_METHOD
         self.version = check_version(version)
         self.mode = check_mode(mode)
@@ -61,15 +61,15 @@ class ReallmConfig(QuantizationConfigMixin):
         self.provenance = provenance or {}
         self.checksums = checksums or {}
         self.verify = verify
-        for key, value in others.items():
+        for key, value in unknown.items():
             setattr(self, key, value)
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What a config passed to `from_pretrained` may change."""
+        """Return the fields that a config passed to `from_pretrained` may change."""
         return {"mode": self.mode, "verify": self.verify}
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json keeps."""
+        """Return the fields that are written to config.json."""
         values = super().to_dict()
         del values["verify"]
         if not self.checksums:
@@ -77,23 +77,23 @@ class ReallmConfig(QuantizationConfigMixin):
         return values
 
     def manifest(self) -> Manifest:
-        """The compressed matrices.
+        """Return the manifest: the compressed matrices and their formats.
 
         Errors: FormatError for an unknown format; ArtifactError for entries that do not fit together.
         """
         return Manifest.from_dict(self.to_dict())
 
     def weight_formats(self) -> dict[str, WeightFormat]:
-        """Format of every compressed matrix by module path."""
+        """Return the format of every compressed matrix by module path."""
         return {matrix.name: matrix.fmt for matrix in self.manifest().matrices}
 
     def coded_tensors(self) -> dict[str, tuple[str, ...]]:
-        """Local names of entropy-coded tensors by module path."""
+        """Return the local names of entropy-coded tensors by module path."""
         return {matrix.name: matrix.coded for matrix in self.manifest().matrices if matrix.coded}
 
 
 def write_config(source: Source, manifest: Manifest, folder: Path) -> None:
-    """Write `config.json`: the original's, and how its matrices are stored."""
+    """Write `config.json`: the source model's config plus the manifest."""
     config = copy.deepcopy(source.config)
     config.quantization_config = ReallmConfig(**manifest.to_dict())
     with silence_transformers():
@@ -101,10 +101,10 @@ def write_config(source: Source, manifest: Manifest, folder: Path) -> None:
 
 
 def marker_tensors(matrices: list[Matrix]) -> dict[str, Tensor]:
-    """Empty tensors that a writer adds so that nobody loads an artifact as garbage.
+    """Return empty tensors that make loading fail without reallm, instead of giving random weights.
 
-    A loader that does not know reallm meets the first under the name of a plain weight, of another
-    shape, and fails; the second tells it why in words. Ours knows them.
+    A loader that does not know reallm finds the first under the name of a plain weight, with another shape, and fails;
+    the name of the second states the remedy. `ReallmQuantizer` ignores both.
     """
     if not matrices:
         return {}
@@ -113,21 +113,21 @@ def marker_tensors(matrices: list[Matrix]) -> dict[str, Tensor]:
 
 
 class ReallmQuantizer(HfQuantizer):
-    """Swaps modules before the weights are loaded, checks what arrived, decodes once if asked."""
+    """Replace modules before the weights are loaded, check the loaded tensors, decode them in mode decode_at_load."""
 
-    requires_calibration = True  # "quantize on load" is not a thing here: only artifacts are loaded
+    requires_calibration = True  # there is no quantization on load: only artifacts are loaded
     quantization_config: ReallmConfig
 
     def __init__(self, quantization_config: ReallmConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         check_mode(quantization_config.mode)
-        self._stored: dict[str, Tensor] = {}  # full name -> what it must be, on the meta device
-        self._shared: dict[str, Tensor] = {}  # those of them that matrices share
-        self._coded: set[str] = set()  # those of them that the file holds entropy-coded
+        self._stored: dict[str, Tensor] = {}  # full name -> expected tensor, on the meta device
+        self._shared: dict[str, Tensor] = {}  # subset of _stored: tensors of shared decoders
+        self._coded: set[str] = set()  # subset of _stored: entropy-coded in the file
         self._markers: list[str] = []
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Errors: ArtifactError for offloading to disk, which buffers do not survive."""
+        """Raise ArtifactError for offloading to disk, which does not support buffers."""
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         if "disk" in places:
             raise ArtifactError("device_map: a compressed model cannot be offloaded to disk; use cpu or a GPU")
@@ -136,12 +136,12 @@ class ReallmQuantizer(HfQuantizer):
         named = {matrix.name: matrix for matrix in self.quantization_config.manifest().matrices}
         matrices = _strip_prefix(model, named)
         if _is_another_class(model):
-            matrices = self._without_a_head(model, matrices)
+            matrices = self._omit_head(model, matrices)
         replace_with_compressed(model, {path: matrix.fmt for path, matrix in matrices.items()})
         for path, module in compressed_modules(model).items():
             if module.shape != matrices[path].shape:
                 raise ArtifactError(
-                    f"{path}: the model has {module.shape}, config.json stores {matrices[path].shape}; it is damaged"
+                    f"{path}: the model has {module.shape}, config.json says {matrices[path].shape}; it is damaged"
                 )
             module.loading = True
         check_buffer_nbytes(model, "artifact", ArtifactError)
@@ -158,27 +158,29 @@ class ReallmQuantizer(HfQuantizer):
             self._check_files(model, [Path(file) for file in files])
         return model
 
-    def _without_a_head(self, model: nn.Module, matrices: dict[str, Any]) -> dict[str, Any]:
-        """Leave out a head that a model of another class, a classifier for instance, has not.
+    def _omit_head(self, model: nn.Module, matrices: dict[str, Any]) -> dict[str, Any]:
+        """Omit an lm_head that a model of another class, for instance a classifier, does not have.
 
-        Errors: ArtifactError if it keeps its decoder under another name, as some for question answering do.
+        Errors: ArtifactError if its decoder has another name, as in some question-answering models.
         """
         prefix = f"{model.base_model_prefix}."
-        lost = {path for path in matrices if not path.startswith(prefix) and not _is_there(model, path)}
+        lost = {path for path in matrices if not path.startswith(prefix) and not _has_matrix(model, path)}
         if not hasattr(model, model.base_model_prefix) or not lost:
             return matrices
         if len(lost) == len(matrices):
             raise ArtifactError(
                 f"{type(model).__name__}: keeps its decoder under {prefix!r}, the artifact has {max(lost)!r}; "
-                f"artifacts load as {_saved_class(model)}, and as classes that name its decoder alike"
+                f"artifacts load as {_saved_class(model)}, and as classes with the same decoder name"
             )
-        # What is saved of this model lacks them too.
-        kept = self.quantization_config.matrices
-        self.quantization_config.matrices = {path: number for path, number in kept.items() if path not in lost}
+        # The saved model lacks them too.
+        matrices_by_path = self.quantization_config.matrices
+        self.quantization_config.matrices = {
+            path: number for path, number in matrices_by_path.items() if path not in lost
+        }
         return {path: matrix for path, matrix in matrices.items() if path not in lost}
 
     def _check_files(self, model: nn.Module, files: list[Path]) -> None:
-        """Compare the headers with the model before any tensor is read, and note the markers."""
+        """Compare the headers with the model before any tensor is read, and find the markers."""
         headers = read_headers(files, ArtifactError)
         if self.quantization_config.verify:
             verify(files, self.quantization_config.checksums)
@@ -194,7 +196,7 @@ class ReallmQuantizer(HfQuantizer):
             if header is None:
                 whose = f" in what was saved of a {_saved_class(model)}" if _is_another_class(model) else ""
                 raise ArtifactError(f"{files[0].parent}: tensor {name!r} is missing{whose}; copy the artifact again")
-            # Kept parameters may be stored in another dtype than the model computes in; ours may not.
+            # Unquantized parameters may be stored in another dtype than the compute dtype; compressed ones may not.
             dtype = wanted.dtype if name in self._stored else header.dtype
             shape = wanted.shape
             if name in self._coded:
@@ -206,14 +208,14 @@ class ReallmQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name in self._shared:
-            self._check_arrived(name, model.get_buffer(name))
+            self._check_loaded(name, model.get_buffer(name))
         for path, module in compressed_modules(model).items():
             for local, tensor in module.packed_tensors().items():
                 if f"{path}.{local}" in self._coded and tensor.device.type != "meta":
                     tensor = self._decode_entropy_coded(f"{path}.{local}", tensor)
                     module.set_tensor(local, tensor)
-                self._check_arrived(f"{path}.{local}", tensor)
-            module.loaded()
+                self._check_loaded(f"{path}.{local}", tensor)
+            module.finish_loading()
             try:
                 if self.quantization_config.mode == DECODE_AT_LOAD:
                     module.decode_once()
@@ -227,11 +229,11 @@ class ReallmQuantizer(HfQuantizer):
             stored = next(iter(module.packed_tensors().values()))
             model.add_module("anchor", Anchor(module.compute_dtype, stored.device))
         count_matrices(model)
-        # What is saved from now on may differ from what was loaded.
+        # A model saved from now on may differ from the loaded one.
         self.quantization_config.checksums = {}
         return model
 
-    def _check_arrived(self, name: str, tensor: Tensor) -> None:
+    def _check_loaded(self, name: str, tensor: Tensor) -> None:
         wanted = self._stored[name]
         if tensor.device.type == "meta":
             raise ArtifactError(f"tensor {name!r} is missing; copy the artifact again")
@@ -244,20 +246,20 @@ class ReallmQuantizer(HfQuantizer):
             raise ArtifactError(f"tensor {name!r}: {error}") from error
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Stored tensors are never cast, whatever the model's rules for dtypes say."""
+        """Return None for stored tensors, which are never cast, else what transformers returns."""
         targets = getattr(converter, "target_patterns", ())
         return None if any(name in self._stored for name in targets) else super().get_new_dtype(converter, param, dtype)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        """True for stored tensors: their shapes are ours to check."""
+        """Return True for stored tensors, so that this quantizer checks their shapes, not transformers."""
         return param_name in self._stored
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> list[Any]:
-        """None: an artifact has the names and layouts of the transformers model itself."""
+        """Return no conversions: an artifact has the names and layouts of the transformers model."""
         return []
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` writes: the state dict, coded tensors coded again, and the markers."""
+        """Return what `save_pretrained` writes: the state dict, entropy-coded again where it was, and the markers."""
         markers = {name: torch.empty(0, dtype=torch.uint8) for name in self._markers}
         state = model.state_dict()
         if lost := [name for name in self._stored if name not in state]:
@@ -269,17 +271,17 @@ class ReallmQuantizer(HfQuantizer):
         return {**state, **coded, **markers}, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Yes: saved as it was loaded."""
+        """Return True: it is saved as it was loaded."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters train on top; the stored tensors themselves do not."""
+        """Return True: adapters can be trained; the stored tensors are not."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """Decoded once, it is a model of plain products."""
+        """Return whether the mode is decode_at_load: then all products are plain."""
         return self.quantization_config.mode == DECODE_AT_LOAD
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -289,10 +291,10 @@ class ReallmQuantizer(HfQuantizer):
 
 
 def register_with_transformers() -> None:
-    """Make `from_pretrained` know artifacts; may be called any number of times, also after a reload."""
+    """Register config and quantizer with transformers; may be called again, also after a reload."""
     registry.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = ReallmConfig
     registry.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = ReallmQuantizer
-    # The closed list of configs whose loading attributes (our mode) a user's config may set.
+    # Transformers lists the config classes whose loading attributes (here `mode`) a user's config may set.
     others = tuple(
         t for t in getattr(registry, "LOADING_ATTRIBUTES_CONFIG_TYPES", ()) if t.__name__ != ReallmConfig.__name__
     )
@@ -300,12 +302,12 @@ def register_with_transformers() -> None:
 
 
 def replace_mode(quantization: dict[str, Any], mode: str, verify: bool = True) -> dict[str, Any]:
-    """A copy of an artifact's `quantization_config` with another mode, and whether checksums are compared."""
+    """Return a copy of an artifact's `quantization_config` with another mode and `verify`."""
     return {**copy.deepcopy(quantization), "mode": check_mode(mode), "verify": verify}
 
 
 def _strip_prefix(model: nn.Module, matrices: dict[str, Any]) -> dict[str, Any]:
-    """Paths as this model has them: a base model (AutoModel) lacks the first part, and the head."""
+    """Return the matrices by this model's paths: a base model (AutoModel) lacks the prefix and lm_head."""
     prefix = f"{model.base_model_prefix}."
     if hasattr(model, model.base_model_prefix) or not any(path.startswith(prefix) for path in matrices):
         return matrices
@@ -313,7 +315,7 @@ def _strip_prefix(model: nn.Module, matrices: dict[str, Any]) -> dict[str, Any]:
 
 
 def _saved_class(model: nn.Module) -> str:
-    """Class that an artifact was written for: config.json's, or the family's causal model."""
+    """Return the class name in config.json, or of the family's causal language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     saved = getattr(model.config, "architectures", None)
@@ -325,15 +327,15 @@ def _is_another_class(model: nn.Module) -> bool:
 
 
 def _fresh_tensors(model: nn.Module) -> set[str]:
-    """State-dict names that an artifact of another class need not have: a new head, which transformers initialises.
+    """Return state-dict names that an artifact of another class may lack: a new head, which transformers initialises.
 
-    The decoder and a language model's head are never new: random numbers there would be taken for the artifact's.
+    Decoder and lm_head are never new: their random weights would be mistaken for the artifact's.
     """
     decoder = getattr(model, model.base_model_prefix, None)
     if not _is_another_class(model) or decoder is None:
         return set()
-    parts = [part for part in (decoder, model.get_output_embeddings()) if part is not None]
-    known = {id(module) for part in parts for module in part.modules()}
+    required = [module for module in (decoder, model.get_output_embeddings()) if module is not None]
+    known = {id(module) for parent in required for module in parent.modules()}
     return {
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()
@@ -342,15 +344,15 @@ def _fresh_tensors(model: nn.Module) -> set[str]:
     }
 
 
-def _is_there(model: nn.Module, path: str) -> bool:
-    """Whether a model has a module of this path, or a parameter whose slice it numbers."""
+def _has_matrix(model: nn.Module, path: str) -> bool:
+    """Return whether a model has a module of this path, or a fused parameter of which it is a slice."""
     modules = dict(model.named_modules())
     parent, _, last = path.rpartition(".")
     return path in modules or (last.isdigit() and parent.rpartition(".")[0] in modules)
 
 
 def _check(what: str, dtype: torch.dtype, shape: Any, wanted_dtype: torch.dtype, wanted_shape: Any) -> None:
-    """Errors: ArtifactError saying what was found and what config.json leads to."""
+    """Raise ArtifactError with both values if dtype or shape are not those that config.json implies."""
     if dtype != wanted_dtype or tuple(shape) != tuple(wanted_shape):
         found, wanted = _describe(dtype, shape), _describe(wanted_dtype, wanted_shape)
         raise ArtifactError(f"{what} is {found}, config.json says {wanted}; the artifact is damaged")

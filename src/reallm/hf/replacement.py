@@ -1,4 +1,4 @@
-"""Putting compressed modules into a model on the meta device, and plain ones back."""
+"""Replace modules of a model on the meta device by compressed ones, and compressed ones by plain ones."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from reallm.source.walk import (
 
 
 def replace_with_compressed(model: nn.Module, formats: dict[str, WeightFormat]) -> None:
-    """Replace the module at every path of `formats` by one that holds the matrix in its format.
+    """Replace the module at every path of `formats` by one that stores the matrix in its format.
 
-    Ties to a replaced module become modules that share its tensors, and transformers is told that
-    they are no longer its business.
-    Errors: ArtifactError naming a path that is no matrix of this model; FormatError for a bad shape.
+    Weights tied to a replaced module become modules that share its tensors, and are removed from the tied weights
+    that transformers handles.
+    Errors: ArtifactError naming a path that is not a matrix of this model; FormatError for a bad shape.
     """
     ties = _compressed_ties(model, formats)
-    _forget_ties(model, set(ties))
+    _remove_ties(model, set(ties))
     experts: dict[str, dict[int, WeightFormat]] = defaultdict(dict)
     for path, fmt in formats.items():
         parent, _, last = path.rpartition(".")
@@ -46,7 +46,7 @@ def replace_with_compressed(model: nn.Module, formats: dict[str, WeightFormat]) 
         else:
             model.set_submodule(path, _replacement(_module(model, path), path, fmt))
     holders = {path: model.get_submodule(path.rpartition(".")[0]) for path in experts}
-    # Before the first is replaced: of some modules all parameters together tell it.
+    # Before the first replacement: for some modules it takes all parameters to know.
     transposed = {path: experts_transposed(holder, hidden_size_of(model)) for path, holder in holders.items()}
     for path, by_number in experts.items():
         _replace_experts(model, path, by_number, transposed[path])
@@ -60,7 +60,7 @@ def replace_with_compressed(model: nn.Module, formats: dict[str, WeightFormat]) 
 
 
 def replace_with_dense(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every compressed module by the plain one it stands for, decoded to `dtype`, and tie again."""
+    """Replace every compressed module by its dense counterpart, decoded to `dtype`, and tie weights again."""
     for path, module in list(model.named_modules()):
         if isinstance(module, CompressedExperts):
             parent, _, name = path.rpartition(".")
@@ -75,17 +75,17 @@ def replace_with_dense(model: nn.Module, dtype: torch.dtype) -> None:
             del module._tied_weights_keys
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     model.tie_weights()
-    # Saved from now on as transformers saves a model of this family.
+    # From now on it is saved as transformers saves a model of this family.
     model._weight_conversions = None
 
 
 def compressed_modules(model: nn.Module) -> dict[str, _CompressedModule]:
-    """Every module that stores a matrix, by path."""
+    """Return every module that stores a compressed matrix, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, _CompressedModule)}
 
 
 def _replacement(module: nn.Module, path: str, fmt: WeightFormat) -> nn.Module:
-    """The compressed module for one plain one."""
+    """Return the compressed module that replaces a plain one."""
     if isinstance(module, nn.Embedding):
         shape = (module.num_embeddings, module.embedding_dim)
         fmt.check(shape)
@@ -97,7 +97,7 @@ def _replacement(module: nn.Module, path: str, fmt: WeightFormat) -> nn.Module:
 
 
 def _replace_experts(model: nn.Module, path: str, by_number: dict[int, WeightFormat], transposed: bool | None) -> None:
-    """Replace a fused parameter by modules, one per expert."""
+    """Replace a fused parameter of experts by modules, one per expert."""
     parent, _, name = path.rpartition(".")
     holder, parameter = model.get_submodule(parent), model.get_parameter(path)
     count = parameter.shape[0]
@@ -115,7 +115,7 @@ def _replace_experts(model: nn.Module, path: str, by_number: dict[int, WeightFor
     holder.add_module(name, CompressedExperts(experts, transposed))
     holder._is_hf_initialized = True
     if follows_experts_interface(holder):
-        # Only the eager loop reads experts one by one; the batched ways want one tensor.
+        # Only the eager loop reads experts one by one; batched implementations need one tensor.
         holder.config._experts_implementation = "eager"
 
 
@@ -127,12 +127,12 @@ def _replace_tied(model: nn.Module, path: str, owner_path: str) -> None:
 
 
 def _compressed_ties(model: nn.Module, formats: dict[str, WeightFormat]) -> dict[str, str]:
-    """Ties (tied name -> owner's name) whose owner is compressed."""
+    """Return the ties (tied name -> owner's name) whose owner is compressed."""
     return {t: o for t, o in tied_names(model).items() if o.removesuffix(".weight") in formats}
 
 
-def _forget_ties(model: nn.Module, targets: set[str]) -> None:
-    """Take ties out of transformers' hands: it would look for the parameters that are gone."""
+def _remove_ties(model: nn.Module, targets: set[str]) -> None:
+    """Remove ties from the tied weights that transformers handles: their parameters no longer exist."""
     from transformers import PreTrainedModel
 
     if not targets:
@@ -140,13 +140,13 @@ def _forget_ties(model: nn.Module, targets: set[str]) -> None:
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
             prefix = f"{path}." if path else ""
-            kept = {
+            remaining = {
                 target: owner
                 for target, owner in module.get_expanded_tied_weights_keys().items()
                 if not targets & {prefix + target, prefix + owner}
             }
-            # On the instance, over the class's own: a later model.tie_weights() asks here.
-            module._tied_weights_keys = kept
+            # On the instance, which overrides the class: a later model.tie_weights() reads it.
+            module._tied_weights_keys = remaining
             module.all_tied_weights_keys = {
                 t: o for t, o in module.all_tied_weights_keys.items() if not targets & {prefix + t, prefix + o}
             }

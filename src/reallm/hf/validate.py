@@ -1,4 +1,4 @@
-"""Whether the numbers of a loaded artifact can be what a compressor wrote."""
+"""Validate the numbers of a loaded artifact: finite, and not larger than a compressor writes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ _LARGEST = 1e18
 
 
 def check_unpacked(unpacked: Unpacked) -> None:
-    """Errors: FormatError if a float part (scales, codebooks, factors) is not finite, or larger than any weight."""
+    """Raise FormatError if a float tensor (scales, codebooks, factors) is not finite, or larger than any weight."""
 
-    def check(part: Tensor) -> Tensor:
+    def check(tensor: Tensor) -> Tensor:
         # One pass: the largest magnitude of a tensor with a NaN is NaN, and NaN <= x is false.
-        if part.is_floating_point() and part.numel() and not part.detach().abs().max().item() <= _LARGEST:
+        if tensor.is_floating_point() and tensor.numel() and not tensor.detach().abs().max().item() <= _LARGEST:
             raise FormatError("a stored number is NaN, infinite or huge")
-        return part
+        return tensor
 
     map_tensors(check, unpacked)
 
 
 def check_decoded(weight: Tensor) -> None:
-    """Errors: FormatError if a decoded matrix is not finite."""
+    """Raise FormatError if a decoded matrix is not finite."""
     if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
         raise FormatError("the stored numbers decode to NaN or infinity")
 
 
 def check_unquantized(model: nn.Module) -> None:
-    """Errors: ArtifactError naming a parameter that is not finite: the compressor refuses those."""
+    """Raise ArtifactError naming a parameter that is not finite: the compressor refuses those."""
     for name, parameter in model.named_parameters():
         if parameter.device.type != "meta" and not torch.isfinite(parameter).all():
             raise ArtifactError(f"tensor {name!r} holds NaN or infinity; copy the artifact again")

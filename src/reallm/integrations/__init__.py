@@ -1,1 +1,1 @@
-"""Other packages that run a compressed model, or that it runs in: PEFT, lm-eval."""
+"""Compressed models in other packages: PEFT and lm-eval."""

@@ -1,7 +1,7 @@
-"""Multiple-choice and last-word tasks through lm-eval, on local files where there are any.
+"""Score multiple-choice and last-word tasks with lm-eval, on local files where present.
 
-Prompts, scoring and figures are those of lm-eval (EleutherAI's lm-evaluation-harness); a local file only takes the
-place of the hub's data set. Needs `pip install_hint ".[tasks]"`.
+Prompts, scoring and metrics are those of lm-eval (EleutherAI's lm-evaluation-harness); a local file only replaces the
+hub's data set. Needs `pip install ".[tasks]"`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from reallm.evaluate.measure import versions
 
 Rows = list[dict[str, Any]]
 
-# Draws for the standard error of a perplexity; that of an accuracy needs none. lm-eval's 100,000 take a minute.
-_DRAWS = 1000
+# Bootstrap iterations for the standard error of a perplexity; accuracies need none. lm-eval's 100,000 take a minute.
+_BOOTSTRAP_ITERATIONS = 1000
 _SPLIT = "test"
 
 
 @dataclass(frozen=True)
 class _LocalTask:
-    """A task that can read local files: its name in lm-eval, and how files become the rows of the hub's data set."""
+    """A task with local files: its name in lm-eval, and the function from files to rows of the hub's data set."""
 
     task: str
     files: tuple[str, ...]
@@ -58,18 +58,18 @@ def score_tasks(
     verify: bool = True,
     adapter: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Zero-shot figures of a model, and of `reference` beside it, on tasks of lm-eval; ready for JSON.
+    """Return zero-shot metrics of a model, and of `reference` if given, on tasks of lm-eval; a dict for JSON.
 
-    `names` are lm-eval's, or `lambada`, which is its lambada_openai. Tasks whose files (see LOCAL) lie in the folder
-    `data` read those, all others what lm-eval loads from the hub. `limit` takes only the first so many examples.
-    `adapter` is a folder with an adapter of the model; the reference has none.
-    Under `tasks` a list of {task, data, examples, metrics: {name: {model, stderr, reference, reference_stderr}}};
-    `data` is sha256 of the files by name, or the hub's data set.
+    `names` are lm-eval's, or `lambada`, which is its lambada_openai. Tasks whose files (see LOCAL) are in the folder
+    `data` read those; lm-eval loads the data of all others from the hub. Only the first `limit` examples are
+    scored. `adapter` is a folder with an adapter for the model, not for the reference.
+    `tasks` is a list of {task, data, examples, metrics: {name: {model, stderr, reference, reference_stderr}}};
+    `data` is the sha256 of the files by name, or the hub's data set.
     Errors: SourceError if lm-eval is missing, TextError for a task or a file that cannot be read, and as `load`.
     """
     _require_lm_eval()
     options = load_options(device, dtype) | {"mode": mode, "verify": verify}
-    begun = time.perf_counter()
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         local = _write_rows(names, None if data is None else Path(data), Path(folder))
         specs = list(dict.fromkeys(local[name].task if name in local else _lm_eval_name(name) for name in names))
@@ -82,23 +82,23 @@ def score_tasks(
         "reference": reference,
         "limit": limit,
         "batch_size": batch_size,
-        "tasks": _table(results, others, {found.task: found.sha256 for found in local.values()}),
+        "tasks": _table(results, others, {found.task: found.sha256 for found in local.values()}, specs),
         "dtype": computed,
-        "seconds": round(time.perf_counter() - begun, 3),
+        "seconds": round(time.perf_counter() - start, 3),
         "versions": versions() | {name: _version(name) for name in ("lm_eval", "datasets")},
     }
 
 
 @dataclass(frozen=True)
 class _LocalFiles:
-    """A task whose local files are there."""
+    """A task whose local files exist, with their checksums."""
 
     task: str
     sha256: dict[str, str]
 
 
 def _write_rows(names: Sequence[str], data: Path | None, folder: Path) -> dict[str, _LocalFiles]:
-    """Write rows and a config into `folder` for every name with local files; lm-eval's own config is included."""
+    """Write rows and a task config, which includes lm-eval's own, into `folder` for every name with local files."""
     if data is None:
         return {}
     if not data.is_dir():
@@ -132,13 +132,13 @@ def _write_rows(names: Sequence[str], data: Path | None, folder: Path) -> dict[s
 
 
 def _file(folder: Path, name: str) -> Path:
-    """Return the file of that name, or else one whose name differs in capitals alone."""
+    """Return the file of that name, or else one whose name differs only in case."""
     alike = (path for path in sorted(folder.iterdir()) if path.name.lower() == name.lower())
     return folder / name if (folder / name).is_file() else next(alike, folder / name)
 
 
 def _read_rows(local: _LocalTask, paths: Sequence[Path]) -> Rows:
-    """Errors: TextError naming the file that is missing, or the files that are not what the task reads."""
+    """Return the rows of a task. Errors: TextError naming a missing file, or files that the task cannot read."""
     texts = []
     for path in paths:
         try:
@@ -149,7 +149,7 @@ def _read_rows(local: _LocalTask, paths: Sequence[Path]) -> Rows:
         rows = local.rows(*texts)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         kind = f"{type(error).__name__}: {error}"
-        raise TextError(f"{paths[0]}: is not what {local.task} reads ({kind}); see `reallm eval --help`") from None
+        raise TextError(f"{paths[0]}: is not a file of {local.task} ({kind}); see `reallm eval --help`") from None
     if not rows:
         raise TextError(f"{paths[0]}: is empty")
     return rows
@@ -160,7 +160,7 @@ def _lines(text: str) -> Rows:
 
 
 def _arc(text: str) -> Rows:
-    """The files of AI2, in which a question is an object of its own, as the hub's data set has them."""
+    """Convert AI2's files, in which a question is an object, to rows of the hub's data set."""
     rows = []
     for row in _lines(text):
         asked = row["question"]
@@ -186,7 +186,7 @@ def _passages(text: str) -> Rows:
 
 
 _LAMBADA = _LocalTask("lambada_openai", ("lambada_test.jsonl",), _passages)
-# Name -> the files, as their authors publish them, that stand in for the hub's data set.
+# Name -> the authors' files that replace the hub's data set.
 LOCAL = {
     "arc_easy": _LocalTask("arc_easy", ("ARC-Easy-Test.jsonl",), _arc),
     "arc_challenge": _LocalTask("arc_challenge", ("ARC-Challenge-Test.jsonl",), _arc),
@@ -197,12 +197,12 @@ LOCAL = {
 
 
 def _lm_eval_name(name: str) -> str:
-    """What lm-eval calls a task: its `lambada` would be two data sets."""
+    """Return lm-eval's name of a task: its `lambada` would be two data sets."""
     return LOCAL[name].task if name in LOCAL else name
 
 
 def _task_config(task: str) -> Path:
-    """lm-eval's own config of a task, which says how it is asked and scored."""
+    """Return the path of lm-eval's own config of a task, with prompt and metrics."""
     import lm_eval.tasks
 
     folder = Path(lm_eval.tasks.__file__).parent
@@ -213,7 +213,7 @@ def _task_config(task: str) -> Path:
 
 
 def _manager(specs: Sequence[str], folder: Path, local: Sequence[str]) -> Any:
-    """lm-eval's index of tasks; of its own thousands only if one is asked for.
+    """Return lm-eval's task manager; its thousands of own tasks are indexed only if one of them is requested.
 
     Errors: TextError for a name it does not know.
     """
@@ -230,7 +230,7 @@ def _manager(specs: Sequence[str], folder: Path, local: Sequence[str]) -> Any:
 def _run_tasks(
     path: str, specs: list[str], tasks: Any, limit: int | None, batch_size: int, options: dict[str, Any]
 ) -> tuple[dict[str, Any], str]:
-    """(what lm-eval finds, dtype). One model is in memory at a time."""
+    """Return (lm-eval's results, dtype). One model is in memory at a time."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -239,9 +239,14 @@ def _run_tasks(
         scorer = HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
         try:
             found = simple_evaluate(
-                scorer, tasks=specs, task_manager=tasks, limit=limit, bootstrap_iters=_DRAWS, log_samples=False
+                scorer,
+                tasks=specs,
+                task_manager=tasks,
+                limit=limit,
+                bootstrap_iters=_BOOTSTRAP_ITERATIONS,
+                log_samples=False,
             )
-        except (OSError, ValueError) as error:  # data sets that are not there, each kind in its own way
+        except (OSError, ValueError) as error:  # missing data sets raise various types
             if not _is_dataset_error(error):
                 raise
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -253,7 +258,7 @@ def _run_tasks(
 
 
 def _is_dataset_error(error: BaseException) -> bool:
-    """Whether an error was raised while a data set was loaded, by what stands on its stack."""
+    """Return whether an error was raised by the package datasets, judged by its stack."""
     trace, files = error.__traceback__, []
     while trace is not None:
         files.append(trace.tb_frame.f_code.co_filename)
@@ -261,24 +266,27 @@ def _is_dataset_error(error: BaseException) -> bool:
     return any(f"{os.sep}datasets{os.sep}" in file for file in files)
 
 
-def _table(results: dict[str, Any], others: dict[str, Any] | None, files: dict[str, dict[str, str]]) -> Rows:
-    """One entry a task, in lm-eval's order."""
+def _table(
+    results: dict[str, Any], others: dict[str, Any] | None, files: dict[str, dict[str, str]], asked: Sequence[str]
+) -> Rows:
+    """Return one entry per task in the order of the request, then the tasks of groups in lm-eval's order."""
     table = []
     for task, figures in results["results"].items():
         counts = results.get("n-samples", {}).get(task, {})
         if not counts:
-            continue  # a group, whose tasks stand for themselves
+            continue  # a group, whose tasks have entries of their own
         config = results.get("configs", {}).get(task, {})
         metrics = _metrics(figures)
         for name, value in _metrics(others["results"][task]).items() if others else ():
             metrics[name] |= {"reference": value["model"], "reference_stderr": value["stderr"]}
         row = {"task": task, "data": files.get(task) or config.get("dataset_path"), "examples": counts["effective"]}
         table.append(row | {"metrics": metrics})
-    return table
+    place = {task: number for number, task in enumerate(asked)}  # lm-eval 0.4.10 sorts by name
+    return sorted(table, key=lambda row: place.get(row["task"], len(place)))
 
 
 def _metrics(figures: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """lm-eval names a figure `acc,none`: metric and filter."""
+    """Return the metrics by name; lm-eval's keys are `metric,filter`, for instance `acc,none`."""
     found: dict[str, dict[str, float | None]] = {}
     for key, value in figures.items():
         name, comma, kind = key.partition(",")
@@ -292,17 +300,18 @@ def _metrics(figures: dict[str, Any]) -> dict[str, dict[str, float | None]]:
 
 @contextlib.contextmanager
 def _silence_lm_eval() -> Iterator[None]:
-    """lm-eval's bars only where they are seen, nothing on stdout, no log below errors, no processes of its own."""
+    """Hide lm-eval's output: bars only on a terminal, nothing on stdout, only errors in the log, no subprocesses."""
     logger = logging.getLogger("lm_eval")
     level, before = logger.level, os.environ.get("DISABLE_MULTIPROC")
     logger.setLevel(logging.ERROR)
-    os.environ["DISABLE_MULTIPROC"] = "1"  # it would fork this process, threads and GPU and all, for a bootstrap
+    # Otherwise it would fork this process, with its threads and GPU context, for a bootstrap.
+    os.environ["DISABLE_MULTIPROC"] = "1"
     try:
         with contextlib.ExitStack() as stack:
-            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            devnull = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(devnull))
             if not sys.stderr.isatty():
-                stack.enter_context(contextlib.redirect_stderr(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(devnull))
             yield
     finally:
         logger.setLevel(level)

@@ -1,7 +1,7 @@
-"""PEFT over compressed models. Needs `pip install_hint ".[peft]"`.
+"""Use PEFT with compressed models. Needs `pip install ".[peft]"`.
 
-Compressed modules are linears and embeddings for PEFT, so that its adapters and soft prompts train over them. What it
-writes into weights (merging, PiSSA) is refused by the modules themselves.
+Compressed modules inherit from nn.Linear and nn.Embedding, so that PEFT trains adapters and soft prompts on them. The
+modules themselves refuse what PEFT would write into weights (merging, PiSSA).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from reallm.errors import ArtifactError, install_hint
 
 
 def accept_compressed_linears(config: Any) -> Any:
-    """The same config: PEFT takes compressed modules without being told. Kept for those who call it.
+    """Return the config unchanged: PEFT accepts compressed modules as they are. Kept for existing callers.
 
     Errors: ArtifactError if peft is not installed.
     """
@@ -25,10 +25,10 @@ def accept_compressed_linears(config: Any) -> Any:
 
 
 def load_peft_model(model: nn.Module, adapter: str | Path, name: str = "default") -> Any:
-    """A PeftModel of a loaded compressed model with the adapter in a folder, ours or PEFT's, of any kind that PEFT has.
+    """Return a PeftModel of a compressed model with the adapter in a folder, from reallm or PEFT, of any PEFT type.
 
-    Given that PeftModel it takes another adapter beside the first; `set_adapter` and `add_weighted_adapter` of PEFT
-    choose among them.
+    If `model` is already a PeftModel, the adapter is added to it; `set_adapter` and `add_weighted_adapter` of PEFT
+    select among them.
     Errors: ArtifactError if peft is not installed.
     """
     _require_peft()

@@ -1,6 +1,6 @@
-"""Functions on plain tensors; nothing here knows what a format is."""
+"""Functions on plain tensors; nothing here depends on formats."""
 
-from reallm.kernels.bit_packing import pack_bits, packed_nbytes, unpack_bits
+from reallm.kernels.bit_packing import pack_bits, packed_nbytes, unpack_bits, unpack_code_rows
 from reallm.kernels.deterministic import average, one_thread, total
 from reallm.kernels.hadamard import rotate, rotate_back
 from reallm.kernels.lookup import entries
@@ -29,4 +29,5 @@ __all__ = [
     "straight_through",
     "total",
     "unpack_bits",
+    "unpack_code_rows",
 ]

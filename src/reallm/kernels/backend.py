@@ -1,4 +1,4 @@
-"""Where kernels can run."""
+"""Availability of GPU kernels."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import importlib.util
 
 
 def has_triton(device: str) -> bool:
-    """Whether there are Triton kernels for a type of device."""
+    """Return whether Triton kernels are available for a device type."""
     return device == "cuda" and importlib.util.find_spec("triton") is not None

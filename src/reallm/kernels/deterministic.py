@@ -1,7 +1,7 @@
-"""Sums and factorisations that are the same to the bit whatever the number of threads.
+"""Sums and factorisations that are bit-identical for any number of threads.
 
 torch splits a sum of everything into one part a thread, and LAPACK its matrices; products of matrices and sums along an
-axis keep their order (docs/log.md, 2026-11-24).
+axis keep their order (docs/experiments/number-of-threads.md).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-_WIDTH = 1024  # torch adds up to 32,768 numbers in one thread
+_WIDTH = 1024  # torch sums up to 32,768 values in one thread
 
 
 def total(values: Shaped[Tensor, "..."], dtype: torch.dtype | None = None) -> Shaped[Tensor, ""]:
-    """Sum of all values, in their dtype or another."""
+    """Return the sum of all values, in `dtype` or by default in their own."""
     flat = values.reshape(-1)
     while len(flat) > _WIDTH:
         end = len(flat) // _WIDTH * _WIDTH
@@ -27,13 +27,13 @@ def total(values: Shaped[Tensor, "..."], dtype: torch.dtype | None = None) -> Sh
 
 
 def average(values: Float[Tensor, "..."]) -> Float[Tensor, ""]:
-    """Mean of all values in their dtype."""
+    """Return the mean of all values in their dtype."""
     return total(values) / values.numel()
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Factorise in here."""
+    """Limit torch to one thread inside the context: for factorisations."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

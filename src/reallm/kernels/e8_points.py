@@ -1,4 +1,4 @@
-"""The cheapest points of E8, each code charged by its squared distance and by what it costs to store."""
+"""Rate-distortion search for points of E8: squared distance plus the cost of storing each code."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def cheapest_points(
     parities: Float[Tensor, "2 classes"],
     classes: Int[Tensor, " columns"],
 ) -> Float[Tensor, "rows columns"]:
-    """Codes of small Σ importance · (code - target)² + cost: eight neighbouring rows of a column are a point.
+    """Return codes of low Σ importance · (code - target)² + cost; eight consecutive rows of a column form a point.
 
-    `costs` has the codes from -largest to largest; what is beyond pays as they do. A point also pays `parities` by
-    its own parity. `classes` says whose costs a column has. `importance` has one row for all rows, or one for each.
-    Rows left over take even codes.
+    `costs` covers the codes -largest … largest; larger ones cost as much as the outermost. Each point also costs
+    `parities[its parity, class]`. `classes` gives the class of each column. `importance` has one row for all rows, or
+    one per row. Remaining rows (fewer than 8) take even codes.
     """
     return _cheapest_implementation(targets.device.type)(targets, importance, costs, parities, classes)
 
@@ -40,9 +40,10 @@ def points_with_feedback(
     step: float,
     limit: int,
 ) -> tuple[Int[Tensor, "rows columns"], Float[Tensor, "rows columns"]]:
-    """(codes, errors / diagonal of `factor`), column by column: later ones move by -(error / diagonal) · their row.
+    """Round column by column with error feedback; return (codes, errors / diagonal of `factor`).
 
-    Targets are moving / step, at most `limit` in size; the rest as in `cheapest_points`. Only where `has_triton`.
+    After column j is rounded, the later columns change by -(error / factor[j, j]) · factor[j]. Targets are
+    moving / step, clamped to ±limit; other arguments as in `cheapest_points`. Requires Triton (`has_triton`).
     """
     kernels = importlib.import_module("reallm.kernels.e8_points_triton")
     return kernels.points_with_feedback(moving, factor, importance, costs, parities, classes, step, limit)
@@ -50,7 +51,7 @@ def points_with_feedback(
 
 @functools.cache
 def _cheapest_implementation(device: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The Triton kernel on a GPU where there is Triton, else `_cheapest`."""
+    """Return the Triton kernel on a GPU with Triton, otherwise `_cheapest`."""
     if has_triton(device):
         return importlib.import_module("reallm.kernels.e8_points_triton").cheapest
     return _cheapest
@@ -58,17 +59,17 @@ def _cheapest_implementation(device: str) -> Callable[[Tensor, Tensor, Tensor, T
 
 def _cheapest(targets: Tensor, importance: Tensor, costs: Tensor, parities: Tensor, classes: Tensor) -> Tensor:
     whole = len(targets) // DIM * DIM
-    # The best code of every residue modulo 4: the lattice asks for residues alone.
+    # The best code of each residue modulo 4: whether codes form a lattice point depends on their residues alone.
     residues = torch.arange(4, device=targets.device, dtype=targets.dtype)[:, None, None]
     below = ((targets - residues) / 4).floor() * 4 + residues
     lower, higher = (_cost(codes, targets, importance, costs, classes) for codes in (below, below + 4))
     codes, least = torch.where(higher < lower, below + 4, below), torch.minimum(lower, higher)
-    rest = torch.where(least[2, whole:] < least[0, whole:], codes[2, whole:], codes[0, whole:])
+    remaining = torch.where(least[2, whole:] < least[0, whole:], codes[2, whole:], codes[0, whole:])
     if not whole:
-        return rest
+        return remaining
     blocks = (4, whole // DIM, DIM, targets.shape[1])
     points = _points(codes[:, :whole].view(blocks), least[:, :whole].view(blocks), parities[:, classes])
-    return torch.cat([points.reshape(whole, -1), rest])
+    return torch.cat([points.reshape(whole, -1), remaining])
 
 
 def _cost(codes: Tensor, targets: Tensor, importance: Tensor, costs: Tensor, classes: Tensor) -> Tensor:
@@ -82,10 +83,10 @@ def _points(
     costs: Float[Tensor, "4 blocks 8 columns"],
     parities: Float[Tensor, "2 columns"],
 ) -> Float[Tensor, "blocks 8 columns"]:
-    """The cheapest point of E8 for each block, from the cheapest code of each residue modulo 4.
+    """Return the cheapest point of E8 for each block, given the cheapest code of each residue modulo 4.
 
-    Codes are all even or all odd, and then the number of those with the upper of the two residues is even: if it
-    comes out odd, the code that loses least takes its other residue (Conway and Sloane's decoding of D8).
+    Codes of a point are all even or all odd, and an even number of them has the upper of the two residues. If that
+    number is odd, the code with the smallest loss takes its other residue (Conway and Sloane's decoding of D8).
     """
     found, totals = [], []
     for parity in range(2):

@@ -1,6 +1,6 @@
-"""`cheapest_points` in one launch, for GPUs: error feedback rounds column by column, and each took sixty launches.
+"""Triton kernels of `e8_points.py`: one launch where plain torch takes sixty per column of error feedback.
 
-Importable only where Triton is: torch brings it with its CUDA builds for Linux.
+Importable only with Triton, which torch's CUDA builds for Linux install.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from reallm.kernels.jit import device_guard, jit_kernel
 
-_POINTS = 32  # of a program
-_POINTS_OF_PANEL = 2  # with 128 columns 2,048 numbers in registers, and 36 programs for 576 rows
+_POINTS = 32  # per program
+_PANEL_POINTS = 2  # per program: with 128 columns 2,048 values in registers, and 36 programs for 576 rows
 
 
 def cheapest(
@@ -24,9 +24,9 @@ def cheapest(
     parities: Float[Tensor, "2 classes"],
     classes: Int[Tensor, " columns"],
 ) -> Float[Tensor, "rows columns"]:
-    """As `e8_points.cheapest_points`."""
+    """Run `e8_points.cheapest_points` on a GPU."""
     rows, columns = targets.shape
-    found = torch.empty_like(targets)
+    codes = torch.empty_like(targets)
     points = triton.cdiv(rows, 8)
     with device_guard(targets):
         _cheapest_kernel[(triton.cdiv(points, _POINTS), columns)](
@@ -35,17 +35,17 @@ def cheapest(
             costs.contiguous(),
             parities.contiguous(),
             classes,
-            found,
+            codes,
             rows,
             *targets.stride(),
             importance.stride(0) if len(importance) > 1 else 0,
             importance.stride(1),
-            *found.stride(),
+            *codes.stride(),
             parities.shape[1],
             size=costs.shape[1],
             count=_POINTS,
         )
-    return found
+    return codes
 
 
 def points_with_feedback(
@@ -58,12 +58,12 @@ def points_with_feedback(
     step: float,
     limit: int,
 ) -> tuple[Int[Tensor, "rows columns"], Float[Tensor, "rows columns"]]:
-    """As `e8_points.points_with_feedback`; rows do not know of each other but for the eights of a point."""
+    """Run `e8_points.points_with_feedback` on a GPU; rows are independent except for the eight of a point."""
     rows, columns = moving.shape
     codes = torch.empty(rows, columns, dtype=torch.int32, device=moving.device)
     compensation = torch.empty_like(moving)
     with device_guard(moving):
-        _feedback_kernel[(triton.cdiv(rows, 8 * _POINTS_OF_PANEL),)](
+        _feedback_kernel[(triton.cdiv(rows, 8 * _PANEL_POINTS),)](
             moving.contiguous(),
             factor.contiguous(),
             importance.contiguous(),
@@ -78,7 +78,7 @@ def points_with_feedback(
             limit,
             columns=columns,
             size=costs.shape[1],
-            count=_POINTS_OF_PANEL,
+            count=_PANEL_POINTS,
             width=triton.next_power_of_2(columns),
         )
     return codes, compensation
@@ -106,11 +106,11 @@ def _feedback_kernel(
     largest: tl.constexpr = size // 2
     row = tl.program_id(0) * count * 8 + tl.arange(0, count * 8)
     point = tl.program_id(0) * count + tl.arange(0, count)[:, None]
-    there = row < rows
+    in_bounds = row < rows
     column = tl.arange(0, width)
-    # The panel stays in registers; a column is taken out by a sum over all.
+    # The panel stays in registers; a masked sum extracts a column.
     places = row[:, None] * columns + column[None, :]
-    panel = tl.load(moving + places, there[:, None] & (column < columns)[None, :], 0.0)
+    panel = tl.load(moving + places, in_bounds[:, None] & (column < columns)[None, :], 0.0)
     for now in range(columns):
         value = tl.sum(tl.where((column == now)[None, :], panel, 0.0), 1)
         target = tl.minimum(tl.maximum(value / step, -limit), limit)
@@ -126,11 +126,11 @@ def _feedback_kernel(
             largest,
         )
         code = tl.reshape(code, [count * 8])
-        answer = (value - code * step) / tl.load(factor + now * columns + now)
-        after = tl.load(factor + now * columns + column, (column > now) & (column < columns), 0.0)
-        panel -= answer[:, None] * after[None, :]
-        tl.store(codes + row * columns + now, code.to(tl.int32), there)
-        tl.store(compensation + row * columns + now, answer, there)
+        scaled_error = (value - code * step) / tl.load(factor + now * columns + now)
+        later = tl.load(factor + now * columns + column, (column > now) & (column < columns), 0.0)
+        panel -= scaled_error[:, None] * later[None, :]
+        tl.store(codes + row * columns + now, code.to(tl.int32), in_bounds)
+        tl.store(compensation + row * columns + now, scaled_error, in_bounds)
 
 
 @jit_kernel
@@ -140,14 +140,14 @@ def _cheapest_kernel(
     costs,
     parities,
     classes,
-    found,
+    codes,
     rows,
     target_row,
     target_column,
     weight_row,
     weight_column,
-    found_row,
-    found_column,
+    code_row,
+    code_column,
     class_count,
     size: tl.constexpr,
     count: tl.constexpr,
@@ -158,18 +158,18 @@ def _cheapest_kernel(
     point = tl.program_id(0) * count + tl.arange(0, count)[:, None]
     place = tl.arange(0, 8)[None, :]
     row = point * 8 + place
-    there = row < rows
-    target = tl.load(targets + row * target_row + column * target_column, there, 0.0)
-    weight = tl.load(importance + row * weight_row + column * weight_column, there, 0.0)
+    in_bounds = row < rows
+    target = tl.load(targets + row * target_row + column * target_column, in_bounds, 0.0)
+    weight = tl.load(importance + row * weight_row + column * weight_column, in_bounds, 0.0)
 
     whole = (point + 1) * 8 <= rows
     code = _point(target, weight, costs, parities, own_class, whole, class_count, size, largest)
-    tl.store(found + row * found_row + column * found_column, code, there)
+    tl.store(codes + row * code_row + column * code_column, code, in_bounds)
 
 
 @jit_kernel
 def _point(target, weight, costs, parities, own_class, whole, class_count, size: tl.constexpr, largest: tl.constexpr):
-    """Codes of (points, 8) targets. Rows left over are no point: each takes its cheaper even code."""
+    """Return codes of (points, 8) targets. Remaining rows form no point: each takes its cheaper even code."""
     own_costs = costs + own_class * size
     place = tl.arange(0, 8)[None, :]
     even, even_total, even_rest = _cheapest_parity(target, weight, own_costs, place, 0, largest)
@@ -182,22 +182,22 @@ def _point(target, weight, costs, parities, own_class, whole, class_count, size:
 
 @jit_kernel
 def _cheapest_parity(target, weight, costs, place, parity: tl.constexpr, largest: tl.constexpr):
-    """(codes, costs of the points, codes that ignore the sum) of the cheapest points of a parity."""
+    """Return (codes, costs of the points, codes that ignore the sum) of the cheapest points of a parity."""
     low, low_cost = _cheapest_residue(target, weight, costs, parity, largest)
     high, high_cost = _cheapest_residue(target, weight, costs, parity + 2, largest)
     gap = high_cost - low_cost
     upper = gap < 0
     loss = tl.abs(gap)
     odd = tl.sum(upper.to(tl.int32), 1) % 2 == 1
-    turned = (place == tl.argmin(loss, 1)[:, None]) & odd[:, None]
-    codes = tl.where(upper ^ turned, high, low)
+    flipped = (place == tl.argmin(loss, 1)[:, None]) & odd[:, None]
+    codes = tl.where(upper ^ flipped, high, low)
     total = tl.sum(tl.minimum(low_cost, high_cost), 1) + tl.where(odd, tl.min(loss, 1), 0.0)
     return codes, total, tl.where(upper, high, low)
 
 
 @jit_kernel
 def _cheapest_residue(target, weight, costs, residue: tl.constexpr, largest: tl.constexpr):
-    """The cheaper of the two codes of a residue modulo 4 around the target, and its cost."""
+    """Return the cheaper of the two codes of a residue modulo 4 around the target, and its cost."""
     below = tl.floor((target - residue) / 4) * 4 + residue
     lower = _cost(below, target, weight, costs, largest)
     higher = _cost(below + 4, target, weight, costs, largest)

@@ -1,8 +1,8 @@
 """Points of the lattice E8 as an entropy-coded stream of words.
 
-In half steps a point of E8 is eight integers, all even or all odd, whose sum is a multiple of 4 (Conway and Sloane,
-Sphere Packings, chapter 4). A stream therefore codes the first of eight with the whole histogram, the next six
-with the half of it that has the first one's parity, and the last with a quarter of it.
+In units of 1/2 a point of E8 is eight integers, all even or all odd, whose sum is a multiple of 4 (Conway and Sloane,
+Sphere Packings, chapter 4). A stream therefore codes the first integer with the whole histogram, the next six with the
+half that has the same parity, and the last with a quarter.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ _MANTISSA = 16
 
 
 def largest_code(levels: int) -> int:
-    """The largest magnitude that can be written when magnitudes up to `levels` have a frequency."""
+    """Return the largest magnitude that can be written with a frequency table up to magnitude `levels`."""
     return levels + (1 << RAW_BITS) - 1
 
 
 def are_lattice_points(codes: np.ndarray) -> bool:
-    """Whether (rows, columns) codes are points: eight neighbouring rows of a column are one, rows left over even."""
-    blocks, rest = _split(codes)
-    parity_ok = ((blocks - blocks[:, :1]) % 2 == 0).all() and (rest % 2 == 0).all()
+    """Return whether (rows, columns) codes are lattice points: eight consecutive rows of a column, other rows even."""
+    blocks, remaining = _split(codes)
+    parity_ok = ((blocks - blocks[:, :1]) % 2 == 0).all() and (remaining % 2 == 0).all()
     return bool(parity_ok and (blocks.sum(1) % 4 == 0).all())
 
 
 def frequency_table(codes: np.ndarray, levels: int) -> np.ndarray:
-    """Histogram of codes clamped to ±levels, one byte each: 0 for none, else a float of 4 + 4 bits.
+    """Return the histogram of codes clamped to ±levels, one byte per code: 0 for none, else a float of 4 + 4 bits.
 
-    Counts are kept to within 1/32 of themselves, those below 2^-15 of the largest are raised to that.
+    The relative error of a count is at most 1/32; counts below 2^-15 of the largest are raised to that.
     """
     counts = np.bincount((np.clip(codes, -levels, levels) + levels).reshape(-1), minlength=2 * levels + 1)
     if not counts.any():
@@ -54,7 +54,7 @@ def write_codes(writer: AnsWriter, codes: np.ndarray, table: np.ndarray) -> None
 
 
 def read_codes(reader: AnsReader, rows: int, columns: int, table: np.ndarray) -> np.ndarray:
-    """The inverse of `write_codes`: (rows, columns) codes, int64."""
+    """Read (rows, columns) codes, int64: the inverse of `write_codes`."""
     blocks = np.zeros((rows // DIM, DIM, columns), np.int64)
     first, middle, last = blocks[:, 0], blocks[:, 1:-1].transpose(0, 2, 1), blocks[:, -1]
     first[:] = _read(reader, first.size, _frequencies(table, 1, 0)).reshape(first.shape)
@@ -66,13 +66,13 @@ def read_codes(reader: AnsReader, rows: int, columns: int, table: np.ndarray) ->
     for residue in range(4):
         where = residues == residue
         last[where] = _read(reader, int(where.sum()), _frequencies(table, 4, residue))
-    rest = _read(reader, rows % DIM * columns, _frequencies(table, 2, 0)).reshape(rows % DIM, columns)
-    return np.concatenate([blocks.reshape(rows // DIM * DIM, columns), rest])
+    remaining = _read(reader, rows % DIM * columns, _frequencies(table, 2, 0)).reshape(rows % DIM, columns)
+    return np.concatenate([blocks.reshape(rows // DIM * DIM, columns), remaining])
 
 
 def _runs(codes: np.ndarray, table: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Codes that share a model, and the model, in the order of reading."""
-    blocks, rest = _split(codes)
+    """Yield (codes, frequencies) for runs of codes that share a frequency model, in reading order."""
+    blocks, remaining = _split(codes)
     first, middle, last = blocks[:, 0], blocks[:, 1:-1].transpose(0, 2, 1), blocks[:, -1]
     yield first.reshape(-1), _frequencies(table, 1, 0)
     for parity in range(2):
@@ -80,7 +80,7 @@ def _runs(codes: np.ndarray, table: np.ndarray) -> Iterator[tuple[np.ndarray, np
     residues = -blocks[:, :-1].sum(1) % 4
     for residue in range(4):
         yield last[residues == residue], _frequencies(table, 4, residue)
-    yield rest.reshape(-1), _frequencies(table, 2, 0)
+    yield remaining.reshape(-1), _frequencies(table, 2, 0)
 
 
 def _read(reader: AnsReader, count: int, frequencies: np.ndarray) -> np.ndarray:
@@ -92,7 +92,7 @@ def _read(reader: AnsReader, count: int, frequencies: np.ndarray) -> np.ndarray:
 
 
 def _frequencies(table: np.ndarray, modulus: int, residue: int) -> np.ndarray:
-    """Frequencies of the codes of a residue class. The outermost stand for larger codes of any class."""
+    """Return the frequencies of the codes of a residue class. The outermost codes escape larger ones of any class."""
     levels = len(table) // 2
     codes = np.arange(-levels, levels + 1)
     allowed = (codes % modulus == residue) | (np.abs(codes) == levels)
@@ -100,12 +100,12 @@ def _frequencies(table: np.ndarray, modulus: int, residue: int) -> np.ndarray:
 
 
 def _weights(table: np.ndarray) -> np.ndarray:
-    """Byte b > 0 stands for (16 + b mod 16) · 2^(b div 16)."""
+    """Decode table bytes: b > 0 means (16 + b mod 16) · 2^(b div 16)."""
     table = table.astype(np.int64)
     return np.where(table > 0, (_MANTISSA + table % _MANTISSA) << (table // _MANTISSA), 0)
 
 
 def _split(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(blocks, 8, columns) points and the rows left over."""
+    """Return (blocks, 8, columns) points and the remaining rows."""
     count = len(codes) // DIM
     return codes[: count * DIM].reshape(count, DIM, codes.shape[1]), codes[count * DIM :]

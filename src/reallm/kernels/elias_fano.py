@@ -1,9 +1,9 @@
-"""Sets of positions in a size that is known beforehand: the code of Elias and Fano.
+"""Elias-Fano coding of sorted positions; the size depends only on their number and range.
 
-The low bits of every position are stored as they are. The rest of it, which rises from one position to the next, is
-told by a stream of ones, one a position, and zeros, one before each step up by one. Keeping 1 % of all places takes
-8.6 bits a position, 3 % 7.1; the least that any code needs on average are 8.1 and 6.5. Numbers of a place as they are
-would take 20 bits in a matrix of a million weights, and 10 with a fixed count for each of its rows.
+The low bits of each position are stored as they are. The high bits, which never decrease, are stored in unary: a one
+per position and a zero before each increment. 1 % of all places take 8.6 bits per position, 3 % take 7.1; the
+information-theoretic minimum is 8.1 and 6.5. Plain indices would take 20 bits in a matrix of a million weights, and 10
+with a fixed count per row.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 from reallm.errors import FormatError
 from reallm.kernels.bit_packing import pack_bits, packed_nbytes, unpack_bits
 
-_MOST_LOW_BITS = 16  # what `pack_bits` packs
+_MAX_LOW_BITS = 16  # the limit of `pack_bits`
 
 
 def positions_nbytes(count: int, places: int) -> int:
-    """Bytes that `count` >= 1 different positions below `places` take."""
+    """Return the bytes of `count` >= 1 distinct positions below `places`."""
     low = _low_bits(count, places)
     return packed_nbytes(count, low) + packed_nbytes(_stream_length(count, places), 1)
 
 
 def pack_positions(positions: Int[Tensor, " count"], places: int) -> UInt8[Tensor, " nbytes"]:
-    """Pack rising positions below `places`: their low bits, then the stream."""
+    """Pack strictly increasing positions below `places`: low bits, then the unary stream of high bits."""
     count = len(positions)
     low = _low_bits(count, places)
     positions = positions.to(torch.int64)
@@ -36,24 +36,24 @@ def pack_positions(positions: Int[Tensor, " count"], places: int) -> UInt8[Tenso
 
 
 def unpack_positions(packed: UInt8[Tensor, " nbytes"], count: int, places: int) -> Int[Tensor, " count"]:
-    """The inverse of `pack_positions`, int64.
+    """Unpack `count` positions, int64: the inverse of `pack_positions`.
 
-    Errors: FormatError unless they are `count` rising positions below `places`.
+    Errors: FormatError unless they are `count` strictly increasing positions below `places`.
     """
     low = _low_bits(count, places)
     cut = packed_nbytes(count, low)
     ones = unpack_bits(packed[cut:], 1, _stream_length(count, places)).nonzero()[:, 0]
     if len(ones) != count:
-        raise FormatError(f"stored positions are damaged: {len(ones)} in place of {count}")
+        raise FormatError(f"stored positions are damaged: found {len(ones)}, expected {count}")
     high = (ones - torch.arange(count, device=packed.device)) << low
-    found = high | unpack_bits(packed[:cut], low, count).to(torch.int64) if low else high
-    if (found.diff() <= 0).any() or not found[-1] < places:
-        raise FormatError(f"stored positions are damaged: they do not rise, or exceed {places}")
-    return found
+    positions = high | unpack_bits(packed[:cut], low, count).to(torch.int64) if low else high
+    if (positions.diff() <= 0).any() or not positions[-1] < places:
+        raise FormatError(f"stored positions are damaged: they do not increase, or are not below {places}")
+    return positions
 
 
 def _low_bits(count: int, places: int) -> int:
-    return min((places // count).bit_length() - 1, _MOST_LOW_BITS)
+    return min((places // count).bit_length() - 1, _MAX_LOW_BITS)
 
 
 def _stream_length(count: int, places: int) -> int:

@@ -1,10 +1,10 @@
 """Randomised Hadamard transforms of any size.
 
-A size n = 2^a · m with m odd is turned by (Hadamard of 2^a) ⊗ (an orthogonal matrix of m) after random signs:
-2^a additions a value for the first, m products for the second (576 = 64 · 9, 11008 = 256 · 43). The odd part is
-the type-II discrete cosine transform, which has a formula for every m. On a GPU, where a launch costs more than
-arithmetic, it is two or three products with factors of the same matrix. What it is for: after it the weights
-of a matrix look like independent Gaussians, whatever they were before (QuIP#, Tseng et al., arXiv:2402.04396).
+After the transform the weights of a matrix look like independent Gaussians (QuIP#, Tseng et al., arXiv:2402.04396). A
+size n = 2^a · m with m odd is multiplied by random signs, then by (Hadamard of 2^a) ⊗ (orthogonal matrix of m): 2^a
+additions per value for the first factor, m products for the second (576 = 64 · 9, 11008 = 256 · 43). The odd factor is
+the type-II discrete cosine transform, which is defined for every m. On a GPU, where a launch costs more than
+arithmetic, the transform is two or three products with Kronecker factors of the same matrix.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from torch import Tensor
 from reallm.kernels.deterministic import one_thread
 
 _MASK = (1 << 64) - 1
-# Values that a processor transforms at once: three copies of them lie in its cache, not three of a hessian in memory.
+# Values per chunk on a CPU: three copies of a chunk fit in the cache, instead of three copies of a Hessian in memory.
 _CHUNK = 1 << 17
-_FACTOR = 64  # columns of a factor on a GPU
+_FACTOR = 64  # largest number of columns of a Kronecker factor
 
 
 def rotate(values: Float[Tensor, "*rows n"], seed: int) -> Float[Tensor, "*rows n"]:
-    """The last axis times signs of `seed`, then transformed: an orthogonal map."""
+    """Multiply the last axis by the signs of `seed` and transform it: an orthogonal map."""
     return _transform(values * _device_signs(values.shape[-1], seed, values.device, values.dtype), transposed=False)
 
 
 def rotate_back(values: Float[Tensor, "*rows n"], seed: int) -> Float[Tensor, "*rows n"]:
-    """The inverse of `rotate`."""
+    """Invert `rotate`."""
     return _transform(values, transposed=True) * _device_signs(values.shape[-1], seed, values.device, values.dtype)
 
 
 def rotate_by_products(values: Float[Tensor, "*rows n"], seed: int) -> Float[Tensor, "*rows n"]:
-    """`rotate` up to rounding, as a GPU does it: on a CPU faster for many rows, but no format's bytes go by it."""
+    """Compute `rotate` up to rounding as on a GPU: faster on a CPU for many rows, but never used for stored bytes."""
     return kronecker_transform(
         values * _device_signs(values.shape[-1], seed, values.device, values.dtype), transposed=False
     )
@@ -49,18 +49,18 @@ def _device_signs(n: int, seed: int, device: torch.device, dtype: torch.dtype) -
 
 @functools.lru_cache(maxsize=256)
 def signs(n: int, seed: int) -> Float[Tensor, " n"]:
-    """n signs by the top bit of splitmix64 (Steele, Lea, Flood 2014): the same on every machine."""
-    state, found = seed & _MASK, []
+    """Return n signs from the top bit of splitmix64 (Steele, Lea, Flood 2014): the same on every machine."""
+    state, values = seed & _MASK, []
     for _ in range(n):
         state = (state + 0x9E3779B97F4A7C15) & _MASK
         mixed = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
-        found.append(-1.0 if (mixed ^ (mixed >> 31)) >> 63 else 1.0)
-    return torch.tensor(found)
+        values.append(-1.0 if (mixed ^ (mixed >> 31)) >> 63 else 1.0)
+    return torch.tensor(values)
 
 
 def _transform(values: Tensor, transposed: bool) -> Tensor:
-    """(H ⊗ C) of the last axis, seen as (2^a, m); H is symmetric, C goes by its transpose on the way back."""
+    """Apply H ⊗ C to the last axis, viewed as (2^a, m); H is symmetric, and `transposed` uses Cᵀ (the inverse)."""
     if values.device.type != "cpu":
         return kronecker_transform(values, transposed)
     n = values.shape[-1]
@@ -69,32 +69,32 @@ def _transform(values: Tensor, transposed: bool) -> Tensor:
     flat = values.reshape(-1, power, n // power)
     if n > power:
         cosines = _cosines(n // power).to(values)
-        with one_thread():  # products of m columns depend on how threads share them
+        with one_thread():  # the rounding of products of m columns depends on the number of threads
             flat = flat @ (cosines if transposed else cosines.T)
     rows = max(1, _CHUNK // n)
     if flat.device.type == "cpu" and len(flat) > rows:
-        return torch.cat([_fast_walsh_hadamard(part) for part in flat.split(rows)]).reshape(shape)
+        return torch.cat([_fast_walsh_hadamard(chunk) for chunk in flat.split(rows)]).reshape(shape)
     return _fast_walsh_hadamard(flat).reshape(shape)
 
 
 def kronecker_transform(values: Float[Tensor, "*rows n"], transposed: bool) -> Float[Tensor, "*rows n"]:
-    """`_transform` as products with the factors of a Kronecker product, one after the other."""
-    found, after = values, values.shape[-1]
+    """Compute `_transform` as successive products with the factors of a Kronecker product."""
+    result, inner = values, values.shape[-1]
     for factor in kronecker_factors(values.shape[-1], values.device, values.dtype):
-        after //= len(factor)
+        inner //= len(factor)
         factor = factor.T if transposed else factor
-        if after == 1:
-            found = found.reshape(-1, len(factor)) @ factor.T
+        if inner == 1:
+            result = result.reshape(-1, len(factor)) @ factor.T
         else:
-            found = factor @ found.reshape(-1, len(factor), after)
-    return found.reshape(values.shape)
+            result = factor @ result.reshape(-1, len(factor), inner)
+    return result.reshape(values.shape)
 
 
 @functools.lru_cache(maxsize=64)
 def kronecker_factors(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Float[Tensor, "m m"], ...]:
-    """Orthogonal matrices whose Kronecker product is the transform; of at most 64 columns unless the odd part has more.
+    """Return orthogonal matrices whose Kronecker product is the transform.
 
-    n = 576 has two, of 16 and of 4 · 9.
+    Each has at most 64 columns, unless the odd factor m has more. n = 576 has two, of 16 and 4 · 9.
     """
     with torch.inference_mode(False):
         power = n & -n
@@ -108,15 +108,15 @@ def kronecker_factors(n: int, device: torch.device, dtype: torch.dtype) -> tuple
 
 
 def _sylvester(power: int) -> Float[Tensor, "m m"]:
-    """The Hadamard matrix of 2^a, orthonormal, float64."""
-    found = torch.ones(1, 1, dtype=torch.float64)
-    while len(found) < power:
-        found = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2), found)
-    return found
+    """Return the orthonormal Hadamard matrix of 2^a, float64."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < power:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2), matrix)
+    return matrix
 
 
 def _fast_walsh_hadamard(flat: Float[Tensor, "rows power odd"]) -> Float[Tensor, "rows power odd"]:
-    """The Hadamard matrix of 2^a by sums and differences of halves."""
+    """Apply the Hadamard matrix of 2^a to axis 1 by sums and differences of halves."""
     rows, power, odd = flat.shape
     half = 1
     while half < power:
@@ -128,7 +128,7 @@ def _fast_walsh_hadamard(flat: Float[Tensor, "rows power odd"]) -> Float[Tensor,
 
 @functools.lru_cache(maxsize=64)
 def _cosines(m: int) -> Float[Tensor, "m m"]:
-    """Orthonormal type-II cosine transform: row k is cos(π k (2 j + 1) / 2 m), scaled."""
+    """Return the orthonormal type-II cosine transform: row k is cos(π k (2 j + 1) / 2 m), scaled."""
     angles = torch.arange(m, dtype=torch.float64)[:, None] * (2 * torch.arange(m, dtype=torch.float64) + 1)
     matrix = torch.cos(angles * (math.pi / (2 * m))) * math.sqrt(2 / m)
     matrix[0] = 1 / math.sqrt(m)

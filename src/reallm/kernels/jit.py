@@ -1,4 +1,4 @@
-"""Triton's compiler for our kernels. Importable only where Triton is."""
+"""Triton compilation of our kernels. Importable only with Triton."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def jit_kernel(function: Callable) -> Any:
-    """`triton.jit`, which reads source and globals: not those of a type checker that tests wrap around functions."""
+    """Apply `triton.jit` to the function without the type checker that tests wrap around: it reads its source."""
     return triton.jit(inspect.unwrap(function))
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Launches inside go to the GPU of `tensor`; Triton's interpreter has none."""
+    """Return a context whose launches run on the GPU of `tensor`; a null context in Triton's interpreter."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

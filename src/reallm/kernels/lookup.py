@@ -1,4 +1,4 @@
-"""Entries of a table by number, with a gradient for the table that is quick and the same in every run."""
+"""Table look-up with a fast and deterministic gradient."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch.nn import functional as F
 
 
 def entries(table: Float[Tensor, "size dim"], codes: Int[Tensor, "..."]) -> Float[Tensor, "... dim"]:
-    """table[codes].
+    """Return table[codes].
 
-    Indexing takes three times as long on a CPU (1.3 ms where a matrix has 221,000 codes), and its gradient on a GPU
-    handles equal codes one after the other. There index_select adds up in any order, and an embedding sorts first; on a
-    CPU its gradient takes 36 ms, that of index_select 1.
+    On a CPU this uses index_select: indexing takes three times as long (1.3 ms for a matrix of 221,000 codes), and the
+    gradient of an embedding takes 36 ms instead of 1. On a GPU it uses an embedding, whose gradient sorts the codes
+    first: the gradient of indexing processes equal codes serially, and index_select adds in arbitrary order.
     """
     if table.is_cuda:
         return F.embedding(codes, table)

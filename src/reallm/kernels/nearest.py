@@ -6,14 +6,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Distances of one chunk: 2**22 floats are 16 MB, which a processor's cache still half holds; larger is slower. A GPU
-# wants few and large chunks: with 65,536 entries 2**22 are 64 vectors, and launches would take longer than the work.
+# Distances per chunk: 2**22 floats are 16 MB, half of which fits in a CPU cache; larger is slower. A GPU needs few and
+# large chunks: with 65,536 entries 2**22 distances are 64 vectors, and launches would take longer than the work.
 _DISTANCES_PER_CHUNK = {"cpu": 1 << 22}
 _DISTANCES_PER_CHUNK_ELSEWHERE = 1 << 26
 
 
 def nearest_level(values: Float[Tensor, "..."], levels: Float[Tensor, " levels"]) -> Int[Tensor, "..."]:
-    """Index of the nearest of `levels`, which rise; a value halfway between two takes the lower."""
+    """Return the index of the nearest of the sorted `levels`; a value halfway between two takes the lower."""
     between = (levels[1:] + levels[:-1]) / 2
     return torch.bucketize(values, between, out_int32=True)
 
@@ -24,9 +24,9 @@ def nearest_entry(
     importance: Float[Tensor, "n dim"] | None = None,
     table: Float[Tensor, "twice_dim entries"] | None = None,
 ) -> Int[Tensor, " n"]:
-    """Index of the entry at the smallest squared distance, each coordinate weighted by `importance`.
+    """Return the index of the entry at the smallest squared distance, each coordinate weighted by `importance`.
 
-    `table` is the codebook's `entry_table`, where it serves many calls.
+    `table` is the codebook's `entry_table`, precomputed for many calls.
     """
     distances = _DISTANCES_PER_CHUNK.get(vectors.device.type, _DISTANCES_PER_CHUNK_ELSEWHERE)
     chunk = max(1, distances // len(codebook))
@@ -46,5 +46,5 @@ def nearest_entry(
 
 
 def entry_table(codebook: Float[Tensor, "entries dim"]) -> Float[Tensor, "twice_dim entries"]:
-    """What (h, h v) of a vector v and its importance h are multiplied with for half its distances, up to Σ h v² / 2."""
+    """Return the matrix T with (h, h v) @ T = half the distances of vector v with importance h, minus Σ h v² / 2."""
     return torch.cat([codebook.square() / 2, -codebook], 1).T

@@ -1,8 +1,7 @@
-"""Any bytes in fewer, where their symbols are not equally frequent: range asymmetric numeral systems in many lanes.
+"""Lossless entropy coding of bytes: interleaved range asymmetric numeral systems (rANS) in numpy.
 
-The coder of Duda (arXiv:1311.2540) with one table of frequencies, in lanes that share one stream of words (Giesen,
-arXiv:1402.3392), so that plain numpy decodes as many symbols at a time as there are lanes. docs/artifact.md says what
-the bytes mean.
+The coder of Duda (arXiv:1311.2540) with one frequency table. Interleaved lanes share one stream of words (Giesen,
+arXiv:1402.3392), so that numpy decodes one symbol per lane at a time. docs/artifact.md specifies the bytes.
 """
 
 from __future__ import annotations
@@ -13,51 +12,52 @@ import numpy as np
 
 from reallm.errors import FormatError
 
-# Frequencies sum to 2^14; states lie in 2^16 … 2^32 - 1 and give up 16 bits at a time.
+# Frequencies sum to 2^14; states are in 2^16 … 2^32 - 1 and are renormalised by 16 bits.
 _PRECISION = 14
 _LOWEST = 1 << 16
 _WORD_BITS = 16
-_HEAD = 5  # width, number of lanes as uint32
+_HEAD = 5  # bytes of the header: width, number of lanes as uint32
 _WIDTHS = range(1, 9)
-# More steps are slower to decode, more lanes cost two bytes each: 1,152 steps for 576 x 576 codes, 50 ms and 0.5 %.
-_LEAST_STEPS, _MOST_STEPS = 64, 2048
+# More steps decode more slowly, more lanes cost two bytes each: 576 x 576 codes take 1,152 steps, 50 ms and 0.5 %.
+_MIN_STEPS, _MAX_STEPS = 64, 2048
 _MANTISSA = 16
-# The width is chosen on so many bytes from the middle: a multiple of all widths, 105 bytes being 840 bits.
+# The width is chosen on a sample of this many bytes from the middle: a multiple of all widths (105 bytes are 840 bits).
 _SAMPLE = 105 << 11
 
 
 def encode_bytes(raw: np.ndarray, most: float) -> np.ndarray | None:
-    """uint8 bytes, coded at the symbol width that serves best; None if that takes more than `most` bytes."""
+    """Encode uint8 bytes at the best symbol width; return None if the result takes more than `most` bytes."""
     if not len(raw):
         return None
     start = max(0, len(raw) - _SAMPLE) // 210 * 105
     sample = raw[start : start + _SAMPLE]
     width, estimate = min(((width, _estimate(sample, width)) for width in _WIDTHS), key=lambda pair: pair[1])
-    if estimate > len(sample):  # most often noise; a sample carries the table alone, so that this refuses nothing good
+    # Usually noise. The estimate charges the whole table to the sample, so that nothing compressible is rejected.
+    if estimate > len(sample):
         return None
-    found = _encode(raw, width)
-    return found if len(found) <= most else None
+    coded = _encode(raw, width)
+    return coded if len(coded) <= most else None
 
 
 def decode_bytes(coded: np.ndarray, nbytes: int) -> np.ndarray:
-    """The `nbytes` uint8 bytes that `encode_bytes` was given.
+    """Decode `nbytes` uint8 bytes: the inverse of `encode_bytes`.
 
-    Errors: FormatError if the stream does not end where the bytes do: it is damaged.
+    Errors: FormatError if the stream is damaged, that is, does not end where the bytes do.
     """
     damaged = FormatError("entropy-coded tensor is damaged; copy the artifact again")
     width = int(coded[0]) if len(coded) else 0
     if width not in _WIDTHS or len(coded) < _HEAD + (1 << width):
         raise damaged
     lanes = int(coded[1:_HEAD].view("<u4")[0])
-    table, rest = coded[_HEAD : _HEAD + (1 << width)], coded[_HEAD + (1 << width) :]
+    table, stream = coded[_HEAD : _HEAD + (1 << width)], coded[_HEAD + (1 << width) :]
     count = -(-8 * nbytes // width)
-    # Each lane is four bytes of the file: so many steps bound time and memory by its size.
-    if not 0 < lanes <= count or -(-count // lanes) > _MOST_STEPS:
+    # Each lane takes four bytes of the file: with a limit on steps, time and memory are bounded by the file size.
+    if not 0 < lanes <= count or -(-count // lanes) > _MAX_STEPS:
         raise damaged
-    if len(rest) < 4 * lanes or len(rest) % 2 or not table.any():
+    if len(stream) < 4 * lanes or len(stream) % 2 or not table.any():
         raise damaged
-    states = rest[: 4 * lanes].view("<u4").astype(np.int64)
-    symbols = _read(states, rest[4 * lanes :].view("<u2"), frequencies(table), count)
+    states = stream[: 4 * lanes].view("<u4").astype(np.int64)
+    symbols = _read(states, stream[4 * lanes :].view("<u2"), frequencies(table), count)
     if symbols is None:
         raise damaged
     bits = (symbols[:, None] >> np.arange(width, dtype=np.uint8) & 1).astype(np.uint8)
@@ -65,21 +65,21 @@ def decode_bytes(coded: np.ndarray, nbytes: int) -> np.ndarray:
 
 
 def frequencies(table: np.ndarray) -> np.ndarray:
-    """Bytes of a table -> int64 frequencies that sum to 2^14; only a byte of 0 gives 0.
+    """Convert the bytes of a table to int64 frequencies that sum to 2^14; only byte 0 becomes 0.
 
-    Byte b > 0 weighs (16 + b mod 16) · 2^(b div 16). Each symbol has 1, what is left is shared by weight, rounded down,
-    and what then is left goes to the first of the largest.
+    Byte b > 0 has weight (16 + b mod 16) · 2^(b div 16). Each symbol gets 1; the remainder is divided by weight,
+    rounded down, and the final remainder goes to the first of the largest.
     """
     wide = table.astype(np.int64)
     weights = np.where(wide > 0, (_MANTISSA + wide % _MANTISSA) << (wide // _MANTISSA), 0)
     used = wide > 0
-    found = used + weights * ((1 << _PRECISION) - used.sum()) // max(weights.sum(), 1)
-    found[found.argmax()] += (1 << _PRECISION) - found.sum()
-    return found
+    result = used + weights * ((1 << _PRECISION) - used.sum()) // max(weights.sum(), 1)
+    result[result.argmax()] += (1 << _PRECISION) - result.sum()
+    return result
 
 
 def _symbols(raw: np.ndarray, width: int) -> np.ndarray:
-    """The bytes as a stream of bits, lowest first, in symbols of `width` bits; filled up with zeros."""
+    """Split the bit stream of the bytes, lowest bit first, into symbols of `width` bits; padded with zeros."""
     if width == 8:
         return raw
     if width in (1, 2, 4):
@@ -91,7 +91,7 @@ def _symbols(raw: np.ndarray, width: int) -> np.ndarray:
 
 
 def _estimate(raw: np.ndarray, width: int) -> float:
-    """About the bytes that coding takes: entropy, table and lanes."""
+    """Estimate the coded size in bytes: entropy, table and lanes."""
     counts = np.bincount(_symbols(raw, width), minlength=1 << width)
     share = counts[counts > 0] / counts.sum()
     bits = -(share * np.log2(share)).sum() * counts.sum()
@@ -99,12 +99,12 @@ def _estimate(raw: np.ndarray, width: int) -> float:
 
 
 def _lanes(count: int) -> int:
-    steps = min(max(2 * math.isqrt(count), _LEAST_STEPS), _MOST_STEPS)
+    steps = min(max(2 * math.isqrt(count), _MIN_STEPS), _MAX_STEPS)
     return -(-count // steps)
 
 
 def _table(counts: np.ndarray) -> np.ndarray:
-    """Counts as bytes to within 1/32 of themselves; those below 2^-15 of the largest are raised to that."""
+    """Convert counts to bytes with a relative error of at most 1/32; counts below 2^-15 of the largest are raised."""
     steps = np.arange(256, dtype=np.int64)
     steps = np.where(steps > 0, (_MANTISSA + steps % _MANTISSA) << (steps // _MANTISSA), 0)
     places = np.searchsorted((steps[1:] + steps[:-1]) / 2, counts / counts.max() * steps[-1])
@@ -121,25 +121,25 @@ def _encode(raw: np.ndarray, width: int) -> np.ndarray:
 
 
 def _write(symbols: np.ndarray, freqs: np.ndarray, lanes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(state of every lane, words in the order of reading): symbols are written from the last to the first."""
+    """Return (state of each lane, words in reading order); symbols are written from the last to the first."""
     starts = np.cumsum(freqs) - freqs
     states = np.full(lanes, _LOWEST, np.int64)
     written: list[np.ndarray] = []
     for first in range((len(symbols) - 1) // lanes * lanes, -1, -lanes):
-        part = symbols[first : first + lanes]
-        freq, state = freqs[part], states[: len(part)]
+        step = symbols[first : first + lanes]
+        freq, state = freqs[step], states[: len(step)]
         full = state >= freq << (32 - _PRECISION)
         written.append(state[full] & 0xFFFF)
         state = np.where(full, state >> _WORD_BITS, state)
-        states[: len(part)] = (state // freq << _PRECISION) + state % freq + starts[part]
+        states[: len(step)] = (state // freq << _PRECISION) + state % freq + starts[step]
     return states, np.concatenate(written[::-1])
 
 
 def _read(states: np.ndarray, words: np.ndarray, freqs: np.ndarray, count: int) -> np.ndarray | None:
-    """The symbols; None if words or states do not end as they began."""
+    """Return the symbols, or None if words remain or a final state is not the encoder's initial state."""
     starts = np.cumsum(freqs) - freqs
     of_slot = np.repeat(np.arange(len(freqs), dtype=np.uint8), freqs)
-    # What a slot turns a state into: one look-up in place of two.
+    # Per slot instead of per symbol: one look-up instead of two.
     freq_of_slot, inside = freqs[of_slot], np.arange(1 << _PRECISION) - starts[of_slot]
     symbols, at, lanes = np.empty(count, np.uint8), 0, len(states)
     for first in range(0, count, lanes):

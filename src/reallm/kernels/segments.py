@@ -1,4 +1,4 @@
-"""Sums by code, the same in every run."""
+"""Deterministic segment sums."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ _LARGEST = float(1 << 43)
 
 
 def segment_sum(values: Float[Tensor, " n ..."], codes: Int[Tensor, " n"], size: int) -> Float[Tensor, " size ..."]:
-    """Sum of the values of each code in 0 … size - 1; 0 for a code that nothing has. At most 2^19 values a code.
+    """Return the sum of the values of each code in 0 … size - 1; 0 for unused codes. At most 2^19 values per code.
 
     Summed as 64-bit integers: floats added in another order give other sums, which k-means magnifies (one seed
-    gave perplexities of 87.8 and 88.7 on a GPU), and sorting them first tripled its time (docs/log.md, 2026-11-22).
+    gave perplexities of 87.8 and 88.7 on a GPU), and sorting them first tripled its time
+    (docs/experiments/errors-relative-to-columns.md).
     """
     largest = values.abs().amax().double().clamp(min=torch.finfo(torch.float32).tiny) if len(values) else 1.0
     whole = (values.double() * (_LARGEST / largest)).round().long()

@@ -1,4 +1,4 @@
-"""Values that are rounded on the way forwards only."""
+"""Straight-through estimator (STE)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 def straight_through(values: Float[Tensor, "*size"], rounded: Float[Tensor, "*size"]) -> Float[Tensor, "*size"]:
-    """`rounded`, with gradients as if it were `values` (Bengio et al., arXiv:1308.3432)."""
-    return _Through.apply(values, rounded)
+    """Return `rounded`; its gradient passes unchanged to `values` (Bengio et al., arXiv:1308.3432)."""
+    return _StraightThrough.apply(values, rounded)
 
 
-class _Through(torch.autograd.Function):
+class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, rounded: Tensor) -> Tensor:
         return rounded.clone()

@@ -1,6 +1,6 @@
-"""Viterbi's algorithm of `trellis.py` in one launch a pass, for GPUs.
+"""Triton kernel of the Viterbi algorithm of `viterbi.py`: one launch per pass.
 
-Importable only where Triton is: torch brings it with its CUDA builds for Linux.
+Importable only with Triton, which torch's CUDA builds for Linux install.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from reallm.kernels.jit import device_guard, jit_kernel
 
-# Windows that a program looks at together, and its warps: the fastest of 512 … 8,192 and 4 … 32 on an H100 at 16 state
-# bits, 1.3 ms for 96 rings at 2 bits, where the plain algorithm takes 39.
+# Windows per block of a program, and its warps: the fastest of 512 … 8,192 and 4 … 32 on an H100 at 16 state bits.
+# 96 rings at 2 bits take 1.3 ms; the torch implementation takes 39 ms.
 _BLOCK = 4096
 _WARPS = 32
 
@@ -25,7 +25,7 @@ def path(
     importance: Float[Tensor, "n steps"] | None = None,
     seam: Int[Tensor, " n"] | None = None,
 ) -> Int[Tensor, "n steps"]:
-    """The best states of rings, one program each; `seam` and `importance` as in `trellis._path`."""
+    """Return the best states of rings, one program per ring; `seam` and `importance` as in `viterbi._path`."""
     n, steps = targets.shape
     shared = len(values) >> bits
     scratch = torch.empty(n, 2, shared, dtype=torch.float32, device=targets.device)
@@ -77,7 +77,7 @@ def _viterbi(
     decisions += ring * steps * shared
     seam = tl.load(seams + ring) if bound else 0
 
-    # Least cost of each window so far: all may begin, or the one at the seam.
+    # Least cost of each window so far: any window may be the first, or only the one at the seam.
     for first in range(0, shared, block):
         window = first + tl.arange(0, block)
         least = tl.where(window == seam, 0.0, float("inf")) if bound else tl.zeros([block], tl.float32)
@@ -91,7 +91,7 @@ def _viterbi(
         weight = tl.load(importance + step) if weighted else 1.0
         for first in range(0, shared, block):
             window = first + tl.arange(0, block)
-            # States that differ in their oldest code only go on to the same states: the better one stays.
+            # States that differ only in their oldest code have the same successors: the better one survives.
             best = tl.full([block], float("inf"), tl.float32)
             chosen = tl.zeros([block], tl.int32)
             for oldest in tl.static_range(fan):
@@ -102,7 +102,7 @@ def _viterbi(
                 best = tl.minimum(cost, best)
             tl.store(after + window, best)
             tl.store(decisions + step * shared + window, chosen.to(tl.uint8))
-        # The next step reads what other threads of this program wrote.
+        # The next step reads values written by other threads of this program.
         tl.debug_barrier()
 
     if bound:

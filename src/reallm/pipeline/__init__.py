@@ -1,7 +1,7 @@
 """The pipeline: source → walk → plan → fit → write.
 
-Finished matrices are kept in a work folder beside the output as they come, so that an interrupted run goes
-on from there; the output folder appears by one rename when everything is in it.
+Every finished matrix is saved at once to a work folder next to the output, so that an interrupted run can resume. One
+rename creates the output folder when all its files are complete.
 """
 
 from reallm.pipeline.compress_settings import Settings

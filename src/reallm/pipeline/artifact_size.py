@@ -1,4 +1,4 @@
-"""Every byte of an artifact before it exists: texts are rendered, and tensors are counted by their layouts."""
+"""Predict every byte of an artifact before it exists: render its texts, and count its tensors by their layouts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from reallm.formats.base import add_prefix
 from reallm.pipeline.job import Job, matrix_info
 
 PLAN_FILE = "plan.yaml"
-_FINGERPRINT = "0" * 64  # as long as any
+_PLACEHOLDER_FINGERPRINT = "0" * 64  # as long as a sha256
 
 
 class ArtifactSize:
-    """Bytes of the artifacts that a job with other plans would write; no tensor counts as entropy-coded.
+    """Predicted bytes of the artifact that a job would write with a given plan, without entropy coding.
 
-    Under a size, what is left for notes of tuning counts too.
+    For a job with a size, the bytes reserved for tuning records are included.
     """
 
     def __init__(self, job: Job) -> None:
@@ -37,20 +37,29 @@ class ArtifactSize:
 
     @property
     def auxiliary_files(self) -> dict[str, int]:
-        """Bytes of tokenizer and generation settings, by file."""
+        """Bytes of the tokenizer and generation settings, by file."""
         return self._job.source.auxiliary_file_bytes
 
     def nbytes(self, plan: Plan) -> int:
-        """Bytes of all files."""
+        """Return the bytes of all files."""
         return self.overhead(plan) + _matrices_nbytes(plan)
 
     def overhead(self, plan: Plan) -> int:
-        """Return the bytes of everything but compressed matrices: shared decoders, unquantized tensors, headers, texts,
-        auxiliary files, and what is reserved for tuning."""
+        """Return the bytes of everything except the compressed matrices.
+
+        These are shared decoders, unquantized tensors, headers, texts, auxiliary files, and the bytes reserved for
+        tuning.
+        """
         job = dataclasses.replace(self._job, plan=plan)
-        with tempfile.TemporaryDirectory() as place:
-            write_texts(job, _FINGERPRINT, {}, Path(place), placeholder_checksums(predict_files(artifact_tensors(job))))
-            texts = nbytes_by_file(Path(place)) | self.auxiliary_files
+        with tempfile.TemporaryDirectory() as folder:
+            write_texts(
+                job,
+                _PLACEHOLDER_FINGERPRINT,
+                {},
+                Path(folder),
+                placeholder_checksums(predict_files(artifact_tensors(job))),
+            )
+            texts = nbytes_by_file(Path(folder)) | self.auxiliary_files
         return (
             job.reserved_for_tuning
             + sum(texts.values())
@@ -59,9 +68,10 @@ class ArtifactSize:
         )
 
     def text_nbytes(self, matrix: MatrixInfo, fmt: WeightFormat) -> int:
-        """Return about how many bytes of headers, checksums and index a matrix takes in this format: it is linear.
+        """Return the approximate bytes of headers, checksums and index for one matrix in this format.
 
-        What config and plan say of a format once, for all matrices that have it, is not counted.
+        The model is linear: totals are sums over matrices. It excludes what config.json and the plan store once for all
+        matrices with the same format; see `shared_text`.
         """
         if (matrix.shape, fmt) not in self._header_nbytes:
             layout = fmt.layout(matrix.shape).items()
@@ -71,28 +81,28 @@ class ArtifactSize:
         return nbytes + count * (len(matrix.name) + 1)
 
     def shared_text(self, matrix: MatrixInfo, fmt: WeightFormat) -> dict[str, int]:
-        """Return by a key about how many bytes config.json and the plan say once for all matrices stored alike."""
+        """Return the approximate bytes that config.json and the plan store once per kind, shape and format, by key."""
         key = (matrix.kind, matrix.shape, fmt)
         if key not in self._shared_text:
             layout = {"kind": matrix.kind, "shape": list(matrix.shape), "format": to_spec(fmt)}
-            # config.json is indented by two, three levels deep.
+            # config.json has an indent of two and nests three levels deep.
             config = json.dumps(layout, indent=2)
             spec = yaml.safe_dump({"match": [], "format": to_spec(fmt)})
             nbytes = len(config) + 6 * (config.count("\n") + 1), len(spec) + 4 * spec.count("\n")
-            words = f"{matrix.kind} {matrix.shape} {fmt}", str(fmt)
-            self._shared_text[key] = dict(zip(words, nbytes, strict=True))
+            keys = f"{matrix.kind} {matrix.shape} {fmt}", str(fmt)
+            self._shared_text[key] = dict(zip(keys, nbytes, strict=True))
         return self._shared_text[key]
 
 
 def _entry_text(tensor: Tensor) -> str:
-    """What the header of a safetensors file says of a tensor; offsets have about as many digits as its bytes."""
+    """Return a tensor's entry in a safetensors header; its offsets have about as many digits as its byte count."""
     return f'{{"dtype":"F16","shape":{list(tensor.shape)},"data_offsets":[{tensor.nbytes},{tensor.nbytes}]}}'
 
 
 def write_texts(
     job: Job, fingerprint: str, coded: Mapping[str, tuple[str, ...]], folder: Path, checksums: dict[str, str]
 ) -> None:
-    """Config and the plan as run. `coded`: local names of entropy-coded tensors by matrix."""
+    """Write config.json and the executed plan. `coded`: local names of the entropy-coded tensors, by matrix."""
     from reallm.hf import write_config
 
     manifest = dataclasses.replace(job.manifest(fingerprint, coded), checksums=checksums)
@@ -103,23 +113,23 @@ def write_texts(
 
 
 def _matrices_nbytes(plan: Plan) -> int:
-    """Stored bytes of the planned matrices, decoders that they share apart."""
+    """Return the stored bytes of the planned matrices, excluding shared decoders."""
     return sum(entry.nbytes for entry in plan.entries)
 
 
 def nbytes_by_file(folder: Path) -> dict[str, int]:
-    """Bytes of every file in a folder."""
+    """Return the bytes of every file in a folder, by relative path."""
     return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
 def artifact_tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the artifact, on the meta device, in the order they are written."""
+    """Yield all tensors of the artifact, on the meta device, in the order they are written."""
     from reallm.hf import marker_tensors
 
     for matrix, planned in job.compressed_matrices:
         yield from add_prefix(matrix.name, planned.fmt.layout(matrix.shape)).items()
     yield from shared_decoder_layout(job.plan.shared_decoders).items()
     shapes = job.source.shapes()
-    for name in job.unquantized:
+    for name in job.unquantized_tensors:
         yield name, torch.empty(shapes[name], dtype=job.source.tensor_dtype(name), device="meta")
     yield from marker_tensors([matrix for matrix, _ in job.compressed_matrices]).items()

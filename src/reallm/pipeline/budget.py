@@ -1,4 +1,4 @@
-"""Plans from one number: bytes of the whole artifact, or bits of the block matrices, by predicted loss."""
+"""Plan formats for one budget by predicted loss: bytes of the artifact, or bits per weight of the block matrices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from pathlib import Path
 import torch
 
 from reallm.allocate import MatrixInfo, Plan
-from reallm.allocate.candidates import NEURAL, calibrated_candidates, data_free_candidates, neural_candidates
+from reallm.allocate.candidates import (
+    NEURAL,
+    calibrated_candidates,
+    data_free_candidates,
+    neural_candidates,
+    plugin_candidates,
+)
 from reallm.allocate.format_plan import PER_LAYER
 from reallm.allocate.loss_prediction import Analysis, load_corrections
 from reallm.allocate.options import Options, matrix_options, predicted_bytes, predicted_loss
@@ -20,12 +26,10 @@ from reallm.allocate.sensitivity import sensitivity
 from reallm.fit import gaussian_error, gaussian_share
 from reallm.fit.objective import GUIDED
 from reallm.formats import WeightFormat
-from reallm.formats.low_rank_plus import LowRankPlus
-from reallm.formats.scaled import Scaled
 from reallm.pipeline.artifact_size import ArtifactSize
 from reallm.pipeline.byte_budget import plan_for_bits, plan_for_size, shrink_recipe
 from reallm.pipeline.calibration_inputs import Progress, calibration_windows, gradient_dtype
-from reallm.pipeline.compress_settings import Settings, calibration_record, for_analysis
+from reallm.pipeline.compress_settings import Settings, analysis_settings, calibration_record
 from reallm.pipeline.cost import seconds_of_analysis
 from reallm.pipeline.job import Forecast, Job
 from reallm.pipeline.load_weight import checked_original
@@ -33,10 +37,11 @@ from reallm.pipeline.loss_analysis import FILES, analysis_file, compute_analysis
 from reallm.source import Source, Walk
 
 # Without calibration: KL per unit of relative error of an embedding that is the head too, and of each by itself;
-# second-order, on SmolLM2-135M (docs/log.md, 2026-11-24).
+# second-order, on SmolLM2-135M (docs/experiments/predicted-loss-and-entropy-coding.md).
 _EMBEDDING_LOSS = {"tied": 9.75, "embedding": 0.9, "head": 8.85}
-# What rank 1 leaves of the embedding that these were measured on. A mean adds one number to all logits: where it is
-# larger, an error costs more than its share of the energy says, so that a residual is credited with no more than there.
+# Share of the energy that a rank-1 term leaves in the embedding on which these were measured. A mean adds one number to
+# all logits: if it is larger, an error costs more than its share of the energy suggests, so a residual is credited with
+# at most this gain.
 _MIN_RANK_ONE_RESIDUAL = 0.5
 
 
@@ -49,12 +54,12 @@ def plan_for_budget(
     progress: Progress | None = None,
     analyse: bool = True,
 ) -> Job:
-    """A job whose plan has the least predicted loss within `size`, `bits_per_parameter` or `bits`.
+    """Return a job whose plan has the least predicted loss within `size`, `bits_per_parameter` or `bits`.
 
-    A `base_plan` plan is taken as it is; its options are for the changes that bring it into the size, should it be too
-    large once it is measured. Without `analyse` only an analysis that is kept is used.
+    A `base_plan` is used unchanged; its options serve only to reduce it to the size if the measured artifact is too
+    large. If `analyse` is false, only a stored analysis is used.
 
-    Errors: RecipeError naming what is possible.
+    Errors: RecipeError naming the possible values.
     """
     size = settings.size
     if settings.bits_per_parameter is not None:
@@ -66,15 +71,15 @@ def plan_for_budget(
         matrices = [entry.matrix for entry in base_plan.entries]
     matrix_by_name = {matrix.name: matrix for matrix in walked.matrices}
     residual_share = functools.cache(lambda name: rank_one_residual_share(source, matrix_by_name[name]))
-    reached = {m.name for m in walked.matrices if m.expert is None} if to_analyse else frozenset()
+    analysed = {m.name for m in walked.matrices if m.expert is None} if to_analyse else frozenset()
     options = format_options(
-        matrices, walked, settings, analysis, coding and size is not None, base_plan, residual_share, reached
+        matrices, walked, settings, analysis, coding and size is not None, base_plan, residual_share, analysed
     )
     forecast = Forecast(options, size, None, math.nan, analysis is not None, to_analyse)
     draft = Job(source, walked, Plan((), _name(settings, size)), settings, coding, forecast)
     if base_plan is not None:
         plan, nbytes = base_plan, ArtifactSize(draft).overhead(base_plan) + predicted_bytes(base_plan, options)
-        if size is not None and nbytes > size:  # what no few changes bring there is refused before any work
+        if size is not None and nbytes > size:  # refuse before any work if a few changes do not suffice
             shrink_recipe(ArtifactSize(draft), base_plan, options, size, nbytes, lambda _, option: option.nbytes)
     elif size is None:
         plan = plan_for_bits(matrices, options, float(settings.bits or 0), draft.plan.recipe)
@@ -100,10 +105,11 @@ def format_options(
     residual_share: Callable[[str], float] = lambda name: 1.0,
     to_analyse: Collection[str] = (),
 ) -> Options:
-    """What every matrix can be stored as, with bytes and predicted losses.
+    """Return the candidate formats of every matrix, with bytes and predicted losses.
 
-    `residual_share`: share of an embedding's or head's energy that a term of rank 1 leaves, asked for where analysis is not.
-    `to_analyse`: matrices that an analysis will know; they choose from what it will let them choose from.
+    `residual_share`: returns the share of the energy of embedding or lm_head that a rank-1 term leaves; called for
+    matrices without analysis.
+    `to_analyse`: matrices that a later analysis will cover; they get the candidates of analysed matrices.
     """
     corrections = load_corrections(settings.corrections)
     embedding_formats = {"embedding": settings.embedding, "head": settings.head}
@@ -120,22 +126,23 @@ def format_options(
         else:
             found = calibrated_candidates(matrix.kind, _state_bits(settings))
         more = neural_candidates(matrix.kind, _index_bits(settings)) if NEURAL in settings.candidates else ()
+        more += plugin_candidates(matrix.kind, settings.device)
         if not known:  # scales around a format are nothing to a prediction by roles
-            found, more = (tuple(fmt for fmt in formats if not isinstance(fmt, Scaled)) for formats in (found, more))
+            found, more = (tuple(fmt for fmt in formats if fmt.predicted_by_role) for formats in (found, more))
         return [*corrections.select_candidates(matrix.kind, found), *more]
 
     def loss(matrix: MatrixInfo, fmt: WeightFormat) -> float:
         if analysis is not None and analysis.knows(matrix.name):
             predicted = analysis.loss(matrix.name, fmt, gaussian_error)
         elif matrix.kind == "block":
-            of_role = sum(other.weights for other in matrices if other.role == matrix.role)
-            predicted = matrix.weights / of_role * sensitivity(matrix, fmt, depth) * gaussian_error(fmt)
+            role_weights = sum(other.weights for other in matrices if other.role == matrix.role)
+            predicted = matrix.weights / role_weights * sensitivity(matrix, fmt, depth) * gaussian_error(fmt)
         else:
-            beside = max(residual_share(matrix.name), _MIN_RANK_ONE_RESIDUAL) if isinstance(fmt, LowRankPlus) else 1.0
-            error = gaussian_error(fmt.base if isinstance(fmt, LowRankPlus) else fmt)
+            residual = max(residual_share(matrix.name), _MIN_RANK_ONE_RESIDUAL) if fmt.residual_rank() else 1.0
+            error = gaussian_error(fmt.without_residual())
             predicted = (
                 _EMBEDDING_LOSS["tied" if walked.tied_heads and matrix.role != PER_LAYER else matrix.kind]
-                * beside
+                * residual
                 * error
             )
         return corrections.correct_loss(matrix, fmt, predicted)
@@ -144,52 +151,53 @@ def format_options(
         if not coding:
             return 1.0
         measured = analysis.share(matrix.name, fmt) if analysis is not None else None
-        if matrix.kind == "block" or not isinstance(fmt, LowRankPlus):
+        if matrix.kind == "block" or not fmt.residual_rank():
             return gaussian_share(fmt) if measured is None else measured
         # Factors are not coded: tuning changes them.
-        coded = fmt.base.nbytes(matrix.shape) / fmt.nbytes(matrix.shape)
-        return 1 - coded * (1 - (gaussian_share(fmt.base) if measured is None else measured))
+        base = fmt.without_residual()
+        coded = base.nbytes(matrix.shape) / fmt.nbytes(matrix.shape)
+        return 1 - coded * (1 - (gaussian_share(base) if measured is None else measured))
 
-    always = {entry.matrix.name: entry.fmt for entry in base_plan.entries} if base_plan else None
+    base_formats = {entry.matrix.name: entry.fmt for entry in base_plan.entries} if base_plan else None
     return matrix_options(
-        matrices, candidates, loss, share, settings.rank, {} if base_plan else embedding_formats, always
+        matrices, candidates, loss, share, settings.rank, {} if base_plan else embedding_formats, base_formats
     )
 
 
 def _state_bits(settings: Settings) -> int:
-    """Of trellis candidates. A CPU takes 60 s for 10⁶ weights at 12 bits, 2 h for a 135M model: none there."""
+    """Return the state bits of trellis candidates; by default 0 (none) on a CPU.
+
+    At 12 bits a CPU takes 60 s per 10⁶ weights, 2 h for a model with 135M parameters.
+    """
     if settings.state_bits is not None:
         return settings.state_bits
     return 0 if torch.device(settings.device).type == "cpu" else 16
 
 
 def _index_bits(settings: Settings) -> int:
-    """The most of codeword candidates: a CPU goes through 65,536 codewords for a vector in 1 ms."""
+    """Return the largest index bits of neural codebooks; a CPU searches 65,536 codewords per vector in 1 ms."""
     return 12 if torch.device(settings.device).type == "cpu" else 16
 
 
 def load_or_compute_analysis(
     source: Source, walked: Walk, settings: Settings, progress: Progress | None = None
 ) -> Analysis:
-    """Numbers of every matrix: from the folder of analyses if they are there, else computed and put there.
+    """Load the analysis from the folder `settings.analysis`; if it is not there, compute it and save it.
 
     Errors: SourceError naming a tensor that is not finite.
     """
-    few = for_analysis(settings)
-    path = _kept_as(source, few)
+    selected = analysis_settings(settings)
+    path = _analysis_path(source, selected)
     if path is not None and path.is_file():
         return Analysis.load(path)
-    fingerprint, calibration = source.fingerprint(), calibration_record(few)
+    fingerprint, calibration = source.fingerprint(), calibration_record(selected)
     if progress:
         seconds = seconds_of_analysis(source, walked, settings)
-        count, context = few.calibration_windows, few.calibration_context
+        count, context = selected.calibration_windows, selected.calibration_context
         progress(f"analysis of {count} windows of {context:,} tokens, about {seconds:.0f} s", 0, count)
     model = checked_original(source, gradient_dtype(source, settings.device))
-    windows = calibration_windows(source, few, lambda: model, progress)
-    codes = ("uniform", "normal_float")
-    embedding_candidates = [
-        fmt for fmt in calibrated_candidates("embedding", 0) if getattr(fmt, "base", fmt).name in codes
-    ]
+    windows = calibration_windows(source, selected, lambda: model, progress)
+    embedding_candidates = [f for f in calibrated_candidates("embedding", 0) if f.without_residual().cheap_to_fit]
     origin = {"source": Path(source.label).name, "source_sha256": fingerprint, "calibration": calibration}
     guided = settings.objective == GUIDED
     found = compute_analysis(
@@ -203,17 +211,17 @@ def load_or_compute_analysis(
 def _analysis(
     source: Source, walked: Walk, settings: Settings, progress: Progress | None, analyse: bool
 ) -> Analysis | None:
-    """The analysis; without `analyse` the one that is kept, if there is one."""
+    """Return the analysis; if `analyse` is false, the stored one, or None if there is none."""
     if analyse:
         return load_or_compute_analysis(source, walked, settings, progress)
     if settings.analysis is None or not any(Path(settings.analysis).glob(FILES)):
-        return None  # nothing is kept of any model: do not read the files for their fingerprint
-    path = _kept_as(source, for_analysis(settings))
+        return None  # no analysis of any model is stored: do not read the weights for a fingerprint
+    path = _analysis_path(source, analysis_settings(settings))
     return Analysis.load(path) if path is not None and path.is_file() else None
 
 
-def _kept_as(source: Source, few: Settings) -> Path | None:
-    """Where the analysis of these windows is kept; None where none is."""
-    if few.analysis is None:
+def _analysis_path(source: Source, selected: Settings) -> Path | None:
+    """Return the file for the analysis of these windows; None without a folder."""
+    if selected.analysis is None:
         return None
-    return analysis_file(Path(few.analysis), source.fingerprint(), calibration_record(few), few.seed)
+    return analysis_file(Path(selected.analysis), source.fingerprint(), calibration_record(selected), selected.seed)

@@ -1,4 +1,4 @@
-"""The text a job is calibrated on, in windows of tokens."""
+"""Load the calibration text of a job as windows of tokens."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from reallm.pipeline.compress_settings import Settings
 from reallm.source import Source
 from reallm.source.devices import multiplies_bfloat16
 
-# (matrix just finished, weights done, weights in all), or the same of a phase, which begins with 0 done
+# (matrix just finished, weights done, total weights); or (phase, units done, total units), starting with 0 done
 Progress = Callable[[str, int, int], None]
 GENERATION = "writing text to calibrate on"  # a phase, counted in tokens
 
-_IN_FLOAT32 = 2_000_000_000  # parameters
+_MAX_FLOAT32_PARAMETERS = 2_000_000_000
 
 
 def phase_callback(progress: Progress | None, phase: str, total: int) -> Callable[[int, int], None]:
-    """Tells `progress` that a phase begins, and gives what tells how much of it is done, of how much."""
+    """Report the start of a phase to `progress`, and return a callback (done, total) for the rest of the phase."""
     if progress is None:
         return lambda done, total: None
     progress(phase, 0, total)
@@ -33,7 +33,7 @@ def phase_callback(progress: Progress | None, phase: str, total: int) -> Callabl
 def calibration_windows(
     source: Source, settings: Settings, model: Callable[[], torch.nn.Module], progress: Progress | None = None
 ) -> Tensor:
-    """Token ids (windows, context) of the settings' calibration. `model` is asked for only to write text itself."""
+    """Return token ids (windows, context) for calibration. `model` is called only if the model generates the text."""
     tokenizer, context = load_tokenizer(source.label), _context(source, settings)
     if settings.calibration == (SELF,):
         windows = settings.calibration_windows
@@ -43,9 +43,9 @@ def calibration_windows(
 
 
 def clamp_windows(source: Source, settings: Settings) -> Settings:
-    """The settings with as many windows as the text has, if these are fewer, and a context that the model was made for.
+    """Reduce the number of windows to those in the text, and the context to the model's maximum.
 
-    What costs, files and the next text to be held out go by is counted here once, before any work.
+    Costs, file layouts and the choice of held-out text use these numbers, so they are determined once, before any work.
     Errors: TextError if the text does not fill one window.
     """
     if not settings.calibration:
@@ -63,14 +63,14 @@ def _context(source: Source, settings: Settings) -> int:
 
 
 def calculation_dtype(source: Source) -> torch.dtype:
-    """float32 for all that a workstation holds twice; 16 bits beyond."""
-    return torch.float32 if source.total_parameters < _IN_FLOAT32 else torch.bfloat16
+    """Return float32 for models that fit twice into the memory of a workstation; bfloat16 for larger ones."""
+    return torch.float32 if source.total_parameters < _MAX_FLOAT32_PARAMETERS else torch.bfloat16
 
 
 def gradient_dtype(source: Source, device: str) -> torch.dtype:
-    """What gradients of the end loss are computed in: bfloat16 where a CPU multiplies it, sums apart.
+    """Return the dtype for gradients of the end-to-end loss: bfloat16 on a CPU that multiplies it natively.
 
-    Only squares of gradients are read, and means of thousands of them.
+    Sums stay in float32. Precision suffices, because only means over thousands of squared gradients are used.
     """
     on_cpu = torch.device(device).type == "cpu"
     return torch.bfloat16 if on_cpu and multiplies_bfloat16() else calculation_dtype(source)

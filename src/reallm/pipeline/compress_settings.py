@@ -1,4 +1,4 @@
-"""What the user chose, and whether it can be."""
+"""Settings of a compression job, and their validation."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from reallm.fit.objective import GUIDED, OBJECTIVES, OUTPUTS
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose: one of `bits`, `size`, `bits_per_parameter` and `recipe`.
+    """User settings with exactly one goal: `bits`, `size`, `bits_per_parameter` or `recipe`.
 
-    A recipe beside one of the two in the middle is kept if it fits. If it is too large, at most half of its matrices
-    get smaller formats; if that is not enough, it is refused.
+    A recipe may be combined with `size` or `bits_per_parameter`. It stays unchanged if it fits. If it is too large, at
+    most half of its matrices get smaller formats; if that does not suffice, the job fails.
     """
 
     bits: float | int | None = None
@@ -37,18 +37,18 @@ class Settings:
     exclude: tuple[str, ...] = ()
     embedding: FormatSpec | None = None  # None: the recipe's, or 8 bits
     head: FormatSpec | None = None
-    calibration: tuple[str, ...] = ()  # text files, or "self"; without any, fits know the weights alone
+    calibration: tuple[str, ...] = ()  # text files, or "self"; if empty, fits use only the weights
     calibration_windows: int = 128
     calibration_context: int = 2048
-    objective: str | None = None  # what calibration makes of its inputs: OBJECTIVES; None: see `resolve_objective`
-    coding: bool | None = None  # entropy-code stored tensors; None: as the recipe says, and under a size
+    objective: str | None = None  # one of OBJECTIVES; None: see `resolve_objective`
+    coding: bool | None = None  # entropy-code stored tensors; None: by the recipe, and yes with a size
     state_bits: int | None = None  # of trellis candidates, 0 for none; None: 16 on a GPU, none on a CPU
-    analysis: str | None = None  # folder that keeps what losses are predicted from, for the next budget
+    analysis: str | None = None  # folder that caches the analysis for loss prediction, for later budgets
     analysis_windows: int = 16
     analysis_context: int = 1024
-    fits: str | None = None  # folder that keeps fitted matrices, for the next budget
-    corrections: str | None = None  # file of what is known better than predicted
-    candidates: tuple[str, ...] = ()  # what a budget may choose beside its own list: words of allocate.candidates.MORE
+    fits: str | None = None  # folder that caches fitted matrices, for later budgets
+    corrections: str | None = None  # file with corrections to predicted losses
+    candidates: tuple[str, ...] = ()  # extra candidates for a budget: names in allocate.candidates.MORE
 
 
 _LISTS = ("calibration", "include", "exclude", "candidates")
@@ -57,21 +57,21 @@ _NUMBERS = ("bits", "bits_per_parameter")
 
 
 def make_settings(**values: Any) -> Settings:
-    """Settings of what one may give in Python: a size as text too, paths, and one file or pattern in place of several.
+    """Return Settings from Python values: a size may be text, files may be paths, and a list may be a single value.
 
-    Errors: RecipeError naming the type of what is none of these.
+    Errors: RecipeError naming a value of an unsupported type.
     """
-    known = dict(values)
+    converted = dict(values)
     for name in values.keys() & set(_LISTS):
-        known[name] = _text_tuple(name, values[name])
+        converted[name] = _text_tuple(name, values[name])
     for name in values.keys() & set(_PATHS):
-        known[name] = None if values[name] is None else _text(name, values[name])
+        converted[name] = None if values[name] is None else _text(name, values[name])
     for name in values.keys() & set(_NUMBERS):
         if values[name] is not None and not isinstance(values[name], numbers.Real):
             raise _type_error(name, values[name], "give a number")
     if values.get("size") is not None:
-        known["size"] = _parse_bytes(values["size"])
-    return Settings(**known)
+        converted["size"] = _parse_bytes(values["size"])
+    return Settings(**converted)
 
 
 def _parse_bytes(size: Any) -> int:
@@ -89,7 +89,7 @@ def _text_tuple(name: str, value: Any) -> tuple[str, ...]:
         return (_text(name, value),)
     if not isinstance(value, Iterable) or isinstance(value, bytes):
         raise _type_error(name, value, "give text, or a list of texts")
-    return tuple(_text(name, one) for one in value)
+    return tuple(_text(name, item) for item in value)
 
 
 def _text(name: str, value: Any) -> str:
@@ -103,7 +103,7 @@ def _type_error(name: str, value: Any, remedy: str) -> RecipeError:
 
 
 def calibration_record(settings: Settings) -> dict[str, Any] | None:
-    """Text, windows and context of the calibration as provenance keeps them; None without."""
+    """Return texts, windows, context and objective as provenance stores them; None without calibration."""
     if not settings.calibration:
         return None
     texts = [SELF if path == SELF else text_sha256(path) for path in settings.calibration]
@@ -115,20 +115,21 @@ def calibration_record(settings: Settings) -> dict[str, Any] | None:
     }
 
 
-def for_analysis(settings: Settings) -> Settings:
-    """The settings with the windows that an analysis reads: the first few of the text, and no longer than it needs."""
+def analysis_settings(settings: Settings) -> Settings:
+    """Return the settings for an analysis: the first windows of the calibration text, with a context it can use."""
     context = min(settings.calibration_context, settings.analysis_context)
-    most = settings.calibration_windows * (settings.calibration_context // context)  # in the text that calibrates
-    windows = min(settings.analysis_windows, most)
+    available = settings.calibration_windows * (settings.calibration_context // context)  # in the calibration text
+    windows = min(settings.analysis_windows, available)
     return dataclasses.replace(settings, calibration_windows=windows, calibration_context=context)
 
 
 def resolve_objective(settings: Settings, recipe: Recipe | None) -> Settings:
-    """The settings with an objective: theirs, the recipe's, or the default.
+    """Return the settings with an objective: their own, the recipe's, or the default.
 
-    Under a budget with calibration `guided`: every codec measured gained by it (2 bits: trellis 53.5 to 49.0, entropy-
-    coded 89.5 to 56.9 in perplexity, results/calibrated.json), and the budget's analysis asks the whole original for
-    gradients anyway. A recipe alone holds one block of the original at a time, and `outputs` leaves it so.
+    The default for a budget with calibration is `guided`: it improved every codec measured (2 bits: trellis from
+    perplexity 53.5 to 49.0, entropy-coded from 89.5 to 56.9, results/calibrated.json), and the analysis for the budget
+    computes gradients of the whole original model anyway. The default for a recipe without a size is `outputs`, which
+    needs only one block of the original model in memory at a time.
     """
     if settings.objective is not None:
         return settings
@@ -136,12 +137,12 @@ def resolve_objective(settings: Settings, recipe: Recipe | None) -> Settings:
         return dataclasses.replace(settings, objective=OUTPUTS)
     if recipe is not None and recipe.objective is not None:
         return dataclasses.replace(settings, objective=recipe.objective)
-    alone = recipe is not None and settings.size is None and settings.bits_per_parameter is None
-    return dataclasses.replace(settings, objective=OUTPUTS if alone else GUIDED)
+    recipe_only = recipe is not None and settings.size is None and settings.bits_per_parameter is None
+    return dataclasses.replace(settings, objective=OUTPUTS if recipe_only else GUIDED)
 
 
 def check_calibration(settings: Settings) -> None:
-    """Errors: RecipeError or TextError for a calibration that cannot be."""
+    """Check the calibration settings. Errors: RecipeError or TextError if they are invalid."""
     if settings.objective not in (None, *OBJECTIVES):
         raise RecipeError(f"--objective {settings.objective!r} is not one of {', '.join(OBJECTIVES)}")
     if settings.objective not in (None, OUTPUTS) and not settings.calibration:
@@ -158,20 +159,20 @@ def check_calibration(settings: Settings) -> None:
 
 
 def check_goal(settings: Settings) -> None:
-    """Errors: RecipeError unless exactly one goal is given, and a possible one."""
+    """Check the goal. Errors: RecipeError unless exactly one valid goal is given."""
     goals = {"--bits": "bits", "--size": "size", "--bits-per-parameter": "bits_per_parameter", "--recipe": "recipe"}
     given = [option for option, field in goals.items() if getattr(settings, field) is not None]
-    adjusted = set(given) in ({"--recipe", "--size"}, {"--recipe", "--bits-per-parameter"})
+    has_sized_recipe = set(given) in ({"--recipe", "--size"}, {"--recipe", "--bits-per-parameter"})
     if set(given) == {"--bits", "--recipe"}:
         raise RecipeError("give either --bits or --recipe, not both")
-    if len(given) != 1 and not adjusted:
+    if len(given) != 1 and not has_sized_recipe:
         raise RecipeError(f"give one of {', '.join(goals)}" + (f", not {' and '.join(given)}" if given else ""))
     if settings.bits_per_parameter is not None and not 0 < settings.bits_per_parameter <= 64:
-        raise RecipeError(f"--bits-per-parameter {settings.bits_per_parameter:g} is not above 0 and up to 64")
-    for word in settings.candidates:
-        if word not in MORE:
-            raise RecipeError(f"--candidates {word!r} is not one of {', '.join(MORE)}")
+        raise RecipeError(f"--bits-per-parameter {settings.bits_per_parameter:g} is not in (0, 64]")
+    for name in settings.candidates:
+        if name not in MORE:
+            raise RecipeError(f"--candidates {name!r} is not one of {', '.join(MORE)}")
     if settings.candidates and not set(given) - {"--recipe"}:
-        raise RecipeError("--candidates is for budgets, and --recipe names every format; give --bits or --size")
+        raise RecipeError("--candidates applies to budgets, but --recipe names every format; give --bits or --size")
     if settings.state_bits is not None and settings.state_bits != 0 and not 6 <= settings.state_bits <= 16:
         raise RecipeError(f"--state-bits {settings.state_bits} is neither 0 nor in 6 … 16")

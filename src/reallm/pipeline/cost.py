@@ -1,4 +1,4 @@
-"""What a job will cost, before any work: bytes, seconds, memory, disk."""
+"""Estimate the cost of a job before any work: bytes, seconds, memory, disk."""
 
 from __future__ import annotations
 
@@ -21,53 +21,53 @@ from reallm.calibrate.windows import GENERATION_BATCH, SELF, seconds_per_step
 from reallm.checkpoint import predict_nbytes
 from reallm.errors import FormatError
 from reallm.fit import Objective, capture_fit_input, fit, train_shared_decoder
-from reallm.fit.objective import FISHER, GUIDED, OUTPUTS
+from reallm.fit.objective import OUTPUTS
 from reallm.formats import Tensors, WeightFormat, to_spec, use_shared_decoders
 from reallm.formats.base import add_prefix
-from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.pipeline.artifact_size import artifact_tensors
 from reallm.pipeline.calibration_inputs import gradient_dtype
-from reallm.pipeline.compress_settings import Settings, for_analysis
+from reallm.pipeline.compress_settings import Settings, analysis_settings
 from reallm.pipeline.fit_job import calibration_dtype
 from reallm.pipeline.job import Job
 from reallm.pipeline.teacher_outputs import teacher_layouts
 from reallm.source.model_source import Source
 from reallm.source.walk import Walk, block_index
 
-# Beside the largest matrix in float32 a fit holds its decoding, the error and a few chunks.
+# A fit holds the matrix in float32, its decoded weights, the error and a few chunks.
 COPIES_WHILE_FITTING = 6
-# From 32,768 vectors on k-means works on a sample: both sizes lie there, so that the slope is the right one.
-_SMALL, _LARGE = (64, 1024), (96, 1024)
-# Of all samples together, about; then formats that fit in the same way count as one. A plan may hold 24 rates of
-# entropy-coded ones, and each takes 6 to 12 s with a residual.
+# From 32,768 vectors, k-means works on a sample. Both sizes are above that, so the slope between them is valid.
+_SMALL_SAMPLE, _LARGE_SAMPLE = (64, 1024), (96, 1024)
+# Approximate limit for all samples together; after it, formats with the same fitting method share one measurement. A
+# plan may have 24 rates of `entropy_coded`, and each takes 6 to 12 s with a residual.
 _SAMPLE_SECONDS = 4.0
-# Sizes on the way to the samples: a format that takes this long (trellis codes of 16 bits: 1 ms a weight on a CPU) is
-# not tried on larger ones.
-_FIRST, _LONG = ((16, 16), (16, 64), (16, 256)), 0.3
-# Fields in which formats that fit in the same way may differ.
+# Smaller shapes are timed first; a format that takes longer than this many seconds (16-bit trellis codes: 1 ms per
+# weight on a CPU) is not timed on the samples.
+_FIRST_SHAPES, _SLOW_SECONDS = ((16, 16), (16, 64), (16, 256)), 0.3
+# Fields that do not change the fitting method of a format.
 _NOT_IN_TIMING_KEY = ("bits", "largest", "group_size", "scales", "sides", "seed")
-# Fits of the base beside a residual of rank 1: 3 to 5 on SmolLM2's embedding. Samples are noise, which has no mean to
-# be found at once and takes 7 to 10.
+# Fits of the base with a rank-1 residual: 3 to 5 on SmolLM2's embedding. Samples are noise without a mean that the
+# first fit could find, and take 7 to 10.
 _RANK_ONE_ROUNDS = 4
-# With calibration scales and codebooks are refitted in float64 (18 copies of 3,072 x 8,192 weights were seen), or a
-# hessian is factored in it.
+# With calibration, scales and codebooks are refitted in float64 (18 copies of 3,072 x 8,192 weights were observed), or
+# a Hessian is factored in float64.
 _COPIES_WHILE_REFITTING = 20
-_COPIES_OF_HESSIAN = 9
-# Numbers of the widest input a token that a pass through a block holds, in the stream's dtype and in float32.
+_HESSIAN_COPIES = 9
+# Copies of the widest input per token during a pass through a block, in the dtype of the hidden states and in float32.
 _ACTIVATIONS = 4
-# Of a run with a size: all that were tried and what they took, a new file of them beside the old one.
+# Plans noted by a run with a size: all that were tried, with their bytes, while a new file replaces the old one.
 _MAX_PLANS = 24
-# Formats of all matrices stand in the state, twice while it is written, in the plan and, with shapes, in the config.
-_TEXTS, _CONFIG_BYTES = 6, 8_192
-# Of gradients: attention, norms, the softmax over the vocabulary and squares take as long as products of matrices.
-_NOT_PRODUCTS = 2.5
-_OF_FACTORS = 20  # products of a cube of a matrix's inputs in its numbers: three factorisations and what they are for
+# Copies of the format specs of all matrices: state (twice while it is written), plan and, with shapes, config.json.
+_SPEC_COPIES, _CONFIG_BYTES = 6, 8_192
+# Gradients take this many times as long as their matrix products: attention, norms, the softmax over the vocabulary and
+# squares take the rest.
+_GRADIENT_OVERHEAD = 2.5
+_FACTOR_OPERATIONS = 20  # per cube of a matrix's inputs, for its analysis: three factorisations and their use
 _LIBRARY_BYTES = 600_000_000  # Python, torch and transformers once imported
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a job will cost, before any work: exact bytes of tensors, the rest by measurement on samples."""
+    """Estimated cost of a job: bytes of tensors are exact, the rest is extrapolated from timed samples."""
 
     compressed_bytes: int
     unquantized_bytes: int
@@ -78,10 +78,10 @@ class Estimate:
 
 
 def estimate(job: Job) -> Estimate:
-    """Cost of a job: timed on small samples of the formats in the plan, some seconds in all."""
+    """Return the cost of a job. Times small samples of the formats in the plan, which takes some seconds."""
     compressed = job.plan.nbytes
     shapes = job.source.shapes()
-    unquantized = sum(math.prod(shapes[name]) for name in job.unquantized) * job.source.dtype.itemsize
+    unquantized = sum(math.prod(shapes[name]) for name in job.unquantized_tensors) * job.source.dtype.itemsize
     return Estimate(
         compressed_bytes=compressed,
         unquantized_bytes=unquantized,
@@ -93,10 +93,10 @@ def estimate(job: Job) -> Estimate:
 
 
 def work_bytes(job: Job) -> int:
-    """Bytes of the work folder at its fullest: finished matrices, the artifact that is put together of them, and more.
+    """Return the maximum bytes of the work folder: finished matrices, the staged artifact, and teacher outputs.
 
-    More is what the original was asked: text that it wrote, and gradients, 4 bytes a token and matrix. No tensor counts
-    as entropy-coded: what coding saves is what a size gives to other matrices on the way.
+    Teacher outputs are text written by the original model, and gradients with 4 bytes per token and matrix. Entropy
+    coding is not included: a job with a size spends the bytes that it saves on other matrices.
     """
     finished = [
         add_prefix(matrix.name, planned.fmt.layout(matrix.shape)) for matrix, planned in job.compressed_matrices
@@ -107,13 +107,13 @@ def work_bytes(job: Job) -> int:
     files = sum(predict_nbytes(tensors.items()) for tensors in finished + teacher_layouts(job))
     try:
         tokenizer = sum(job.source.auxiliary_file_bytes.values())
-    except OSError:  # it is written somewhere to be measured; where nothing can be, the run says so in a moment
+    except OSError:  # it is measured by writing it to a temporary folder; if that fails, the run reports it
         tokenizer = 0
-    return files + predict_nbytes(artifact_tensors(job)) + tokenizer + _TEXTS * len(specs) + _CONFIG_BYTES + notes
+    return files + predict_nbytes(artifact_tensors(job)) + tokenizer + _SPEC_COPIES * len(specs) + _CONFIG_BYTES + notes
 
 
 def _predicted_seconds(job: Job) -> float:
-    """Time the formats on samples, take a fixed and a per-weight cost from them, sum over the plan."""
+    """Time the formats on samples, derive a fixed and a per-weight cost, and sum over the plan."""
     largest: dict[WeightFormat, PlanEntry] = {}
     for _, planned in sorted(job.compressed_matrices, key=lambda row: row[1].matrix.weights):
         largest[_timing_format(planned.fmt)] = dataclasses.replace(planned, fmt=_rank_one_base(planned.fmt)[0])
@@ -128,18 +128,19 @@ def _predicted_seconds(job: Job) -> float:
 
 
 def _costs(largest: Mapping[WeightFormat, PlanEntry], device: str) -> dict[WeightFormat, tuple[float, float]]:
-    """(seconds a matrix, seconds a weight) by format, each with the largest matrix that gets it.
+    """Return (seconds per matrix, seconds per weight) by format; `largest` has the largest matrix of each format.
 
-    The largest first, while `_SAMPLE_SECONDS` last; one of those that fit in the same way is timed whatever it takes.
+    Formats of the largest matrices are timed first, up to `_SAMPLE_SECONDS`. After that, only the first format of each
+    fitting method is timed.
     """
     costs: dict[WeightFormat, tuple[float, float]] = {}
-    alike: dict[str, tuple[float, float]] = {}
+    by_timing_key: dict[str, tuple[float, float]] = {}
     begun = time.perf_counter()
     for fmt, planned in sorted(largest.items(), key=lambda row: -row[1].matrix.weights):
         timing_key = json.dumps(_timing_key(to_spec(fmt)))
-        if timing_key not in alike or time.perf_counter() - begun < _SAMPLE_SECONDS:
-            alike[timing_key] = _measure_cost(fmt, planned, device)
-        costs[fmt] = alike[timing_key]
+        if timing_key not in by_timing_key or time.perf_counter() - begun < _SAMPLE_SECONDS:
+            by_timing_key[timing_key] = _measure_cost(fmt, planned, device)
+        costs[fmt] = by_timing_key[timing_key]
     return costs
 
 
@@ -152,19 +153,19 @@ def _timing_key(spec: Any) -> Any:
 
 
 def _measure_cost(fmt: WeightFormat, largest: PlanEntry, device: str) -> tuple[float, float]:
-    """Of a sample no larger than the largest matrix, so that no estimate takes longer than the job."""
-    if largest.matrix.weights > math.prod(_LARGE):
+    """Time a sample no larger than the largest matrix, so that the estimate does not take longer than the job."""
+    if largest.matrix.weights > math.prod(_LARGE_SAMPLE):
         return fitting_cost(fmt, device)
     return 0.0, _timed_fit(largest.fmt, largest.matrix.shape, device) / largest.matrix.weights
 
 
 def _sample_decoders(formats: Iterable[WeightFormat], device: str) -> tuple[dict[str, Tensors], float]:
-    """(a decoder for every name that formats share, seconds of their training), trained on the larger sample."""
+    """Return (shared decoders by name, seconds of their training), trained on the larger sample."""
     shared_decoders: dict[str, Tensors] = {}
     begun = time.perf_counter()
     for fmt in formats:
         for name in set(fmt.shared_decoders()) - set(shared_decoders):
-            sample = _sample(_LARGE, device)
+            sample = _sample(_LARGE_SAMPLE, device)
             fit_input = capture_fit_input(fmt, sample, Objective.plain(sample), 0)
             with torch.no_grad():
                 shared_decoders[name] = fit_input.fmt.pack_decoder(
@@ -175,49 +176,46 @@ def _sample_decoders(formats: Iterable[WeightFormat], device: str) -> tuple[dict
 
 def _timing_format(fmt: WeightFormat) -> WeightFormat:
     """The format that is timed in place of one that differs in the size of its groups or in a residual of rank 1."""
-    fmt, _ = _rank_one_base(fmt)
-    return dataclasses.replace(fmt, group_size=64) if hasattr(fmt, "group_size") else fmt
+    return fmt.timing_format()
 
 
 def _rank_one_base(fmt: WeightFormat) -> tuple[WeightFormat, int]:
     """(what is fitted beside a residual of rank 1, how often); another format is itself, once."""
-    return (fmt.base, _RANK_ONE_ROUNDS) if isinstance(fmt, LowRankPlus) and fmt.rank == 1 else (fmt, 1)
+    return (fmt.without_residual(), _RANK_ONE_ROUNDS) if fmt.residual_rank() == 1 else (fmt, 1)
 
 
 def _working_bytes(job: Job) -> int:
-    """Memory of the fits, and with calibration of what surrounds them: the most of any moment of a run."""
-    alone = (
+    """Return the peak memory of a run beyond the libraries and the source: of the fits and of calibration."""
+    fit_bytes = (
         4 * COPIES_WHILE_FITTING * max((math.prod(matrix.shape) for matrix, _ in job.compressed_matrices), default=0)
     )
     if not job.settings.calibration:
-        return alone
+        return fit_bytes
     whole = job.source.total_parameters * calibration_dtype(job).itemsize if _requires_full_load(job) else 0
     return max(
-        alone + _end_loss_bytes(job), whole + _end_loss_bytes(job), _end_loss_bytes(job) + _calibration_bytes(job)
+        fit_bytes + _guidance_bytes(job),
+        whole + _guidance_bytes(job),
+        _guidance_bytes(job) + _calibration_bytes(job),
     )
 
 
 def _requires_full_load(job: Job) -> bool:
-    """Whether the whole original is in memory once: for text of its own, gradients, or a budget's analysis."""
+    """Return whether the whole original model must be loaded: to write text, for gradients, or for an analysis."""
     uses_analysis = job.forecast is not None and (job.forecast.calibrated or job.forecast.to_analyse)
     return uses_analysis or job.settings.objective != OUTPUTS or SELF in job.settings.calibration
 
 
-def _end_loss_bytes(job: Job) -> int:
-    """Weights of tokens (guided) or of weights (fisher), kept during all fits."""
-    in_blocks = [matrix.shape for matrix, _ in job.compressed_matrices if matrix.block is not None]
-    return {
-        OUTPUTS: 0,
-        GUIDED: 4 * _calibration_tokens(job) * len(in_blocks),
-        FISHER: 4 * sum(math.prod(shape) for shape in in_blocks),
-    }[job.settings.objective]
+def _guidance_bytes(job: Job) -> int:
+    """Return the bytes of the weights of tokens that guided fits keep: one float32 per token and matrix of a block."""
+    in_blocks = sum(matrix.block is not None for matrix, _ in job.compressed_matrices)
+    return 4 * _calibration_tokens(job) * in_blocks if job.guided else 0
 
 
 def _calibration_bytes(job: Job) -> int:
-    """Memory on the way through the blocks: hidden states, other arguments of blocks that are made of the tokens, what
-    lies outside the blocks, and the largest block.
+    """Return the peak memory of the block-wise forward pass.
 
-    With a block go the second moments of its inputs, and a pass of tokens or one fit. Nothing of it is ever on disk.
+    It holds the hidden states and the other per-token arguments of blocks, the weights outside the blocks, and the
+    largest block with the Hessians of its inputs and a pass of tokens or one fit. Nothing of it is written to disk.
     """
     dtype = calibration_dtype(job)
     itemsize = dtype.itemsize
@@ -241,7 +239,7 @@ def _calibration_bytes(job: Job) -> int:
 
 def _calibrated_fit_bytes(shape: tuple[int, int]) -> int:
     weights, hessian = math.prod(shape), shape[1] ** 2
-    return 4 * max(_COPIES_WHILE_REFITTING * weights, _COPIES_OF_HESSIAN * hessian + COPIES_WHILE_FITTING * weights)
+    return 4 * max(_COPIES_WHILE_REFITTING * weights, _HESSIAN_COPIES * hessian + COPIES_WHILE_FITTING * weights)
 
 
 def _calibration_tokens(job: Job) -> int:
@@ -249,14 +247,15 @@ def _calibration_tokens(job: Job) -> int:
 
 
 def _calibration_seconds(job: Job) -> float:
-    """Two passes of all tokens through every block and the sums of their inputs, at the speed of one product.
+    """Return the seconds of two passes of all tokens through every block and of the Hessians of their inputs.
 
-    The end loss takes three more through the whole model: one forward and, twice as long, one back.
+    They are predicted from the speed of one matrix product. Gradients of the end-to-end loss take three more passes
+    through the whole model: one forward, and one backward that takes twice as long.
     """
     if not job.settings.calibration:
         return 0.0
     device = job.settings.device
-    per_operation = _seconds_an_operation(calibration_dtype(job), device)
+    per_operation = _seconds_per_operation(calibration_dtype(job), device)
     in_blocks = sum(math.prod(matrix.shape) for matrix in job.walk.matrices if matrix.block is not None)
     sums = sum(matrix.shape[1] ** 2 for matrix, _ in job.compressed_matrices if matrix.block is not None)
     seconds = 2 * (2 * in_blocks + sums) * per_operation
@@ -266,47 +265,50 @@ def _calibration_seconds(job: Job) -> float:
 
 
 def _gradient_seconds(source: Source, device: str) -> float:
-    """Of a token on its way through the whole model and back to the inputs of every matrix."""
-    an_operation = _seconds_an_operation(gradient_dtype(source, device), device, fast=True)
-    return _NOT_PRODUCTS * 4 * source.total_parameters * an_operation
+    """Return the seconds per token of a forward and backward pass through the whole model."""
+    per_operation = _seconds_per_operation(gradient_dtype(source, device), device, fast=True)
+    return _GRADIENT_OVERHEAD * 4 * source.total_parameters * per_operation
 
 
 def analysis_seconds(job: Job) -> float:
-    """What a run takes to measure losses first; 0 where it need not."""
+    """Return the seconds of the analysis at the start of a run; 0 if it needs none."""
     if job.forecast is None or not job.forecast.to_analyse:
         return 0.0
     return seconds_of_analysis(job.source, job.walk, job.settings)
 
 
 def seconds_of_analysis(source: Source, walked: Walk, settings: Settings) -> float:
-    """Gradients of a few windows, second moments of what every matrix is fed, and their factors."""
-    few, device = for_analysis(settings), settings.device
-    tokens = few.calibration_windows * few.calibration_context
+    """Return the seconds of an analysis: gradients of its windows, Hessians of the inputs, and their factorisations."""
+    selected, device = analysis_settings(settings), settings.device
+    tokens = selected.calibration_windows * selected.calibration_context
     columns = [matrix.shape[1] for matrix in walked.matrices if matrix.block is not None and matrix.expert is None]
-    moments = sum(2 * tokens * width**2 for width in columns) * _seconds_an_operation(torch.float32, device, True)
-    factors = sum(_OF_FACTORS * width**3 for width in columns) * _seconds_an_operation(torch.float32, "cpu")
-    return tokens * _gradient_seconds(source, device) + moments + factors
+    hessians = sum(2 * tokens * width**2 for width in columns) * _seconds_per_operation(torch.float32, device, True)
+    factors = sum(_FACTOR_OPERATIONS * width**3 for width in columns) * _seconds_per_operation(torch.float32, "cpu")
+    return tokens * _gradient_seconds(source, device) + hessians + factors
 
 
-def _seconds_an_operation(dtype: torch.dtype, device: str, fast: bool = False) -> float:
-    """Of a product of two matrices; `fast`: as gradients are computed. On a CPU by its own time: it may be busy."""
-    clock, shared = time.perf_counter, 1
+def _seconds_per_operation(dtype: torch.dtype, device: str, fast: bool = False) -> float:
+    """Return the seconds per operation of a matrix product; `fast`: with the precision of gradient computation.
+
+    On a CPU it measures process time, because other processes may be running.
+    """
+    clock, threads = time.perf_counter, 1
     if torch.device(device).type == "cpu":
-        clock, shared = time.process_time, torch.get_num_threads()
+        clock, threads = time.process_time, torch.get_num_threads()
     sample, seconds = torch.randn(1024, 1024, dtype=dtype).to(device), []
     with fast_products(device) if fast else contextlib.nullcontext():
-        for _ in range(3):  # the first loads what it needs
+        for _ in range(3):  # the first one includes loading of libraries
             begun = clock()
             (sample @ sample).sum().item()
-            seconds.append((clock() - begun) / shared)
+            seconds.append((clock() - begun) / threads)
     return min(seconds) / (2 * 1024**3)
 
 
 def _generation_seconds(job: Job) -> float:
-    """Text that the model writes itself: a step for every token of a window, all windows of a batch at once.
+    """Return the seconds to generate the calibration text: one step per token of a window, for a batch of windows.
 
-    A step takes what the blocks of a sample net of 64 numbers take, all of it overhead, and a product with every
-    weight and, on average, with half the numbers that a window's cache holds in the end (there and back).
+    A step takes the overhead of its blocks, measured on a sample network of width 64, plus a product with every weight
+    and, on average, with half of the final KV cache (read and written).
     """
     if job.settings.calibration != (SELF,):
         return 0.0
@@ -318,28 +320,30 @@ def _generation_seconds(job: Job) -> float:
     states, weights = (torch.randn(n, 1024, dtype=calibration_dtype(job)).to(job.settings.device) for n in (16, 8192))
     begun = time.perf_counter()
     (states @ weights.T).sum().item()
-    a_weight = (time.perf_counter() - begun) / weights.numel()
+    per_weight = (time.perf_counter() - begun) / weights.numel()
     overhead = one + (three - one) / 2 * (config.num_hidden_layers - 1)
     steps = math.ceil(job.settings.calibration_windows / GENERATION_BATCH) * job.settings.calibration_context
-    return steps * (max(one, overhead) + a_weight * (job.source.total_parameters + 2 * cache))
+    return steps * (max(one, overhead) + per_weight * (job.source.total_parameters + 2 * cache))
 
 
 def fitting_cost(fmt: WeightFormat, device: str) -> tuple[float, float]:
-    """(seconds a matrix, seconds a weight) of fitting."""
+    """Return (seconds per matrix, seconds per weight) of fitting a format."""
     before = None
-    for shape in _FIRST:
+    for shape in _FIRST_SHAPES:
         try:
             fmt.check(shape)
-        except FormatError:  # a residual of more ranks, a group of more columns
+        except FormatError:  # the residual has more ranks, or the group more columns, than the shape
             continue
         seconds = _timed_fit(fmt, shape, device)
-        if before is not None and seconds > _LONG and seconds > 2 * before[0]:  # not what every fit takes to begin
+        if (
+            before is not None and seconds > _SLOW_SECONDS and seconds > 2 * before[0]
+        ):  # more than the fixed cost of any fit
             slope = (seconds - before[0]) / (math.prod(shape) - before[1])
             return max(0.0, seconds - slope * math.prod(shape)), slope
         before = seconds, math.prod(shape)
-    times = [_timed_fit(fmt, shape, device) for shape in (_SMALL, _LARGE)]
-    slope = max(0.0, (times[1] - times[0]) / (math.prod(_LARGE) - math.prod(_SMALL)))
-    return max(0.0, times[0] - slope * math.prod(_SMALL)), slope
+    times = [_timed_fit(fmt, shape, device) for shape in (_SMALL_SAMPLE, _LARGE_SAMPLE)]
+    slope = max(0.0, (times[1] - times[0]) / (math.prod(_LARGE_SAMPLE) - math.prod(_SMALL_SAMPLE)))
+    return max(0.0, times[0] - slope * math.prod(_SMALL_SAMPLE)), slope
 
 
 def _timed_fit(fmt: WeightFormat, shape: tuple[int, int], device: str) -> float:

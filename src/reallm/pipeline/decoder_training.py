@@ -1,4 +1,4 @@
-"""Decoders that matrices share: trained before any of their matrices is fitted, and frozen from then on."""
+"""Train shared decoders before any of their matrices is fitted; they stay frozen afterwards."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from reallm.source import Matrix
 
 
 def matrices_missing_decoder(job: Job, work: Path) -> list[tuple[Matrix, PlanEntry]]:
-    """The matrices whose shared decoder is not in the work folder yet."""
+    """Return the matrices whose shared decoder is not in the work folder yet."""
     done = {name for name in job.plan.shared_decoders if finished_file(work, f"{PREFIX}.{name}").is_file()}
     return [pair for pair in job.compressed_matrices if set(pair[1].fmt.shared_decoders()) - done]
 
 
 def train_shared_decoders(job: Job, work: Path, objectives: Mapping[str, Objective]) -> dict[str, Tensors]:
-    """The shared decoders of a job by name: from the work folder, or trained now and put there.
+    """Return the shared decoders of a job by name; train those that are not in the work folder and save them there.
 
-    `objectives` by matrix; those without one are weighed by the energy of their columns.
+    `objectives` by matrix; a matrix without one is weighted by the energy of its columns.
     """
     users: dict[str, list[tuple[Matrix, PlanEntry]]] = defaultdict(list)
     for matrix, planned in matrices_missing_decoder(job, work):
@@ -37,11 +37,11 @@ def train_shared_decoders(job: Job, work: Path, objectives: Mapping[str, Objecti
     for name, pairs in users.items():
         _train(job, work, name, pairs, objectives)
     found: dict[str, Tensors] = {}
-    for name, table in job.plan.shared_decoders.items():
+    for name, decoder in job.plan.shared_decoders.items():
         path = finished_file(work, f"{PREFIX}.{name}")
-        check_finished(path, table.layout)
+        check_finished(path, decoder.layout)
         with safe_open(path, framework="pt") as file:
-            found[name] = {local: file.get_tensor(local) for local in table.layout}
+            found[name] = {local: file.get_tensor(local) for local in decoder.layout}
     return found
 
 

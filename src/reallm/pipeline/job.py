@@ -1,4 +1,4 @@
-"""A model and what will become of it."""
+"""A compression job: the source model, its plan and its settings."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from reallm.pipeline.compress_settings import Settings, calibration_record
 from reallm.source import Matrix, Source, Walk
 from reallm.source.walk import EXCLUDED_BY_PLAN
 
-# Bytes of a size that are left for notes of tuning: one takes 190 to 390, and later ones make room for themselves.
+# Bytes of a size that are reserved for tuning records: one takes 190 to 390; later ones free the bytes they need.
 RESERVED_FOR_TUNING = 600
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a budget chose from: options by matrix, bytes that the whole artifact may take, and what was expected.
+    """The options of a budget by matrix, the maximum bytes of the artifact, and the predicted bytes and loss.
 
-    `size` is None under --bits. `loss` is the predicted KL to the original in nats a token; `calibrated` says whether
-    it comes from this model's end loss or from the table of roles. `to_analyse`: from the table for now, as in a dry
-    run, and a run measures first.
+    `size` is None with --bits. `loss` is the predicted KL divergence from the original model in nats per token;
+    `calibrated`: predicted from the end-to-end loss of this model, otherwise from the table of roles. `to_analyse`:
+    predicted from the table, as in a dry run, but a run starts with an analysis.
     """
 
     options: Options
@@ -40,51 +40,51 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Job:
-    """A model and what will become of it; nothing is computed or written yet."""
+    """A model, its plan and its settings; nothing is computed or written yet."""
 
     source: Source
     walk: Walk
     plan: Plan
     settings: Settings
-    coding: bool = False  # stored tensors are entropy-coded where that makes them smaller
-    forecast: Forecast | None = None  # where a budget chose: what it chose from
+    coding: bool = False  # entropy-code stored tensors if that makes them smaller
+    forecast: Forecast | None = None  # only for budgets
 
     @property
     def size(self) -> int | None:
-        """Bytes that the whole artifact may take, now and tuned; None without a budget of bytes."""
+        """Return the maximum bytes of the artifact, including after tuning; None without a byte budget."""
         return None if self.forecast is None else self.forecast.size
 
     @property
     def reserved_for_tuning(self) -> int:
-        """Bytes of the size that are not filled."""
+        """Return the bytes of the size that the artifact leaves unused."""
         return 0 if self.size is None else RESERVED_FOR_TUNING
 
     @property
     def compressed_matrices(self) -> list[tuple[Matrix, PlanEntry]]:
-        """The matrices to compress, in model order, with their formats."""
+        """Return the matrices to compress, in model order, with their formats."""
         planned = {entry.matrix.name: entry for entry in self.plan.entries}
         return [(matrix, planned[matrix.name]) for matrix in self.walk.matrices if matrix.name in planned]
 
     @property
-    def unquantized(self) -> dict[str, str]:
-        """Tensors that stay as they are, with the reason."""
+    def unquantized_tensors(self) -> dict[str, str]:
+        """Return the unquantized tensors by name, with the reason."""
         reasons = {unquantized.name: unquantized.reason for unquantized in self.walk.unquantized}
         planned = {entry.matrix.name for entry in self.plan.entries}
-        left_out = {m.parameter: EXCLUDED_BY_PLAN for m in self.walk.matrices if m.name not in planned}
-        return reasons | left_out
+        excluded = {m.parameter: EXCLUDED_BY_PLAN for m in self.walk.matrices if m.name not in planned}
+        return reasons | excluded
 
     @property
     def objective(self) -> str | None:
-        """What fits minimise on the calibration text; None without one."""
+        """Return the objective of fits on the calibration text; None without calibration."""
         return self.settings.objective if self.settings.calibration else None
 
     @property
-    def guided(self) -> bool:
-        """Whether fits weigh tokens by the gradient of the end loss."""
+    def is_guided(self) -> bool:
+        """Return whether fits weight tokens by the gradient of the end-to-end loss."""
         return self.objective == GUIDED
 
     def manifest(self, fingerprint: str, coded: Mapping[str, tuple[str, ...]] | None = None) -> Manifest:
-        """What the loader must know. `coded`: local names of entropy-coded tensors by matrix."""
+        """Return the manifest for the loader. `coded`: local names of entropy-coded tensors, by matrix."""
         names = coded or {}
         matrices = tuple(
             StoredMatrix(m.name, p.fmt, m.shape, m.kind, names.get(m.name, ())) for m, p in self.compressed_matrices
@@ -93,7 +93,7 @@ class Job:
 
 
 def provenance(job: Job, fingerprint: str) -> dict[str, Any]:
-    """Where the artifact comes from; no time and no path, so that equal runs give equal bytes."""
+    """Return the provenance of the artifact, without times and paths, so that equal runs give equal bytes."""
     import reallm
 
     unused = [one.to_dict() for one in job.source.unused]
@@ -112,4 +112,5 @@ def provenance(job: Job, fingerprint: str) -> dict[str, Any]:
 
 
 def matrix_info(matrix: Matrix) -> MatrixInfo:
+    """Return the facts about a matrix that allocation uses."""
     return MatrixInfo(matrix.name, matrix.shape, matrix.role, matrix.kind, matrix.block)

@@ -1,4 +1,4 @@
-"""One matrix of a job's source, checked, and its seed."""
+"""Load and check weights of a job's source model, and derive seeds."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from reallm.errors import SourceError
 from reallm.pipeline.job import Job
 from reallm.source import Matrix, Source, read_matrix
 
-_SEEDS = 1 << 63  # torch's generators take no larger seed
-_LARGEST_WEIGHT = 1e15  # squares of larger ones, summed over a matrix, overflow float32
+_SEED_LIMIT = 1 << 63  # generators of torch accept only smaller seeds
+_LARGEST_WEIGHT = 1e15  # the sum of squares of a matrix with larger weights overflows float32
 
 
 def checked_original(source: Source, dtype: torch.dtype) -> torch.nn.Module:
-    """The whole original on the CPU, in eval mode.
+    """Load the whole original model on the CPU, in eval mode.
 
-    Errors: SourceError naming a tensor that holds NaN or infinity, before any text is blamed for what comes of it.
+    Errors: SourceError naming a tensor with NaN or infinity, so that the error does not appear as one of the text.
     """
     model = source.load(dtype, "cpu").eval()
     for name, tensor in model.state_dict().items():
@@ -30,13 +30,13 @@ def checked_original(source: Source, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def check_matrices(job: Job, matrices: Iterable[Matrix]) -> None:
-    """Every weight read once, in little memory: seconds beside what finding it late takes. Errors: SourceError."""
+    """Read and check every matrix once, which takes seconds and little memory. Errors: SourceError."""
     for matrix in matrices:
         _check_weight(matrix, read_matrix(job.source, matrix))
 
 
 def load_weight(job: Job, matrix: Matrix) -> Float[Tensor, "out in"]:
-    """A matrix in float32 on the job's device. Errors: SourceError for numbers that no model has."""
+    """Load a matrix in float32 on the job's device. Errors: SourceError for non-finite or too large weights."""
     weight = read_matrix(job.source, matrix).to(job.settings.device, torch.float32)
     _check_weight(matrix, weight)
     return weight
@@ -49,12 +49,12 @@ def _check_weight(matrix: Matrix, weight: Tensor) -> None:
 
 
 def check_finite(name: str, weight: Tensor) -> None:
-    """Errors: SourceError naming a tensor that holds NaN or infinity."""
+    """Check a tensor. Errors: SourceError naming a tensor with NaN or infinity."""
     if not torch.isfinite(weight).all():
-        bad = int((~torch.isfinite(weight)).sum())
-        raise SourceError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite; the model is damaged")
+        count = int((~torch.isfinite(weight)).sum())
+        raise SourceError(f"{name}: {count} of {weight.numel()} weights are NaN or infinite; the model is damaged")
 
 
 def matrix_seed(job: Job, name: str) -> int:
-    """Every matrix, and every shared decoder, has its own seed: none depends on which were fitted before it."""
-    return (job.settings.seed + zlib.crc32(name.encode())) % _SEEDS
+    """Return the seed of a matrix or shared decoder; it does not depend on what was fitted before."""
+    return (job.settings.seed + zlib.crc32(name.encode())) % _SEED_LIMIT

@@ -1,6 +1,6 @@
-"""Matrices of numbers so small or large that float16 cannot hold what a format stores of them.
+"""Handle matrices with weights so small or large that float16 cannot represent the tensors of their format.
 
-Their formats take bfloat16, which is as many bytes; what a format loses of them all the same is refused.
+Their formats use bfloat16 instead, which takes the same bytes. A format that still loses precision is an error.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from reallm.pipeline.job import Job
 from reallm.pipeline.load_weight import load_weight, matrix_seed
 from reallm.source import Matrix
 
-# Of the squared error at an ordinary magnitude; fits that start at random differ by some per cent.
-_MORE, _LITTLE = 1.5, 0.01
+# Tolerance relative to the error at an ordinary magnitude; fits with random initialisation differ by some per cent.
+_MAX_RATIO, _MAX_EXCESS = 1.5, 0.01
 
 
-def within_range(job: Job) -> Job:
-    """The job with formats that can hold every matrix; ordinary ones keep theirs. Reads each matrix once."""
+def use_wide_range(job: Job) -> Job:
+    """Return the job with bfloat16 formats for matrices beyond float16. Reads each matrix at most once."""
     options = {} if job.forecast is None else dict(job.forecast.options)
     changed: dict[str, WeightFormat] = {}
     for matrix, planned in job.compressed_matrices:
@@ -41,23 +41,23 @@ def within_range(job: Job) -> Job:
     return dataclasses.replace(job, plan=dataclasses.replace(job.plan, entries=entries), forecast=forecast)
 
 
-def check_held(
+def check_representable(
     job: Job, matrix: Matrix, fmt: WeightFormat, weight: Float[Tensor, "out in"], tensors: Tensors, objective: Objective
 ) -> None:
-    """Compare what was stored of a matrix beyond float16 with what is stored of it at an ordinary magnitude.
+    """Compare the error of a matrix beyond float16 with its error at an ordinary magnitude.
 
-    Errors: SourceError naming the matrix, if the format loses more of it.
+    Errors: SourceError naming the matrix if its format loses more.
     """
     if not is_beyond_float16(weight):
         return
     stored = {name: tensor.to(weight.device) for name, tensor in tensors.items()}
     found = relative_error(weight, fmt.decode(fmt.unpack(stored, matrix.shape), matrix.shape))
     ordinary = ordinary_magnitude(weight)
-    parts = fit(fmt, ordinary, objective, matrix_seed(job, matrix.name))
-    best = relative_error(ordinary, fmt.decode(parts, matrix.shape))
-    if not found <= _MORE * best + _LITTLE:  # nan neither
+    unpacked = fit(fmt, ordinary, objective, matrix_seed(job, matrix.name))
+    best = relative_error(ordinary, fmt.decode(unpacked, matrix.shape))
+    if not found <= _MAX_RATIO * best + _MAX_EXCESS:  # also false for NaN
         size = weight.double().square().mean().sqrt().item()
         raise SourceError(
-            f"{matrix.parameter}: {fmt.name} cannot hold weights of about {size:.1e} (squared error {found:.3f} of "
-            f"their energy, {best:.3f} at an ordinary magnitude); leave it as it is with --exclude {matrix.name}"
+            f"{matrix.parameter}: {fmt.name} cannot represent weights of about {size:.1e} (relative squared error "
+            f"{found:.3f}, {best:.3f} at an ordinary magnitude); leave it unquantized with --exclude {matrix.name}"
         )

@@ -1,9 +1,9 @@
-"""Any state dict in one file under a hard cap of bytes: what contests of small artifacts ask for. No model is needed.
+"""Pack any state dict into one file under a hard byte limit, as contests for small artifacts require. Needs no model.
 
-    "RLM1" │ uint32 length of header │ uint32 crc32 of what follows │ header, JSON by zlib │ tensors │ code files
+    "RLM1" │ uint32 length of header │ uint32 crc32 of the rest │ header, JSON by zlib │ tensors │ code files
 
-Formats are chosen by the solver of the other budgets, without data: a weight's relative error counts the same in
-every matrix. docs/artifact.md has the file, `reallm.checkpoint.unpack` reads it with numpy alone.
+The solver of the other budgets chooses formats, without data: the relative error per weight has equal importance in
+every matrix. docs/artifact.md documents the file format; `reallm.checkpoint.unpack` reads it with numpy alone.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from reallm.formats.normal_float import NormalFloat
 from reallm.formats.uniform import Uniform
 from reallm.pipeline.loss_analysis import measure_format
 
-_LEAST_WEIGHTS = 2048  # smaller tensors (norms, biases, gates) are kept as they are
-_SAMPLE = 1 << 16  # weights of a tensor on which candidates are tried: 46 of them take 2 s
+_MIN_WEIGHTS = 2048  # smaller tensors (norms, biases, gates) stay unquantized
+_SAMPLE = 1 << 16  # weights of a tensor on which candidates are measured: 46 of them take 2 s
 _ROUNDS, _GUESSES = 10, 6
-_SWAP_PENALTY = 0.1  # of another format for a matrix that is fitted already, in the mean loss of a matrix
-_NAMES = {
+_SWAP_PENALTY = 0.1  # for changing the format of a fitted matrix, in units of the mean loss of a matrix
+_DTYPE_NAMES = {
     torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
     torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
 }  # fmt: skip
@@ -53,30 +53,30 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class PackReport:
-    """What became of a state dict: bytes of the file and what is left of the cap, and what reading it back gave."""
+    """Result of `pack`: bytes of the file and of the limit, and errors measured by reading the file back."""
 
     nbytes: int
     max_bytes: int
-    decoder_nbytes: int  # of the file that decodes it, as it stands and by zlib
+    decoder_nbytes: int  # of the decoder's source file, raw and compressed by zlib
     decoder_zlib_nbytes: int
     parameters: int
     relative_error: float  # Σ (difference)² / Σ weight², over all floating tensors
     worst: tuple[str, float]  # the tensor with the largest relative error
-    exact: int  # tensors that come back bit for bit
-    tied: dict[str, str]  # tensors that are another's, stored once
+    exact: int  # tensors that are restored bit for bit
+    tied: dict[str, str]  # tensors equal to another tensor, which is stored once
     rows: tuple[dict[str, Any], ...]  # name, format, bytes, relative error
 
     @property
     def margin(self) -> int:
-        """Bytes below the cap."""
+        """Return the bytes below the limit."""
         return self.max_bytes - self.nbytes
 
 
 @dataclass(frozen=True)
 class _StateDict:
-    """A state dict by what becomes of it."""
+    """A state dict, split by how its tensors are stored."""
 
-    matrices: dict[str, Tensor]  # stored in formats; two axes
+    matrices: dict[str, Tensor]  # stored in formats, reshaped to two axes
     exact: dict[str, Tensor]
     tied: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
@@ -94,39 +94,39 @@ def pack(
     """Pack a safetensors state dict and code files into one file of at most `max_bytes` bytes, and read it back.
 
     Errors: SourceError for a state dict that cannot be read or is not finite; RecipeError naming the smallest possible
-    cap; ArtifactError if `out` exists.
+    limit; ArtifactError if `out` exists.
     """
     out = Path(out)
     if os.path.lexists(out):
         raise ArtifactError(f"{out} exists; give another --output or remove it")
     original = _load(Path(state))
-    parts = _classify_tensors(original)
+    split = _classify_tensors(original)
     code = {
         Path(file).name: lzma.compress(_read_file(Path(file)), preset=9 | lzma.PRESET_EXTREME) for file in extra_files
     }
-    infos = [MatrixInfo(n, (t.shape[0], t.shape[1]), "other", "block") for n, t in parts.matrices.items()]
-    work = _Packer(parts, code, seed, device)
-    data = _solve(work, infos, max_bytes)
+    infos = [MatrixInfo(n, (t.shape[0], t.shape[1]), "other", "block") for n, t in split.matrices.items()]
+    packer = _Packer(split, code, seed, device)
+    data = _solve(packer, infos, max_bytes)
     partial = out.with_name(out.name + ".partial")
     partial.write_bytes(data)
-    report = _verify_file(partial, original, parts, work, max_bytes)
+    report = _verify_file(partial, original, split, packer, max_bytes)
     os.replace(partial, out)
     return report
 
 
 class _Packer:
-    """Fits and renders; a matrix is fitted once in each format that is tried."""
+    """Fits matrices and renders files; a matrix is fitted once in each format that is tried."""
 
-    def __init__(self, parts: _StateDict, code: dict[str, bytes], seed: int, device: str) -> None:
-        self.parts, self.code, self.seed, self.device = parts, code, seed, device
+    def __init__(self, split: _StateDict, code: dict[str, bytes], seed: int, device: str) -> None:
+        self.split, self.code, self.seed, self.device = split, code, seed, device
         self.fitted: dict[tuple[str, WeightFormat], list[tuple[str, Tensor, Tensor | None]]] = {}
-        self.exact = {name: _encode_tensors({"values": tensor}) for name, tensor in parts.exact.items()}
+        self.exact = {name: _encode_tensors({"values": tensor}) for name, tensor in split.exact.items()}
         self.plan = Plan((), "pack")
 
     def fit(self, name: str, fmt: WeightFormat) -> list[tuple[str, Tensor, Tensor | None]]:
-        """Stored tensors with their coded selves."""
+        """Return (local name, raw tensor, coded tensor or None) of a matrix; fit it if it has not been fitted."""
         if (name, fmt) not in self.fitted:
-            weight = self.parts.matrices[name].to(self.device, torch.float32)
+            weight = self.split.matrices[name].to(self.device, torch.float32)
             shape = (weight.shape[0], weight.shape[1])
             with torch.no_grad():
                 tensors = fmt.pack(fit(fmt, weight, Objective.relative_columns(weight), self.seed), shape)
@@ -134,24 +134,24 @@ class _Packer:
         return self.fitted[name, fmt]
 
     def nbytes(self, name: str, fmt: WeightFormat) -> int:
-        """Bytes in the file of a matrix that was fitted."""
+        """Return the stored bytes of a fitted matrix."""
         return sum(_stored_tensor(raw, coded).nbytes for _, raw, coded in self.fitted[name, fmt])
 
     def render(self, plan: Plan) -> bytes:
-        """The whole file."""
+        """Return the contents of the file."""
         self.plan = plan
         formats = {entry.matrix.name: entry.fmt for entry in plan.entries}
         entries, blobs = [], []
-        for name in self.parts.shapes:
-            if name in self.parts.tied:
+        for name in self.split.shapes:
+            if name in self.split.tied:
                 continue
             fmt = formats.get(name)
             stored = self.exact[name] if fmt is None else self.fit(name, fmt)
-            entries.append(_entry(name, self.parts, fmt, stored))
+            entries.append(_entry(name, self.split, fmt, stored))
             blobs += [_tensor_bytes(_stored_tensor(raw, coded)) for _, raw, coded in stored]
         header = {
             "tensors": entries,
-            "same": self.parts.tied,
+            "same": self.split.tied,
             "files": [[name, len(data)] for name, data in self.code.items()],
         }
         text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
@@ -159,71 +159,71 @@ class _Packer:
         return decoder.MAGIC + len(text).to_bytes(4, "little") + zlib.crc32(body).to_bytes(4, "little") + body
 
 
-def _solve(work: _Packer, infos: Sequence[MatrixInfo], max_bytes: int) -> bytes:
-    """The file of least error that the cap allows: chosen by samples, then corrected by what fits really take."""
+def _solve(packer: _Packer, infos: Sequence[MatrixInfo], max_bytes: int) -> bytes:
+    """Return the file with the least error within the limit: chosen by samples, corrected by bytes of real fits."""
     weights = sum(info.weights for info in infos)
     samples = {info.name: {} for info in infos}
 
     def sample(info: MatrixInfo, fmt: WeightFormat) -> Any:
-        of_matrix = samples[info.name]
-        if fmt not in of_matrix:
-            weight = work.parts.matrices[info.name].to(work.device, torch.float32)
-            of_matrix[fmt] = measure_format(fmt, weight, work.seed, max(8, _SAMPLE // weight.shape[1]))
-        return of_matrix[fmt]
+        measured = samples[info.name]
+        if fmt not in measured:
+            weight = packer.split.matrices[info.name].to(packer.device, torch.float32)
+            measured[fmt] = measure_format(fmt, weight, packer.seed, max(8, _SAMPLE // weight.shape[1]))
+        return measured[fmt]
 
     options = matrix_options(
         infos,
-        lambda info: pack_candidates(work.parts.dtypes[info.name]),
+        lambda info: pack_candidates(packer.split.dtypes[info.name]),
         lambda info, fmt: sample(info, fmt).error * info.weights / weights,
         lambda info, fmt: sample(info, fmt).share,
     )
     smallest = Plan(tuple(_extreme_entries(infos, options)), "pack")
-    least = len(work.render(smallest))
+    least = len(packer.render(smallest))
     if least > max_bytes:
-        code = sum(map(len, work.code.values()))
+        code = sum(map(len, packer.code.values()))
         raise RecipeError(
             f"--max-bytes {max_bytes:,} is too small: the smallest possible file is {least:,} bytes "
             f"({code:,} of code files)"
         )
-    # Headers of the same file with other formats differ by a few bytes a matrix: measured after every round.
-    overhead = least - sum(work.nbytes(entry.matrix.name, entry.fmt) for entry in smallest.entries)
-    plan = solve_plan(infos, options, max(max_bytes, overhead + _least_bytes(options)), overhead=overhead)
+    # Headers differ by a few bytes per matrix between formats, so the overhead is measured after every round.
+    overhead = least - sum(packer.nbytes(entry.matrix.name, entry.fmt) for entry in smallest.entries)
+    plan = solve_plan(infos, options, max(max_bytes, overhead + _min_nbytes(options)), overhead=overhead)
     best = smallest
     for number in range(_ROUNDS):
-        data = work.render(plan)
+        data = packer.render(plan)
         if len(data) <= max_bytes:
             if _loss(plan, options) < _loss(best, options):
                 best = plan
             if len(data) >= LEAST_SHARE * max_bytes:
                 break
-        overhead = len(data) - sum(work.nbytes(entry.matrix.name, entry.fmt) for entry in plan.entries)
-        count = _option_nbytes(work, guess=number < _GUESSES)
+        overhead = len(data) - sum(packer.nbytes(entry.matrix.name, entry.fmt) for entry in plan.entries)
+        nbytes_fn = _option_nbytes(packer, guess=number < _GUESSES)
         penalty = _SWAP_PENALTY * _loss(plan, options) / max(len(plan.entries), 1)
         try:
             changed = solve_plan(
-                infos, options, max_bytes, overhead=overhead, base=plan, nbytes_fn=count, swap_penalty=penalty
+                infos, options, max_bytes, overhead=overhead, base=plan, nbytes_fn=nbytes_fn, swap_penalty=penalty
             )
         except RecipeError:
             break
         if changed == plan:
             break
         plan = changed
-    return work.render(best)
+    return packer.render(best)
 
 
-def _option_nbytes(work: _Packer, guess: bool) -> Callable[[MatrixInfo, Option], int]:
-    """Bytes of an option: measured if it was tried; else as expected, or all that it can take."""
+def _option_nbytes(packer: _Packer, guess: bool) -> Callable[[MatrixInfo, Option], int]:
+    """Return a function for the bytes of an option: measured if fitted, else predicted (`guess`) or before coding."""
 
-    def count(info: MatrixInfo, option: Option) -> int:
-        if (info.name, option.fmt) in work.fitted:
-            return work.nbytes(info.name, option.fmt)
+    def nbytes(info: MatrixInfo, option: Option) -> int:
+        if (info.name, option.fmt) in packer.fitted:
+            return packer.nbytes(info.name, option.fmt)
         return option.nbytes if guess else option.fmt.nbytes(info.shape)
 
-    return count
+    return nbytes
 
 
 def pack_candidates(dtype: torch.dtype) -> list[WeightFormat]:
-    """Formats that the small decoder knows."""
+    """Return the formats that the numpy decoder supports."""
     uniform = [Uniform(bits=b, group_size=g, symmetric=True, scales=s) for b in range(2, 9) for g, s in _GROUPS]
     floats = [NormalFloat(bits=b) for b in (3, 4, 5)]
     vectors = [Codebook(index_bits=i, vector_dim=2) for i in (4, 6, 8)]
@@ -243,8 +243,8 @@ def _extreme_entries(infos: Sequence[MatrixInfo], options: Any) -> list[Any]:
     return [PlanEntry(info, min(options[info.name], key=lambda o: (o.nbytes, o.loss)).fmt) for info in infos]
 
 
-def _least_bytes(options: Any) -> int:
-    return sum(min(option.nbytes for option in of_matrix) for of_matrix in options.values())
+def _min_nbytes(options: Any) -> int:
+    return sum(min(option.nbytes for option in candidates) for candidates in options.values())
 
 
 def _loss(plan: Plan, options: Any) -> float:
@@ -253,16 +253,18 @@ def _loss(plan: Plan, options: Any) -> float:
 
 def _load(path: Path) -> dict[str, Tensor]:
     if suffix_of(path) in PICKLES:
-        raise SourceError(f"{path}: is a pickle, which can run code when read; save it with safetensors and give that")
+        raise SourceError(
+            f"{path}: a pickle can run code when it is read; save the state dict with safetensors and pass that file"
+        )
     if not path.is_file():
-        raise SourceError(f"{path}: no such file; give a state dict saved with safetensors")
+        raise SourceError(f"{path}: no such file; pass a state dict saved with safetensors")
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise SourceError(f"{path}: not a safetensors file ({error})") from error
     for name, tensor in state.items():
-        if tensor.dtype not in _NAMES:
-            raise SourceError(f"{path}: {name} is of dtype {tensor.dtype}, which cannot be packed")
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise SourceError(f"{path}: {name} has dtype {tensor.dtype}, which cannot be packed")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise SourceError(f"{path}: {name} has weights that are NaN or infinite")
     return state
@@ -276,7 +278,7 @@ def _read_file(path: Path) -> bytes:
 
 
 def _classify_tensors(state: dict[str, Tensor]) -> _StateDict:
-    """Matrices, tensors that are kept, and tensors that are another's bit for bit."""
+    """Split a state dict into matrices, exact tensors, and tensors equal to another one bit for bit."""
     owners: dict[bytes, str] = {}
     matrices, exact, tied = {}, {}, {}
     for name, tensor in state.items():
@@ -284,7 +286,7 @@ def _classify_tensors(state: dict[str, Tensor]) -> _StateDict:
         owner = owners.setdefault(hashlib.sha256(identity + _tensor_bytes(tensor)).digest(), name)
         if owner != name:
             tied[name] = owner
-        elif tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel() >= _LEAST_WEIGHTS:
+        elif tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel() >= _MIN_WEIGHTS:
             matrices[name] = tensor.reshape(tensor.shape[0], -1)
         else:
             exact[name] = tensor
@@ -301,19 +303,19 @@ def _stored_tensor(raw: Tensor, coded: Tensor | None) -> Tensor:
 
 
 def _entry(
-    name: str, parts: _StateDict, fmt: WeightFormat | None, stored: list[tuple[str, Tensor, Tensor | None]]
+    name: str, split: _StateDict, fmt: WeightFormat | None, stored: list[tuple[str, Tensor, Tensor | None]]
 ) -> dict[str, Any]:
     matrix: Shape | None = None
     if fmt is not None:
-        matrix = (parts.matrices[name].shape[0], parts.matrices[name].shape[1])
+        matrix = (split.matrices[name].shape[0], split.matrices[name].shape[1])
     return {
         "name": name,
-        "dtype": _NAMES[parts.dtypes[name]],
-        "shape": list(parts.shapes[name]),
+        "dtype": _DTYPE_NAMES[split.dtypes[name]],
+        "shape": list(split.shapes[name]),
         "matrix": matrix,
         "format": None if fmt is None else to_spec(fmt),
         "stored": [
-            [local, _NAMES[raw.dtype], list(raw.shape), _stored_tensor(raw, coded).nbytes, coded is not None]
+            [local, _DTYPE_NAMES[raw.dtype], list(raw.shape), _stored_tensor(raw, coded).nbytes, coded is not None]
             for local, raw, coded in stored
         ],
     }
@@ -324,25 +326,38 @@ def _tensor_bytes(tensor: Tensor) -> bytes:
 
 
 def _verify_file(
-    path: Path, original: dict[str, Tensor], parts: _StateDict, work: _Packer, max_bytes: int
+    path: Path, original: dict[str, Tensor], split: _StateDict, packer: _Packer, max_bytes: int
 ) -> PackReport:
-    """Reads the file back with the small decoder, and compares."""
+    """Read the file back with the numpy decoder, compare it with the original, and return the report."""
     found = decoder.unpack(path)
-    formats = {entry.matrix.name: entry.fmt for entry in work.plan.entries}
+    formats = {entry.matrix.name: entry.fmt for entry in packer.plan.entries}
     error = energy = 0.0
     rows, exact = [], 0
     for name, tensor in original.items():
-        wanted = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        assert found[name].shape == wanted.shape and found[name].dtype == wanted.dtype, f"{name}: comes back otherwise"
-        own = np.square(wanted.astype(np.float64) - found[name]).sum() if tensor.is_floating_point() else 0.0
-        size = np.square(wanted.astype(np.float64)).sum() if tensor.is_floating_point() else 0.0
-        exact += int(np.array_equal(wanted, found[name]))
-        assert name in formats or name in parts.tied or np.array_equal(wanted, found[name]), f"{name}: was to be exact"
-        error, energy = error + own, energy + size
+        expected = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        assert found[name].shape == expected.shape and found[name].dtype == expected.dtype, (
+            f"{name}: wrong shape or dtype after unpacking"
+        )
+        squared_error = (
+            np.square(expected.astype(np.float64) - found[name]).sum() if tensor.is_floating_point() else 0.0
+        )
+        squared_norm = np.square(expected.astype(np.float64)).sum() if tensor.is_floating_point() else 0.0
+        exact += int(np.array_equal(expected, found[name]))
+        assert name in formats or name in split.tied or np.array_equal(expected, found[name]), (
+            f"{name}: not restored exactly"
+        )
+        error, energy = error + squared_error, energy + squared_norm
         if name in formats:
             fmt = formats[name]
-            nbytes = work.nbytes(name, fmt)
-            rows.append({"name": name, "format": to_spec(fmt), "nbytes": nbytes, "error": float(own / (size or 1.0))})
+            nbytes = packer.nbytes(name, fmt)
+            rows.append(
+                {
+                    "name": name,
+                    "format": to_spec(fmt),
+                    "nbytes": nbytes,
+                    "error": float(squared_error / (squared_norm or 1.0)),
+                }
+            )
     worst = max(rows, key=lambda row: row["error"], default={"name": "", "error": 0.0})
     text = Path(decoder.__file__).read_bytes()
     return PackReport(
@@ -350,10 +365,10 @@ def _verify_file(
         max_bytes=max_bytes,
         decoder_nbytes=len(text),
         decoder_zlib_nbytes=len(zlib.compress(text, 9)),
-        parameters=sum(math.prod(shape) for name, shape in parts.shapes.items() if name not in parts.tied),
+        parameters=sum(math.prod(shape) for name, shape in split.shapes.items() if name not in split.tied),
         relative_error=float(error / (energy or 1.0)),
         worst=(worst["name"], worst["error"]),
         exact=exact,
-        tied=parts.tied,
+        tied=split.tied,
         rows=tuple(rows),
     )

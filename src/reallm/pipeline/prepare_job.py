@@ -1,4 +1,4 @@
-"""source → walk → plan: what will become of a model. Nothing is fitted or written yet."""
+"""Prepare a job: source → walk → plan. Nothing is fitted or written yet."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from reallm.source.devices import check_device
 def prepare(
     model: str | Path | Source, settings: Settings, progress: Progress | None = None, analyse: bool = True
 ) -> Job:
-    """Open the model, unless it is open already, and decide every matrix's format.
+    """Open the model, unless it is open already, and choose the format of every matrix.
 
-    The job's settings have the windows of calibration text that there are. `progress` of the analysis that a budget
-    with calibration takes. Without `analyse`, as for a dry run, it takes none: an analysis that is kept already is
-    used, else losses are predicted by roles, and a run with `analyse` may have another plan.
+    The settings of the job are reduced to the windows in the calibration text. `progress` reports the analysis that a
+    budget with calibration requires. If `analyse` is false, as for a dry run, a stored analysis is used if there is
+    one; otherwise losses are predicted by roles, and the plan of a run with `analyse` may differ.
     Errors: SourceError, RecipeError, FormatError or TextError, before anything is written.
     """
     check_goal(settings)
@@ -52,7 +52,7 @@ def prepare(
 
 
 def _check_folders(settings: Settings) -> None:
-    """Errors: RecipeError if what is kept for other budgets could not be: better before the work than after it."""
+    """Check the cache folders before any work. Errors: RecipeError if one is a file."""
     for option, folder in (("--fits", settings.fits), ("--analysis", settings.analysis)):
         if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
             raise RecipeError(f"{option} {folder}: is a file; give a folder")
@@ -68,9 +68,9 @@ def _plan_recipe(
 
 
 def _select_matrices(matrices: Sequence[Matrix], settings: Settings) -> list[Matrix]:
-    """Matrices that --include and --exclude leave.
+    """Return the matrices selected by --include and --exclude.
 
-    Errors: RecipeError for a pattern that fits nothing.
+    Errors: RecipeError for a pattern that matches nothing.
     """
     names = [matrix.name for matrix in matrices]
     for option, patterns in (("--include", settings.include), ("--exclude", settings.exclude)):
@@ -86,9 +86,9 @@ def _select_matrices(matrices: Sequence[Matrix], settings: Settings) -> list[Mat
 
 
 def _check_plan(plan: Plan, walked: Walk) -> None:
-    """Errors: RecipeError if nothing would be compressed, or only some experts of one tensor."""
+    """Check the plan. Errors: RecipeError if nothing would be compressed, or only some experts of one tensor."""
     if not plan.entries:
-        raise RecipeError("the plan compresses nothing; loosen --include/--exclude, or keep less")
+        raise RecipeError("the plan compresses nothing; loosen --include/--exclude, or leave less unquantized")
     planned = {entry.matrix.name for entry in plan.entries}
     experts: dict[str, list[bool]] = defaultdict(list)
     for matrix in walked.matrices:
@@ -98,5 +98,5 @@ def _check_plan(plan: Plan, walked: Walk) -> None:
         if any(chosen) and not all(chosen):
             raise RecipeError(
                 f"{parameter}: {sum(chosen)} of {len(chosen)} experts would be compressed, but they are one tensor; "
-                f"take all or none ({parameter}.*)"
+                f"select all or none ({parameter}.*)"
             )

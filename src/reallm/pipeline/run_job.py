@@ -1,4 +1,4 @@
-"""A job carried out: fit, write, and put the folder in its place by one rename."""
+"""Run a job: fit, write, and create the output folder by one rename."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ from reallm.pipeline.compress_settings import calibration_record, make_settings
 from reallm.pipeline.fit_job import fit_all
 from reallm.pipeline.job import Job
 from reallm.pipeline.load_weight import check_finite, check_matrices
-from reallm.pipeline.magnitudes import within_range
+from reallm.pipeline.magnitudes import use_wide_range
 from reallm.pipeline.prepare_job import prepare
 
-_CHANGED_PLAN = "changed.json"  # in the work folder: formats that differ from those the run began with
+_CHANGED_PLAN = "changed.json"  # in the work folder: the formats that differ from the initial plan
 _CHANGES, _GUESSES = 10, 5
 
-# Matrices of a model with billions of parameters; smaller blocks, of which a fit makes thousands, stay where they are.
+# Memory blocks of large matrices are mapped and returned to the system; a fit allocates thousands of smaller ones.
 _LARGE_BLOCK = 1 << 23  # bytes
 
 
 def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = None) -> None:
     """Compress every matrix of the job and put the artifact at `out`.
 
-    With `resume`, matrices finished by an interrupted run are taken over, whenever it was killed. The work folder
-    `<out>.work` is removed at the end. A job with a size is measured once everything is fitted: what entropy coding
-    saved beyond expectation is spent on a few matrices, which are fitted anew. A recipe beside a size is left as it is
-    unless it is too large, and then a few of its matrices are fitted anew in smaller formats.
+    `resume` continues an interrupted run and reuses its finished matrices, whenever it was killed. The work folder
+    `<out>.work` is removed at the end. The artifact of a job with a size is measured after fitting: a few matrices are
+    fitted again in larger formats if entropy coding saved more than predicted. A recipe combined with a size stays
+    unchanged unless it is too large; then a few of its matrices are fitted again in smaller formats.
 
-    Errors: ArtifactError if `out` exists, or a work folder does and `resume` is not set; RecipeError if the
+    Errors: ArtifactError if `out` exists, or if a work folder exists and `resume` is false; RecipeError if the
     interrupted run had another plan, or if a recipe is too large for its size; SourceError for weights that are not
     finite.
     """
@@ -71,10 +71,10 @@ def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = N
     check_output(out, resume)
     set_mmap_threshold(_LARGE_BLOCK)
     fingerprint = job.source.fingerprint()
-    job = within_range(job)
+    job = use_wide_range(job)
     work, state = work_folder(out), _state(job, fingerprint)
     if finished := out.exists():
-        # A job with a size may have changed formats on the way.
+        # A job with a size may have changed formats during the run.
         check_finished_output(out, state, formats_may_differ=job.size is not None)
     with open_work_folder(work, state):
         if not finished:
@@ -83,7 +83,7 @@ def run(job: Job, out: Path, resume: bool = False, progress: Progress | None = N
 
 
 def _fit_and_write(job: Job, fingerprint: str, work: Path, out: Path, progress: Progress | None) -> None:
-    """Fit everything, put the artifact together in the work folder, then in its place by one rename."""
+    """Fit everything, stage the artifact in the work folder, and move it to `out` by one rename."""
     _check_weights(job, work)
     job, attempts = _resume_plan(job, work)
     fit_all(job, work, progress)
@@ -105,14 +105,14 @@ def _fit_and_write(job: Job, fingerprint: str, work: Path, out: Path, progress: 
 def compress(model: str | Path, out: str | Path, *, resume: bool = False, **settings: Any) -> None:
     """Compress `model` into the folder `out`: `prepare` and `run` in one call.
 
-    `settings` are those of `Settings`, more freely written: `size="60MB"`, `calibration="text.txt"`.
-    Errors: those of `prepare` and `run`.
+    `settings` are the fields of `Settings`; they may be text: `size="60MB"`, `calibration="text.txt"`.
+    Errors: see `prepare` and `run`.
     """
     run(prepare(model, make_settings(**settings)), Path(out), resume)
 
 
 def _state(job: Job, fingerprint: str) -> dict[str, Any]:
-    """What must not change between an interrupted run and its resumption."""
+    """Return the state that must be equal in an interrupted run and its continuation."""
     return {
         "source": fingerprint,
         "seed": job.settings.seed,
@@ -123,23 +123,24 @@ def _state(job: Job, fingerprint: str) -> dict[str, Any]:
 
 
 def _check_weights(job: Job, work: Path) -> None:
-    """Tensors that are kept, and with calibration the others too, which calculate with each other: before any work.
+    """Check the unquantized tensors before any work, and with calibration also the matrices.
 
-    Without, nothing depends on a matrix before it is read and checked; and an analysis has checked them all.
+    With calibration, each matrix affects the inputs of others. Without it, a matrix is checked when it is loaded for
+    its fit. An analysis has already checked all matrices.
     """
     analysed = job.forecast is not None and job.forecast.calibrated
     if job.settings.calibration and not analysed:
         check_matrices(
             job, (matrix for matrix, _ in job.compressed_matrices if not finished_file(work, matrix.name).is_file())
         )
-    for name in job.unquantized:
+    for name in job.unquantized_tensors:
         tensor = job.source.read(name)
         if tensor.is_floating_point():
             check_finite(name, tensor)
 
 
 def _stage_artifact(job: Job, fingerprint: str, work: Path) -> Path:
-    """The whole artifact in a folder inside the work folder."""
+    """Write the whole artifact to a folder inside the work folder, and return that folder."""
     staging = work / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -150,9 +151,9 @@ def _stage_artifact(job: Job, fingerprint: str, work: Path) -> Path:
 
 
 def _tensors(job: Job, work: Path, coded: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the artifact in the order they are written: matrices, kept tensors, markers.
+    """Yield all tensors of the artifact in the order they are written: matrices, unquantized tensors, markers.
 
-    Notes in `coded` the local names of those that are entropy-coded, by matrix.
+    Adds to `coded` the local names of the entropy-coded tensors, by matrix.
     """
     from reallm.hf import marker_tensors
 
@@ -169,37 +170,37 @@ def _tensors(job: Job, work: Path, coded: dict[str, tuple[str, ...]]) -> Iterato
         with safe_open(finished_file(work, f"{SHARED}.{name}"), framework="pt") as file:
             stored = {local: file.get_tensor(local) for local in file.keys()}  # noqa: SIM118 - no dict
         yield from add_prefix(f"{SHARED}.{name}", stored).items()
-    for name in job.unquantized:
+    for name in job.unquantized_tensors:
         yield name, job.source.read(name)
     yield from marker_tensors([matrix for matrix, _ in job.compressed_matrices]).items()
 
 
 def _write_auxiliary_files(job: Job, fingerprint: str, coded: dict[str, tuple[str, ...]], folder: Path) -> None:
-    """Config, tokenizer, generation settings, and the plan as run."""
+    """Write config, tokenizer, generation settings and the executed plan."""
     write_texts(job, fingerprint, coded, folder, compute_checksums(folder.glob("*.safetensors")))
     job.source.save_auxiliary_files(folder)
 
 
 @dataclass
 class _Attempts:
-    """Artifacts that were staged on the way to a size: their plans with all bytes, and bytes by matrix and format."""
+    """Artifacts staged so far for a size: plans with their total bytes, and bytes by matrix and format."""
 
     plans: list[tuple[Plan, int]] = field(default_factory=list)
     known: dict[tuple[str, WeightFormat], int] = field(default_factory=dict)
 
     def best(self, size: int) -> Plan | None:
-        """The plan that fills the size best without exceeding it."""
+        """Return the plan with the most bytes that does not exceed `size`; None if all exceed it."""
         fitting = [(total, -number, plan) for number, (plan, total) in enumerate(self.plans) if total <= size]
         return max(fitting, key=lambda row: row[:2])[2] if fitting else None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return JSON values."""
         known = [[name, to_spec(fmt), nbytes] for (name, fmt), nbytes in self.known.items()]
         return {"plans": [[_formats(plan), total] for plan, total in self.plans], "known": known}
 
     @staticmethod
     def from_dict(values: dict[str, Any], job: Job) -> _Attempts:
-        """The inverse, for the matrices of a job."""
+        """Build from the values of `to_dict`, for the matrices of a job."""
         plans = [(_replace_formats(job, formats), int(total)) for formats, total in values["plans"]]
         return _Attempts(plans, {(name, from_spec(spec)): int(nbytes) for name, spec, nbytes in values["known"]})
 
@@ -209,7 +210,7 @@ def _formats(plan: Plan) -> dict[str, Any]:
 
 
 def _replace_formats(job: Job, formats: dict[str, Any]) -> Plan:
-    """The plan that a job as it was prepared has become."""
+    """Return the plan of a prepared job with the formats replaced."""
     entries = tuple(PlanEntry(entry.matrix, from_spec(formats[entry.matrix.name])) for entry in job.plan.entries)
     plan = dataclasses.replace(job.plan, entries=entries)
     size = job.size
@@ -217,11 +218,11 @@ def _replace_formats(job: Job, formats: dict[str, Any]) -> Plan:
 
 
 def _adjust_to_size(job: Job, staging: Path, attempts: _Attempts) -> Job | None:
-    """The job with a few other formats, which brings the staged artifact into its budget; None if nothing is to do.
+    """Return the job with a few changed formats that bring the staged artifact to its size; None if it needs none.
 
-    What has not been measured counts as expected at first, and then with all the bytes it can take, so that the last
-    changes do not exceed the budget. When nothing new is left to try, the best of what was tried is taken. A recipe may
-    be smaller than its budget.
+    Matrices not measured in a format count with predicted bytes in the first rounds, then with their bytes before
+    entropy coding, so that the last changes do not exceed the size. If no new plan is found, the best plan tried is
+    used. A recipe may be smaller than its size.
     """
     if job.forecast is None or job.size is None:
         return None
@@ -238,9 +239,9 @@ def _adjust_to_size(job: Job, staging: Path, attempts: _Attempts) -> Job | None:
         unknown = option.nbytes if guess else option.fmt.nbytes(matrix.shape)
         return known.get((matrix.name, option.fmt), unknown)
 
-    # What config.json says of coded tensors and the digits of offsets are not predicted.
-    whole = ArtifactSize(job)
-    constant = total - sum(stored.values()) - whole.overhead(job.plan)
+    # The names of coded tensors in config.json and the digits of offsets are not predicted.
+    artifact_size = ArtifactSize(job)
+    constant = total - sum(stored.values()) - artifact_size.overhead(job.plan)
     options = job.forecast.options
     if job.settings.recipe is not None:
         if total <= size:
@@ -248,20 +249,20 @@ def _adjust_to_size(job: Job, staging: Path, attempts: _Attempts) -> Job | None:
         recipe = attempts.plans[0][0]
         if len(attempts.plans) > _CHANGES:
             raise too_large_error(recipe, total, size)
-        plan = shrink_recipe(whole, recipe, options, size, total, nbytes_of, constant)
+        plan = shrink_recipe(artifact_size, recipe, options, size, total, nbytes_of, constant)
         return dataclasses.replace(job, plan=plan)
     if again or len(attempts.plans) > _CHANGES:
         best = attempts.best(size)
         return None if best is None or best == job.plan else dataclasses.replace(job, plan=best)
     if least <= total <= size:
         return None
-    plan = adjust_plan(whole, job.plan, options, size, nbytes_of, constant)
+    plan = adjust_plan(artifact_size, job.plan, options, size, nbytes_of, constant)
     plan = plan or attempts.best(size) or _smallest(job.plan, options)
     return None if plan == job.plan else dataclasses.replace(job, plan=plan)
 
 
 def _smallest(plan: Plan, options: Options) -> Plan:
-    """Return the plan that the size was checked against: every matrix in the fewest bytes before entropy coding."""
+    """Return the plan with the fewest bytes before entropy coding, against which the size was checked."""
     entries = [
         PlanEntry(
             e.matrix, min((o.fmt for o in options[e.matrix.name]), key=lambda fmt, e=e: fmt.nbytes(e.matrix.shape))
@@ -272,7 +273,7 @@ def _smallest(plan: Plan, options: Options) -> Plan:
 
 
 def _stored_bytes(job: Job, staging: Path) -> dict[str, int]:
-    """Bytes in the file of every planned matrix."""
+    """Return the stored bytes of every planned matrix."""
     stored = {entry.matrix.name: 0 for entry in job.plan.entries}
     for row in read_ledger(staging).rows:
         if row.matrix is not None:
@@ -281,9 +282,9 @@ def _stored_bytes(job: Job, staging: Path) -> dict[str, int]:
 
 
 def _note_changes(before: Job, after: Job, attempts: _Attempts, work: Path) -> list[str]:
-    """Remember the changed formats, so that an interrupted run goes on with them, and drop what they replace.
+    """Save the changed formats, so that an interrupted run can resume with them, and delete the replaced fits.
 
-    Returns the names of the matrices that have them.
+    Returns the names of the changed matrices.
     """
     old, formats = _formats(before.plan), _formats(after.plan)
     changed = [name for name in formats if formats[name] != old[name]]
@@ -297,7 +298,7 @@ def _note_changes(before: Job, after: Job, attempts: _Attempts, work: Path) -> l
 
 
 def _resume_plan(job: Job, work: Path) -> tuple[Job, _Attempts]:
-    """The job with the formats that an interrupted run had changed to, and what that run had tried.
+    """Return the job with the formats to which an interrupted run had changed, and the plans that run had tried.
 
     Errors: RecipeError if that run had another size.
     """
@@ -305,15 +306,15 @@ def _resume_plan(job: Job, work: Path) -> tuple[Job, _Attempts]:
     if not path.is_file():
         return job, _Attempts()
     try:
-        noted = read_json(path)
-        size = noted.get("size", job.size)
-        plan, attempts = _replace_formats(job, noted["formats"]), _Attempts.from_dict(noted["past"], job)
-        changed = set(noted["changed"])
+        saved = read_json(path)
+        size = saved.get("size", job.size)
+        plan, attempts = _replace_formats(job, saved["formats"]), _Attempts.from_dict(saved["past"], job)
+        changed = set(saved["changed"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path}: damaged; remove {work} to start anew") from error
+        raise ArtifactError(f"{path}: damaged; remove {work} to start again") from error
     if size != job.size:
         raise RecipeError(
-            f"--resume: the size was {size} bytes and is now {job.size}; go back to that, or remove {work}"
+            f"--resume: the size was {size} bytes and is now {job.size}; use the previous size, or remove {work}"
         )
     job = dataclasses.replace(job, plan=plan)
     for matrix, planned in job.compressed_matrices:
@@ -321,13 +322,13 @@ def _resume_plan(job: Job, work: Path) -> tuple[Job, _Attempts]:
         if matrix.name in changed and file.is_file():
             try:
                 check_finished(file, add_prefix(matrix.name, planned.fmt.layout(matrix.shape)))
-            except ArtifactError:  # the run was interrupted before it was dropped
+            except ArtifactError:  # the run was interrupted before it deleted this file
                 file.unlink()
     return job, attempts
 
 
 def _used_bytes(job: Job, staging: Path) -> int:
-    """Bytes of a size that the staged artifact takes, those left for tuning counted."""
+    """Return the bytes of the staged artifact plus those reserved for tuning."""
     return sum(nbytes_by_file(staging).values()) + job.reserved_for_tuning
 
 
@@ -336,5 +337,7 @@ def _check_size(job: Job, staging: Path) -> None:
         return
     total = _used_bytes(job, staging)
     if total > job.size:
-        unquantized = f", {job.reserved_for_tuning} that are left for tuning counted"
-        raise RecipeError(f"the artifact takes {total:,} bytes of {job.size:,}{unquantized}; give a smaller size")
+        reserved = f"including {job.reserved_for_tuning} reserved for tuning"
+        raise RecipeError(
+            f"the artifact takes {total:,} bytes, {reserved}, more than --size {job.size:,}; aim at a smaller size"
+        )

@@ -1,6 +1,6 @@
-"""What a run asks the original model as a whole, once: text that it writes, and gradients of the end loss.
+"""Compute the outputs of the whole original model that a run needs: text, and gradients of the end-to-end loss.
 
-Both stand in the work folder, so that a resumed run and the rounds of a size ask nothing twice.
+Both are saved to the work folder, so that a resumed run and the rounds of a size do not compute them again.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from reallm.pipeline.calibration_inputs import Progress, calibration_windows, ph
 from reallm.pipeline.job import Job
 from reallm.source import Matrix
 
-GRADIENTS = "gradients of the end loss"  # a phase of the progress
-# Files of the work folder, named as no matrix of a decoder is.
+GRADIENTS = "gradients of the end-to-end loss"  # a phase of the progress
+# Names of files in the work folder that no matrix of a decoder has.
 _WRITTEN, _GUIDANCE = "written", "guidance"
 
 Original = Callable[[], torch.nn.Module]
 
 
 def job_windows(job: Job, work: Path, original: Original, progress: Progress | None) -> Tensor:
-    """Token ids (windows, context) of the job's calibration. `original` is asked for only to write text itself.
+    """Return token ids (windows, context) for calibration. `original` is called only if it writes the text itself.
 
     Errors: ArtifactError naming a damaged file.
     """
@@ -44,30 +44,30 @@ def job_windows(job: Job, work: Path, original: Original, progress: Progress | N
 def load_guidance(
     job: Job, work: Path, windows: Tensor, original: Original, progress: Progress | None
 ) -> dict[str, Guidance]:
-    """Guidance of every matrix in a block that a gradient reaches, finished ones too: a size may fit them again.
+    """Return the guidance of every matrix in a block that has gradients, including fitted ones: a size may refit them.
 
     Errors: ArtifactError naming a damaged file.
     """
     path = finished_file(work, _GUIDANCE)
     if path.is_file():
-        kept = read_work_tensors(path, _guidance_layout(job))
+        stored = read_work_tensors(path, _guidance_layout(job))
     else:
         on_progress = phase_callback(progress, GRADIENTS, len(windows))
         found = guidance(original(), windows, _guided_matrices(job), job.settings.device, on_progress)
-        kept = {
+        stored = {
             name: tensor
             for matrix in _guided_matrices(job)
             for name, tensor in _guidance_tensors(matrix, found.get(matrix.name), job).items()
         }
-        save_tensors(kept, path)
-    pairs = {m.name: (kept[f"{m.name}.tokens"], kept[f"{m.name}.rows"]) for m in _guided_matrices(job)}
+        save_tensors(stored, path)
+    pairs = {m.name: (stored[f"{m.name}.tokens"], stored[f"{m.name}.rows"]) for m in _guided_matrices(job)}
     return {name: Guidance(tokens, rows) for name, (tokens, rows) in pairs.items() if tokens.any()}
 
 
 def teacher_layouts(job: Job) -> list[Tensors]:
-    """What the files of this module will hold, on the meta device."""
-    written = [_windows_layout(job)] if job.settings.calibration == (SELF,) else []
-    return written + ([_guidance_layout(job)] if job.guided else [])
+    """Return the tensors of the files that this module writes, on the meta device."""
+    text_layouts = [_windows_layout(job)] if job.settings.calibration == (SELF,) else []
+    return text_layouts + ([_guidance_layout(job)] if job.is_guided else [])
 
 
 def _guided_matrices(job: Job) -> list[Matrix]:
@@ -75,7 +75,7 @@ def _guided_matrices(job: Job) -> list[Matrix]:
 
 
 def _guidance_tensors(matrix: Matrix, own: Guidance | None, job: Job) -> Tensors:
-    """Zeros for a matrix that no gradient reached."""
+    """Return the tensors to save; zeros for a matrix without gradients."""
     if own is None:
         return {name: torch.zeros(tensor.shape) for name, tensor in _matrix_guidance_layout(matrix, job).items()}
     return {f"{matrix.name}.tokens": own.tokens, f"{matrix.name}.rows": own.rows}

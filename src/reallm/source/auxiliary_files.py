@@ -20,7 +20,7 @@ _BARE = ("vocab", "merges", "bpe", "codes")  # names without a suffix
 _LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 PATTERNS = (*(f"*{suffix}" for suffix in SUFFIXES), *_BARE, *_LEGAL)
 TEMPLATES = "additional_chat_templates"
-# Written anew, of weights in other files, of the training, or for people.
+# Written again, of weights in other files, of the training, or for people.
 _OTHERS = (
     *("config.json", "*.index.json", "adapter_config.json", "params.json", "quantize_config.json", "quant_config.json"),
     *("trainer_state.json", "training_args*", "*_results.json", "requirements*.txt", "readme*", ".*", "consolidated*"),
@@ -87,7 +87,7 @@ def _words_of(folder: Path) -> Iterator[str]:
 
 
 def _may_travel(word: str) -> bool:
-    """Whether a word of the settings may name a file of the folder: no code, no pickle, none that is written anew."""
+    """Whether a word of the settings may name a file of the folder: no code, no pickle, none that is written again."""
     path = Path(word)
     if not 0 < len(word) < 200 or not word.isprintable() or path.is_absolute() or ".." in path.parts or not path.name:
         return False

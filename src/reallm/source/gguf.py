@@ -178,7 +178,7 @@ def fast_reader() -> Iterator[list[Any]]:
 
     Every string of the vocabulary is a slice of the file; slices of a memmap run Python code each.
     A vocabulary of 49,152: 5.0 s before, 1.1 s after. And the map of tensor names, 20 ms, is asked for
-    once a module instead of once. Config, tokenizer and weights each open the file anew: it is parsed once, with the
+    once a module instead of once. Config, tokenizer and weights each open the file again: it is parsed once, with the
     tensors of the other parts of a model in parts. Gives the readers that are asked for meanwhile.
     Errors: SourceError for files that cannot be read, or parts that are missing or do not belong together.
     """
@@ -304,7 +304,7 @@ def _join_parts(reader: Any, reader_class: Any, path: Path) -> None:
 
 
 def _part_of(reader: Any) -> tuple[int, int]:
-    """(number from 1, how many) of a part; (1, 1) of a whole file."""
+    """(number from 1, how many) of a part; (1, 1) of a file that is not split."""
     number, count = (reader.fields.get(f"split.{key}") for key in ("no", "count"))
     if count is None or int(count.contents()) <= 1:
         return 1, 1

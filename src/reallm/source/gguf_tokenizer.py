@@ -45,6 +45,15 @@ class _Stated:
         """Return how a token may be written in the tokenizers library: bytes as letters, spaces as underscores."""
         return (token, _byte_letters(token) if self.kind == "gpt2" else token.replace(" ", "▁"))
 
+    def has(self, number: int, token: str) -> bool:
+        """Return whether a token of the tokenizers library is the file's of that number."""
+        if number >= len(self.tokens):
+            return False
+        stated = self.tokens[number]
+        # T5's blanks are placeholders in the file.
+        blank = re.fullmatch(r"\[PAD\d+\]", stated) and re.fullmatch(r"<extra_id_\d+>", token)
+        return token == stated or token in self.spellings(stated) or bool(blank)
+
 
 def gguf_tokenizer(path: Path) -> Any:
     """Return the tokenizer of a GGUF file, with no tokens but the file's and the special tokens that it states.
@@ -60,18 +69,19 @@ def gguf_tokenizer(path: Path) -> Any:
 def _checked(path: Path, size: int, changed: int) -> Any:
     import transformers
 
-    stated = _read(path)
+    stated = _read_stated(path)
     remedy = "give the Hugging Face folder of the model, or pip install -U transformers"
     try:
         with silence_transformers(), fast_reader():
             built = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             tokenizer = _only_of_file(built, stated)
+        reason = next(_misfits(stated, tokenizer), None)
     except Exception as problem:  # it is code of many families that meets any file
         raise SourceError(
             f"{path}: transformers {transformers.__version__} cannot build its tokenizer of kind {stated.kind!r} "
             f"({error_line(problem)}); {remedy}"
         ) from problem
-    if (reason := next(_misfits(stated, tokenizer), None)) is not None:
+    if reason is not None:
         raise SourceError(
             f"{path}: its tokenizer as transformers {transformers.__version__} builds it is not the file's: {reason}; "
             f"{remedy}"
@@ -79,16 +89,28 @@ def _checked(path: Path, size: int, changed: int) -> Any:
     return tokenizer
 
 
-def _read(path: Path) -> _Stated:
+def _read_stated(path: Path) -> _Stated:
     """Errors: SourceError if the file holds no tokenizer, or one whose parts do not belong together."""
     reader = open_reader(path)
+    try:
+        stated = _stated_in(reader, path)
+        reason = _contradiction(stated)
+    except SourceError:
+        raise
+    except Exception as problem:  # values of other types than these keys have, text that is no UTF-8
+        reason = error_line(problem)
+    if reason is not None:
+        raise SourceError(f"{path}: its tokenizer is damaged: {reason}; give the Hugging Face folder of the model")
+    return stated
 
+
+def _stated_in(reader: Any, path: Path) -> _Stated:
     def value(key: str, default: Any) -> Any:
         field = reader.fields.get(f"tokenizer.ggml.{key}")
         return default if field is None else field.contents()
 
     tokens = value("tokens", [])
-    if "tokenizer.ggml.model" not in reader.fields or not tokens:
+    if value("model", "none") in ("none", "no_vocab") or not tokens:
         raise SourceError(
             f"{path}: holds no tokenizer (tokenizer.ggml.model and .tokens); give the Hugging Face folder of the model"
         )
@@ -100,10 +122,11 @@ def _read(path: Path) -> _Stated:
     special = {name: value(f"{key}_token_id", None) for name, key in _SPECIAL.items()}
     rows = next((int(t.shape[-1]) for t in reader.tensors if t.name == "token_embd.weight"), None)
     lists = (value("token_type", []), value("scores", []), value("merges", []))
-    stated = _Stated(kind, tokens, *lists, {n: int(i) for n, i in special.items() if i is not None}, adds, rows)
-    if (reason := _contradiction(stated)) is not None:
-        raise SourceError(f"{path}: its tokenizer is damaged: {reason}; give the Hugging Face folder of the model")
-    return stated
+    if not all(isinstance(one, list) for one in (tokens, *lists)) or not all(isinstance(t, str) for t in tokens):
+        raise ValueError("its tokens, types, scores or merges are no lists")
+    # llama.cpp writes its "no token", -1, as the largest number.
+    ids = {name: int(number) for name, number in special.items() if number not in (None, -1, 0xFFFFFFFF)}
+    return _Stated(kind, tokens, *lists, ids, adds, rows)
 
 
 def _contradiction(stated: _Stated) -> str | None:
@@ -132,7 +155,7 @@ def _only_of_file(built: Any, stated: _Stated) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     state = json.loads(built.backend_tokenizer.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < len(stated.tokens)]
+    state["added_tokens"] = [t for t in state["added_tokens"] if stated.has(t["id"], t["content"])]
     _spell_out(state, stated)
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
@@ -148,12 +171,17 @@ def _spell_out(state: dict[str, Any], stated: _Stated) -> None:
     if stated.kind != "gpt2":
         return
     vocab, known = state["model"]["vocab"], {token["id"] for token in state["added_tokens"]}
+    places = {token: number for number, token in enumerate(stated.tokens)}
+    made = {merge.replace(" ", "", 1) for merge in stated.merges}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     for number, (token, kind) in enumerate(zip(stated.tokens, stated.types, strict=False)):
-        if kind in (_CONTROL, _USER_DEFINED) and number not in known and token:
-            if vocab.get(spelled := _byte_letters(token)) == number:
-                vocab[token] = vocab.pop(spelled)
-            state["added_tokens"].append({"id": number, "content": token, "special": kind == _CONTROL, **flags})
+        spelled = _byte_letters(token) if kind in (_CONTROL, _USER_DEFINED) else ""
+        if not spelled or number in known or (spelled != token and spelled in made and spelled not in places):
+            continue
+        if spelled != token and vocab.get(spelled) == number:
+            del vocab[spelled]
+            vocab |= {token: number} | ({spelled: places[spelled]} if spelled in places else {})
+        state["added_tokens"].append({"id": number, "content": token, "special": kind == _CONTROL, **flags})
     state["added_tokens"].sort(key=lambda token: token["id"])
 
 
@@ -180,11 +208,8 @@ def _other_tokens(stated: _Stated, tokenizer: Any) -> Iterator[str]:
     for number, token in enumerate(stated.tokens):
         if (found := by_id.get(number)) == token:
             continue
-        allowed = stated.spellings(token)
-        twice = found is None and any(spelled in vocab for spelled in allowed)
-        # T5's blanks are placeholders in the file.
-        blank = re.fullmatch(r"\[PAD\d+\]", token) and re.fullmatch(r"<extra_id_\d+>", found or "")
-        if found not in allowed and not twice and not blank:
+        twice = found is None and any(spelled in vocab for spelled in stated.spellings(token))
+        if not twice and (found is None or not stated.has(number, found)):
             yield f"token {number} is {found!r}, in the file {token!r}"
     if more := sorted(number for number in by_id if number >= len(stated.tokens)):
         yield f"it has token {more[0]} ({by_id[more[0]]!r}), the file {len(stated.tokens):,} tokens"

@@ -1,4 +1,4 @@
-"""Building models that a stranger's config.json describes: bounded, without foreign code, with one kind of error."""
+"""Building models that an untrusted config.json describes: bounded, without foreign code, with one kind of error."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def refuse_adapter(folder: Path) -> None:
         return
     config = read_json(file, SourceError)
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    name = " ".join(str(base or "another model").split())[:200]  # a stranger's words, in one line
+    name = " ".join(str(base or "another model").split())[:200]  # an untrusted words, in one line
     raise SourceError(f"{folder}: is an adapter of {name}; give that as MODEL, and --adapter {folder}")
 
 
@@ -195,7 +195,7 @@ class Source(abc.ABC):
 
     @cached_property
     def auxiliary_file_bytes(self) -> dict[str, int]:
-        """Bytes of what `save_auxiliary_files` writes, by file; converting the tokenizer of a GGUF file takes seconds."""
+        """Return the bytes of what `save_auxiliary_files` writes, by file; takes seconds for a GGUF tokenizer."""
         with tempfile.TemporaryDirectory() as place:
             self.save_auxiliary_files(Path(place))
             files = [path for path in Path(place).rglob("*") if path.is_file()]

@@ -123,7 +123,7 @@ def _acts_as_linear(module: nn.Module) -> bool:
     try:
         with torch.no_grad(), torch.device("cpu"):
             found = torch.func.functional_call(module, probe, (x,))
-    except Exception:  # whatever a stranger's forward raises, it is no linear
+    except Exception:  # whatever an untrusted forward raises, it is no linear
         return False
     wanted = nn.functional.linear(x, weight, probe.get("bias"))
     return isinstance(found, Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-6)

@@ -109,7 +109,7 @@ def split(artifact: str | Path, base: str | Path, adapter: str | Path) -> None:
 
     def change(matrix: StoredMatrix, stored: Tensors) -> tuple[StoredMatrix, Tensors]:
         fmt = matrix.fmt
-        if matrix.name not in linears or not isinstance(fmt, LowRankPlus) or fmt.factors != BFLOAT16:
+        if matrix.name not in linears or fmt.residual_dtype() != BFLOAT16:
             return matrix, stored
         if {"left", "right"} & set(matrix.coded):
             raise ArtifactError(

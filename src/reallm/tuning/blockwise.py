@@ -1,7 +1,7 @@
 """Block-wise tuning: train decoder blocks one at a time to reproduce the original block's output.
 
 compressed  x0'─▶ tuned 0 ─▶ x1'─▶ tuned 1 ─▶ …      target: the original block's output on the hidden states x' from
-original    x0 ─▶ block 0 ─▶ x1 ─▶ block 1 ─▶ …      the compressed blocks before it, or its output on its own x
+                                                     the compressed blocks before it
 
 One block of the original model is in memory at a time. The cost of an error d in a token's hidden state:
 
@@ -11,8 +11,8 @@ loss     ½ (g · d)² nats, g the gradient of the original model's end-to-end l
 outputs  |d|² / |target|², the mean over tokens: a norm follows each block, so without the division a token with huge
          states would dominate all others.
 
-With the original block's output on its own x as target, a block learns to undo the errors of the blocks before it. At
-2 bits that is worse than no tuning, with either cost (docs/log.md, 2026-11-28).
+The original block's output on its own hidden states, as a target, makes a block undo the errors of the blocks before
+it: at 2 bits that is worse than no tuning, with either cost (docs/experiments/block-wise-errors-per-token.md).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from reallm.tuning.log import Log, Throughput
 from reallm.tuning.losses import autocast_to_dtype
 from reallm.tuning.optimizer import Diverged, Optimizer, restore, snapshot
 from reallm.tuning.trainables import Trainables
-from reallm.tuning.tune_settings import COMPRESSED, END_TO_END_LOSS, Settings
+from reallm.tuning.tune_settings import END_TO_END_LOSS, Settings
 
 
 def tune_blocks(
@@ -71,26 +71,24 @@ def tune_blocks(
     if settings.block_error == END_TO_END_LOSS and remaining:
         # Check with eight tokens that the model can be tuned, before hours of gradients.
         probe = dataclasses.replace(train_shard, windows=_first_tokens(train_shard.windows))
-        _HiddenStatePair(block_loader, trainables.model, probe, settings)
+        _HiddenStates(trainables.model, probe, settings)
         _compute_gradients(source, (train_shard, val_shard), settings, workers, log)
-    training_pair, validation_pair = (
-        _HiddenStatePair(block_loader, trainables.model, shard, settings) for shard in (train_shard, val_shard)
+    training_states, validation_states = (
+        _HiddenStates(trainables.model, shard, settings) for shard in (train_shard, val_shard)
     )
     throughput = Throughput(len(remaining), 0, 0)
     for number, block in enumerate(blocks):
-        parameters = trainables.module_parameters(block) if training_pair.student.reached else {}
-        # With --target original, the original's states pass every block; else its blocks run only where tuned.
-        tuned = number in remaining and training_pair.student.reached
-        if tuned or settings.target != COMPRESSED:
+        parameters = trainables.module_parameters(block) if training_states.student.reached else {}
+        tuned = number in remaining and training_states.student.reached
+        if tuned:
             with _loaded_block(block_loader, number) as original:
                 block_targets, validation_targets = (
-                    training_pair.block_targets(number, original),
-                    validation_pair.block_targets(number, original),
+                    training_states.block_targets(number, original),
+                    validation_states.block_targets(number, original),
                 )
-        if tuned:
             seconds = throughput.rates(remaining.index(number))["eta_seconds"]
             present = _Block(
-                number, parameters, training_pair, block_targets, validation_pair, validation_targets, seconds
+                number, parameters, training_states, block_targets, validation_states, validation_targets, seconds
             )
             _tune_block(present, settings, workers, log)
             if workers.is_main_process:
@@ -98,8 +96,8 @@ def tune_blocks(
             workers.barrier()
         elif parameters:
             restore(parameters, read_work_tensors(files[number], parameters))
-        training_pair.student.advance()
-        validation_pair.student.advance()
+        training_states.student.advance()
+        validation_states.student.advance()
     for shard in (train_shard, val_shard):
         shard.gradients.remove()
 
@@ -189,10 +187,10 @@ def _loaded_block(block_loader: BlockLoader, number: int) -> Iterator[nn.Module]
         block_loader.unload_block(number)
 
 
-class _HiddenStatePair:
-    """Hidden states of the same windows in the compressed model and, with --target original, in the original model."""
+class _HiddenStates:
+    """Hidden states of windows in the compressed model, and what the original blocks make of them."""
 
-    def __init__(self, block_loader: BlockLoader, student: nn.Module, shard: _Shard, settings: Settings) -> None:
+    def __init__(self, student: nn.Module, shard: _Shard, settings: Settings) -> None:
         ids, batch = shard.windows.ids, shard.batch
         self.gradients = shard.gradients if settings.block_error == END_TO_END_LOSS else None
         self.student = HiddenStateCache(student, ids, settings.device, batch)
@@ -202,15 +200,9 @@ class _HiddenStatePair:
                 f"{type(student).__name__}: hidden states of {len(self.student.batches[0])} windows have the shape "
                 f"{shape}, more than one row per token, which gradients do not support; add --block-error outputs"
             )
-        self.teacher = None
-        if settings.target != COMPRESSED:
-            self.teacher = HiddenStateCache(block_loader.model, ids, settings.device, batch, block_loader)
 
     def block_targets(self, number: int, original: nn.Module) -> _BlockTargets:
         """Return the target outputs of the current block per batch, with the cost of errors."""
-        if self.teacher is not None:
-            self.teacher.advance()
-            return _BlockTargets(number, list(self.teacher.states), self._sizes, self.gradients)
         with torch.no_grad(), self.student.on_device(original):
             states = enumerate(self.student.states)
             targets = [self.student.forward_block(original, batch).to(state.device) for batch, state in states]
@@ -246,14 +238,14 @@ class _Block:
 
     number: int
     parameters: dict[str, nn.Parameter]
-    training_pair: _HiddenStatePair
+    training_states: _HiddenStates
     block_targets: _BlockTargets
-    validation_pair: _HiddenStatePair
+    validation_states: _HiddenStates
     validation_targets: _BlockTargets
     eta_seconds: float  # for this block and those after it
 
     def errors(
-        self, pair: _HiddenStatePair, block_targets: _BlockTargets, order: Sequence[int], dtype: torch.dtype
+        self, pair: _HiddenStates, block_targets: _BlockTargets, order: Sequence[int], dtype: torch.dtype
     ) -> Iterator:
         """Yield the error of each batch in `order`, differentiable."""
         states = pair.student
@@ -267,7 +259,7 @@ class _Block:
         """Return the mean error on the validation windows."""
         with torch.no_grad():
             sizes = self.validation_targets.sizes
-            errors = self.errors(self.validation_pair, self.validation_targets, range(len(sizes)), dtype)
+            errors = self.errors(self.validation_states, self.validation_targets, range(len(sizes)), dtype)
             return sum(e.item() * n for e, n in zip(errors, sizes, strict=True)) / sum(sizes)
 
 
@@ -289,7 +281,7 @@ def cost(
 def _tune_block(block: _Block, settings: Settings, workers: ProcessGroup, log: Log) -> None:
     """Train until the epochs are over or the validation error stops falling; keep the best parameters."""
     dtype, batches = settings.compute_dtype, len(block.block_targets.targets)
-    states = block.training_pair.student
+    states = block.training_states.student
     tokens = sum(batch.numel() for batch in states.batches) * workers.count
     measure = {"unit": "relative" if block.block_targets.gradients is None else "nats"}
     with states.on_device(states.blocks[states.position]):
@@ -337,10 +329,10 @@ def _epoch(
 ) -> float:
     """Take one step per batch; return the mean error over all processes."""
     total = torch.zeros(1, dtype=torch.float64)
-    for error in block.errors(block.training_pair, block.block_targets, order, dtype):
+    for error in block.errors(block.training_states, block.block_targets, order, dtype):
         (error / workers.count).backward()
         optimizer.step()
         total += error.item()
-    total = total.to(block.training_pair.student.device)
+    total = total.to(block.training_states.student.device)
     workers.all_reduce([total])
     return total.item() / len(order) / workers.count

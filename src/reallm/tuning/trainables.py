@@ -72,13 +72,12 @@ class TrainableWeight(nn.Module):
         shape: Shape,
         stored: Tensors,
         chosen: Sequence[str],
-        rounded: bool,
         constant_dtype: torch.dtype | None,
         shared_decoders: Mapping[str, TrainableWeight] | None = None,
     ) -> None:
         """`chosen` are local tensor names; `constant_dtype` is the dtype of folded constants, None: no folding."""
         super().__init__()
-        self.fmt, self.shape, self.rounded = fmt, shape, rounded
+        self.fmt, self.shape = fmt, shape
         unpacked = fmt.unpack(stored, shape)
         values = named_tensors(unpacked)
         # (tensor, shared decoder, tensor of the decoder): a tuple, so that no decoder is registered as a submodule.
@@ -142,8 +141,6 @@ class TrainableWeight(nn.Module):
     def rounded_tensor(self, name: str) -> Tensor:
         """Return a trained tensor rounded as it is stored, with a straight-through gradient."""
         values = self.trained_tensor(name)
-        if not self.rounded:
-            return values
         # Round once per step: a step runs every block twice per micro-batch, and validation runs it again.
         parameter = self.get_parameter(_leaf(name))
         version, rounded = self._rounded.get(name, (-1, values))
@@ -156,13 +153,13 @@ class TrainableWeight(nn.Module):
 class _UnquantizedTensor(nn.Module):
     """Parametrization of a trainable unquantized tensor: parameter · unit, rounded as it is stored."""
 
-    def __init__(self, unit: float, dtype: torch.dtype, rounded: bool) -> None:
+    def __init__(self, unit: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.unit, self.dtype, self.rounded = unit, dtype, rounded
+        self.unit, self.dtype = unit, dtype
 
     def forward(self, parameter: Tensor) -> Tensor:
         values = parameter * self.unit
-        return straight_through(values, values.detach().to(self.dtype).to(values.dtype)) if self.rounded else values
+        return straight_through(values, values.detach().to(self.dtype).to(values.dtype))
 
     def right_inverse(self, values: Tensor) -> Tensor:
         return values / self.unit
@@ -222,7 +219,6 @@ def choose(
     stored_dtypes: dict[str, torch.dtype],
     train: Sequence[str],
     *,
-    rounded: bool,
     constant_dtype: torch.dtype | None,
     device: str | torch.device = "cpu",
     blocks_only: bool = False,
@@ -241,7 +237,7 @@ def choose(
     modules = compressed_modules(model)
     selected = [path for path in modules if kinds[path] == "block" or kinds[path] in train]
     shared_decoders = (
-        _trainable_decoders(model, [modules[path] for path in selected], rounded) if decoder_store.ROLE in train else {}
+        _trainable_decoders(model, [modules[path] for path in selected]) if decoder_store.ROLE in train else {}
     )
     for decoder, trainable_weight in shared_decoders.items():
         for name in trainable_weight.units:
@@ -263,7 +259,6 @@ def choose(
                 module.shape,
                 module.packed_tensors(),
                 chosen,
-                rounded,
                 constant_dtype,
                 device,
                 shared_decoders,
@@ -279,7 +274,7 @@ def choose(
         group = _GROUP_BY_REASON.get(entry.reason)
         available |= {group} if group else set()
         if group in train:
-            parameters[entry.name] = _train_unquantized(model, entry.name, stored_dtypes[entry.name], rounded)
+            parameters[entry.name] = _train_unquantized(model, entry.name, stored_dtypes[entry.name])
             unquantized[entry.name] = stored_dtypes[entry.name]
             counts[group] += parameters[entry.name].numel()
     if not parameters:
@@ -294,26 +289,24 @@ def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{path}." for path, module in model.named_modules() if id(module) in blocks)
 
 
-def _trainable_decoders(model: nn.Module, modules: Sequence[Any], rounded: bool) -> dict[str, TrainableWeight]:
+def _trainable_decoders(model: nn.Module, modules: Sequence[Any]) -> dict[str, TrainableWeight]:
     """Make the shared decoders of some modules trainable, and register them in the model."""
     found: dict[str, TrainableWeight] = {}
     for module in modules:
         for decoder, tensors in module.shared_decoder_tensors().items():
             if decoder not in found:
-                found[decoder] = _trainable_decoder(
-                    module.fmt, decoder, strip_prefix(decoder_store.PREFIX, tensors), rounded
-                )
+                found[decoder] = _trainable_decoder(module.fmt, decoder, strip_prefix(decoder_store.PREFIX, tensors))
                 model.get_submodule(SHARED).add_module(f"trainable_{decoder}", found[decoder])
     return dict(sorted(found.items()))
 
 
-def _trainable_decoder(fmt: WeightFormat, decoder: str, stored: Tensors, rounded: bool) -> TrainableWeight:
+def _trainable_decoder(fmt: WeightFormat, decoder: str, stored: Tensors) -> TrainableWeight:
     """Return the weights of a decoder as one row; `fmt` is the format of a matrix that references it."""
     while decoder not in fmt.own_shared_decoders():
         fmt = fmt.base
     storage, shape = decoder_store.storage(fmt.decoder_bits), (1, fmt.num_decoder_parameters)
     names = list(named_tensors(storage.unpack(stored, shape)))
-    return TrainableWeight(storage, shape, stored, names, rounded, None)
+    return TrainableWeight(storage, shape, stored, names, None)
 
 
 def choose_new_residuals(
@@ -322,7 +315,6 @@ def choose_new_residuals(
     rank: int,
     seed: int,
     *,
-    rounded: bool,
     constant_dtype: torch.dtype | None,
     device: str | torch.device = "cpu",
 ) -> Trainables:
@@ -344,9 +336,7 @@ def choose_new_residuals(
         factors = fmt.pack_factor("left", torch.zeros(rows, rank)) | fmt.pack_factor("right", right)
         stored = factors | add_prefix("base", module.packed_tensors())
         with use_shared_decoders(module.shared_decoder_tensors()):
-            matrices[path] = _make_trainable(
-                fmt, module.shape, stored, ("left", "right"), rounded, constant_dtype, device
-            )
+            matrices[path] = _make_trainable(fmt, module.shape, stored, ("left", "right"), constant_dtype, device)
         module.attach_trainable(matrices[path])
         parameters |= {f"{path}.{side}": matrices[path].get_parameter(_leaf(side)) for side in ("left", "right")}
     if not parameters:
@@ -359,7 +349,6 @@ def _make_trainable(
     shape: Shape,
     stored: Tensors,
     chosen: Sequence[str],
-    rounded: bool,
     constant_dtype: torch.dtype | None,
     device: str | torch.device,
     shared_decoders: Mapping[str, TrainableWeight] | None = None,
@@ -367,7 +356,7 @@ def _make_trainable(
     """Build a TrainableWeight on `device`, as decoding 210 trellises takes a CPU minutes, and move it back."""
     home = next(iter(stored.values())).device
     moved = {name: tensor.to(device) for name, tensor in stored.items()}
-    return TrainableWeight(fmt, shape, moved, chosen, rounded, constant_dtype, shared_decoders).to(home)
+    return TrainableWeight(fmt, shape, moved, chosen, constant_dtype, shared_decoders).to(home)
 
 
 def trainable_roles(fmt: WeightFormat, stored: Tensors, shape: Shape) -> dict[str, str]:
@@ -382,11 +371,11 @@ def power_of_two_unit(values: Tensor) -> float:
     return 2.0 ** round(math.log2(size)) if size > _ZERO_SIZE else _UNIT_FOR_ZEROS
 
 
-def _train_unquantized(model: nn.Module, name: str, dtype: torch.dtype, rounded: bool) -> nn.Parameter:
+def _train_unquantized(model: nn.Module, name: str, dtype: torch.dtype) -> nn.Parameter:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     tensor = getattr(module, leaf)
-    parametrize.register_parametrization(module, leaf, _UnquantizedTensor(power_of_two_unit(tensor), dtype, rounded))
+    parametrize.register_parametrization(module, leaf, _UnquantizedTensor(power_of_two_unit(tensor), dtype))
     parameter = module.parametrizations[leaf].original
     return parameter.requires_grad_()
 
@@ -415,8 +404,8 @@ def _fold_constants(
         )
         if torch.equal(twice, 2 * once):  # the number scales the whole matrix: doubling it doubles every weight exactly
             return _FOLDED, UnpackedDense(once.to(dtype)), {"values": name}
-    base = getattr(fmt, "base", None)
-    if not isinstance(base, WeightFormat):
+    base = fmt.children().get("base")
+    if base is None:
         return fmt, unpacked, {}
     inner_names = set(strip_prefix("base", {name: values[name] for name in trained_here}))
     folded_fmt, folded, factors = _fold_constants(base, unpacked.base, fmt.inner_shape(shape), inner_names, dtype)

@@ -14,8 +14,6 @@ BLOCKWISE, END_TO_END, BOTH = "blockwise", "end-to-end", "both"
 METHODS = (BLOCKWISE, END_TO_END, BOTH)
 KL, CE, MIX = "kl", "ce", "mix"
 LOSSES = (KL, CE, MIX)
-ORIGINAL, COMPRESSED = "original", "compressed"
-TARGETS = (ORIGINAL, COMPRESSED)
 END_TO_END_LOSS, OUTPUTS = "loss", "outputs"
 BLOCK_ERRORS = (END_TO_END_LOSS, OUTPUTS)
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -54,13 +52,11 @@ class Settings:
     validation: tuple[str, ...] = ()  # files; (): windows held out from the text
     validation_windows: int = 16
     validate_every: int | None = None  # steps; None: twenty validations in total
-    target: str = COMPRESSED  # which hidden states the block-wise target is computed from
     block_error: str = END_TO_END_LOSS  # cost of an output error: end-to-end loss, or relative error
     block_windows: int = 128
     block_epochs: int = 4
     block_patience: int = 1
     block_learning_rate: float = 1e-3
-    round_at_end: bool = False  # else rounded as stored at every step (straight-through estimator)
     save_memory: bool = False  # decode everything at every use, also constants
     checkpointing: bool = True
     seed: int = 0
@@ -96,7 +92,6 @@ def check_settings(settings: Settings) -> None:
     """Raise RecipeError naming the option and its value if a setting is invalid."""
     _check_choice("--method", settings.method, METHODS)
     _check_choice("--loss", settings.loss, LOSSES)
-    _check_choice("--target", settings.target, TARGETS)
     _check_choice("--block-error", settings.block_error, BLOCK_ERRORS)
     _check_choice("--dtype", settings.dtype, tuple(DTYPES))
     for group in settings.train:

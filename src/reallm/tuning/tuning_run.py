@@ -176,7 +176,7 @@ class _Run:
             raise RecipeError(f"--context {settings.context} is longer than the {limit} positions of this model")
         with silence_transformers():
             walked = walk(meta_model(model.config))
-        how: dict[str, Any] = {"rounded": not settings.round_at_end, "device": settings.device}
+        how: dict[str, Any] = {"device": settings.device}
         how["constant_dtype"] = None if settings.save_memory else settings.compute_dtype
         if settings.adapter is not None:
             return choose_new_residuals(model, walked, settings.adapter, settings.seed, **how)

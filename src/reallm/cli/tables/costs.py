@@ -21,7 +21,7 @@ def plan_table(job: Job) -> str:
     ]
     text = table(("role", "format", "matrices", "shape", "bytes", "bits/weight"), rows, left=2)
     unquantized = defaultdict(int)
-    for reason in job.unquantized.values():
+    for reason in job.unquantized_tensors.values():
         unquantized[reason] += 1
     lines = [f"unquantized: {count} tensors ({reason})" for reason, count in unquantized.items()]
     lines += [f"tied, stored once: {head} is the embedding" for head in job.walk.tied_heads]

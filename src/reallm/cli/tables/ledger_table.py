@@ -24,7 +24,7 @@ def ledger_dict(folder: Path, verify: bool = True) -> dict[str, Any]:
     return ledger.to_dict() | {
         "decoders": [cost.to_dict() for cost in decoder_costs(folder, ledger)],
         "not_compressed": unquantized_tensors(folder),
-        "unused": manifest.unused,
+        "unused": manifest.unused_rows,
         "resident_bytes": artifact_memory_footprint(folder),
         "verified": verify and bool(manifest.checksums),
         "provenance": manifest.provenance,

@@ -16,7 +16,7 @@ def model_name(source: Source) -> str:
 def short_name(fmt: WeightFormat) -> str:
     """Return the name and field values of a format, inner formats in brackets: `codebook 6 2 64 two_level`."""
     spec = {key: value for key, value in to_spec(fmt).items() if key not in ("format", "base")}
-    shown = {key: value for key, value in spec.items() if value is not False and value != ""}
-    text = " ".join([fmt.name, *(key if value is True else str(value) for key, value in shown.items())])
-    base = getattr(fmt, "base", None)
-    return f"{text} [{short_name(base)}]" if isinstance(base, WeightFormat) else text
+    said = {key: value for key, value in spec.items() if value is not False and value != ""}
+    text = " ".join([fmt.name, *(key if value is True else str(value) for key, value in said.items())])
+    base = fmt.children().get("base")
+    return f"{text} [{short_name(base)}]" if base else text
