@@ -78,8 +78,8 @@ def tune_blocks(
     )
     throughput = Throughput(len(remaining), 0, 0)
     for number, block in enumerate(blocks):
-        parameters = trainables.module_parameters(block) if training_states.student.reached else {}
-        tuned = number in remaining and training_states.student.reached
+        parameters = trainables.module_parameters(block) if training_states.student.is_reached else {}
+        tuned = number in remaining and training_states.student.is_reached
         if tuned:
             with _loaded_block(block_loader, number) as original:
                 block_targets, validation_targets = (

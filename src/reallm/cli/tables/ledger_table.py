@@ -45,7 +45,7 @@ def ledger_text(folder: Path, matrices: bool = False, verify: bool = True) -> st
     sections = [
         table(("role", "bytes", "share"), [*by_role, ("total", f"{total:,}", "")]),
         table(("stored in", "bytes", "share"), by_kind),
-        "\n".join([_unquantized_table(folder, ledger), *unused_lines(read_manifest(folder).unused)]),
+        "\n".join([_unquantized_table(folder, ledger), *unused_lines(read_manifest(folder).unused_rows)]),
         _sizes(ledger),
         *_coding_lines(folder, ledger),
         *_decoder_tables(folder, ledger),
@@ -96,7 +96,7 @@ def _decoder_tables(folder: Path, ledger: Ledger) -> list[str]:
 
 def summary(folder: Path) -> str:
     """Return the final summary of `reallm compress`."""
-    lines = [str(folder), _sizes(read_ledger(folder)), *unused_lines(read_manifest(folder).unused)]
+    lines = [str(folder), _sizes(read_ledger(folder)), *unused_lines(read_manifest(folder).unused_rows)]
     return "\n".join([*lines, f"every byte: reallm info {folder}"])
 
 
