@@ -1,4 +1,4 @@
-"""Second-order prediction of the end-to-end loss per matrix: predicted loss of any format = number · error.
+"""Second-order prediction of a model's loss, per matrix: predicted loss of any format = number · error.
 
 The number of a matrix is the loss (KL to the original, nats per token) at a relative error of 1, to second order. It
 depends on how a format distributes its error over the weights, its kind of error:

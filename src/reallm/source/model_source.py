@@ -127,7 +127,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def read(self, name: str, index: int | None = None) -> Tensor:
-        """Return a tensor of the state dict in its stored dtype on the CPU; `index` selects a slice of the first axis."""
+        """Return a tensor of the state dict in its stored dtype on the CPU; `index` selects a slice of axis 0."""
 
     @property
     @abc.abstractmethod
