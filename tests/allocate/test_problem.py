@@ -1,4 +1,4 @@
-"""The choice under a budget, against trying everything."""
+"""Allocation under a budget, compared with brute force."""
 
 import itertools
 import random
@@ -11,7 +11,7 @@ from reallm.errors import RecipeError
 
 
 def random_tables(seed, matrices=5, candidates=5, sizes=(1000, 3000, 9000)):
-    """Losses that fall about four times a bit, with noise, in matrices of very different sizes."""
+    """Losses that fall about fourfold per bit, with noise, in matrices of very different sizes."""
     rng = random.Random(seed)
     tables = []
     for _ in range(matrices):
@@ -46,7 +46,7 @@ def test_the_budget_is_never_exceeded(seed):
     assert all(cost(tables, choose(tables, budget))[0] <= budget for budget in budgets(tables))
 
 
-def test_the_loss_is_close_to_that_of_trying_everything():
+def test_the_loss_is_close_to_brute_force():
     ratios = []
     for seed in range(40):
         tables = random_tables(seed)
@@ -56,7 +56,7 @@ def test_the_loss_is_close_to_that_of_trying_everything():
 
 
 @pytest.mark.parametrize("seed", [14, 87, 0, 1])
-def test_one_matrix_hundreds_of_times_as_large_as_the_others_makes_no_choice_worse(seed):
+def test_one_matrix_hundreds_of_times_as_large_as_the_others_stays_optimal(seed):
     tables = random_tables(seed, candidates=6, sizes=(110_592, 331_776, 884_736, 28_311_552))
     least, most = (sum(pick(c.nbytes for c in table) for table in tables) for pick in (min, max))
     for share in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9):
@@ -75,7 +75,7 @@ def test_with_many_matrices_the_loss_is_within_half_a_percent_of_the_lower_bound
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_least_number_of_bytes_is_met_when_it_can_be_at_the_least_loss(seed):
+def test_a_least_number_of_bytes_is_met_if_possible_at_the_least_loss(seed):
     tables = random_tables(seed, matrices=4)
     for budget in budgets(tables)[2:]:
         least = int(0.97 * budget)
@@ -87,7 +87,7 @@ def test_a_least_number_of_bytes_is_met_when_it_can_be_at_the_least_loss(seed):
         assert least <= used <= budget and loss <= best * 1.005
 
 
-def test_everything_affordable_takes_the_best_of_each():
+def test_a_budget_for_everything_takes_the_best_option_of_each_matrix():
     tables = random_tables(3)
     assert cost(tables, choose(tables, 10**9))[1] == sum(min(c.loss for c in table) for table in tables)
 
@@ -107,18 +107,18 @@ def test_options_that_are_larger_and_lose_more_change_nothing_unless_they_fill_t
     assert cost([worse], choose([worse], 40, 28)) == (30, 0.7)
 
 
-def test_equal_options_and_zero_losses_are_no_problem():
+def test_equal_options_and_zero_losses_are_solved():
     tables = [[Choice(10, 0.0), Choice(10, 0.0)], [Choice(5, 1.0)]]
     assert cost(tables, choose(tables, 15)) == (15, 1.0)
 
 
-def test_no_matrices_is_no_choice():
+def test_no_matrices_give_an_empty_solution():
     assert choose([], 0) == []
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_one_matrix_larger_than_all_others_together_spoils_nothing(seed):
-    """An embedding: its options lie far apart, and the bytes it leaves must be spent elsewhere."""
+def test_one_matrix_larger_than_all_others_together_costs_no_loss(seed):
+    """An embedding: its options differ by many bytes, and other matrices must spend the rest."""
     rng, tables = random.Random(seed), random_tables(seed, matrices=40, candidates=12)
     total = sum(max(c.nbytes for c in table) for table in tables)
     large = [Choice(int(total * b / 8), rng.uniform(2, 8) * 4**-b) for b in (3, 4, 5, 6, 8)]
@@ -134,7 +134,7 @@ def test_one_matrix_larger_than_all_others_together_spoils_nothing(seed):
 SMALL = [[Choice(4, 0.0, frozenset("a")), Choice(10, 1.0)] for _ in range(3)]
 
 
-def test_what_options_share_is_paid_once_and_only_where_it_is_needed():
+def test_shared_items_count_once_and_only_if_needed():
     problem = Problem(SMALL, 22, shared={"a": 10})
     assert problem.nbytes([0, 0, 0]) == 22 and problem.solve() == [0, 0, 0]
     assert problem.nbytes([1, 0, 1]) == 34
@@ -172,11 +172,11 @@ def test_a_swap_penalty_leaves_a_base_plan_alone_that_is_good_enough():
     base = choose(tables, budget)
     slightly_more = int(1.01 * budget)
     free = choose(tables, slightly_more)
-    dear = choose(tables, slightly_more, base=base, swap_penalty=cost(tables, base)[1])
-    assert dear == base and free != base
+    penalized = choose(tables, slightly_more, base=base, swap_penalty=cost(tables, base)[1])
+    assert penalized == base and free != base
 
 
-def test_the_answer_is_the_same_every_time():
+def test_the_solution_is_deterministic():
     tables = random_tables(4, matrices=60, candidates=20)
     assert len({tuple(choose(tables, budgets(tables)[2])) for _ in range(3)}) == 1
 

@@ -1,4 +1,4 @@
-"""Recipes: which rule counts, what is refused, and the way back from a plan."""
+"""Recipes: which rule applies, errors, and the round trip from a plan."""
 
 import pytest
 
@@ -36,7 +36,7 @@ def uniform(number):
     return f"{{format: uniform, bits: {number}}}"
 
 
-def test_the_first_rule_that_fits_counts():
+def test_the_first_matching_rule_applies():
     text = f"rules: [{{match: '*q_proj', format: {uniform(4)}}}, {{match: '*', format: {uniform(2)}}}]"
     found = bits(text)
     assert {found[f"layers.{b}.q_proj"] for b in range(3)} == {4} and found["layers.0.v_proj"] == 2
@@ -56,12 +56,12 @@ def test_blocks_are_counted_from_both_ends():
     assert set(bits(f"rules: [{{block: 1, format: {uniform(5)}}}, {{format: {uniform(2)}}}]").values()) == {5, 2}
 
 
-def test_keep_leaves_a_matrix_out():
+def test_keep_leaves_a_matrix_unquantized():
     found = plan(f"rules: [{{role: v, format: keep}}, {{format: {uniform(2)}}}]\nhead: keep")
     assert len(found) == 1 + 6 and "head" not in found and found["embed"].bits == 8
 
 
-def test_a_role_that_this_model_lacks_is_no_mistake_but_an_unknown_word_is():
+def test_a_role_that_the_model_lacks_is_accepted_but_an_unknown_role_is_refused():
     assert len(plan(f"rules: [{{role: qkv, format: keep}}, {{format: {uniform(2)}}}]")) == 11
     with pytest.raises(RecipeError, match="unknown role 'query'; known roles: q, k, v"):
         plan(f"rules: [{{role: query, format: keep}}, {{format: {uniform(2)}}}]")
@@ -72,12 +72,12 @@ def test_a_matrix_without_rule_is_named_with_the_remedy():
         plan(f"rules: [{{role: q, format: {uniform(2)}}}]")
 
 
-def test_a_pattern_that_fits_nothing_names_a_matrix_as_example():
+def test_a_pattern_that_matches_nothing_names_a_matrix_as_example():
     with pytest.raises(RecipeError, match=r"'\*x_proj' fits no matrix \(one is layers.0.q_proj\)"):
         plan(f"rules: [{{match: '*x_proj', format: keep}}, {{format: {uniform(2)}}}]")
 
 
-def test_patterns_are_looked_for_in_the_whole_model_when_only_some_matrices_are_planned():
+def test_patterns_refer_to_the_whole_model_when_only_some_matrices_are_planned():
     text = f"rules: [{{match: '*v_proj', format: keep}}, {{block: -1, format: {uniform(7)}}}, {{format: {uniform(2)}}}]"
     assert {name: fmt.bits for name, fmt in plan(text, MODEL[1:2], model=MODEL).items()} == {"layers.0.q_proj": 2}
 
@@ -87,14 +87,14 @@ def test_a_shape_that_a_format_cannot_store_names_the_matrix():
         plan(f"rules: [{{format: {{format: low_rank_plus, rank: 40, base: {uniform(2)}}}}}]")
 
 
-def test_rank_goes_over_block_matrices_only_and_replaces_the_recipes():
+def test_rank_applies_to_block_matrices_only_and_replaces_the_recipes():
     text = f"rules: [{{format: {{format: low_rank_plus, rank: 4, factors: bfloat16, base: {uniform(2)}}}}}]"
     found = plan(text, rank=2)
     assert (found["layers.0.q_proj"].rank, found["layers.0.q_proj"].factors) == (2, "bfloat16")
     assert found["embed"].name == "uniform" and plan(text, rank=0)["layers.0.q_proj"].name == "uniform"
 
 
-def test_with_rank_of_none_changes_nothing():
+def test_a_rank_of_none_changes_nothing():
     fmt = from_spec({"format": "uniform", "bits": 3})
     assert (
         LowRankPlus.replace_residual(fmt, None) is fmt
@@ -111,7 +111,7 @@ def test_a_plan_written_as_a_recipe_gives_the_plan_again(name):
     assert plan_from_recipe(parse_recipe(text, "again"), wide) == first
 
 
-def test_a_plan_that_leaves_matrices_out_comes_back_too():
+def test_a_plan_that_leaves_matrices_unquantized_round_trips():
     first = plan_from_recipe(load_recipe("rtn3"), MODEL[1:5])
     again = plan_from_recipe(parse_recipe(dump_recipe(recipe_of_plan(first, MODEL)), "again"), MODEL)
     assert again == first

@@ -58,7 +58,7 @@ def test_verification_can_be_skipped(flipped, recwarn):
 
 
 @pytest.mark.parametrize("command", ["info", "eval", "generate"])
-def test_every_command_verifies_by_default(flipped, command, text_file, capsys):
+def test_every_command_verifies_unless_told_not_to(flipped, command, text_file, capsys):
     rest = {
         "info": [],
         "eval": ["--text", str(text_file), "--context", "64", "--windows", "1"],

@@ -143,7 +143,7 @@ def test_a_damaged_coded_tensor_is_named(pair, tmp_path):
         reallm.load(folder, verify=False)
 
 
-def test_a_few_bytes_never_decode_to_many():
+def test_a_few_bytes_never_stand_for_many():
     # A single symbol takes no bits: without a bound, 270 bytes in one lane would decode to any number of symbols.
     table = np.zeros(256, np.uint8)
     table[7] = 255

@@ -59,7 +59,7 @@ def test_a_valid_header_is_read_with_its_offsets(tmp_path):
         (b'{"a": ' + b"1" * 5000 + b"}", "4300 digits"),
     ],
 )
-def test_a_forged_header_is_refused(tmp_path, header, says):
+def test_a_header_that_lies_is_refused(tmp_path, header, says):
     file = write(tmp_path / "x.safetensors", header, b"12345678")
     for kind in (ArtifactError, SourceError):
         with pytest.raises(kind, match=f"x.safetensors: damaged .*{says}") as caught:
@@ -74,7 +74,7 @@ def test_a_header_longer_than_any_model_needs_is_never_read(tmp_path):
         read_header(file)
 
 
-def test_json_that_is_huge_or_deep_or_has_duplicate_keys_is_refused(tmp_path):
+def test_json_that_is_huge_deep_or_doubled_is_refused(tmp_path):
     file = tmp_path / "x.json"
     for text, says in [
         ("[" * 34 + "]" * 34, "nested more than 32"),
@@ -90,7 +90,7 @@ def test_json_that_is_huge_or_deep_or_has_duplicate_keys_is_refused(tmp_path):
         read_json(file)
 
 
-def test_a_file_that_is_not_regular_is_never_opened(tmp_path):
+def test_what_is_no_regular_file_is_never_opened(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     for reader in (read_json, read_header):
         with pytest.raises(ArtifactError, match="is not a regular file"):
@@ -119,7 +119,7 @@ def test_an_index_names_safetensors_files_of_its_own_folder(name):
         check_shard_name(name)
 
 
-def test_links_may_lead_only_into_the_folder_or_the_hub_cache(tmp_path):
+def test_links_may_lead_nowhere_but_into_the_folder_or_the_hubs_cache(tmp_path):
     snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
     snapshot.mkdir(parents=True), blobs.mkdir()
     (blobs / "123").write_text("{}"), (tmp_path / "secret").write_text("{}"), (snapshot / "real").write_text("{}")

@@ -42,7 +42,7 @@ def test_shards_are_named_as_the_hugging_face_libraries_expect(tmp_path):
     ]
 
 
-def test_tensors_are_consumed_one_by_one_and_at_most_one_shard_is_held(tmp_path):
+def test_tensors_are_taken_one_by_one_and_at_most_a_shard_is_held(tmp_path):
     alive = []
 
     def counting():

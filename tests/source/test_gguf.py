@@ -1,4 +1,4 @@
-"""Reading a GGUF file, written here from the tiny Llama."""
+"""Read a GGUF file, written here from the tiny Llama."""
 
 import json
 
@@ -13,8 +13,8 @@ gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
 
 
-def interleaved(weight, heads):
-    """Rows of q and k in the order GGUF keeps them: rotary pairs side by side."""
+def interleave_rotary(weight, heads):
+    """Rows of q and k in GGUF order: interleaved rotary pairs."""
     return weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -26,7 +26,7 @@ def file(tiny_llama, tmp_path_factory):
 
 @pytest.fixture
 def parts(tiny_llama, tmp_path):
-    """The same in three files, as llama-gguf-split leaves them."""
+    """The same split into three files, as by llama-gguf-split."""
     write_llama(tmp_path / "tiny.gguf", tiny_llama, split_max_tensors=8)
     return sorted(tmp_path.glob("*.gguf"))
 
@@ -50,7 +50,7 @@ def write_llama(path, tiny_llama, **options):
         if name == "lm_head.weight":  # tied
             continue
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        tensor = interleaved(tensor, heads) if heads else tensor
+        tensor = interleave_rotary(tensor, heads) if heads else tensor
         writer.add_tensor(names.get_name(name, (".weight",)), tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -166,7 +166,7 @@ def test_parts_that_are_missing_swapped_or_renamed_are_one_line(parts, tiny_llam
     parts[2].write_bytes(third[:200])
     refused(f"{parts[2]}: cannot be read as GGUF")
     parts[2].write_bytes(third)
-    refused("is part 1 of 3 of a GGUF model, and not named so", parts[0].rename(tmp_path / "x.gguf"))
+    refused("is part 1 of 3 of a GGUF model, but its name differs", parts[0].rename(tmp_path / "x.gguf"))
     refused("is part 1 of 3", (tmp_path / "x.gguf").rename(tmp_path / "tiny-00001-of-00002.gguf"))
 
 
@@ -188,7 +188,7 @@ def test_reading_leaves_gguf_as_it_was(file):
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
 
 
-# transformers' name, GGUF's, and what a header says beside sizes that all have
+# transformers' name: GGUF's name, and header fields in addition to the common sizes
 KINDS = {
     "llama": ("llama", {"attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-5}),
     "qwen2": ("qwen2", {"attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-5}),
@@ -209,11 +209,11 @@ KINDS = {
 
 
 def write(path, family, build, changed=()):
-    """Some numbers in a GGUF file of a tiny model of a family; matrices in 8-bit blocks where they can be."""
+    """A GGUF file of a tiny model of a family with random numbers; matrices in 8-bit blocks if their shape allows."""
     import numpy as np
 
-    kind, says = KINDS[family]
-    # transformers takes this width from its defaults, whatever the header says.
+    kind, fields = KINDS[family]
+    # transformers takes this width from its defaults and ignores the header.
     model = build(family, **({"moe_intermediate_size": 768} if family == "qwen3_moe" else {}))
     writer = gguf.GGUFWriter(str(path), kind)
     writer.add_name(family)
@@ -224,13 +224,13 @@ def write(path, family, build, changed=()):
         "feed_forward_length": 256 if family == "gpt2" else 96,
         "attention.head_count": 4,
         "vocab_size": 256,
-        **says,
+        **fields,
     }.items():
         (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{kind}.{key}", value)
     writer.add_token_list([str(number) for number in range(256)])
     writer.add_pad_token_id(0)
     rng = np.random.default_rng(0)
-    for name, shape in artifact_tensors(kind, model).items():
+    for name, shape in gguf_shapes(kind, model).items():
         numbers = rng.normal(size=shape).astype(np.float32)
         if name in changed:
             numbers = numbers[:-1]
@@ -244,8 +244,8 @@ def write(path, family, build, changed=()):
     return path
 
 
-def artifact_tensors(kind, model):
-    """Shapes by the names of GGUF: Conv1D turned, gate and up of experts apart."""
+def gguf_shapes(kind, model):
+    """Shapes by GGUF names: Conv1D transposed, gate and up of experts separate."""
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
     names, shapes = gguf.get_tensor_name_map(arch, 2), {}
     tied = set(model.all_tied_weights_keys)
@@ -258,11 +258,11 @@ def artifact_tensors(kind, model):
             block = name.split(".")[2]
             half = (shape[0], shape[1] // 2, shape[2])
             shapes |= {f"blk.{block}.ffn_{part}_exps.weight": half for part in ("gate", "up")}
-        elif stem == "transformer.wpe":  # the header's context is not what transformers takes here either
+        elif stem == "transformer.wpe":  # transformers ignores the header's context here too
             shapes["position_embd.weight"] = (1024, shape[1])
         elif (found := names.get_name(stem)) is not None:
-            turned = "Conv1D" in type(model.get_submodule(stem)).__name__ if suffix else False
-            shapes[found + (suffix or ".weight")] = shape[::-1] if turned and suffix == ".weight" else shape
+            transposed = "Conv1D" in type(model.get_submodule(stem)).__name__ if suffix else False
+            shapes[found + (suffix or ".weight")] = shape[::-1] if transposed and suffix == ".weight" else shape
     return shapes
 
 
@@ -291,11 +291,11 @@ def test_a_gguf_file_whose_tensors_we_cannot_name_one_by_one_is_read_whole_and_s
     from transformers import modeling_gguf_pytorch_utils as theirs
 
     class Unknown(theirs.LlamaTensorProcessor):
-        """What a later transformers might do to tensors, all at once."""
+        """A processor of a later transformers that converts all tensors at once."""
 
     monkeypatch.setitem(theirs.TENSOR_PROCESSORS, "llama", Unknown)
     source = open_source(file)
-    assert not source.reads_lazily and "llama in GGUF files we do not know" in source.full_load_reason
+    assert not source.reads_lazily and "llama in GGUF files is not known" in source.full_load_reason
     assert source.loaded_nbytes == 4 * source.total_parameters
     assert torch.equal(source.read("model.norm.weight"), source.load().state_dict()["model.norm.weight"])
 

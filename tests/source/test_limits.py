@@ -1,4 +1,4 @@
-"""Artifacts and configs by strangers: nothing runs, nothing grows, and every end is one error."""
+"""Untrusted artifacts and configs: no code runs, memory is bounded, and every failure is one error."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def edit(folder, change):
 
 
 def seal(folder):
-    """Checksums as a hostile author would write them: for the tensors that are there."""
+    """Write checksums as a hostile author would: for the changed tensors."""
     sums = compute_checksums(folder.glob("*.safetensors"))
     edit(folder, lambda config: config["quantization_config"].update(checksums=sums))
 
@@ -106,7 +106,7 @@ def test_a_config_that_asks_for_anything_is_one_error_in_little_time(folder, cha
     edit(folder, lambda config: config.update(change))
     for opener in (load, artifact_memory_footprint):
         if opener is artifact_memory_footprint and not says:
-            continue  # it builds no tensor, and may well say what such a model would take
+            continue  # it builds no tensor, and may report what such a model would take
         start = time.perf_counter()
         with pytest.raises(ReallmError, match=says or None) as caught:
             opener(folder)

@@ -1,4 +1,4 @@
-"""Reading models: lazily, safely, with one line for everything that is wrong."""
+"""Read models lazily and safely, with a one-line error for every failure."""
 
 import fnmatch
 import json
@@ -41,7 +41,7 @@ MIXTURES = ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v3", "phimoe
 
 
 def mixture(family, build, tmp_path):
-    """A tiny mixture as transformers saves it: most of them expert by expert."""
+    """A tiny mixture-of-experts model as transformers saves it, mostly expert by expert."""
     import transformers as t
 
     if family in ("mixtral", "qwen3_moe"):
@@ -78,7 +78,7 @@ def test_a_family_that_is_converted_otherwise_is_read_whole_and_says_so(build, t
     from transformers.core_model_loading import Concatenate
 
     model = mixture("mixtral", build, tmp_path)
-    monkeypatch.setattr("transformers.core_model_loading.MergeModulelist", Concatenate)  # none that we know is left
+    monkeypatch.setattr("transformers.core_model_loading.MergeModulelist", Concatenate)  # no known conversion is left
     source = open_source(tmp_path)
     assert not source.reads_lazily and "converts tensors of this family" in source.full_load_reason
     assert all(torch.equal(source.read(name), tensor) for name, tensor in model.state_dict().items())
@@ -95,7 +95,7 @@ def test_an_expert_of_another_shape_than_the_others_is_an_error(build, tmp_path)
             source.read(name)
 
 
-def test_the_stored_dtype_is_kept(tmp_path, build, save):
+def test_the_stored_dtype_is_preserved(tmp_path, build, save):
     source = open_source(save(build("llama", torch.bfloat16), tmp_path))
     assert source.dtype == torch.bfloat16 and source.config.dtype == torch.bfloat16
     assert source.read("lm_head.weight").dtype == torch.bfloat16
@@ -123,21 +123,21 @@ def test_the_fingerprint_changes_with_one_weight(tmp_path, build, save):
     assert open_source(save(model, tmp_path / "c")).fingerprint() != before
 
 
-def test_companions_are_copied_byte_for_byte(tiny_llama, tmp_path):
+def test_auxiliary_files_are_copied_byte_for_byte(tiny_llama, tmp_path):
     open_source(tiny_llama).save_auxiliary_files(tmp_path)
     names = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
     assert {file.name for file in tmp_path.iterdir()} == names
     assert all((tmp_path / name).read_bytes() == (tiny_llama / name).read_bytes() for name in names)
 
 
-TRAVELLING = (
+COPIED = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json"),
     *("spiece.model", "sentencepiece.bpe.model", "bpe.codes", "vocab.bpe", "encoder.json", "source.spm", "dict.txt"),
     *("qwen.tiktoken", "tekken.json", "vocab", "LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md"),
     *("additional_chat_templates/tool_use.jinja", "qformer_tokenizer/tokenizer_config.json"),
     *("qformer_tokenizer/vocab.txt", "words/of.mine"),
 )
-STAYING = (
+NOT_COPIED = (
     *("modeling_own.py", "tokenizer.py", "tokenizer.pkl", "vocab.bin", "training_args.bin", "README.md", "model.gguf"),
     *("pytorch_model.bin.index.json", "trainer_state.json", "consolidated.safetensors", ".gitattributes", "a.png"),
     *("onnx/config.json", "onnx/tokenizer_config.json", "onnx/tokenizer.json", "other/notes.txt", "words/of.pkl"),
@@ -145,7 +145,7 @@ STAYING = (
 
 
 def extra_files(original, tmp_path, names):
-    folder = copied(original, tmp_path)
+    folder = copy_model(original, tmp_path)
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}" if name.endswith(".json") else name)
@@ -158,13 +158,13 @@ def extra_files(original, tmp_path, names):
 
 
 def test_auxiliary_files_of_tokenizers_and_processors_travel_and_code_and_pickles_do_not(original, tmp_path):
-    folder, out = extra_files(original, tmp_path, TRAVELLING + STAYING), tmp_path / "out"
+    folder, out = extra_files(original, tmp_path, COPIED + NOT_COPIED), tmp_path / "out"
     (tmp_path / "x.txt").write_text("outside")
     out.mkdir()
     source = open_source(folder)
     source.save_auxiliary_files(out)
     found = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
-    assert found == {*TRAVELLING, "tokenizer_config.json", "generation_config.json"} == set(source.auxiliary_file_bytes)
+    assert found == {*COPIED, "tokenizer_config.json", "generation_config.json"} == set(source.auxiliary_file_bytes)
     assert all((out / name).read_bytes() == (folder / name).read_bytes() for name in found)
 
 
@@ -177,9 +177,9 @@ def test_the_same_files_are_downloaded(tmp_path, monkeypatch):
     def fetched(name):
         return (any_of(name, DOWNLOADS) and not any_of(name, NOT_DOWNLOADED)) or any_of(name, DOWNLOADS_BELOW)
 
-    named = "words/of.mine"  # asked for once the settings that name it are there
-    assert [name for name in TRAVELLING if not fetched(name)] == [named]
-    dangerous = [name for name in STAYING if name.endswith((".py", ".bin", ".pkl", ".gguf")) and "/" not in name]
+    named = "words/of.mine"  # downloaded once the settings that name it are present
+    assert [name for name in COPIED if not fetched(name)] == [named]
+    dangerous = [name for name in NOT_COPIED if name.endswith((".py", ".bin", ".pkl", ".gguf")) and "/" not in name]
     assert not any(map(fetched, [*dangerous, "onnx/model.safetensors", "original/x.bin"]))
 
 
@@ -191,9 +191,9 @@ def test_files_that_settings_of_a_hub_model_name_are_fetched_too(original, tmp_p
     assert source.label == "someone/model"
 
 
-def test_a_file_larger_than_any_tokenizers_stays_and_is_listed(original, tmp_path, monkeypatch):
+def test_a_file_larger_than_any_tokenizer_is_not_copied_but_listed(original, tmp_path, monkeypatch):
     monkeypatch.setattr("reallm.source.auxiliary_files.LARGEST", 10_000)
-    folder = copied(original, tmp_path)
+    folder = copy_model(original, tmp_path)
     (folder / "corpus.txt").write_text("x" * 10_001)
     source = open_source(folder)
     assert [(one.name, one.nbytes) for one in source.unused] == [("corpus.txt", 10_001)]
@@ -221,7 +221,7 @@ def test_opening_changes_no_setting_of_transformers(original):
     assert (theirs.get_verbosity(), theirs.is_progress_bar_enabled(), logging.getLogger("transformers").level) == before
 
 
-def copied(original, tmp_path, family="llama"):
+def copy_model(original, tmp_path, family="llama"):
     return shutil.copytree(original(family), tmp_path / "copy")
 
 
@@ -231,7 +231,7 @@ def edit_config(folder, **changes):
 
 
 @pytest.mark.parametrize("name", ["./nothing", "/no/such", "a/b/c", "nothing.gguf", "~/no-such-model", "two words"])
-def test_a_path_that_does_not_exist_is_said_so(name):
+def test_a_path_that_does_not_exist_is_refused(name):
     with pytest.raises(SourceError, match="no such file or folder; MODEL is"):
         open_source(name)
 
@@ -249,7 +249,7 @@ def test_a_hub_id_that_cannot_be_fetched_is_one_line(monkeypatch, tmp_path):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(SourceError, match="not to be had from the Hugging Face hub") as caught:
+    with pytest.raises(SourceError, match="not available from the Hugging Face hub") as caught:
         open_source("nobody/no-such-model")
     assert "\n" not in str(caught.value)
 
@@ -265,7 +265,7 @@ def test_an_empty_folder_has_no_config(tmp_path):
 
 
 def test_a_config_that_is_not_json_is_named(original, tmp_path):
-    folder = copied(original, tmp_path)
+    folder = copy_model(original, tmp_path)
     (folder / "config.json").write_text("{")
     with pytest.raises(SourceError, match="config.json: is not JSON"):
         open_source(folder)
@@ -273,15 +273,15 @@ def test_a_config_that_is_not_json_is_named(original, tmp_path):
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "MODEL.PT"])
 def test_a_pickle_checkpoint_is_refused_with_the_remedy(original, tmp_path, name):
-    folder = copied(original, tmp_path)
+    folder = copy_model(original, tmp_path)
     (folder / "model.safetensors").rename(folder / name)
     for path in (folder, folder / name):
         with pytest.raises(SourceError, match="pickle.*save_pretrained"):
             open_source(path)
 
 
-def test_a_folder_without_weights_says_which_files_it_looked_for(original, tmp_path):
-    folder = copied(original, tmp_path)
+def test_a_folder_without_weights_names_the_files_it_needs(original, tmp_path):
+    folder = copy_model(original, tmp_path)
     (folder / "model.safetensors").unlink()
     with pytest.raises(SourceError, match="holds no safetensors weights"):
         open_source(folder)
@@ -296,7 +296,7 @@ def test_a_missing_shard_is_named(tmp_path, build):
 
 
 def test_a_missing_tensor_is_named(original, tmp_path):
-    folder = copied(original, tmp_path)
+    folder = copy_model(original, tmp_path)
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors")
@@ -305,23 +305,23 @@ def test_a_missing_tensor_is_named(original, tmp_path):
 
 
 def test_a_tensor_of_another_shape_is_named(original, tmp_path):
-    folder = copied(original, tmp_path)
+    folder = copy_model(original, tmp_path)
     edit_config(folder, intermediate_size=128)
     with pytest.raises(SourceError, match=r"shape \(96, 64\), config.json says \(128, 64\)"):
         open_source(folder)
 
 
-def test_a_file_cut_short_is_named(original, tmp_path):
-    folder = copied(original, tmp_path)
+def test_a_truncated_file_is_named(original, tmp_path):
+    folder = copy_model(original, tmp_path)
     data = (folder / "model.safetensors").read_bytes()
-    for kept in (4, 100, len(data) - 10):
-        (folder / "model.safetensors").write_bytes(data[:kept])
+    for length in (4, 100, len(data) - 10):
+        (folder / "model.safetensors").write_bytes(data[:length])
         with pytest.raises(SourceError, match="model.safetensors: damaged"):
             open_source(folder)
 
 
 def test_model_code_in_the_folder_is_never_run(original, tmp_path):
-    folder = copied(original, tmp_path)
+    folder = copy_model(original, tmp_path)
     edit_config(folder, model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
     (folder / "own.py").write_text("raise SystemExit('ran')")
     with pytest.raises(SourceError, match="model code from its own folder, which reallm never runs"):
@@ -329,13 +329,13 @@ def test_model_code_in_the_folder_is_never_run(original, tmp_path):
 
 
 def test_an_unknown_model_type_is_named(original, tmp_path):
-    folder = copied(original, tmp_path)
+    folder = copy_model(original, tmp_path)
     edit_config(folder, model_type="llama99")
     with pytest.raises(SourceError, match="'llama99' is not known"):
         open_source(folder)
 
 
-def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path):
+def test_a_model_that_is_not_a_causal_language_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(SourceError, match="'vit' is not a causal language model"):
         open_source(tmp_path)
@@ -343,7 +343,7 @@ def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("method", "words"), [("reallm", "already compressed by reallm"), ("gptq", "with gptq")])
 def test_a_quantized_model_asks_for_the_original(original, tmp_path, method, words):
-    folder = copied(original, tmp_path)
+    folder = copy_model(original, tmp_path)
     edit_config(folder, quantization_config={"quant_method": method})
     with pytest.raises(SourceError, match=f"{words}; give the original model"):
         open_source(folder)

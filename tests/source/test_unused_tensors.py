@@ -1,4 +1,4 @@
-"""What lies in a model's files and is no part of it: listed with a reason, or refused with a remedy."""
+"""Tensors and files that a model does not use: listed with a reason, or refused with a remedy."""
 
 import json
 import re
@@ -18,7 +18,7 @@ ONE = torch.ones(64)
 
 @pytest.fixture
 def replace_tensors(original, tmp_path):
-    """folder = with_tensors(family, extra, config=…): a saved tiny model whose file holds some tensors more."""
+    """folder = replace_tensors(family, extra, config=…): a saved tiny model whose file holds additional tensors."""
 
     def make(family, extra, renamed=None, **config):
         folder = shutil.copytree(original(family), tmp_path / "model")
@@ -43,9 +43,9 @@ LISTED = {
     "v_head.summary.weight": ("v_head", "has no place for it"),
     "model.layers.1.self_attn.rotary_emb.inv_freq": (
         "model.layers.*.self_attn.rotary_emb.inv_freq",
-        "a table that the model makes itself",
+        "a table that the model computes itself",
     ),
-    "model.rotary_emb.inv_freq": ("model.rotary_emb.inv_freq", "a table that the model makes itself"),
+    "model.rotary_emb.inv_freq": ("model.rotary_emb.inv_freq", "a table that the model computes itself"),
 }
 
 
@@ -69,10 +69,10 @@ def test_a_bias_of_zeros_is_listed_and_one_of_other_numbers_refused(replace_tens
 def test_a_causal_mask_of_an_old_checkpoint_is_listed(replace_tensors):
     mask = torch.ones(1, 1, 128, 128, dtype=torch.bool)
     folder = replace_tensors("gpt2", {"transformer.h.0.attn.bias": mask, "transformer.h.1.attn.masked_bias": ONE[0]})
-    assert {one.reason for one in open_source(folder).unused} == {"a table that the model makes itself"}
+    assert {one.reason for one in open_source(folder).unused} == {"a table that the model computes itself"}
 
 
-def test_blocks_behind_the_last_are_a_prediction_head_or_another_models(replace_tensors):
+def test_blocks_after_the_last_are_a_prediction_head_or_belong_to_another_model(replace_tensors):
     extra = {f"model.layers.2.{name}": ONE for name in ("mlp.norm.weight", "self_attn.weight")}
     with pytest.raises(SourceError, match="config.json describes 2 blocks; weights and config are of different models"):
         open_source(replace_tensors("llama", extra))
@@ -84,7 +84,7 @@ def test_blocks_that_the_config_counts_as_a_prediction_head_are_listed(replace_t
     assert (one.name, one.tensors) == ("model.layers.2", 2) and "multi-token prediction" in one.reason
 
 
-def test_what_transformers_says_it_ignores_is_listed(replace_tensors, monkeypatch):
+def test_tensors_that_transformers_ignores_are_listed(replace_tensors, monkeypatch):
     from transformers import LlamaForCausalLM
 
     key = "model.layers.0.mlp.post_norm.weight"
@@ -97,17 +97,17 @@ REFUSED = {
     "model.layers.0.self_attn.q_norm.weight": "has no place.*give the config.json",
     "lm_head.bias": "has no place",
     "model.embed_norm.weight": "has no place",
-    "model.layers.0.self_attn.q_proj.weight_scale_inv": "of quantized weights.*give the original model",
-    "model.layers.1.mlp.up_proj.qzeros": "of quantized weights.*give the original model",
-    "model.layers.1.mlp.up_proj.weight.absmax": "of quantized weights.*give the original model",
-    "model.layers.1.self_attn.k_proj.lora_A.default.weight": "of an adapter; merge it",
-    "model.layers.1.self_attn.k_proj.base_layer.weight": "of an adapter; merge it",
-    "base_model.model.model.norm.weight": "of an adapter; merge it",
-    "model.layers.1.mlp.up_proj.hada_w1_a": "of an adapter; merge it",
+    "model.layers.0.self_attn.q_proj.weight_scale_inv": "part of quantized weights.*give the original model",
+    "model.layers.1.mlp.up_proj.qzeros": "part of quantized weights.*give the original model",
+    "model.layers.1.mlp.up_proj.weight.absmax": "part of quantized weights.*give the original model",
+    "model.layers.1.self_attn.k_proj.lora_A.default.weight": "belongs to an adapter; merge it",
+    "model.layers.1.self_attn.k_proj.base_layer.weight": "belongs to an adapter; merge it",
+    "base_model.model.model.norm.weight": "belongs to an adapter; merge it",
+    "model.layers.1.mlp.up_proj.hada_w1_a": "belongs to an adapter; merge it",
     "_orig_mod.model.norm.weight": r"name of a wrapper \(_orig_mod\).*save the model inside",
     "model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight": "name of a wrapper",
     "module.model.norm.weight": r"name of a wrapper \(module\)",
-    "norm.weight": "'norm.weight' and another tensor of the files are both 'model.norm.weight'",
+    "norm.weight": "'norm.weight' and another tensor of the files are both 'model.norm.weight' in the model",
 }
 
 
@@ -179,7 +179,7 @@ def test_experts_of_a_prediction_block_are_listed_with_the_block(tmp_path):
     assert [(one.name, one.tensors) for one in open_source(tmp_path).unused] == [("model.layers.2", 5)]
     scale = {"model.layers.1.mlp.experts.0.gate_proj.weight_scale_inv": torch.ones(1, 1)}
     save_file(held | scale, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(SourceError, match="of quantized weights"):
+    with pytest.raises(SourceError, match="part of quantized weights"):
         open_source(tmp_path)
 
 
@@ -207,12 +207,12 @@ def test_an_artifact_whose_list_of_unused_tensors_is_nonsense_is_shown_without(r
     assert main(["info", str(out)]) == 0 and "not used" not in capsys.readouterr().out
 
 
-def test_what_is_not_used_does_not_count_as_compressed(original, replace_tensors):
+def test_unused_tensors_do_not_count_as_compressed(original, replace_tensors):
     with_more = open_source(replace_tensors("llama", {"model.visual.weight": torch.ones(1000, 64)}))
     assert with_more.nbytes == open_source(original("llama")).nbytes
 
 
-def test_unused_tensors_of_another_dtype_do_not_make_it_the_models(replace_tensors, build, save, tmp_path):
+def test_unused_tensors_of_another_dtype_do_not_decide_the_models_dtype(replace_tensors, build, save, tmp_path):
     folder = save(build("llama", torch.bfloat16), tmp_path / "bf16")
     held = load_file(folder / "model.safetensors")
     save_file(held | {"visual.weight": torch.ones(4096, 256)}, folder / "model.safetensors", {"format": "pt"})
@@ -222,7 +222,7 @@ def test_unused_tensors_of_another_dtype_do_not_make_it_the_models(replace_tenso
 
 
 def multimodal(kind):
-    """A tiny multimodal model of which AutoModelForCausalLM takes the text model, and the names of its tower."""
+    """A tiny multimodal model from which AutoModelForCausalLM builds the text model only."""
     import transformers as t
 
     torch.manual_seed(0)
@@ -326,13 +326,13 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_kept(replace_te
         assert not theirs.config.tie_word_embeddings and torch.equal(theirs.lm_head.weight, head)
 
 
-def test_a_head_that_is_the_embedding_stays_tied_though_it_is_stored_twice(replace_tensors, build):
+def test_a_head_equal_to_the_embedding_stays_tied_though_it_is_stored_twice(replace_tensors, build):
     head = build("tied").get_input_embeddings().weight.detach().clone()
     source = open_source(replace_tensors("tied", {"lm_head.weight": head}))
     assert walk(source.skeleton).tied_heads == ["lm_head"] and source.config.tie_word_embeddings and not source.unused
 
 
-def test_one_number_of_the_last_row_makes_it_another_head(replace_tensors, build, monkeypatch):
+def test_a_head_that_differs_in_one_number_of_the_last_row_is_untied(replace_tensors, build, monkeypatch):
     monkeypatch.setattr("reallm.checkpoint.headers._CHUNK", 1000)
     head = build("tied").get_input_embeddings().weight.detach().clone()
     head[-1, -1] += 1
@@ -341,7 +341,7 @@ def test_one_number_of_the_last_row_makes_it_another_head(replace_tensors, build
 
 @pytest.fixture
 def gguf_file(build, tmp_path):
-    """file = gguf_file(extra, without=…): the tiny Llama as a GGUF file with some tensors more."""
+    """file = gguf_file(extra, without=…): the tiny Llama as a GGUF file with additional tensors."""
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
 

@@ -1,4 +1,4 @@
-"""The walk sorts the whole state dict of every family."""
+"""The walk classifies the whole state dict of every family."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_matrices_kept_and_tied_names_are_the_whole_state_dict(family, build):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_big_tensor_is_a_matrix_but_for_positions_and_routers(family, build):
+def test_every_large_tensor_is_a_matrix_except_positions_and_routers(family, build):
     unquantized = walk(meta_model(build(family).config)).unquantized
     assert {k.reason for k in unquantized if len(k.shape) > 1} <= {"position embedding", "router", "bias"}
 
@@ -41,7 +41,7 @@ def test_tied_embedding_and_head_are_one_matrix(build):
     assert found.tied == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
-def test_untied_head_is_a_matrix_of_its_own_and_comes_last(build):
+def test_an_untied_head_is_its_own_matrix_and_comes_last(build):
     found = walk(meta_model(build("llama").config))
     assert [m.kind for m in found.matrices if m.kind != "block"] == ["embedding", "head"]
     assert found.matrices[-1].name == "lm_head" and found.tied_heads == []
@@ -59,7 +59,7 @@ def test_conv1d_is_transposed_to_out_in(build):
     ]
 
 
-def test_every_expert_is_a_matrix_and_the_router_is_kept(build):
+def test_every_expert_is_a_matrix_and_the_router_stays_unquantized(build):
     found = walk(meta_model(build("mixtral").config))
     names = [m.name for m in found.matrices if m.expert is not None and m.block == 0]
     assert names == [f"model.layers.0.mlp.experts.{p}.{e}" for p in ("gate_up_proj", "down_proj") for e in range(4)]
@@ -71,7 +71,7 @@ def test_experts_stored_as_in_out_are_transposed(build):
     assert expert.transposed and expert.shape == (192, 64)
 
 
-def test_a_linear_with_a_forward_of_its_own_is_kept_with_the_reason(build):
+def test_a_linear_with_its_own_forward_stays_unquantized_with_the_reason(build):
     class Doubled(torch.nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -99,11 +99,11 @@ def experts_of(kind, **shapes):
     [
         ({"gate_up_proj": (4, 32, 20), "down_proj": (4, 10, 32)}, True),
         ({"gate_up_proj": (4, 20, 32), "down_proj": (4, 32, 10)}, False),
-        ({"gate_up_proj": (4, 32, 32), "down_proj": (4, 16, 32)}, True),  # the first alone says nothing
+        ({"gate_up_proj": (4, 32, 32), "down_proj": (4, 16, 32)}, True),  # the first alone is ambiguous
         ({"up_proj": (4, 32, 32), "down_proj": (4, 32, 32)}, None),
         ({"up_proj": (4, 32, 8), "down_proj": (4, 32, 8)}, None),  # they contradict each other
     ],
 )
-def test_how_unknown_experts_are_stored_follows_from_the_size_of_hidden_states(shapes, transposed):
+def test_the_orientation_of_unknown_experts_follows_from_the_hidden_size(shapes, transposed):
     assert experts_transposed(experts_of("SomeExperts", **shapes), 32) is transposed
     assert experts_transposed(experts_of("SomeFilters", **shapes), 32) is None

@@ -464,7 +464,7 @@ def test_no_output_lies_in_a_compressed_model(compressed, tuning_text, tmp_path,
     shutil.copytree(compressed, tmp_path / "made")
     out = tmp_path / "made" / "tuned"
     assert main(["tune", str(compressed), "-o", str(out), "--text", tuning_text, "--loss", "ce"]) == 2
-    assert f"{out} would lie in {tmp_path / 'made'} and count as its bytes" in capsys.readouterr().err
+    assert f"{out} would lie in {tmp_path / 'made'} and count towards its bytes" in capsys.readouterr().err
 
 
 def test_the_default_tunes_the_whole_model_and_no_block(compressed, tiny_llama, tuning_text, tmp_path):

@@ -1,4 +1,4 @@
-"""Which matrix gets which format: recipes by rule, and the choice under a budget of bytes."""
+"""Assign a format to every matrix: recipes by rule, and bit allocation under a budget of bytes."""
 
 from reallm.allocate.format_plan import MatrixInfo, Plan, PlanEntry
 from reallm.allocate.problem import Choice, Problem

@@ -1,4 +1,4 @@
-"""What a budget with calibration chooses from."""
+"""Candidate formats of bit allocation, with and without calibration."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from reallm.formats.trellis import Trellis
 from reallm.formats.uniform import Uniform
 
 BLOCK, EMBEDDING_AND_HEAD = "block", ("embedding", "head")
-# Rates of entropy-coded candidates: a quarter of a bit is a step of 40 % in error.
-_QUARTERS = tuple(quarters / 4 for quarters in range(4, 25))
+# Rates of entropy-coded candidates in bits per weight: a quarter of a bit changes the error by 40 %.
+_RATES = tuple(quarters / 4 for quarters in range(4, 25))
 
 
 @functools.cache
 def data_free_candidates() -> tuple[WeightFormat, ...]:
-    """Return what a budget without calibration chooses from for blocks: 1 to 8 bits and dense.
+    """Return the block candidates of a budget without calibration: 1 to 8 bits and dense.
 
     Learned scalar codes in many group sizes, and vector codes of two: steps fine enough to land within 1 %. No
     permutations: sorting helps some roles and harms others
@@ -39,26 +39,28 @@ def data_free_candidates() -> tuple[WeightFormat, ...]:
     return (*signs, *scalars, *vectors, Dense())
 
 
-# Words of --candidates: what is added to the lists below.
+# Values of --candidates: formats added to the lists below.
 NEURAL = "neural"
 MORE = (NEURAL,)
-# (index bits, weights of a vector): 0.75 to 3.5 bits per weight.
-_CODEWORDS = ((12, 16), (16, 16), (8, 8), (10, 8), (12, 8), (14, 8), (16, 8), (10, 4), (12, 4), (14, 4))
+# (index bits, vector dimension): 0.75 to 3.5 bits per weight.
+_NEURAL_CODEBOOKS = ((12, 16), (16, 16), (8, 8), (10, 8), (12, 8), (14, 8), (16, 8), (10, 4), (12, 4), (14, 4))
 
 
 @functools.cache
 def neural_candidates(kind: str, largest: int = 16) -> tuple[WeightFormat, ...]:
-    """Rotated codeword decoders of up to `largest` index bits, for blocks. Each is shared by all matrices that take it.
+    """Return rotated neural codebooks of up to `largest` index bits, for blocks.
 
-    After a rotation all matrices are as Gaussian, so that one decoder serves them all and costs next to nothing; of
-    its own it would be 0.2 bits per weight of a matrix of 110,000. Search goes through all codewords: a CPU takes an
-    hour for 10⁷ weights at 16 bits, so that 12 are the largest there.
+    All matrices of one format share a decoder.
+
+    After a rotation all matrices are close to Gaussian, so one decoder serves them all at negligible overhead; a
+    decoder per matrix would take 0.2 bits per weight of a matrix of 110,000 weights. Encoding searches all codewords: a
+    CPU takes an hour for 10⁷ weights at 16 bits, so 12 bits are the largest there.
     """
     if kind != BLOCK:
         return ()
     found = [
         Rotated(NeuralCodebook(index_bits=bits, vector_dim=dim, shared=f"codeword_{bits}_{dim}"))
-        for bits, dim in _CODEWORDS
+        for bits, dim in _NEURAL_CODEBOOKS
         if bits <= largest
     ]
     return (*found, *(Scaled(fmt, sides) for sides in (INPUTS, OUTPUTS, BOTH) for fmt in found))
@@ -66,17 +68,19 @@ def neural_candidates(kind: str, largest: int = 16) -> tuple[WeightFormat, ...]:
 
 @functools.cache
 def calibrated_candidates(kind: str, state_bits: int, entropy: bool | None = None) -> tuple[WeightFormat, ...]:
-    """Candidates for matrices of a kind. `state_bits` of trellis codes, 0 for none; `entropy`: whether entropy-coded
-    ones are among them, by default if the package they need is there.
+    """Return the candidates for matrices of a kind.
 
-    Blocks: rotated trellis and E8 codes where bits are whole, entropy-coded lattice points at any rate beside them,
-    scalar codes for matrices so small that tables are dear. Ends are fitted without calibration and read row by row:
-    scalar codes, which the file holds entropy-coded, and lattice points; each also beside a residual of rank 1.
+    `state_bits` is the trellis state size, 0 for no trellis codes; `entropy` includes entropy-coded formats, by default
+    if the package they need is installed.
+
+    Blocks: rotated trellis and E8 codes at whole bits, entropy-coded lattice points at any rate, and scalar codes for
+    matrices too small to amortize a codebook. Embedding and lm_head are fitted without calibration and read row by row:
+    scalar codes, which the file stores entropy-coded, and lattice points, each also with a residual of rank 1.
     """
     entropy = _has_entropy_coder() if entropy is None else entropy
     if kind == BLOCK:
         return (*_block_candidates(state_bits), *(_entropy_coded() if entropy else ()), Dense())
-    lattice = _plain_entropy_coded(_QUARTERS[4::2]) if entropy else []
+    lattice = _plain_entropy_coded(_RATES[4::2]) if entropy else []
     return (
         *_embedding_candidates(),
         *lattice,
@@ -94,7 +98,7 @@ def plugin_candidates(kind: str, device: str) -> tuple[WeightFormat, ...]:
 
 
 def missing_candidates() -> str | None:
-    """What budgets do not choose from because its package is missing, in a line; None if nothing is left out."""
+    """Return one line on the candidates left out because a package is missing; None if none are."""
     if _has_entropy_coder():
         return None
     return f"no entropy_coded among the candidates: it needs the package 'constriction': {install_hint('entropy')}"
@@ -115,7 +119,7 @@ def _block_candidates(state_bits: int) -> list[WeightFormat]:
 
 
 def _entropy_coded() -> list[WeightFormat]:
-    plain = _plain_entropy_coded(_QUARTERS)
+    plain = _plain_entropy_coded(_RATES)
     rotated = [Rotated(fmt) for fmt in plain]
     return [*plain, *rotated, *(Scaled(fmt, OUTPUTS) for fmt in rotated)]
 
@@ -126,7 +130,7 @@ def _plain_entropy_coded(rates: tuple[float, ...]) -> list[WeightFormat]:
 
 
 def _add_rank_one(fmt: WeightFormat) -> WeightFormat:
-    """The mean of all tokens is half of an embedding's energy, and a code that need not hold it is 0.4 bits ahead.
+    """Return `fmt` with a residual of rank 1, for embedding and lm_head.
 
     A rank of 2, 4 or 8 is within 0.02 bits of that (docs/experiments/rank-1-residual-for-embedding.md).
     """

@@ -1,4 +1,4 @@
-"""A plan: the format of every matrix to be compressed."""
+"""The plan: the format of every matrix to compress."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from reallm.errors import FormatError
 from reallm.formats import Shape, SharedDecoder, WeightFormat, collect_shared_decoders
 
-# What a matrix does in a block, in the order a block uses them; recipes and reports speak of these words.
+# Function of a matrix in a block, in the order a block uses them; recipes and reports use these names.
 ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "fc1", "fc2", "embedding", "head", "other")
-# Of a second table that tokens are looked up in, for inputs of every block (Gemma 3n and 4): an embedding to recipes,
-# unless one of their rules names it.
+# Role of the per-layer embedding of Gemma 3n and 4, a second table indexed by token that feeds every block: recipes
+# treat it as an embedding, unless one of their rules names it.
 PER_LAYER = "per_layer_embedding"
 
 
 @dataclass(frozen=True)
 class MatrixInfo:
-    """What planning needs to know of a matrix: module path, (out, in), role (q, v, down, …), kind, block."""
+    """A matrix as planning sees it: module path, (out, in) shape, role (q, v, down, …), kind, block."""
 
     name: str
     shape: Shape
@@ -27,38 +27,38 @@ class MatrixInfo:
 
     @property
     def weights(self) -> int:
-        """Number of weights."""
+        """Return the number of weights."""
         return self.shape[0] * self.shape[1]
 
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """A matrix and the format it gets."""
+    """A matrix and its planned format."""
 
     matrix: MatrixInfo
     fmt: WeightFormat
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes by the format's layout."""
+        """Return the stored bytes by the format's layout."""
         return self.fmt.nbytes(self.matrix.shape)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every matrix that is compressed, in model order; matrices left out are kept as they are."""
+    """All matrices to compress, in model order; matrices that are not listed stay unquantized."""
 
     entries: tuple[PlanEntry, ...]
     recipe: str
 
     @property
     def shared_decoders(self) -> dict[str, SharedDecoder]:
-        """Decoders that matrices share, by name. Errors: FormatError if one name stands for two."""
+        """Return the shared decoders by name. Errors: FormatError if two of them have one name."""
         return collect_shared_decoders(entry.fmt for entry in self.entries)
 
     @property
     def block_bits(self) -> float:
-        """Stored bits per weight of the block matrices and the decoders they share; 0 when there are none."""
+        """Return bits per weight of the block matrices, shared decoders included; 0 if there are none."""
         blocks = [entry for entry in self.entries if entry.matrix.kind == "block"]
         weights = sum(entry.matrix.weights for entry in blocks)
         shared = shared_decoder_nbytes(collect_shared_decoders(entry.fmt for entry in blocks))
@@ -66,11 +66,11 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes of all planned matrices, and of the decoders they share."""
+        """Return the stored bytes of all planned matrices, shared decoders included."""
         return sum(entry.nbytes for entry in self.entries) + shared_decoder_nbytes(self.shared_decoders)
 
     def check(self) -> None:
-        """Raise FormatError naming the matrix whose shape its format cannot store, or a name of two shared decoders."""
+        """Raise FormatError naming a matrix whose format cannot store its shape, or a name of two shared decoders."""
         collect_shared_decoders(entry.fmt for entry in self.entries)
         for entry in self.entries:
             try:
@@ -80,5 +80,5 @@ class Plan:
 
 
 def shared_decoder_nbytes(shared_decoders: Mapping[str, SharedDecoder]) -> int:
-    """Stored bytes of shared decoders: each counts once."""
-    return sum(tensor.nbytes for table in shared_decoders.values() for tensor in table.layout.values())
+    """Return the stored bytes of shared decoders; each counts once."""
+    return sum(tensor.nbytes for decoder in shared_decoders.values() for tensor in decoder.layout.values())

@@ -1,16 +1,16 @@
-"""What a model's end-to-end loss says of its matrices, as numbers: predicted loss of any format = number · error.
+"""Second-order prediction of a model's loss, per matrix: predicted loss of any format = number · error.
 
-The number of a matrix is the loss (KL to the original, nats per token) at a relative error of 1, to second order. How
-errors spread over weights differs, and so do the numbers:
+The number of a matrix is the loss (KL to the original, nats per token) at a relative error of 1, to second order. It
+depends on how a format distributes its error over the weights, its kind of error:
 
-* `grouped`: in proportion to the variance of their group (scales of groups, unrotated);
-* `stepped`: alike everywhere (one step per matrix, entropy-coded);
-* `rotated_1`, `rotated_8`, `rotated_16`: alike everywhere after a rotation, coded so many columns at a time;
+* `grouped`: in proportion to the variance of each group (group scales, unrotated);
+* `stepped`: uniform over the matrix (one step size per matrix, entropy-coded);
+* `rotated_1`, `rotated_8`, `rotated_16`: uniform after a rotation, coded 1, 8 or 16 columns at a time;
 * `inputs_rotated_1`, `outputs_rotated_8`, `both_rotated_16`, …: the same inside scales of columns, rows or both;
-* `beside_rank_1_grouped`, …: of embedding and head, the loss at a relative error of 1 of what the best term of rank 1
-  leaves. It predicts `low_rank_plus` by the error of its base.
+* `beside_rank_1_grouped`, …: for embedding and lm_head, the loss at a relative error of 1 in the remainder of the best
+  rank-1 approximation. It predicts `low_rank_plus` from the error of its base.
 
-The model room computes them, `reallm.pipeline.loss_analysis`; a file keeps them, and this room only multiplies.
+`reallm.pipeline.loss_analysis` computes the numbers and a file stores them; this module only multiplies.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ PLUS_RANK_ONE = "beside_rank_1_"
 
 @dataclass(frozen=True)
 class Measured:
-    """A format tried on (some rows of) a matrix: its relative error, and stored bytes / bytes before entropy coding.
+    """Measurement of a format on (some rows of) a matrix: relative error, stored bytes / bytes before entropy coding.
 
-    Of `low_rank_plus` both are those of its base on what rank 1 leaves.
+    For `low_rank_plus` both belong to its base, measured on the remainder of the rank-1 approximation.
     """
 
     error: float
@@ -50,18 +50,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class Analysis:
-    """`numbers` by matrix and kind of error; `measured` by matrix and format (JSON of its spec); `origin`: of what."""
+    """`numbers` by matrix and kind of error; `measured` by matrix and format (its spec as JSON); `origin`."""
 
     numbers: dict[str, dict[str, float]]
     measured: dict[str, dict[str, Measured]] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
 
     def knows(self, name: str) -> bool:
-        """Whether calibration reached the matrix."""
+        """Return whether calibration reached the matrix."""
         return name in self.numbers
 
     def loss(self, name: str, fmt: WeightFormat, error_fn: ErrorFn) -> float:
-        """Predicted KL to the original, nats per token, if this matrix alone is stored so."""
+        """Return the predicted KL to the original in nats per token if only this matrix is compressed."""
         measured = self.measured.get(name, {}).get(spec_key(fmt))
         numbers, kind = self.numbers[name], kind_of_error(fmt)
         if fmt.residual_rank() and PLUS_RANK_ONE + kind in numbers:
@@ -69,12 +69,12 @@ class Analysis:
         return numbers[kind] * (measured.error if measured else error_fn(fmt))
 
     def share(self, name: str, fmt: WeightFormat) -> float | None:
-        """Measured stored bytes / bytes before entropy coding; None for what was not tried."""
+        """Return the measured stored bytes / bytes before entropy coding; None for a format that was not measured."""
         measured = self.measured.get(name, {}).get(spec_key(fmt))
         return measured.share if measured else None
 
     def save(self, path: Path) -> None:
-        """Write the file."""
+        """Write the analysis to a JSON file."""
         values = {"version": VERSION, **asdict(self)}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
@@ -83,12 +83,12 @@ class Analysis:
 
     @staticmethod
     def load(path: Path) -> Analysis:
-        """Read the file. Errors: RecipeError if it is damaged or of another version."""
+        """Read an analysis from a JSON file. Errors: RecipeError if it is damaged or of another version."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values["version"] != VERSION:
                 raise RecipeError(f"{path}: an analysis of version {values['version']!r}; remove it")
-            measured = {n: {k: Measured(**v) for k, v in of.items()} for n, of in values["measured"].items()}
+            measured = {n: {k: Measured(**v) for k, v in rows.items()} for n, rows in values["measured"].items()}
             return Analysis(values["numbers"], measured, values["origin"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, RecipeError):
@@ -98,7 +98,7 @@ class Analysis:
 
 @functools.lru_cache(maxsize=1 << 14)
 def spec_key(fmt: WeightFormat) -> str:
-    """A format as a key of JSON objects."""
+    """Return a format as a key of JSON objects."""
     return json.dumps(to_spec(fmt))
 
 
@@ -113,7 +113,7 @@ def kind_of_error(fmt: WeightFormat) -> str:
 
 
 class LossRow(BaseModel):
-    """Predicted loss of the matrices whose names fit `match` in one format."""
+    """Predicted loss of the matrices whose names match `match` in one format."""
 
     model_config = ConfigDict(extra="forbid")
     match: str
@@ -122,12 +122,12 @@ class LossRow(BaseModel):
 
 
 class Corrections(BaseModel):
-    """What is known better than predicted: a file for `--corrections`.
+    """Corrections to predicted losses: a file for `--corrections`.
 
     factors: {v: 1.4, rotated_16: 0.9, v/rotated_16: 1.2}  # by role, by kind of error, or both; they multiply
     losses:
     - {match: "*.0.self_attn.v_proj", format: {format: uniform, bits: 8}, loss: 0.002}
-    candidates:                       # in place of the lists that come with the library
+    candidates:                       # in place of the library's lists
       block: [{format: uniform, bits: 8}, ...]
       embedding: [...]
       head: [...]
@@ -139,7 +139,7 @@ class Corrections(BaseModel):
     candidates: dict[str, list[dict[str, Any]]] = {}
 
     def correct_loss(self, matrix: MatrixInfo, fmt: WeightFormat, loss: float) -> float:
-        """The loss of a matrix in a format: a row of `losses` that fits, or `loss` times the factors."""
+        """Return the loss of a matrix in a format: the first matching row of `losses`, or `loss` times the factors."""
         for row in self.losses:
             if from_spec(row.format) == fmt and fnmatch.fnmatchcase(matrix.name, row.match):
                 return row.loss
@@ -149,13 +149,13 @@ class Corrections(BaseModel):
         return loss
 
     def select_candidates(self, kind: str, otherwise: Sequence[WeightFormat]) -> list[WeightFormat]:
-        """The candidate formats for matrices of a kind."""
+        """Return the candidate formats for matrices of a kind; `otherwise` if the file lists none."""
         specs = self.candidates.get(kind)
         return list(otherwise) if specs is None else [from_spec(spec) for spec in specs]
 
 
 def load_corrections(path: str | Path | None) -> Corrections:
-    """The corrections in a YAML or JSON file; none without one.
+    """Load corrections from a YAML or JSON file; without a path there are none.
 
     Errors: RecipeError if it cannot be read.
     """

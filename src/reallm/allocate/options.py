@@ -1,4 +1,4 @@
-"""Plans under a budget of stored bytes for embedding, blocks and head together: options, choice, small changes."""
+"""Plans under a byte budget for embedding, blocks and lm_head together: options, allocation, small changes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from reallm.errors import FormatError, RecipeError
 from reallm.formats import Shape, WeightFormat, collect_shared_decoders, from_spec
 from reallm.formats.low_rank_plus import LowRankPlus
 
-# The artifact is at least this share of its budget.
+# The artifact takes at least this share of its budget.
 LEAST_SHARE = 0.995
-# Tables of frequencies: what a coded matrix takes beside its share, and small tensors never earn.
+# Bytes of frequency tables that an entropy-coded matrix takes in addition to its share.
 _CODED_TABLES = 200
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass(frozen=True)
 class Option:
-    """A format for a matrix, the bytes it will about take in the file, and its predicted loss in nats per token."""
+    """A format for a matrix, its predicted bytes in the file, and its predicted loss in nats per token."""
 
     fmt: WeightFormat
     nbytes: int
@@ -31,11 +31,11 @@ class Option:
 
 
 Options = Mapping[str, Sequence[Option]]  # by matrix name
-NbytesFn = Callable[[MatrixInfo, Option], int]  # what an option of a matrix takes in the file
+NbytesFn = Callable[[MatrixInfo, Option], int]  # bytes of a matrix's option in the file
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `60MB` (decimal), `57.2 MiB`, `800KB`, `2GB` or a plain number of bytes.
+    """Return the bytes of `60MB` (decimal), `57.2 MiB`, `800KB`, `2GB` or a plain number of bytes.
 
     Errors: RecipeError for anything else.
     """
@@ -54,12 +54,11 @@ def matrix_options(
     end_formats: Mapping[str, FormatSpec | None] | None = None,
     always: Mapping[str, WeightFormat] | None = None,
 ) -> dict[str, list[Option]]:
-    """Return what each matrix can be stored as.
+    """Return the options of each matrix by name.
 
-    `end_formats` fixes the format of embedding or lm_head; one that stays unquantized has no options.
-
-    `share`: stored bytes / bytes before entropy coding. `rank` puts a residual around every block format, which takes
-    bytes and is credited with no gain. `always` names a format by matrix that is among its options whatever it loses.
+    `end_formats` fixes the format of embedding or lm_head; an unquantized one has no options. `share` is stored bytes /
+    bytes before entropy coding. `rank` adds a residual to every block format; its bytes count, its gain does not.
+    `always` gives a format by matrix that stays among its options whatever its loss.
     Errors: RecipeError for a matrix that no candidate can store.
     """
     found = {}
@@ -69,16 +68,16 @@ def matrix_options(
         if fixed == KEEP:
             continue
         rows = []
-        given = (always or {}).get(matrix.name)
+        required = (always or {}).get(matrix.name)
         bases = candidates(matrix) if fixed is None else [from_spec(fixed)]
-        for base in bases if given is None else [given, *bases]:
-            fmt = LowRankPlus.replace_residual(base, rank) if matrix.kind == "block" and base is not given else base
+        for base in bases if required is None else [required, *bases]:
+            fmt = set_rank(base, rank) if matrix.kind == "block" and base is not required else base
             if (full := cached_size(fmt, matrix.shape)) is not None:
                 nbytes = min(full, round(full * share(matrix, fmt)) + _CODED_TABLES)
                 rows.append(Option(fmt, nbytes, loss(matrix, base)))
         if not rows:
             raise RecipeError(f"{matrix.name}: no candidate format stores a {matrix.shape} matrix; lower --rank")
-        found[matrix.name] = _useful(rows, given)
+        found[matrix.name] = _non_dominated(rows, required)
     return found
 
 
@@ -97,19 +96,19 @@ def solve_plan(
 ) -> Plan:
     """Return the plan of least predicted loss that takes `least` to `most` bytes.
 
-    Bytes are `overhead`, those of the matrices by `nbytes_fn` (default: as predicted), those of the decoders they
-    share, and by key those of `shared_text`, once for all matrices whose format has the key. With a `base` plan, a
-    matrix that has another format costs `swap_penalty` in addition, and at most `max_changes` have one.
+    Bytes are `overhead`, plus the matrices by `nbytes_fn` (default: the predicted bytes), plus shared decoders, plus
+    the values of `shared_text`, each key once for all matrices whose format has it. With a `base` plan, a matrix whose
+    format differs from it costs `swap_penalty` in addition, and at most `max_changes` matrices may differ.
     Errors: RecipeError if there is no such plan.
     """
     named = [matrix for matrix in matrices if matrix.name in options]
     shared_decoders = collect_shared_decoders(option.fmt for matrix in named for option in options[matrix.name])
-    shared = {f"decoder {table}": shared_decoder_nbytes({table: shared_decoders[table]}) for table in shared_decoders}
+    shared = {f"decoder {key}": shared_decoder_nbytes({key: shared_decoders[key]}) for key in shared_decoders}
 
     def choice(matrix: MatrixInfo, option: Option) -> Choice:
         text = shared_text(matrix, option.fmt) if shared_text else {}
         shared.update(text)
-        needs = frozenset([*text, *(f"decoder {table}" for table in option.fmt.shared_decoders())])
+        needs = frozenset([*text, *(f"decoder {key}" for key in option.fmt.shared_decoders())])
         return Choice(option.nbytes if nbytes_fn is None else nbytes_fn(matrix, option), option.loss, needs)
 
     base_formats = {entry.matrix.name: entry.fmt for entry in base.entries} if base else {}
@@ -135,38 +134,38 @@ def _index(options: Sequence[Option], fmt: WeightFormat) -> int:
 def extreme_plan(
     matrices: Sequence[MatrixInfo], options: Options, key: Callable[[Option], tuple], name: str = "budget"
 ) -> Plan:
-    """Return the plan in which each matrix has the option that is least by `key`."""
+    """Return the plan in which each matrix has its option with the smallest `key`."""
     named = [matrix for matrix in matrices if matrix.name in options]
     return Plan(tuple(PlanEntry(matrix, min(options[matrix.name], key=key).fmt) for matrix in named), name)
 
 
 def predicted_bytes(plan: Plan, options: Options) -> int:
-    """Bytes that the matrices of a plan will about take."""
+    """Return the predicted bytes of the matrices of a plan."""
     return sum(find_option(entry, options).nbytes for entry in plan.entries)
 
 
 def predicted_loss(plan: Plan, options: Options) -> float:
-    """Predicted KL to the original, nats per token: losses of single matrices add up as long as they are small."""
+    """Return the predicted KL to the original in nats per token; small losses of single matrices add up."""
     return sum(find_option(entry, options).loss for entry in plan.entries)
 
 
 def find_option(entry: PlanEntry, options: Options) -> Option:
-    """The option that a planned matrix is."""
+    """Return the option of a planned matrix."""
     return next(option for option in options[entry.matrix.name] if option.fmt == entry.fmt)
 
 
-def _useful(options: list[Option], given: WeightFormat | None) -> list[Option]:
-    """By bytes, without those that are as large as another and lose more; the given one stays."""
+def _non_dominated(options: list[Option], required: WeightFormat | None) -> list[Option]:
+    """Return the options sorted by bytes: of equal size only the one of least loss, or the required one."""
     best: dict[int, Option] = {}
     for option in options:
         other = best.get(option.nbytes)
-        if other is None or (option.loss < other.loss and (given is None or other.fmt != given)):
+        if other is None or (option.loss < other.loss and (required is None or other.fmt != required)):
             best[option.nbytes] = option
     return [best[nbytes] for nbytes in sorted(best)]
 
 
 def _size(fmt: WeightFormat, shape: Shape) -> int | None:
-    """Bytes before entropy coding; None for a shape that the format cannot store."""
+    """Return the bytes before entropy coding; None for a shape that the format cannot store."""
     try:
         fmt.check(shape)
     except FormatError:

@@ -1,7 +1,7 @@
-"""The allocation problem: one option for every matrix, least predicted loss within a window of bytes. Numbers only.
+"""The allocation problem: choose one option per matrix with the least predicted loss in a range of bytes.
 
 A multiple-choice knapsack with fixed costs, solved as a mixed-integer linear program by HiGHS
-(`scipy.optimize.milp`): x_ij = 1 where matrix i takes option j, y_s = 1 where anything needs the shared item s.
+(`scipy.optimize.milp`): x_ij = 1 if matrix i takes option j, y_s = 1 if any chosen option needs the shared item s.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from scipy.sparse import coo_array, vstack
 
 from reallm.errors import RecipeError
 
-# Relative distance to the optimum at which the search stops. Predicted losses are right to about 5 %.
+# Relative gap to the optimum at which the search stops. Predicted losses are accurate to about 5 %.
 _GAP = 1e-4
-# Nodes of the search tree, not seconds: the same problem has the same answer on every machine.
+# Limit on nodes of the search tree, not on seconds: the same problem has the same solution on every machine.
 _NODES = 2000
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store one matrix: its bytes, its predicted loss, and the shared items (decoders) that it needs."""
+    """An option for one matrix: its bytes, its predicted loss, and the shared items (decoders) that it needs."""
 
     nbytes: int
     loss: float
@@ -34,9 +34,9 @@ class Choice:
 class Problem:
     """Choose one option for every matrix with the least summed loss and `least` <= bytes <= `most`.
 
-    `options[i]` are the choices of matrix i. Bytes are those of the chosen options, `overhead`, and `shared[s]` once
-    for every shared item s that a chosen option needs. With a `base` (an index for every matrix) each matrix that does
-    not take its base option costs `swap_penalty` in addition, and at most `max_changes` do not.
+    `options[i]` are the choices of matrix i. Bytes are the sum of the chosen options, `overhead`, and `shared[s]` once
+    for every shared item s that a chosen option needs. With a `base` plan (an option index per matrix) each matrix that
+    deviates from its base option costs `swap_penalty` in addition, and at most `max_changes` matrices may deviate.
     """
 
     options: Sequence[Sequence[Choice]]
@@ -60,7 +60,10 @@ class Problem:
 
     @property
     def smallest(self) -> int:
-        """Bytes of the smallest solution in which shared items are used only where nothing else is left."""
+        """Return an upper bound on the bytes of the smallest solution.
+
+        The smaller of two: options with the fewest shared items first, or each matrix's smallest option.
+        """
         chosen = [
             min(range(len(options)), key=lambda j, o=options: (len(o[j].needs), o[j].nbytes))
             for options in self.options
@@ -71,28 +74,28 @@ class Problem:
     def solve(self) -> list[int]:
         """Return the index of the chosen option of every matrix.
 
-        Errors: RecipeError if no solution is within the window of bytes and the number of changes.
+        Errors: RecipeError if no solution meets the range of bytes and the number of changes.
         """
         if not self.options:
             return []
-        kept = [_useful(options, self, row) for row, options in enumerate(self.options)]
-        found = self._solve_among(kept)
-        if found is None and self.least:  # what loses more than a smaller option may be what fills the window
-            found = self._solve_among([list(range(len(options))) for options in self.options])
+        candidates = [_non_dominated(options, self, row) for row, options in enumerate(self.options)]
+        found = self._solve_subset(candidates)
+        if found is None and self.least:  # a dominated option may be the one that reaches the least bytes
+            found = self._solve_subset([list(range(len(options))) for options in self.options])
         if found is None:
             raise RecipeError(self._reason())
         return found
 
-    def _solve_among(self, kept: Sequence[Sequence[int]]) -> list[int] | None:
-        """Solve with some options of every matrix; None if that has no solution."""
-        most, program = self.most, _Program(self, kept)
+    def _solve_subset(self, candidates: Sequence[Sequence[int]]) -> list[int] | None:
+        """Solve with a subset of every matrix's options; None if there is no solution."""
+        most, program = self.most, _Program(self, candidates)
         for _ in range(4):
             solution = program.solve(most)
             if solution is None:
                 return None
             if (excess := self.nbytes(solution) - self.most) <= 0:
                 return solution if self.nbytes(solution) >= self.least else None
-            most -= max(excess, 1)  # feasible for the solver is what exceeds a row by a millionth of it
+            most -= max(excess, 1)  # the solver accepts solutions that exceed a row by a millionth of its bound
         return None
 
     def _reason(self) -> str:
@@ -102,39 +105,41 @@ class Problem:
         return f"no plan takes {self.least:,} to {self.most:,} bytes{changes}"
 
 
-def _useful(options: Sequence[Choice], problem: Problem, row: int) -> list[int]:
-    """Indices of the options than which none that needs no more is as small and loses as little; the base stays."""
+def _non_dominated(options: Sequence[Choice], problem: Problem, row: int) -> list[int]:
+    """Return the indices of options that no other dominates in bytes, loss and needs, plus the base option."""
     found: list[int] = []
     best: dict[frozenset[str], float] = {}
     for j in sorted(range(len(options)), key=lambda j: (options[j].nbytes, options[j].loss, len(options[j].needs))):
         option = options[j]
-        beaten = any(needs <= option.needs and loss <= option.loss for needs, loss in best.items())
-        if not beaten:
+        dominated = any(needs <= option.needs and loss <= option.loss for needs, loss in best.items())
+        if not dominated:
             best[option.needs] = option.loss
-        if not beaten or (problem.base is not None and problem.base[row] == j):
+        if not dominated or (problem.base is not None and problem.base[row] == j):
             found.append(j)
     return found
 
 
 class _Program:
-    """The mixed-integer program of a problem among some options of every matrix."""
+    """The mixed-integer linear program of a problem over a subset of every matrix's options."""
 
-    def __init__(self, problem: Problem, kept: Sequence[Sequence[int]]) -> None:
-        self.problem, self.kept = problem, kept
-        self.items = sorted({item for i, few in enumerate(kept) for j in few for item in problem.options[i][j].needs})
-        pairs = [(i, j) for i, few in enumerate(kept) for j in few]
+    def __init__(self, problem: Problem, candidates: Sequence[Sequence[int]]) -> None:
+        self.problem, self.candidates = problem, candidates
+        self.items = sorted(
+            {item for i, few in enumerate(candidates) for j in few for item in problem.options[i][j].needs}
+        )
+        pairs = [(i, j) for i, few in enumerate(candidates) for j in few]
         self.row = np.array([i for i, _ in pairs])
         self.choices = [problem.options[i][j] for i, j in pairs]
         self.changed = np.array([problem.base is not None and problem.base[i] != j for i, j in pairs], float)
         self.nbytes = np.array([c.nbytes for c in self.choices] + [problem.shared[item] for item in self.items], float)
 
     def solve(self, most: int) -> list[int] | None:
-        """Return the best choice of at most `most` bytes; None if there is none."""
+        """Return the best solution of at most `most` bytes; None if there is none."""
         options, items = len(self.choices), len(self.items)
         loss = np.array([c.loss for c in self.choices]) + self.problem.swap_penalty * self.changed
-        # Losses are told from the least of their matrix in units of a typical difference: HiGHS ignores what is below
-        # 1e-7 of a cost.
-        least = np.full(len(self.kept), np.inf)
+        # Losses are shifted by the least loss of their matrix and scaled by a typical difference: HiGHS ignores
+        # differences below 1e-7 of a cost.
+        least = np.full(len(self.candidates), np.inf)
         np.minimum.at(least, self.row, loss)
         above = loss - least[self.row]
         scale = float(np.median(above[above > 0])) if (above > 0).any() else 1.0
@@ -148,10 +153,10 @@ class _Program:
         return self._read(result)
 
     def _constraints(self, most: int) -> list[LinearConstraint]:
-        """One option for every matrix; bytes in the window; shared items where they are needed; few changes."""
+        """Return the constraints: one option per matrix, range of bytes, needed shared items, number of changes."""
         options, width = len(self.choices), len(self.choices) + len(self.items)
         places, problem = np.arange(options), self.problem
-        one_each = coo_array((np.ones(options), (self.row, places)), shape=(len(self.kept), width))
+        one_each = coo_array((np.ones(options), (self.row, places)), shape=(len(self.candidates), width))
         unit = max(float(most - problem.overhead), 1.0)
         window = coo_array(self.nbytes[None] / unit)
         rows = [
@@ -168,7 +173,7 @@ class _Program:
         return rows
 
     def _needs(self, width: int) -> object:
-        """x_ij <= y_s, summed over the options of a matrix that need s: at most one of them is taken."""
+        """Return rows of x_ij <= y_s, summed over the options of a matrix that need s: at most one is chosen."""
         blocks = []
         for place, item in enumerate(self.items):
             users = [k for k, choice in enumerate(self.choices) if item in choice.needs]
@@ -182,9 +187,9 @@ class _Program:
     def _read(self, result: OptimizeResult) -> list[int] | None:
         if result.x is None:
             return None
-        taken = result.x[: len(self.choices)]
+        values = result.x[: len(self.choices)]
         chosen: list[int] = []
-        for i, few in enumerate(self.kept):
+        for i, few in enumerate(self.candidates):
             places = np.flatnonzero(self.row == i)
-            chosen.append(few[int(taken[places].argmax())])
+            chosen.append(few[int(values[places].argmax())])
         return chosen

@@ -1,8 +1,8 @@
-"""Recipes: rules that give every matrix a format, as a YAML file or shipped with the library.
+"""Recipes: rules that assign a format to every matrix, as a YAML file or shipped with the library.
 
     name: example
     description: one line
-    rules:                       # the first rule that fits a matrix counts
+    rules:                       # the first rule that matches a matrix applies
       - role: [v, k]
         format: {format: normal_float, bits: 6}
       - match: "*.mlp.down_proj"
@@ -15,7 +15,7 @@
     coding: true                 # tensors that entropy coding makes smaller are stored coded; default false
     objective: guided            # what calibration minimises, if there is any: outputs or guided
 
-A format of `keep` leaves the matrix as it is.
+A format of `keep` leaves the matrix unquantized.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from reallm.formats.low_rank_plus import LowRankPlus
 from reallm.formats.uniform import Uniform
 
 KEEP = "keep"
-LARGEST_YAML = 4_000_000  # the plan of a model of 70,000 matrices; characters, and values once aliases are written out
+LARGEST_YAML = 4_000_000  # characters, and values after expanding aliases: the plan of a model of 70,000 matrices
 DEEPEST_YAML = 24
-# 8 bits in groups of 64 leave an embedding's rows within 0.5 % of themselves: perplexity does not move.
+# 8 bits in groups of 64 change an embedding's rows by less than 0.5 %: perplexity stays the same.
 DEFAULT_EMBEDDING = to_spec(Uniform(bits=8, group_size=64, symmetric=True))
 
 FormatSpec = dict[str, Any] | Literal["keep"]
@@ -50,7 +50,7 @@ def _wrap_in_list(value: Any) -> Any:
 
 
 class Rule(BaseModel):
-    """Which block matrices get which format: by name pattern, role, number of the block, or all of them.
+    """Assigns a format to block matrices by name pattern, role, block number, or to all of them.
 
     Blocks may be counted from the end: -1 is the last.
     """
@@ -64,13 +64,13 @@ class Rule(BaseModel):
     _lists = field_validator("match", "role", "block", mode="before")(_wrap_in_list)
 
     def matches(self, matrix: MatrixInfo, depth: int) -> bool:
-        """Every condition that is given holds; `depth` is the number of decoder blocks."""
+        """Return whether the matrix meets every given condition; `depth` is the number of decoder blocks."""
         named = self.match is None or any(fnmatch.fnmatchcase(matrix.name, pattern) for pattern in self.match)
         placed = self.block is None or bool({matrix.block, (matrix.block or 0) - depth} & set(self.block))
         return named and placed and (self.role is None or matrix.role in self.role)
 
     def unmatched_patterns(self, matrices: Sequence[MatrixInfo]) -> list[str]:
-        """Name patterns that fit no matrix at all."""
+        """Return the name patterns that match no matrix."""
         names = [matrix.name for matrix in matrices]
         return [pattern for pattern in self.match or [] if not fnmatch.filter(names, pattern)]
 
@@ -89,7 +89,7 @@ class Recipe(BaseModel):
 
 
 def parse_recipe(text: str, origin: str) -> Recipe:
-    """A recipe from YAML; `origin` names it in errors.
+    """Parse a recipe from YAML; `origin` names it in errors.
 
     Errors: RecipeError for YAML that does not parse, unknown or missing keys; FormatError for bad formats.
     """
@@ -111,7 +111,7 @@ def parse_recipe(text: str, origin: str) -> Recipe:
 
 
 def read_yaml(text: str, origin: str) -> Any:
-    """Plain values of YAML of bounded size and depth, repetitions by alias counted out.
+    """Parse YAML of bounded size and depth; values repeated by aliases count each time.
 
     Errors: RecipeError.
     """
@@ -119,7 +119,7 @@ def read_yaml(text: str, origin: str) -> Any:
         raise RecipeError(f"{origin}: {len(text):,} characters, more than {LARGEST_YAML:,}; no recipe needs that")
     try:
         values = yaml.safe_load(text)
-    except Exception as error:  # beside its own errors yaml lets through what int, dates and recursion raise
+    except Exception as error:  # yaml also lets exceptions of int, dates and recursion through
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise RecipeError(f"{origin}: not valid YAML ({reason})") from error
     _check_extent(values, origin)
@@ -127,13 +127,13 @@ def read_yaml(text: str, origin: str) -> Any:
 
 
 def _check_extent(values: Any, origin: str) -> None:
-    """Errors: RecipeError for depth, or for what a few aliases of aliases stand for."""
-    level, left = [values], LARGEST_YAML
+    """Raise RecipeError for values that are too deep, or too many once aliases of aliases are expanded."""
+    level, remaining = [values], LARGEST_YAML
     for _ in range(DEEPEST_YAML):
         level = [v for holder in level if isinstance(holder, dict | list | set) for v in _children(holder)]
-        left -= len(level)
-        if left < 0:
-            raise RecipeError(f"{origin}: aliases (*) make more than {LARGEST_YAML:,} values of it")
+        remaining -= len(level)
+        if remaining < 0:
+            raise RecipeError(f"{origin}: aliases (*) expand to more than {LARGEST_YAML:,} values")
         if not level:
             return
     raise RecipeError(f"{origin}: nested more than {DEEPEST_YAML} deep")
@@ -144,7 +144,7 @@ def _children(holder: Any) -> list[Any]:
 
 
 def shipped_recipes() -> dict[str, Recipe]:
-    """Recipes that come with the library, by name."""
+    """Return the recipes shipped with the library, by name."""
     folder = resources.files("reallm.allocate") / "shipped"
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
     recipes = [parse_recipe(file.read_text(encoding="utf-8"), file.name) for file in files]
@@ -152,9 +152,9 @@ def shipped_recipes() -> dict[str, Recipe]:
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """A shipped recipe by name, or a recipe file by path.
+    """Load a shipped recipe by name, or a recipe file by path.
 
-    Errors: RecipeError if it is neither (lists the shipped ones) or does not parse.
+    Errors: RecipeError if it is neither (lists the shipped recipes) or does not parse.
     """
     shipped = shipped_recipes()
     if name_or_path in shipped:
@@ -176,12 +176,11 @@ def plan_from_recipe(
     rank: int | None = None,
     model: Sequence[MatrixInfo] | None = None,
 ) -> Plan:
-    """The plan a recipe makes for a model; `rank` adds a low-rank residual to every block format (0: none).
+    """Return the plan of a recipe for a model; `rank` adds a low-rank residual to every block format (0: none).
 
-    `model` is all matrices of the model where `matrices` are only some: patterns and block numbers are its.
-
-    Errors: RecipeError if a pattern fits nothing or a block matrix has no rule; FormatError if a shape
-    cannot be stored.
+    `model` lists all matrices of the model if `matrices` is only a part: patterns and block numbers refer to it.
+    Errors: RecipeError if a pattern matches no matrix or a block matrix has no rule; FormatError if a format cannot
+    store a shape.
     """
     blocks = [matrix for matrix in model or matrices if matrix.kind == "block"]
     nameable = [matrix for matrix in model or matrices if matrix.kind == "block" or matrix.role == PER_LAYER]
@@ -208,25 +207,27 @@ def plan_from_recipe(
 def recipe_of_plan(
     plan: Plan, matrices: Iterable[MatrixInfo], coding: bool = False, objective: str | None = None
 ) -> Recipe:
-    """The plan as run, written as a recipe that names every matrix: running it again gives the same plan."""
+    """Return the plan as a recipe that names every matrix: running it again gives the same plan."""
     formats = {entry.matrix.name: to_spec(entry.fmt) for entry in plan.entries}
     matrices = list(matrices)
-    end_formats = {m.kind: formats.get(m.name, KEEP) for m in matrices if m.kind != "block" and m.role != PER_LAYER}
+    embedding_and_head = {
+        m.kind: formats.get(m.name, KEEP) for m in matrices if m.kind != "block" and m.role != PER_LAYER
+    }
     blocks = [matrix for matrix in matrices if matrix.kind == "block"]
-    # A table of its own is named only where it is stored in another way than the embedding.
-    like = end_formats.get("embedding", DEFAULT_EMBEDDING)
-    blocks += [m for m in matrices if m.role == PER_LAYER and formats.get(m.name, KEEP) != like]
+    # A per-layer embedding is named only where its format differs from the embedding's.
+    default = embedding_and_head.get("embedding", DEFAULT_EMBEDDING)
+    blocks += [m for m in matrices if m.role == PER_LAYER and formats.get(m.name, KEEP) != default]
     grouped: dict[str, tuple[FormatSpec, list[str]]] = {}
     for matrix in blocks:
         spec = formats.get(matrix.name, KEEP)
         grouped.setdefault(repr(spec), (spec, []))[1].append(matrix.name)
     rules = [Rule(match=names, format=spec) for spec, names in grouped.values()]
-    more = {"coding": coding, "objective": objective, **end_formats}
+    more = {"coding": coding, "objective": objective, **embedding_and_head}
     return Recipe(name=plan.recipe, description="the plan as run", rules=rules, **more)
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """A recipe as YAML."""
+    """Return a recipe as YAML."""
     values = recipe.model_dump(exclude_none=True)
     if not recipe.coding:
         del values["coding"]

@@ -179,7 +179,7 @@ def _tensor_rows(path: Path, folder: Path, manifest: Manifest) -> tuple[list[Row
 
 
 def _shared_decoder_kinds(manifest: Manifest) -> dict[str, str]:
-    """Return the kind of every shared decoder tensor by name: `block` if a block uses it, else its users' kind."""
+    """Return the kind of shared decoder tensors by name: `block` if a block matrix uses them, else the users' kind."""
     found: dict[str, str] = {}
     for kind in sorted({matrix.kind for matrix in manifest.matrices}, key=lambda kind: kind == "block"):
         shared_decoders = collect_shared_decoders(matrix.fmt for matrix in manifest.matrices if matrix.kind == kind)

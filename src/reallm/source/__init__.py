@@ -1,6 +1,6 @@
-"""The original model: where it comes from, what lies in its files, and which of its parameters are matrices."""
+"""The source model: open it, list the content of its files, and find the matrices to compress."""
 
-# Imported eagerly also so that `walk` here is the function, not the file of that name.
+# Imported eagerly, also so that `walk` here is the function and not the module of that name.
 from reallm.source.model_source import Source, open_source
 from reallm.source.transformers_logging import silence_transformers
 from reallm.source.walk import Matrix, Unquantized, Walk, meta_model, read_matrix, walk

@@ -10,10 +10,10 @@ from reallm.errors import SourceError
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """Return the part of a causal language model that makes hidden states of token ids.
+    """Return the submodule of a causal language model that maps token ids to hidden states.
 
-    That is `get_decoder()`, unless it names a module without blocks (ModernBERT's output matrix) or the model with
-    its head (Llama 4): then the innermost model around the blocks. A model without blocks is returned itself.
+    This is `get_decoder()`, unless that returns a module without blocks (ModernBERT's output matrix) or the model with
+    its lm_head (Llama 4): then it is the innermost model around the blocks. A model without blocks is returned itself.
     """
     try:
         named = model.get_decoder()
@@ -25,7 +25,9 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the decoder blocks in order: the largest list of modules in the decoder, if it can be with one per layer.
+    """Return the decoder blocks in order.
+
+    They are the module list of the decoder with the most parameters, preferably one of `num_hidden_layers` modules.
 
     Errors: SourceError if there is none.
     """
@@ -39,7 +41,7 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def block_numbers(model: nn.Module, names: Iterable[str]) -> dict[str, int | None]:
-    """Return for each module path the decoder block that it lies in; None for one outside, whatever numbers it has."""
+    """Return the number of the decoder block that contains each module path; None for a path outside the blocks."""
     numbers = {id(block): number for number, block in enumerate(decoder_blocks(model))}
     prefixes = {f"{path}.": numbers[id(module)] for path, module in model.named_modules() if id(module) in numbers}
 
@@ -60,7 +62,7 @@ def _innermost_around(blocks: nn.ModuleList | None, model: nn.Module) -> nn.Modu
     from transformers import PreTrainedModel
 
     found = model
-    for module in model.modules():  # outer modules come before those that lie in them
+    for module in model.modules():  # outer modules come before the modules they contain
         if isinstance(module, PreTrainedModel) and any(inner is blocks for inner in module.modules()):
             found = module
     return found

@@ -1,4 +1,4 @@
-"""Whether a device is there, and on which one a module is."""
+"""Device checks: whether a device is available, and which one holds a module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reallm.source.limits import error_line
 
 
 def check_device(device: str) -> None:
-    """Errors: RecipeError for a device that torch does not know, or that is not here."""
+    """Raise RecipeError for a device that torch does not know, or that is not available."""
     try:
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
@@ -20,16 +20,16 @@ def check_device(device: str) -> None:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for products of bfloat16, AVX-512 BF16 or AMX.
+    """Return whether the CPU has instructions for bfloat16 products, AVX-512 BF16 or AMX.
 
-    They are 2 to 4 times as fast as products of float32; where there are none, torch converts back and forth.
+    They are 2 to 4 times as fast as float32 products; without them torch converts back and forth.
     """
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has the other
-    if known:
-        return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 lacks it and has the function below
+    if capabilities:
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
 def module_device(module: nn.Module) -> torch.device:
-    """Where a module is. A compressed one may have no parameters, only buffers: OLMo's norms have no weights."""
+    """Return the device of a module. A compressed module may have only buffers: OLMo's norms have no weights."""
     return next(itertools.chain(module.parameters(), module.buffers())).device

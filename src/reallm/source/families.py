@@ -1,9 +1,9 @@
-"""Families as data: what a matrix does in a block, told from the last parts of its module path."""
+"""Model families as data: the role of a matrix in a block, from the last components of its module path."""
 
 from __future__ import annotations
 
-# Last part of the path, or the last two where one alone is ambiguous; the longer match wins.
-# The comment names a family that spells it so.
+# Last component of the path, or the last two if one is ambiguous; the longer match wins.
+# The comment names a family that uses the name.
 ROLES: dict[str, str] = {
     "q_proj": "q",
     "k_proj": "k",
@@ -37,12 +37,12 @@ ROLES: dict[str, str] = {
     "w2": "down",
 }
 
-# A linear of these names that answers one number per expert (or one in all) chooses experts.
+# A linear of one of these names with one output per expert (or a single output) is a router.
 ROUTER_NAMES = frozenset({"gate", "router", "wg", "shared_expert_gate", "expert_gate"})
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
-# Modules of fused experts that do not follow the interface of transformers: whether slices are stored (in, out).
-# Their weights are read one by one, or all at once by a batched product.
+# Modules of fused experts outside the experts interface of transformers: whether slices are stored (in, out).
+# Their forward uses the weights one by one, or all at once in a batched product.
 FUSED_EXPERTS: dict[str, bool] = {
     "Llama4TextExperts": True,
     "InklingSharedExperts": False,
@@ -50,13 +50,16 @@ FUSED_EXPERTS: dict[str, bool] = {
     "LongcatFlashExperts": False,
     "Step3p7Experts": False,
 }
-READ_HIDDEN, WRITE_HIDDEN = frozenset({"gate", "up", "gate_up", "fc1"}), frozenset({"down", "fc2"})  # roles of experts
+READ_HIDDEN, WRITE_HIDDEN = (
+    frozenset({"gate", "up", "gate_up", "fc1"}),
+    frozenset({"down", "fc2"}),
+)  # roles of expert matrices
 
 POSITION_WORDS = ("position", "wpe", "embed_pos")
 
 
 def matrix_role(path: str) -> str:
-    """Role of the matrix at a module path; numbers (experts, blocks) at the end do not count."""
+    """Return the role of the matrix at a module path; trailing numbers (experts, blocks) are ignored."""
     parts = path.split(".")
     while parts and parts[-1].isdigit():
         parts.pop()
@@ -64,6 +67,6 @@ def matrix_role(path: str) -> str:
 
 
 def is_router(path: str, out_features: int, config: object) -> bool:
-    """Whether a linear chooses experts: by its name, and by answering one number per expert."""
+    """Return whether a linear is a router: by its name, and by having one output per expert."""
     counts = {1} | {n for key in EXPERT_COUNTS if isinstance(n := getattr(config, key, None), int)}
     return path.rpartition(".")[2] in ROUTER_NAMES and out_features in counts

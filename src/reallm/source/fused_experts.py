@@ -1,6 +1,6 @@
-"""Tensors that transformers puts together of several when it loads a family, read part by part.
+"""Tensors that transformers fuses from several stored tensors when it loads a family, read one stored tensor at a time.
 
-Mixtures are mostly saved expert by expert, and run with all experts in one tensor.
+Most mixture-of-experts models are saved expert by expert and run with all experts in one tensor.
 """
 
 from __future__ import annotations
@@ -20,57 +20,57 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FusedExperts:
-    """A tensor (experts, rows, columns): `experts` holds what is joined along the rows of each."""
+    """A tensor (experts, rows, columns): `experts` lists, per expert, the stored tensors concatenated along rows."""
 
     experts: tuple[tuple[Header, ...], ...]
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of all parts."""
+        """Return the dtype, equal for all stored tensors."""
         return self.experts[0][0].dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(experts, rows, columns)."""
+        """Return (experts, rows, columns)."""
         rows, columns = sum(part.shape[0] for part in self.experts[0]), self.experts[0][0].shape[1:]
         return (len(self.experts), rows, *columns)
 
     def read(self, index: int | None = None) -> Tensor:
-        """All experts, or one."""
+        """Read all experts, or one by index."""
         if index is not None:
             return torch.cat([read_tensor(part) for part in self.experts[index]])
         return torch.stack([self.read(expert) for expert in range(len(self.experts))])
 
 
 def map_state_dict(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, Header | FusedExperts] | None:
-    """What each tensor of the state dict is made of, as transformers says for this family; without tied ones.
+    """Map each tensor of the state dict, tied ones excepted, to stored tensors, by transformers' rules for the family.
 
-    None where it does more than rename tensors and join those of experts, or where this transformers says it otherwise.
-    Errors: ValueError for experts of which parts are missing, or too many.
+    None if loading does more than rename tensors and fuse experts, or if this version of transformers differs.
+    Errors: ValueError for experts with missing or surplus tensors.
     """
     try:
         return _map_state_dict(skeleton, headers)
-    except (ImportError, AttributeError, TypeError):  # insides of transformers that are no interface
+    except (ImportError, AttributeError, TypeError):  # internals of transformers, not a public interface
         return None
 
 
-def named_by_transformers(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, str] | None:
-    """Name that transformers gives every tensor of the files, in the state dict or not.
+def transformers_names(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[str, str] | None:
+    """Return transformers' name for every tensor of the files, in the state dict or not.
 
-    None where this transformers says it otherwise.
+    None if this version of transformers differs.
     """
     try:
-        return {key: name for key, name, _ in _rename_scales(skeleton, headers)}
-    except (ImportError, AttributeError, TypeError):  # insides of transformers that are no interface
+        return {key: name for key, name, _ in _rename_keys(skeleton, headers)}
+    except (ImportError, AttributeError, TypeError):  # internals of transformers, not a public interface
         return None
 
 
-def _rename_scales(
+def _rename_keys(
     skeleton: nn.Module, headers: Mapping[str, Header]
 ) -> Iterator[tuple[str, str, tuple[WeightConverter, str] | None]]:
-    """(key, its name in the model, converter that it is given to and the pattern that it fits) of every tensor.
+    """Yield (key, name in the model, (converter, matched pattern) or None) of every tensor.
 
-    The way of `from_pretrained`: keys in natural order, all renamings, then at most one converter.
+    Follows `from_pretrained`: keys in natural order, all renamings, then at most one converter.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -91,7 +91,7 @@ def _map_state_dict(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[
     state = skeleton.state_dict()
     found: dict[str, Header | FusedExperts] = {}
     groups: dict[str, tuple[WeightConverter, dict[str, list[Header]]]] = {}
-    for key, name, converted in _rename_scales(skeleton, headers):
+    for key, name, converted in _rename_keys(skeleton, headers):
         if name not in state:
             continue
         if converted is None:
@@ -107,9 +107,9 @@ def _map_state_dict(skeleton: nn.Module, headers: Mapping[str, Header]) -> dict[
 
 
 def _fused_experts(name: str, converter: WeightConverter, parts: Mapping[str, list[Header]]) -> FusedExperts | None:
-    """The experts of one tensor, if that is all that a converter does.
+    """Return the fused experts of one tensor; None if its converter does anything else.
 
-    Errors: ValueError naming the tensor for experts that do not fit together.
+    Errors: ValueError naming the tensor if its experts have different numbers of stored tensors.
     """
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
@@ -120,7 +120,7 @@ def _fused_experts(name: str, converter: WeightConverter, parts: Mapping[str, li
     counts = {pattern: len(parts.get(pattern, ())) for pattern in converter.source_patterns}
     if len(set(counts.values())) != 1:
         found = ", ".join(f"{count} of {pattern}" for pattern, count in counts.items())
-        raise ValueError(f"{name!r} is to be joined of as many tensors of each kind, and there are {found}")
+        raise ValueError(f"{name!r} needs equally many tensors of each kind, and there are {found}")
     columns = [parts[pattern] for pattern in converter.source_patterns]
     kinds = {(part.dtype, part.shape[1:]) for column in columns for part in column}
     heights = {tuple(part.shape[0] for part in expert if part.shape) for expert in zip(*columns, strict=True)}

@@ -1,4 +1,4 @@
-"""Reading the model to compress: a Hugging Face folder, a hub id or a GGUF file, one tensor at a time."""
+"""Read the source model, a Hugging Face folder, a hub id or a GGUF file, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -22,8 +22,15 @@ from reallm.checkpoint.headers import INDEX, SINGLE, Header, read_headers, read_
 from reallm.checkpoint.manifest import QUANT_METHOD
 from reallm.checkpoint.validation import PICKLES, read_json, suffix_of
 from reallm.errors import SourceError
-from reallm.source.auxiliary_files import PATTERNS, SETTINGS, TEMPLATES, auxiliary_files, named_below, too_large_files
-from reallm.source.fused_experts import FusedExperts, map_state_dict, named_by_transformers
+from reallm.source.auxiliary_files import (
+    PATTERNS,
+    SETTINGS,
+    TEMPLATES,
+    auxiliary_files,
+    subfolder_files,
+    too_large_files,
+)
+from reallm.source.fused_experts import FusedExperts, map_state_dict, transformers_names
 from reallm.source.gguf import GGUFTensors, fast_reader, gguf_arguments, gguf_files, open_reader, require_gguf
 from reallm.source.gguf_tokenizer import gguf_tokenizer
 from reallm.source.limits import check_untrusted_config, error_line, loading_limits
@@ -31,11 +38,11 @@ from reallm.source.transformers_logging import silence_transformers
 from reallm.source.unused_tensors import Unused, unused_files, unused_tensors
 from reallm.source.walk import meta_model, tied_names
 
-ADAPTER = "adapter_config.json"  # of PEFT
+ADAPTER = "adapter_config.json"  # written by PEFT
 DOWNLOADS = ("config.json", INDEX, "*.safetensors", *PATTERNS)
-# Copies of the same weights in other layouts, which would double a download.
+# Copies of the weights in other layouts, which would double the download.
 NOT_DOWNLOADED = ("*/*", "consolidated*")
-# A second look, since sub-folders are left out at first: they hold weights in other layouts too.
+# A second download, since the first skips subfolders, which also hold weights in other layouts.
 DOWNLOADS_BELOW = (
     f"{TEMPLATES}/*.jinja",
     *(f"*/{name}" for name in ("config.json", "tokenizer*", "vocab*", "merges*", *SETTINGS)),
@@ -45,8 +52,8 @@ DOWNLOADS_BELOW = (
 def open_source(model: str | Path, revision: str | None = None) -> Source:
     """Open a model without reading any weights.
 
-    `model` is a local folder, a `.gguf` file or a hub id; `revision` is for a hub id.
-    Errors: SourceError, one line with the remedy, for whatever cannot be read or would run foreign code.
+    `model` is a local folder, a `.gguf` file or a hub id; `revision` applies to a hub id.
+    Errors: SourceError, one line with the remedy, if it cannot be read or would run foreign code.
     """
     path = Path(model).expanduser()
     if path.is_file():
@@ -62,13 +69,13 @@ def open_source(model: str | Path, revision: str | None = None) -> Source:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Errors: SourceError for a folder with an adapter alone, naming the model that it is of."""
+    """Raise SourceError for a folder that holds only an adapter, naming its base model."""
     file = folder / ADAPTER
     if not file.is_file() or (folder / "config.json").is_file():
         return
     config = read_json(file, SourceError)
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    name = " ".join(str(base or "another model").split())[:200]  # an untrusted words, in one line
+    name = " ".join(str(base or "another model").split())[:200]  # untrusted text, on one line
     raise SourceError(f"{folder}: is an adapter of {name}; give that as MODEL, and --adapter {folder}")
 
 
@@ -84,60 +91,60 @@ _CONVERT = "convert it with model.save_pretrained(FOLDER), which writes safetens
 
 
 def _looks_like_a_path(text: str, path: Path) -> bool:
-    """A hub id is `name` or `org/name`; anything else, or a name in an existing folder, was meant as a path."""
+    """Return whether MODEL is a path: it is not `name` or `org/name`, or it lies in an existing folder."""
     if text.startswith((".", "~", os.sep)) or text.lower().endswith((os.sep, ".gguf", ".safetensors")):
         return True
     return text.count("/") > 1 or "\\" in text or " " in text or (path.parent != Path() and path.parent.is_dir())
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """Fetch a hub model to the local cache, without pickles; a cached copy serves when offline."""
+    """Download a hub model to the local cache, without pickles; offline, use the cached copy."""
     from huggingface_hub import snapshot_download
 
     try:
         folder = snapshot_download(
             name, revision=revision, allow_patterns=list(DOWNLOADS), ignore_patterns=list(NOT_DOWNLOADED)
         )
-        below = [*DOWNLOADS_BELOW, *named_below(Path(folder))]
-        snapshot_download(name, revision=revision, allow_patterns=below)
+        patterns = [*DOWNLOADS_BELOW, *subfolder_files(Path(folder))]
+        snapshot_download(name, revision=revision, allow_patterns=patterns)
     except Exception as problem:  # the network stack raises exceptions of many libraries
         raise SourceError(
-            f"{name}: no such file or folder, and not to be had from the Hugging Face hub ({error_line(problem)}); "
+            f"{name}: no such file or folder, and not available from the Hugging Face hub ({error_line(problem)}); "
             "check the name, the network, or HF_TOKEN for a gated model"
         ) from problem
     return Path(folder)
 
 
 class Source(abc.ABC):
-    """A model to read: names, shapes and tensors as the transformers model has them.
+    """A source model: names, shapes and tensors as in the transformers model.
 
-    `config` has no trace of a former quantisation, and `config.dtype` is the dtype of the weights.
+    `config` has no `quantization_config`, and `config.dtype` is the dtype of the weights.
     """
 
     label: str
     config: Any  # transformers' PreTrainedConfig
-    unused: tuple[Unused, ...] = ()  # what lies in the files and is no part of the model
+    unused: tuple[Unused, ...] = ()  # tensors and files that the model does not use
 
     @abc.abstractmethod
     def read(self, name: str, index: int | None = None) -> Tensor:
-        """A tensor of the state dict in its stored dtype on the CPU; `index` takes one slice of its first axis."""
+        """Return a tensor of the state dict in its stored dtype on the CPU; `index` selects a slice of axis 0."""
 
     @property
     @abc.abstractmethod
     def dtype(self) -> torch.dtype:
-        """The dtype that most weights have when read."""
+        """Return the dtype that most weights have when read."""
 
     @property
     @abc.abstractmethod
     def nbytes(self) -> int:
-        """Bytes of the model's own weights as they lie in their files; those of `unused` do not count."""
+        """Return the bytes of the model's weights as stored in their files, without `unused`."""
 
     @abc.abstractmethod
     def files(self) -> list[Path]:
-        """The weight files."""
+        """Return the weight files."""
 
-    def check(self) -> None:  # noqa: B027 - nothing to check is a fine answer
-        """Check what else can be known of the files without reading weights. Errors: SourceError."""
+    def check(self) -> None:  # noqa: B027 - some sources have nothing to check
+        """Run further checks that need no weights. Errors: SourceError."""
 
     @abc.abstractmethod
     def save_auxiliary_files(self, folder: Path) -> None:
@@ -145,64 +152,64 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def load(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:
-        """The original model, complete, in eval mode."""
+        """Return the complete original model in eval mode."""
 
     @cached_property
     def skeleton(self) -> nn.Module:
-        """The model on the meta device; made once, not to be changed.
+        """Return the model on the meta device; built once, not to be modified.
 
-        Errors: SourceError for a config that transformers cannot build, or of far more tensors than there are.
+        Errors: SourceError for a config that transformers cannot build, or with far more tensors than the files hold.
         """
         with silence_transformers(), loading_limits(self.label, SourceError, self.tensors):
             return meta_model(self.config, self.dtype)
 
     @property
     def tensors(self) -> int:
-        """About how many tensors the files hold, for a bound."""
+        """Return about how many tensors the files hold, as a limit."""
         return 10_000
 
     @property
     def loaded_nbytes(self) -> int:
-        """Bytes that stay in memory from the first `read` on: 0 where tensors are read one by one."""
+        """Return the bytes that stay in memory after the first `read`: 0 if tensors are read one by one."""
         return 0 if self.reads_lazily else self.total_parameters * self.dtype.itemsize
 
     @property
     def reads_lazily(self) -> bool:
-        """Whether `read` reads one tensor and no more."""
+        """Return whether `read` reads only the requested tensor."""
         return self.full_load_reason is None
 
     @property
     @abc.abstractmethod
     def full_load_reason(self) -> str | None:
-        """Why the first `read` takes the whole model into memory; None where tensors are read one by one."""
+        """Return why the first `read` loads the whole model into memory; None if tensors are read one by one."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor of the state dict, tied ones under each of their names."""
+        """Return the shape of every tensor of the state dict, tied tensors under each of their names."""
         return {name: tuple(tensor.shape) for name, tensor in self.skeleton.state_dict().items()}
 
     def names(self) -> list[str]:
-        """The names of the state dict, in model order."""
+        """Return the names of the state dict, in model order."""
         return list(self.shapes())
 
     def tensor_dtype(self, name: str) -> torch.dtype:
-        """The dtype that `read` gives a tensor; told without reading it where that is possible."""
+        """Return the dtype of `read`'s result for a tensor, without reading it if possible."""
         return self.dtype
 
     @property
     def total_parameters(self) -> int:
-        """Numbers in the model, tied ones counted once."""
+        """Return the number of parameters of the model; tied tensors count once."""
         return sum(parameter.numel() for parameter in self.skeleton.parameters())
 
     @cached_property
     def auxiliary_file_bytes(self) -> dict[str, int]:
-        """Return the bytes of what `save_auxiliary_files` writes, by file; takes seconds for a GGUF tokenizer."""
-        with tempfile.TemporaryDirectory() as place:
-            self.save_auxiliary_files(Path(place))
-            files = [path for path in Path(place).rglob("*") if path.is_file()]
-            return {str(path.relative_to(place)): path.stat().st_size for path in files}
+        """Return bytes by file of `save_auxiliary_files`; converting the tokenizer of a GGUF file takes seconds."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_auxiliary_files(Path(folder))
+            files = [path for path in Path(folder).rglob("*") if path.is_file()]
+            return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
     def fingerprint(self) -> str:
-        """sha256 (hex) of names and bytes of the weight files; reads all of them."""
+        """Return the sha256 (hex) of names, sizes and bytes of the weight files; reads all of them."""
         digest = hashlib.sha256()
         for file in self.files():
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
@@ -212,9 +219,9 @@ class Source(abc.ABC):
         return digest.hexdigest()
 
     def _from_pretrained(self, folder: Path, device: Any, **arguments: Any) -> nn.Module:
-        """The complete model through transformers, never running code of the folder.
+        """Load the complete model through transformers, never running code from the folder.
 
-        Errors: SourceError for whatever transformers says is wrong, and for a tensor it made up.
+        Errors: SourceError for any exception of transformers, and for a tensor it would initialize at random.
         """
         from transformers import AutoModelForCausalLM
 
@@ -231,7 +238,7 @@ class Source(abc.ABC):
         return model
 
     def _check_config(self) -> None:
-        """Refuse what is not a plain causal language model, then tidy the config."""
+        """Raise SourceError unless the config describes an unquantized causal language model."""
         from transformers import AutoModelForCausalLM
 
         method = quantization_method(self.config)
@@ -241,15 +248,15 @@ class Source(abc.ABC):
             raise SourceError(f"{self.label}: is quantized with {method}; give the original model")
         if type(self.config) not in AutoModelForCausalLM._model_mapping:
             whole = self.config.get_text_config(decoder=True) is self.config
-            remedy = "" if whole else "; save its text model alone, if transformers has it as one, and give that"
+            remedy = "" if whole else "; save only its text model, if transformers supports it, and give that"
             raise SourceError(
                 f"{self.label}: model type {self.config.model_type!r} is not a causal language model{remedy}"
             )
 
     def _finish_config(self) -> None:
-        """Say what the config of a new model must: dtype, and the class that transformers builds of it.
+        """Set the config's dtype and architecture to the model that transformers builds.
 
-        Of a larger model that it takes the text model of, the config is the text model's.
+        If transformers builds only the text model of a multimodal model, the config becomes the text model's.
         """
         if type(self.skeleton.config) is not type(self.config):
             self.config = copy.deepcopy(self.skeleton.config)
@@ -257,24 +264,24 @@ class Source(abc.ABC):
         self.config.architectures = [type(self.skeleton).__name__]
 
     def _untie(self) -> None:
-        """Describe a model whose tied tensors are several, since they differ in the files.
+        """Untie the config and rebuild the skeleton, because tied tensors differ in the files.
 
         Errors: SourceError for a family that ties them whatever its config says.
         """
-        before = tied_names(self.skeleton)
+        tied = tied_names(self.skeleton)
         untie_config(self.config)
         del self.__dict__["skeleton"]
-        if left := before.keys() & tied_names(self.skeleton).keys():
+        if still_tied := tied.keys() & tied_names(self.skeleton).keys():
             raise SourceError(
-                f"{self.label}: {min(left)!r} and {before[min(left)]!r} differ, and this family ties them whatever its "
-                "config says; keep one of them"
+                f"{self.label}: {min(still_tied)!r} and {tied[min(still_tied)]!r} differ, and this family ties them "
+                "whatever its config says; keep one of them"
             )
 
 
 def quantization_method(config: Any) -> str | None:
-    """Name of the method a config says its weights are quantized with; None for plain weights."""
-    parts = (config, config.get_text_config(decoder=True))
-    found = next((q for part in parts if (q := getattr(part, "quantization_config", None))), None)
+    """Return the quantization method that a config declares; None for unquantized weights."""
+    configs = (config, config.get_text_config(decoder=True))
+    found = next((q for one in configs if (q := getattr(one, "quantization_config", None))), None)
     if found is None:
         return None
     method = found.get("quant_method", "an unknown method") if isinstance(found, dict) else found.quant_method
@@ -282,16 +289,16 @@ def quantization_method(config: Any) -> str | None:
 
 
 def untie_config(config: Any) -> None:
-    """Say in a config, and in that of its text model, that the head is a matrix of its own."""
-    for part in (config, config.get_text_config(decoder=True)):
-        part.tie_word_embeddings = False
+    """Declare in a config and its text model's config that lm_head is not tied to the embedding."""
+    for one in (config, config.get_text_config(decoder=True)):
+        one.tie_word_embeddings = False
 
 
 class FolderSource(Source):
     """A Hugging Face folder with safetensors, read lazily through its headers.
 
-    Where transformers converts weights on load by more than other names and experts in one tensor, the complete
-    model is loaded at the first `read` instead.
+    If transformers converts weights at load beyond renaming tensors and fusing experts, the first `read` loads the
+    complete model instead.
     """
 
     def __init__(self, folder: Path, label: str | None = None) -> None:
@@ -299,12 +306,12 @@ class FolderSource(Source):
         self.config = read_config(folder, self.label)
         self._check_config()
         self._refuse_pickle()
-        self._refuse_adapter_beside()
+        self._refuse_adapter_with_model()
         self._headers = read_headers(weight_files(folder, SourceError), SourceError)
-        self._own = self._headers  # those that the model has a place for
+        self._own = self._headers  # tensors that the model has a place for
         self._finish_config()
-        self._keys = self._match()
-        if self.config.dtype != self.dtype:  # what the model has no place for was of another
+        self._keys = self._match_tensors()
+        if self.config.dtype != self.dtype:  # unused tensors had decided the dtype
             del self.__dict__["skeleton"]
             self._finish_config()
         self._untied = self._is_untied()
@@ -313,21 +320,21 @@ class FolderSource(Source):
 
     @property
     def tensors(self) -> int:
-        """How many tensors the files hold."""
+        """Return the number of tensors in the files."""
         return len(self._headers)
 
     @property
     def full_load_reason(self) -> str | None:
-        """Only where transformers must convert."""
-        return None if self._keys is not None else "transformers converts tensors of this family on load"
+        """Return a reason only if transformers must convert tensors."""
+        return None if self._keys is not None else "transformers converts tensors of this family at load"
 
     def files(self) -> list[Path]:
-        """The safetensors files."""
+        """Return the safetensors files."""
         return weight_files(self.folder, SourceError)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating dtype that holds most bytes."""
+        """Return the floating dtype with the most bytes."""
         sizes: dict[torch.dtype, int] = {}
         for header in self._own.values():
             if header.dtype.is_floating_point:
@@ -335,18 +342,18 @@ class FolderSource(Source):
         return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
     def tensor_dtype(self, name: str) -> torch.dtype:
-        """As its header says."""
+        """Return the dtype in the tensor's header."""
         return self.dtype if self._keys is None else self._keys[name].dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors that the model has a place for."""
+        """Return the bytes of the tensors that the model has a place for."""
         return sum(header.nbytes for header in self._own.values())
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        """A tensor of the state dict.
+        """Return a tensor of the state dict.
 
-        Errors: SourceError for a name the model does not have, OSError for a file that is gone.
+        Errors: SourceError for a name that the model lacks, OSError for a file that was deleted.
         """
         if self._keys is None:
             return _pick(self._complete, name, index, self.label)
@@ -356,7 +363,7 @@ class FolderSource(Source):
         return stored.read(index) if isinstance(stored, FusedExperts) else read_tensor(stored, index)
 
     def load(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:
-        """The original model through `from_pretrained`, safetensors only."""
+        """Load the original model through `from_pretrained`, from safetensors only."""
         model = self._from_pretrained(self.folder, device, dtype=dtype or "auto", use_safetensors=True)
         if self._untied:
             untie_config(model.config)
@@ -380,36 +387,36 @@ class FolderSource(Source):
             )
         raise SourceError(f"{self.label}: holds no safetensors weights ({SINGLE} or {INDEX}); {_CONVERT}")
 
-    def _refuse_adapter_beside(self) -> None:
-        """Errors: SourceError for an adapter in the folder: transformers would load it too, and we read the model."""
+    def _refuse_adapter_with_model(self) -> None:
+        """Raise SourceError for an adapter in the folder: transformers would load it too, but compression would not."""
         if (self.folder / ADAPTER).is_file():
             raise SourceError(
-                f"{self.label}: holds a model and an adapter ({ADAPTER}), which loading adds and compressing would "
-                "not; move the adapter to a folder of its own, or merge it and save the merged model"
+                f"{self.label}: holds a model and an adapter ({ADAPTER}); loading would apply the adapter, "
+                "compression would not; move the adapter to a folder of its own, or merge it and save the merged model"
             )
 
-    def _match(self) -> dict[str, Header | FusedExperts] | None:
-        """What is read for each name of the state dict; None where transformers does more than rename and join.
+    def _match_tensors(self) -> dict[str, Header | FusedExperts] | None:
+        """Map each name of the state dict to stored tensors; None if transformers does more than rename and fuse.
 
-        Notes what the model has no place for.
-        Errors: SourceError naming a tensor that is missing, has another shape than the config says, or changes what the
-        model computes and has no place in it.
+        Also records the tensors that the model has no place for.
+        Errors: SourceError naming a tensor that is missing, whose shape differs from the config, or that has no place
+        in the model although the model computes other values without it.
         """
         available: Mapping[str, Header | FusedExperts] | None = self._headers
         keys, missing = match_names(self._headers, self.skeleton, self.names())
-        left = self._headers.keys() - set(keys.values())
-        theirs: dict[str, str] | None = {}
-        # Where every tensor of the files has its place already, nothing is left that could become the missing one.
-        joined = bool(left and self._needs_conversion())
-        if joined:
-            theirs = named_by_transformers(self.skeleton, self._headers)
+        unmatched = self._headers.keys() - set(keys.values())
+        converted: dict[str, str] | None = {}
+        # If every tensor of the files is matched, none is left that could be converted to a missing one.
+        needs_conversion = bool(unmatched and self._needs_conversion())
+        if needs_conversion:
+            converted = transformers_names(self.skeleton, self._headers)
             if missing:
-                left = {key for key, name in (theirs or {}).items() if name not in self._shapes}
-        self._note_unused(left, theirs or {})
-        if joined and missing:
-            available = self._joined()
-            keys, missing = match_names(available or set((theirs or {}).values()), self.skeleton, self.names())
-        if available is None and (theirs is None or self._splits()):
+                unmatched = {key for key, name in (converted or {}).items() if name not in self._shapes}
+        self._record_unused(unmatched, converted or {})
+        if needs_conversion and missing:
+            available = self._map_fused()
+            keys, missing = match_names(available or set((converted or {}).values()), self.skeleton, self.names())
+        if available is None and (converted is None or self._splits_tensors()):
             return None
         optional = re.compile("|".join(self.skeleton._keys_to_ignore_on_load_missing or ()) or "(?!)")
         if found := [name for name in missing if not optional.search(name)]:
@@ -419,23 +426,23 @@ class FolderSource(Source):
         self._check_shapes(available, keys)
         return {name: available[key] for name, key in keys.items()}
 
-    def _joined(self) -> dict[str, Header | FusedExperts] | None:
-        """What each tensor is made of. Errors: SourceError for experts that are not complete."""
+    def _map_fused(self) -> dict[str, Header | FusedExperts] | None:
+        """Map each tensor to stored tensors, fused experts included. Errors: SourceError for incomplete experts."""
         try:
             return map_state_dict(self.skeleton, self._headers)
         except ValueError as problem:
             raise SourceError(f"{self.label}: {problem}; copy or download the model again") from problem
 
-    def _note_unused(self, left: Container[str], names: Mapping[str, str]) -> None:
-        """List what the model has no place for, and files that are not read.
+    def _record_unused(self, unmatched: Container[str], names: Mapping[str, str]) -> None:
+        """Set `unused` to the tensors that the model has no place for and the files that are not read.
 
-        Errors: SourceError for a tensor without which the model would compute something else.
+        Errors: SourceError for a tensor without which the model would compute other values.
         """
 
         def is_zero(key: str) -> bool:
             return not read_tensor(self._headers[key]).any()
 
-        stored = {key: header for key, header in self._headers.items() if key in left}
+        stored = {key: header for key, header in self._headers.items() if key in unmatched}
         tensors = unused_tensors(self.label, self.skeleton, stored, names, is_zero)
         files = unused_files(self._other_weights(), "weights that are not read")
         large = unused_files(too_large_files(self.folder), "larger than the files of any tokenizer: not copied")
@@ -443,7 +450,7 @@ class FolderSource(Source):
         self._own = {key: header for key, header in self._headers.items() if key not in stored}
 
     def _other_weights(self) -> list[Path]:
-        """Weight files of the folder beside those that are read."""
+        """Return the weight files of the folder that are not read."""
         read = {file.name for file in self.files()}
         found = {file for file in self.folder.iterdir() if suffix_of(file) in (".safetensors", *PICKLES)}
         return sorted(file for file in found if file.is_file() and file.name not in read)
@@ -453,7 +460,7 @@ class FolderSource(Source):
         return self.shapes()
 
     def _is_untied(self) -> bool:
-        """Whether the files hold tensors apart that config.json ties, of other values: then transformers keeps both."""
+        """Return whether the files hold different values for tied tensors; transformers then loads both."""
         headers: Mapping[str, Any] = self._keys or self._headers
         pairs = ((headers.get(target), headers.get(owner)) for target, owner in tied_names(self.skeleton).items())
         return any(
@@ -461,14 +468,14 @@ class FolderSource(Source):
             for one, other in pairs
         )
 
-    def _splits(self) -> bool:
-        """Whether transformers makes several tensors of one of the files, so that names do not say what is missing."""
+    def _splits_tensors(self) -> bool:
+        """Return whether transformers splits stored tensors, so that names cannot show which are missing."""
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         return any(len(entry.target_patterns) > 1 for entry in get_model_conversion_mapping(self.skeleton))
 
     def _needs_conversion(self) -> bool:
-        """Whether transformers renames or merges tensors of this family on load."""
+        """Return whether transformers renames or fuses tensors of this family at load."""
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         return bool(get_model_conversion_mapping(self.skeleton))
@@ -488,9 +495,9 @@ class FolderSource(Source):
 
 
 class GGUFSource(Source):
-    """A GGUF file, or several parts of one; a tensor's blocks are decoded to dense weights when it is read.
+    """A GGUF file, or the files of a split one; `read` dequantizes a tensor to dense weights.
 
-    Where we do not know what transformers makes of the file tensor by tensor, all are decoded at the first `read`.
+    If transformers' conversion of single tensors is not known, the first `read` dequantizes all tensors.
     """
 
     def __init__(self, path: Path) -> None:
@@ -512,37 +519,37 @@ class GGUFSource(Source):
         self._finish_config()
         if not isinstance(self._tensors, str):
             tensors = self._tensors[0]
-            names = {name: tensors.name_of(name) for name in tensors.left}
-            self.unused = tuple(unused_tensors(self.label, self.skeleton, tensors.left, names, tensors.is_zero))
+            names = {name: tensors.guess_name(name) for name in tensors.unmatched}
+            self.unused = tuple(unused_tensors(self.label, self.skeleton, tensors.unmatched, names, tensors.is_zero))
             if any(tensors.differ(target, owner) for target, owner in tied_names(self.skeleton).items()):
                 self._untie()
                 del self.__dict__["_tensors"]
 
     @property
     def full_load_reason(self) -> str | None:
-        """Of kinds of file that are read by more than names and single tensors, or that lack a tensor."""
+        """Return a reason if the conversion of single tensors is not known, or a tensor is not found by name."""
         found = self._tensors
         return found if isinstance(found, str) else None
 
     def files(self) -> list[Path]:
-        """The file, or its parts."""
+        """Return the file, or the files of a split model."""
         return self._files
 
     @property
     def dtype(self) -> torch.dtype:
-        """float32: what decoding a block gives."""
+        """Return float32, the result of dequantization."""
         return torch.float32
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the file, or its parts, but for tensors that the model has no place for."""
+        """Return the bytes of all files, without tensors that the model has no place for."""
         return sum(file.stat().st_size for file in self._files) - sum(one.nbytes for one in self.unused)
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        """A tensor of the state dict, in float32.
+        """Return a tensor of the state dict in float32.
 
-        Errors: SourceError for a name the model does not have or another shape than the header says, OSError for a
-        file that is gone.
+        Errors: SourceError for a name that the model lacks or a shape that differs from the header, OSError for a file
+        that was deleted.
         """
         if isinstance(self._tensors, str):
             return _pick(self._complete, name, index, self.label)
@@ -550,9 +557,9 @@ class GGUFSource(Source):
         if name not in keys:
             raise SourceError(f"{self.label}: the model has no tensor {name!r}")
         tensor = tensors.read(keys[name], index)
-        wanted = self._shapes[name] if index is None else self._shapes[name][1:]
-        if tuple(tensor.shape) != wanted:
-            raise SourceError(f"{self.label}: tensor {name!r} has shape {tuple(tensor.shape)}, not {wanted}")
+        expected = self._shapes[name] if index is None else self._shapes[name][1:]
+        if tuple(tensor.shape) != expected:
+            raise SourceError(f"{self.label}: tensor {name!r} has shape {tuple(tensor.shape)}, not {expected}")
         return tensor
 
     @cached_property
@@ -561,20 +568,20 @@ class GGUFSource(Source):
 
     @cached_property
     def _tensors(self) -> tuple[GGUFTensors, dict[str, str]] | str:
-        """The file tensor by tensor, with its name for each of the state dict; or why it is read as a whole."""
+        """Return the file's tensors and its name for each of the state dict; or the reason for a full load."""
         try:
             tensors = GGUFTensors(self.path, self.skeleton)
         except LookupError as reason:
-            return str(reason.args[0]) if reason.args else "its header lacks something"
-        except (ImportError, AttributeError, TypeError) as problem:  # insides of transformers that are no interface
-            return f"this transformers reads GGUF files in another way ({error_line(problem)})"
+            return str(reason.args[0]) if reason.args else "its header is incomplete"
+        except (ImportError, AttributeError, TypeError) as problem:  # internals of transformers, not a public interface
+            return f"this version of transformers reads GGUF files differently ({error_line(problem)})"
         keys, missing = match_names(tensors, self.skeleton, self.names())
-        if missing and not tensors.left:  # nothing in the file could become it
+        if missing and not tensors.unmatched:  # no tensor of the file could be converted to it
             raise SourceError(f"{self.label}: tensor {missing[0]!r} is missing; copy or download the model again")
         return f"tensor {missing[0]!r} is not in the file by that name" if missing else (tensors, keys)
 
     def load(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:
-        """The decoded model."""
+        """Load the dequantized model."""
         arguments = gguf_arguments(self.path)
         with fast_reader():
             model = self._from_pretrained(
@@ -585,20 +592,20 @@ class GGUFSource(Source):
         return model
 
     def check(self) -> None:
-        """Build the tokenizer, and compare what the header says with the embedding.
+        """Build the tokenizer, and compare the header with the embedding.
 
         Errors: SourceError with the remedy.
         """
         rows = {int(t.shape[-1]) for t in open_reader(self.path).tensors if t.name == "token_embd.weight"}
         if rows - {self.config.vocab_size}:
             raise SourceError(
-                f"{self.path}: says that it has {self.config.vocab_size:,} tokens, and its embedding has "
+                f"{self.path}: its header states {self.config.vocab_size:,} tokens, and its embedding has "
                 f"{max(rows):,} rows; copy or download the file again"
             )
         gguf_tokenizer(self.path)
 
     def save_auxiliary_files(self, folder: Path) -> None:
-        """Convert the tokenizer of the file and write it as Hugging Face files."""
+        """Convert the tokenizer of the file to Hugging Face files and write them."""
         from transformers import GenerationConfig
 
         with silence_transformers():
@@ -613,9 +620,9 @@ class GGUFSource(Source):
 def match_names(
     available: Container[str], skeleton: nn.Module, names: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """(name in the files by name of the state dict, names that no file has a tensor for).
+    """Return (name in the files by name of the state dict, names that no file has a tensor for).
 
-    Files may say names with or without the prefix of the base model, and a tied tensor under one of its names.
+    Files may use names with or without the prefix of the base model, and store a tied tensor under any of its names.
     """
     prefix = skeleton.base_model_prefix
     keys: dict[str, str] = {}
@@ -637,9 +644,9 @@ def match_names(
 
 
 def device_options(device: Any) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that put a model on a device; None is the CPU.
+    """Return the arguments of `from_pretrained` that load a model to a device; None is the CPU.
 
-    Errors: SourceError for a device that is not there, or accelerate missing.
+    Errors: SourceError for a device that is not available, or if accelerate is not installed.
     """
     if device is None:
         return {}
@@ -661,7 +668,7 @@ def _pick(state: dict[str, Tensor], name: str, index: int | None, label: str) ->
 
 
 def read_config(folder: Path, label: str) -> Any:
-    """The transformers config of a folder, never running code from it.
+    """Read the transformers config of a folder, never running code from it.
 
     Errors: SourceError if config.json is missing, damaged, of an unknown model type or needs foreign code.
     """
@@ -669,18 +676,18 @@ def read_config(folder: Path, label: str) -> Any:
 
     file = folder / "config.json"
     if not file.is_file():
-        raise SourceError(f"{label}: has no config.json, so it is not a Hugging Face model folder, or not a whole one")
+        raise SourceError(f"{label}: has no config.json, so it is not a complete Hugging Face model folder")
     plain = read_json(file, SourceError)
     kind = plain.get("model_type") if isinstance(plain, dict) else None
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         if isinstance(plain, dict) and "auto_map" in plain:
             raise SourceError(f"{label}: needs model code from its own folder, which reallm never runs")
         raise SourceError(
-            f"{label}: model type {kind!r} is not known to this transformers; pip install -U transformers"
+            f"{label}: model type {kind!r} is not known to this version of transformers; pip install -U transformers"
         )
     check_untrusted_config(plain, label, SourceError)
     try:
         with silence_transformers():
             return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as problem:  # the code of hundreds of families meets any value: there is no closed list
+    except Exception as problem:  # any value reaches the code of hundreds of families: there is no closed list
         raise SourceError(f"{file}: cannot be read ({error_line(problem)})") from problem

@@ -1,4 +1,4 @@
-"""Quiet use of transformers: its bars and warnings are about its own doings, not about ours."""
+"""Silence transformers: its progress bars and warnings concern its internals, not the user's command."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Turn off transformers' progress bars, logging below ERROR and warnings; the user's settings come back."""
+    """Turn off transformers' progress bars, logging below ERROR and warnings; restore the user's settings at exit."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Tensors and files of a source that its model does not read: what is listed, and what is refused."""
+"""Tensors and files of a source that its model does not use: some are listed, others refused."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from torch import nn
 from reallm.checkpoint.headers import Header
 from reallm.errors import SourceError
 
-# Parts of names that a wrapper around a module adds: torch.compile, FSDP, activation checkpointing.
+# Name components that a wrapper around a module adds: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
-_PARALLEL = "module"  # of DataParallel: a plain word, so that it counts at the beginning only
+_PARALLEL = "module"  # DataParallel's prefix: a common word, so it counts only at the beginning
 _ADAPTER = re.compile(
     r"(^|\.)(base_layer|base_model\.model|original_module|modules_to_save|lora_\w+|ia3_l|hada_\w+|lokr_\w+|oft_\w+|boft_\w+"
     r"|vera_\w+|randlora_\w+|adalora_\w+|fourierft_\w+|prompt_embeddings|prompt_encoder|adaption_prompt|adaption_gate"
     r"|trainable_tokens_\w+)(\.|$)"
 )
-# Last parts of names beside the weights of a quantized export: FP8, compressed-tensors, GPTQ, AWQ, bitsandbytes, MXFP4.
+# Last name components of auxiliary tensors in a quantized export: FP8, compressed-tensors, GPTQ, AWQ, bitsandbytes,
+# MXFP4.
 _QUANTIZED = re.compile(
     r"(^|_)(scale|scales|scale_inv|zero_point|zeros|qzeros|qweight|g_idx|packed|absmax|quant_map|SCB|blocks|weight_shape)"
     r"(_\d+)?$|quant_state"
 )
-# Tables that models make themselves, which older versions saved.
+# Tables that models compute themselves, saved by older versions.
 _TABLES = re.compile(
     r"^rope_f(reqs|actors_\w+)\.weight$|attn_rot_embd|(^|\.)(inv_freq|original_inv_freq|masked_bias|position_ids|cos_cached|sin_cached|_float_tensor)$"
 )
 _PREDICTION = re.compile(r"(^|[._])(mtp|nextn|eh_proj|enorm|hnorm|shared_head)([._]|$|\d)")
-# Names in configs of how many blocks for such a head lie behind the decoder's.
+# Config keys for the number of prediction blocks after the decoder's.
 _MORE_BLOCKS = (
     *("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules", "mtp_num_layers"),
 )
-_OTHER_SENSES = re.compile(
+_OTHER_MODALITIES = re.compile(
     r"(^|[._])(visual|vision|image|video|audio|speech|sound|talker|token2wav|code2wav|multi_modal|multimodal|mm)([._]|$)"
 )
-# Modules directly beside the blocks that are no part of the text model's own computation.
+# Siblings of the decoder blocks that are not part of the text model's computation.
 _HEADS = re.compile(
     r"(^|[._])(head|heads|score|classifier|pool|pooler|projector|adapter|version|v_head|reward)([._]|$|\d)"
 )
@@ -47,7 +48,7 @@ _HEADS = re.compile(
 class Unused:
     """Tensors of a source that its model has no place for, or a file that is not read.
 
-    `name` is what their names have in common, numbers in it as `*`; `tensors` is 0 for files.
+    `name` is the common part of their names, with numbers as `*`; `tensors` is 0 for files.
     """
 
     name: str
@@ -69,19 +70,19 @@ def unused_tensors(
 ) -> list[Unused]:
     """List the `stored` tensors that a model (on the meta device) has no place for, grouped by name and reason.
 
-    `names` is what each is called in the model; `is_zero` tells whether a tensor is all zeros.
-    Errors: SourceError for one that changes what the model computes, with the remedy.
+    `names` maps each to its name in the model; `is_zero` returns whether a tensor is all zeros.
+    Errors: SourceError with the remedy for a tensor without which the model computes other values.
     """
-    model = _Model(skeleton)
+    model = _ModelNames(skeleton)
     found: dict[tuple[str, str], list[int]] = {}
     for key, tensor in stored.items():
-        name, reason = model.judged(label, key, names.get(key, key), tensor, is_zero)
+        name, reason = model.classify(label, key, names.get(key, key), tensor, is_zero)
         found.setdefault((name, reason), []).append(tensor.nbytes)
     return [Unused(name, reason, len(sizes), sum(sizes)) for (name, reason), sizes in found.items()]
 
 
 def unused_files(files: Iterable[Path], reason: str) -> list[Unused]:
-    """List files that are not read, those of one name but for its numbers as one."""
+    """List files that are not read; files whose names differ only in numbers are one entry."""
     found: dict[str, int] = {}
     for file in files:
         name = re.sub(r"\d{4,}", "*", file.name)
@@ -89,8 +90,8 @@ def unused_files(files: Iterable[Path], reason: str) -> list[Unused]:
     return [Unused(name, reason, 0, nbytes) for name, nbytes in sorted(found.items())]
 
 
-class _Model:
-    """What a model is made of, to tell where a tensor of another name would have been."""
+class _ModelNames:
+    """Modules and tensor names of a model, to locate where an unknown tensor would belong."""
 
     def __init__(self, skeleton: nn.Module) -> None:
         self.kind = type(skeleton).__name__
@@ -108,39 +109,39 @@ class _Model:
         }
         self.ignored = re.compile("|".join(f"(?:{pattern})" for pattern in sorted(patterns)) or "(?!)")
 
-    def judged(
+    def classify(
         self, label: str, key: str, name: str, tensor: Header, is_zero: Callable[[str], bool]
     ) -> tuple[str, str]:
-        """Return (what to list a tensor as, why it is not used).
+        """Return (name to list a tensor under, reason why it is not used).
 
-        Errors: SourceError if leaving it out changes what the model computes.
+        Errors: SourceError if the model computes other values without it.
         """
         candidates = (name, key, key.removeprefix(f"{self.prefix}."), f"{self.prefix}.{key}")
         self._refuse_leftovers(label, key, candidates)
         owner, rest = max((self._owner(candidate) for candidate in candidates), key=lambda pair: len(pair[0]))
         first = rest.partition(".")[0]
         listed = f"{key.removesuffix(rest)}{first}" if key.endswith(rest) else key
-        if first.isdigit() and f".{first}." in key:  # a renamed expert of a block behind the last
+        if first.isdigit() and f".{first}." in key:  # a renamed expert of a block after the last
             listed = f"{key.partition(f'.{first}.')[0]}.{first}"
         if _TABLES.search(key) or self._is_own_table(candidates, tensor):
-            return _starred(key), "a table that the model makes itself"
+            return _mask_numbers(key), "a table that the model computes itself"
         if self.ignored.search(key) or self.ignored.search(name):
-            return _starred(listed), self._reason(key)
+            return _mask_numbers(listed), self._reason(key)
         if first.isdigit() and isinstance(self.modules[owner], nn.ModuleList):
             if not (_PREDICTION.search(key) or self._is_prediction_block(int(first), len(self.modules[owner]))):
                 raise SourceError(
                     f"{label}: holds {key!r}, but config.json describes {len(self.modules[owner])} blocks; weights and "
                     "config are of different models"
                 )
-            return _starred(listed, first), f"multi-token prediction, which {self.kind} does not have"
+            return _mask_numbers(listed, first), f"multi-token prediction, which {self.kind} does not have"
         if self._is_inside(owner, rest, key):
             if key.endswith("bias") and is_zero(key):
-                return _starred(key), "zeros, which add nothing"
-            raise SourceError(f"{label}: {self._dropped(key)}")
-        return _starred(listed), self._reason(key)
+                return _mask_numbers(key), "zeros, which add nothing"
+            raise SourceError(f"{label}: {self._refusal(key)}")
+        return _mask_numbers(listed), self._reason(key)
 
     def _owner(self, name: str) -> tuple[str, str]:
-        """(the innermost module of the model that a name leads to, the rest of the name)."""
+        """Return (the innermost module of the model on a name's path, the rest of the name)."""
         parts = name.split(".")
         for count in range(len(parts) - 1, 0, -1):
             if (path := ".".join(parts[:count])) in self.modules:
@@ -148,15 +149,15 @@ class _Model:
         return "", name
 
     def _is_inside(self, owner: str, rest: str, key: str) -> bool:
-        """Whether a tensor would have been part of the model's own computation."""
+        """Return whether a tensor would be part of the text model's computation."""
         if owner and (not any(self.modules[owner].children()) or any(part.isdigit() for part in owner.split("."))):
             return True
         if not owner or owner != self.decoder or rest.count(".") > 1:
             return False
-        return not any(pattern.search(key) for pattern in (_PREDICTION, _OTHER_SENSES, _HEADS))
+        return not any(pattern.search(key) for pattern in (_PREDICTION, _OTHER_MODALITIES, _HEADS))
 
     def _is_own_table(self, candidates: Iterable[str], tensor: Header) -> bool:
-        """Whether it is a buffer that is not saved, or a causal mask (1, 1, n, n) of GPT-2's time."""
+        """Return whether it is a non-persistent buffer, or a causal mask (1, 1, n, n) of old GPT-2 checkpoints."""
         shape = tensor.shape
         mask = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3] > 1
         return mask or any(candidate in self.tables for candidate in candidates)
@@ -166,43 +167,43 @@ class _Model:
         return number < count + max(more, default=0)
 
     def _reason(self, key: str) -> str:
-        if _OTHER_SENSES.search(key):
-            return f"of images, video or sound, and {self.kind} is the text model alone"
+        if _OTHER_MODALITIES.search(key):
+            return f"for images, video or sound, and {self.kind} is the text model alone"
         if _PREDICTION.search(key):
             return f"multi-token prediction, which {self.kind} does not have"
         return f"{self.kind} has no place for it"
 
     def _refuse_leftovers(self, label: str, key: str, candidates: Iterable[str]) -> None:
-        """Errors: SourceError for names of wrappers and adapters, and for a second tensor of one name."""
+        """Raise SourceError for names of wrappers and adapters, and for two tensors with one name."""
         parts = key.split(".")
         wrapped = parts[0] == _PARALLEL and _PARALLEL not in self.modules
         if wrapped or (found := _WRAPPERS.intersection(parts)):
             wrapper = _PARALLEL if wrapped else min(found)
             raise SourceError(
-                f"{label}: {key!r} has the name of a wrapper ({wrapper}) in it; save the model inside the wrapper, or "
-                "take that word out of the names"
+                f"{label}: {key!r} contains the name of a wrapper ({wrapper}); save the model inside the wrapper, or "
+                "remove that component from the names"
             )
         if _ADAPTER.search(key):
             raise SourceError(
-                f"{label}: {key!r} is of an adapter; merge it into the model (merge_and_unload in PEFT), save that and "
-                "give it"
+                f"{label}: {key!r} belongs to an adapter; merge it into the model (merge_and_unload in PEFT), save "
+                "the merged model and give that"
             )
         if same := next((candidate for candidate in candidates if candidate in self.state), None):
             raise SourceError(
-                f"{label}: {key!r} and another tensor of the files are both {same!r} of the model; keep one of them"
+                f"{label}: {key!r} and another tensor of the files are both {same!r} in the model; keep one of them"
             )
 
-    def _dropped(self, key: str) -> str:
+    def _refusal(self, key: str) -> str:
         if _QUANTIZED.search(key.rpartition(".")[2]):
-            return f"{key!r} is of quantized weights, and config.json does not say so; give the original model"
+            return f"{key!r} is part of quantized weights, which config.json does not declare; give the original model"
         return (
-            f"holds {key!r}, for which {self.kind} as config.json describes it has no place, and would compute other "
-            "values without it; give the config.json that the weights were saved with, or remove the tensor"
+            f"holds {key!r}, for which {self.kind} as config.json describes it has no place; it would compute other "
+            "values without it; give the config.json that was saved with the weights, or remove the tensor"
         )
 
 
-def _starred(name: str, last: str = "") -> str:
-    """A name with its numbers as `*`, but for the `last` part."""
+def _mask_numbers(name: str, last: str = "") -> str:
+    """Return a name with its numbers replaced by `*`, except in its `last` component."""
     head = name.removesuffix(f".{last}") if last else name
     text = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", head)
     return f"{text}.{last}" if last else text

@@ -1,4 +1,4 @@
-"""The walk over a model: which parameters are matrices to compress, and why the others are kept."""
+"""The walk over a model: which parameters are matrices to compress, and why the others stay unquantized."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from reallm.formats import Shape
 from reallm.source.decoder_blocks import decoder_of
 from reallm.source.families import FUSED_EXPERTS, POSITION_WORDS, READ_HIDDEN, WRITE_HIDDEN, is_router, matrix_role
 
-EXCLUDED_BY_PLAN = "left out by the plan"  # why a matrix is kept
+EXCLUDED_BY_PLAN = "left out by the plan"  # why a matrix stays unquantized
 
 
 @runtime_checkable
 class Readable(Protocol):
-    """What `read_matrix` needs of a source."""
+    """The interface of a source that `read_matrix` needs."""
 
     def read(self, name: str, index: int | None = None) -> Tensor: ...
 
@@ -28,8 +28,8 @@ class Readable(Protocol):
 class Matrix:
     """One matrix to compress.
 
-    `name` is the module path (for an expert `<module path>.<parameter>.<number>`), `parameter` the
-    state-dict name to read, `shape` (out, in) as nn.Linear.weight whatever the model stores.
+    `name` is the module path (for an expert `<module path>.<parameter>.<number>`), `parameter` the state-dict name to
+    read, `shape` (out, in) as in nn.Linear.weight, whatever the stored orientation.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Unquantized:
-    """A parameter or persistent buffer that stays as it is, and why."""
+    """A parameter or persistent buffer that stays unquantized, and why."""
 
     name: str
     shape: tuple[int, ...]
@@ -53,27 +53,27 @@ class Unquantized:
 
 @dataclass
 class Walk:
-    """All of a model's state dict: `matrices`, `unquantized`, and `tied` names that are another's tensor."""
+    """A model's complete state dict: `matrices`, `unquantized`, and `tied` names that share another name's tensor."""
 
     matrices: list[Matrix] = field(default_factory=list)
     unquantized: list[Unquantized] = field(default_factory=list)
-    tied: dict[str, str] = field(default_factory=dict)  # state-dict name -> name of the tensor it is
+    tied: dict[str, str] = field(default_factory=dict)  # state-dict name -> name of the tensor it shares
     tied_heads: list[str] = field(default_factory=list)  # module paths that use the embedding's matrix
 
 
 def walk(skeleton: nn.Module) -> Walk:
-    """Sort every parameter and persistent buffer of a model (on the meta device) in model order.
+    """Classify every parameter and persistent buffer of a model (on the meta device), in model order.
 
-    Nothing is skipped in silence: matrices, kept and tied together are the state dict.
+    Nothing is skipped in silence: matrices, unquantized and tied together are the state dict.
     """
-    place = _ModelStructure(skeleton)
-    result = Walk(tied=place.tied, tied_heads=place.tied_heads)
+    structure = _ModelStructure(skeleton)
+    result = Walk(tied=structure.tied, tied_heads=structure.tied_heads)
     for path, module in skeleton.named_modules():
         for name, tensor in _own_state(module):
             full = f"{path}.{name}" if path else name
-            if full in place.tied:
+            if full in structure.tied:
                 continue
-            found = place.classify_parameter(path, module, name, tensor)
+            found = structure.classify_parameter(path, module, name, tensor)
             if isinstance(found, str):
                 result.unquantized.append(Unquantized(full, tuple(tensor.shape), found))
             else:
@@ -82,37 +82,37 @@ def walk(skeleton: nn.Module) -> Walk:
 
 
 def read_matrix(source: Readable, matrix: Matrix) -> Tensor:
-    """A matrix of the walk as (out, in), on the CPU in its stored dtype."""
+    """Read a matrix of the walk as (out, in), on the CPU in its stored dtype."""
     weight = source.read(matrix.parameter, matrix.expert)
     return weight.T.contiguous() if matrix.transposed else weight
 
 
 def block_index(path: str) -> int | None:
-    """Number of the decoder block a path lies in: its first number."""
+    """Return the number of the decoder block of a path, its first number; None if it has none."""
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D, a linear that stores (in, out)."""
+    """Return whether a module is transformers' Conv1D, a linear that stores (in, out)."""
     from transformers.pytorch_utils import Conv1D
 
     return type(module) is Conv1D
 
 
 def linear_shape(module: nn.Module) -> Shape | None:
-    """(out, in) of a module that acts exactly as a linear; None for any other."""
+    """Return (out, in) of a module that computes exactly a linear map plus bias; None for any other."""
     if is_conv1d(module):
         return (module.weight.shape[1], module.weight.shape[0])
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return (module.out_features, module.in_features)
-    return tuple(module.weight.shape) if _acts_as_linear(module) else None
+    return tuple(module.weight.shape) if _computes_linear(module) else None
 
 
-def _acts_as_linear(module: nn.Module) -> bool:
-    """Whether a module of an unknown class computes x · weightᵀ + bias and nothing more: it is tried on small numbers.
+def _computes_linear(module: nn.Module) -> bool:
+    """Return whether a module of an unknown class computes x · weightᵀ + bias and nothing else, by running it.
 
-    Families write linears of their own (Falcon's class adds the bias in a step of its own), and others that scale,
-    clamp or route.
+    Families define their own linears (Falcon's class adds the bias in a separate step), and others that scale, clamp
+    or route.
     """
     own = dict(module.named_parameters(recurse=False))
     if set(own) not in ({"weight"}, {"weight", "bias"}) or own["weight"].ndim != 2 or any(module.children()):
@@ -123,45 +123,45 @@ def _acts_as_linear(module: nn.Module) -> bool:
     try:
         with torch.no_grad(), torch.device("cpu"):
             found = torch.func.functional_call(module, probe, (x,))
-    except Exception:  # whatever an untrusted forward raises, it is no linear
+    except Exception:  # whatever an untrusted forward raises, it is not a linear
         return False
-    wanted = nn.functional.linear(x, weight, probe.get("bias"))
-    return isinstance(found, Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-6)
+    expected = nn.functional.linear(x, weight, probe.get("bias"))
+    return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, atol=1e-6)
 
 
 def follows_experts_interface(module: nn.Module) -> bool:
-    """Whether a module is one of transformers' experts, of which one forward of several is chosen."""
+    """Return whether a module implements the experts interface of transformers, with a selectable forward."""
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
 def experts_transposed(module: nn.Module, hidden_size: int | None) -> bool | None:
-    """Whether the 3-D parameters of a module of fused experts hold slices (in, out); None for all other modules.
+    """Return whether the 3-D parameters of a module of fused experts store slices (in, out); None for other modules.
 
-    Of experts that no table knows the size of hidden states tells it, which gate and up read and down writes; where it
-    does not, None.
+    For experts of an unknown class the hidden size decides, which is the input size of gate and up and the output size
+    of down; if it is ambiguous, the result is None.
     """
     if follows_experts_interface(module):
         return bool(module.is_transposed)
     kind = type(module).__name__
     if kind in FUSED_EXPERTS:
         return FUSED_EXPERTS[kind]
-    sides = set()
+    orientations = set()
     for name, parameter in module.named_parameters(recurse=False):
         role = matrix_role(name)
         if parameter.ndim == 3 and role in READ_HIDDEN | WRITE_HIDDEN and "expert" in kind.lower():
             hidden = [size == hidden_size for size in parameter.shape[1:]]
-            if sum(hidden) == 1:  # (in, out) if those that read it have it first
-                sides.add(hidden[0] == (role in READ_HIDDEN))
-    return sides.pop() if len(sides) == 1 else None
+            if sum(hidden) == 1:  # (in, out) if the hidden size is the first axis of matrices that read it
+                orientations.add(hidden[0] == (role in READ_HIDDEN))
+    return orientations.pop() if len(orientations) == 1 else None
 
 
 def hidden_size_of(model: nn.Module) -> int | None:
-    """Size of the hidden states between a model's decoder blocks, if its config says so."""
+    """Return the size of the hidden states between decoder blocks; None if the config lacks it."""
     return getattr(model.config.get_text_config(decoder=True), "hidden_size", None)
 
 
 def _own_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers that a module holds itself."""
+    """Yield the parameters and persistent buffers of a module itself, without submodules."""
     yield from module.named_parameters(recurse=False)
     for name, buffer in module.named_buffers(recurse=False):
         if name not in module._non_persistent_buffers_set:
@@ -169,7 +169,7 @@ def _own_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class _ModelStructure:
-    """Where things are in a model: embedding, head, decoder blocks, ties."""
+    """Paths of a model's embedding, lm_head, decoder and tied tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         paths = {id(module): path for path, module in model.named_modules()}
@@ -182,11 +182,11 @@ class _ModelStructure:
         self.tied_heads = [n.removesuffix(".weight") for n in self.tied if n == f"{self.head}.weight"]
 
     def classify_parameter(self, path: str, module: nn.Module, name: str, tensor: Tensor) -> list[Matrix] | str:
-        """The matrices that a parameter is, or the reason to keep it."""
+        """Return the matrices of a parameter, or the reason why it stays unquantized."""
         full = f"{path}.{name}" if path else name
         if name == "weight" and path == self.embedding and isinstance(module, nn.Embedding):
             return [Matrix(path, full, tuple(tensor.shape), "embedding", "embedding")]
-        if name == "weight" and self._looks_up_tokens(path, module):
+        if name == "weight" and self._is_token_embedding(path, module):
             return [Matrix(path, full, tuple(tensor.shape), PER_LAYER, "embedding")]
         shape = linear_shape(module) if name == "weight" else None
         if shape is not None and path == self.head:
@@ -200,7 +200,7 @@ class _ModelStructure:
         return self._reason(path, module, name, tensor)
 
     def _experts(self, full: str, transposed: bool, tensor: Tensor) -> list[Matrix]:
-        """One matrix per slice of a fused (experts, ...) parameter."""
+        """Return one matrix per slice of a fused (experts, ...) parameter."""
         rows, columns = tensor.shape[1:]
         shape = (columns, rows) if transposed else (rows, columns)
         return [
@@ -208,8 +208,8 @@ class _ModelStructure:
             for e in range(tensor.shape[0])
         ]
 
-    def _looks_up_tokens(self, path: str, module: nn.Module) -> bool:
-        """Whether a module of the decoder is another table of the whole vocabulary."""
+    def _is_token_embedding(self, path: str, module: nn.Module) -> bool:
+        """Return whether a module of the decoder is a further embedding over the whole vocabulary."""
         if not isinstance(module, nn.Embedding) or (self.decoder and not path.startswith(f"{self.decoder}.")):
             return False
         sizes = {value for key, value in vars(self.config).items() if key.startswith("vocab_size")}
@@ -220,7 +220,7 @@ class _ModelStructure:
         return inside and block_index(path.removeprefix(self.decoder)) is not None
 
     def _reason(self, path: str, module: nn.Module, name: str, tensor: Tensor) -> str:
-        """Why a parameter is kept, in a few words for the plan."""
+        """Return why a parameter stays unquantized, in a few words for the plan."""
         kind = type(module).__name__
         if name not in module._parameters:
             return "buffer"
@@ -229,7 +229,7 @@ class _ModelStructure:
         if "norm" in kind.lower() or "norm" in path.rpartition(".")[2].lower():
             return "norm"
         if isinstance(module, nn.Embedding):
-            return "position embedding" if _is_position(path, module) else "embedding beside the input's"
+            return "position embedding" if _is_position(path, module) else "embedding other than the input embedding"
         if tensor.ndim == 1:
             return "1-D"
         if "router" in kind.lower() or is_router(path, tensor.shape[0], self.config):
@@ -244,7 +244,7 @@ def _is_position(path: str, module: nn.Module) -> bool:
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """State-dict names that are another's tensor -> that one; the input embedding is never the tied one."""
+    """Map tied state-dict names to the name of the tensor they share; the input embedding is never a key."""
     embedding = next((f"{p}.weight" for p, m in model.named_modules() if m is model.get_input_embeddings()), None)
     tied: dict[str, str] = {}
     for target, owner in dict(model.all_tied_weights_keys).items():
@@ -255,13 +255,13 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def meta_model(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
-    """A causal language model of a config on the meta device: names and shapes, no memory."""
+    """Build a causal language model from a config on the meta device: names and shapes, no memory."""
     with torch.device("meta"):
         return build_model(config, dtype or torch.float32)
 
 
 def build_model(config: Any, dtype: torch.dtype) -> nn.Module:
-    """A causal language model of a config, whatever quantisation it speaks of, on the default device."""
+    """Build a causal language model from a config on the default device, ignoring its quantisation."""
     import copy
 
     from transformers import AutoModelForCausalLM
