@@ -12,7 +12,6 @@ from reallm.allocate.problem import Choice, Problem
 from reallm.allocate.recipe import KEEP, FormatSpec
 from reallm.errors import FormatError, RecipeError
 from reallm.formats import Shape, WeightFormat, collect_shared_decoders, from_spec
-from reallm.formats.low_rank_plus import LowRankPlus
 
 # The artifact takes at least this share of its budget.
 LEAST_SHARE = 0.995
