@@ -1,4 +1,4 @@
-"""Tokenizers of GGUF files: the file's ids with every version of transformers, or a one-line error."""
+"""Tokenizers of GGUF files: the ids that the file says, whatever version of transformers builds them, or one line."""
 
 import json
 
@@ -82,7 +82,7 @@ def byte_level():
 
 @pytest.fixture(scope="module")
 def pieces():
-    """(pieces of a SentencePiece-BPE in order of creation, its letters, its merges)"""
+    """(pieces of a SentencePiece-BPE in the order in which they were made, its letters, its merges)"""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=160, show_progress=False))
@@ -100,7 +100,7 @@ def byte_level_file(path, byte_level, **more):
 
 
 def llama_file(path, pieces, shuffled=False, **more):
-    """As in LLaMA 2: scores give the order of merging."""
+    """Of LLaMA 2's family: scores say the order of merging."""
     made, letters, _ = pieces
     made = sorted(made) if shuffled else made
     tokens = ["<unk>", "<s>", "</s>", *BYTES, *made, *letters]
@@ -111,7 +111,7 @@ def llama_file(path, pieces, shuffled=False, **more):
 
 
 def gemma_file(path, pieces, arch="gemma3", **more):
-    """As in Gemma: equal scores, no merges, runs of spaces unchanged, no space before the text."""
+    """Of Gemma's family: all scores alike, no merges, runs of spaces as they are, no space before the text."""
     made, letters, _ = pieces
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>"]
     tokens = [*special, "  ", "   ", *BYTES, *made, *letters]
@@ -121,7 +121,7 @@ def gemma_file(path, pieces, arch="gemma3", **more):
 
 
 def unigram(pieces):
-    """(tokens, scores) with higher scores for longer pieces."""
+    """(tokens, scores) with the longer pieces the likelier."""
     made, letters, _ = pieces
     tokens = ["<pad>", "</s>", "<unk>", *letters, *made]
     return tokens, [0.0, 0.0, 0.0] + [-9.0 - 0.01 * n for n in range(len(letters))] + [-4.0 - 1 / len(m) for m in made]
@@ -134,8 +134,8 @@ def unigram_file(path, pieces, **more):
     return write(path, "llama", "t5", tokens, types, scores, **more)
 
 
-def reference_bpe_ids(text, order, tokens):
-    """Reference SentencePiece-BPE: the earliest merge is joined first; letters without a token become bytes."""
+def merged_ids(text, order, tokens):
+    """SentencePiece-BPE by hand: the pair made first is joined first; letters without a token become bytes."""
     parts = list(text)
     while pairs := [pair for pair in zip(parts, parts[1:], strict=False) if "".join(pair) in order]:
         best = min(pairs, key=lambda pair: order.index("".join(pair)))
@@ -147,8 +147,8 @@ def reference_bpe_ids(text, order, tokens):
     return ids
 
 
-def reference_unigram_ids(word, tokens, scores):
-    """Reference Unigram: the segmentation of a word with the highest sum of scores."""
+def best_ids(word, tokens, scores):
+    """Unigram by hand: of all ways to cut a word the one of the highest sum of scores."""
     best = [(0.0, [])] + [(-1e9, [])] * len(word)
     for end in range(1, len(word) + 1):
         for start in range(end):
@@ -171,10 +171,10 @@ def test_byte_level_bpe_gives_the_ids_of_the_tokenizers_library(byte_level, tmp_
 def test_sentencepiece_bpe_is_merged_by_the_scores_of_the_file(pieces, tmp_path, shuffled):
     path = llama_file(tmp_path / "x.gguf", pieces, shuffled)
     tokens = ["<unk>", "<s>", "</s>", *BYTES, *(sorted(pieces[0]) if shuffled else pieces[0]), *pieces[1]]
-    assert ids_of(path, TEXT) == [1, *reference_bpe_ids("▁" + TEXT.replace(" ", "▁"), pieces[0], tokens)]
+    assert ids_of(path, TEXT) == [1, *merged_ids("▁" + TEXT.replace(" ", "▁"), pieces[0], tokens)]
 
 
-def test_sentencepiece_bpe_uses_the_merges_of_the_file_if_it_has_them(pieces, tmp_path):
+def test_sentencepiece_bpe_takes_the_merges_of_the_file_where_it_has_them(pieces, tmp_path):
     stated = llama_file(tmp_path / "x.gguf", pieces, merges=pieces[2])
     assert ids_of(stated, TEXT) == ids_of(llama_file(tmp_path / "y.gguf", pieces), TEXT)
 
@@ -184,19 +184,19 @@ def test_a_gemma_is_bpe_in_the_order_of_its_tokens(pieces, tmp_path, arch):
     path = gemma_file(tmp_path / "x.gguf", pieces, arch)
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "▁▁", "▁▁▁", *BYTES, *pieces[0], *pieces[1]]
     order = ["▁▁", "▁▁▁", *pieces[0]]
-    assert ids_of(path, TEXT) == [2, *reference_bpe_ids(TEXT.replace(" ", "▁"), order, tokens)]
+    assert ids_of(path, TEXT) == [2, *merged_ids(TEXT.replace(" ", "▁"), order, tokens)]
     assert ids_of(path, "<start_of_turn>old", add_special_tokens=False)[0] == 4
 
 
 def test_unigram_takes_the_likeliest_cut_by_the_scores_of_the_file(pieces, tmp_path):
     tokens, scores = unigram(pieces)
     words = ["▁" + word for word in "The old house holds 2024 small stones".split()]
-    wanted = [number for word in words for number in reference_unigram_ids(word, tokens, scores)]
+    wanted = [number for word in words for number in best_ids(word, tokens, scores)]
     path = unigram_file(tmp_path / "x.gguf", pieces)
     assert ids_of(path, "The old house holds 2024 small stones", add_special_tokens=False) == wanted
 
 
-def test_no_token_has_an_id_beyond_the_embedding(byte_level, pieces, tmp_path):
+def test_no_token_has_an_id_past_the_embedding(byte_level, pieces, tmp_path):
     for write_file, made_of in ((byte_level_file, byte_level), (gemma_file, pieces), (unigram_file, pieces)):
         path = write_file(tmp_path / "x.gguf", made_of)
         tokenizer, rows = load_tokenizer(path), open_source(path).config.vocab_size
@@ -204,7 +204,7 @@ def test_no_token_has_an_id_beyond_the_embedding(byte_level, pieces, tmp_path):
         assert max(tokenizer("<|endoftext|> <mask> <extra_id_0> <s>").input_ids) < rows
 
 
-def test_the_bos_token_follows_the_file_or_its_model_type(byte_level, pieces, tmp_path):
+def test_the_begin_of_text_is_put_where_the_file_says_or_its_kind_does(byte_level, pieces, tmp_path):
     path = tmp_path / "x.gguf"
     assert leading_bos(load_tokenizer(llama_file(path, pieces))) == 1
     assert leading_bos(load_tokenizer(llama_file(path, pieces, add_bos_token=False))) is None
@@ -230,7 +230,7 @@ def test_a_saved_tokenizer_of_a_gguf_file_gives_the_same_ids(byte_level, pieces,
         assert (saved.bos_token, saved.eos_token, saved.pad_token) == (read.bos_token, read.eos_token, read.pad_token)
 
 
-def test_special_tokens_that_are_not_bytes_are_not_split(byte_level, tmp_path):
+def test_special_tokens_that_are_no_bytes_stay_whole(byte_level, tmp_path):
     tokenizer, tokens, merges = byte_level
     more = [*tokens, "<｜User｜>", "<think>"]
     types = [CONTROL] + [NORMAL] * (len(tokens) - 1) + [CONTROL, USER]
@@ -239,7 +239,20 @@ def test_special_tokens_that_are_not_bytes_are_not_split(byte_level, tmp_path):
     assert load_tokenizer(path).decode([len(tokens), len(tokens) + 1]) == "<｜User｜><think>"
 
 
-def test_padding_of_the_embedding_is_accepted(byte_level, tmp_path):
+def test_runs_of_spaces_may_be_tokens_of_their_own_beside_those_that_merges_make(byte_level, tmp_path):
+    _, tokens, merges = byte_level
+    more, count = [*tokens, "ĠĠ", "  ", "    "], len(tokens)
+    types = [CONTROL] + [NORMAL] * count + [USER, USER]
+    path = write(tmp_path / "x.gguf", "llama", "gpt2", more, types, merges=[*merges, "Ġ Ġ"], eos_token_id=0)
+    assert {count + 1, count + 2} <= set(ids_of(path, "old  house    holds"))
+    more = [*tokens, "  "]
+    path = write(
+        tmp_path / "y.gguf", "llama", "gpt2", more, types[:1] + types[2:-1], merges=[*merges, "Ġ Ġ"], eos_token_id=0
+    )
+    assert load_tokenizer(path).decode(ids_of(path, "old  house")) == "old  house"
+
+
+def test_padding_of_the_embedding_is_no_misfit(byte_level, tmp_path):
     tokens = [*byte_level[1], "[PAD0]", "[PAD1]"]
     types = [CONTROL] + [NORMAL] * (len(tokens) - 3) + [5, 5]
     path = write(tmp_path / "x.gguf", "llama", "gpt2", tokens, types, merges=byte_level[2], eos_token_id=0)
@@ -279,7 +292,7 @@ def test_a_tokenizer_that_cannot_be_built_or_is_damaged_is_one_line_before_any_w
 
 @pytest.fixture
 def built(monkeypatch):
-    """built(change): change the state of a tokenizer that transformers builds, as an incompatible version would."""
+    """built(change): the state of a tokenizer that transformers builds is changed, as a wrong version would."""
     import transformers
 
     real = transformers.AutoTokenizer.from_pretrained
@@ -332,8 +345,8 @@ def in_small_letters(state):
         (gemma_file, with_other_merges, "merges a sample of text in another order"),
         (llama_file, with_other_merges, "merges a sample of text in another order"),
         (unigram_file, with_one_score_changed, "has score"),
-        (gemma_file, without_special_tokens, r"splits special token 4 \('<start_of_turn>'\) into"),
-        (byte_level_file, in_small_letters, "a sample of text decodes to 'the small"),
+        (gemma_file, without_special_tokens, r"cuts special token 4 \('<start_of_turn>'\) into"),
+        (byte_level_file, in_small_letters, "a sample of text comes back as 'the small"),
     ],
 )
 def test_a_tokenizer_that_is_not_the_files_is_refused_naming_what_differs(
@@ -343,5 +356,5 @@ def test_a_tokenizer_that_is_not_the_files_is_refused_naming_what_differs(
     load_tokenizer(path)
     path.rename(tmp_path / "y.gguf")
     built(change)
-    with pytest.raises(SourceError, match=f"differs from the file: .*{said}.*; give the Hugging Face folder"):
+    with pytest.raises(SourceError, match=f"is not the file's: .*{said}.*; give the Hugging Face folder"):
         load_tokenizer(tmp_path / "y.gguf")

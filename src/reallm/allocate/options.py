@@ -12,6 +12,7 @@ from reallm.allocate.problem import Choice, Problem
 from reallm.allocate.recipe import KEEP, FormatSpec
 from reallm.errors import FormatError, RecipeError
 from reallm.formats import Shape, WeightFormat, collect_shared_decoders, from_spec
+from reallm.formats.low_rank_plus import LowRankPlus
 
 # The artifact takes at least this share of its budget.
 LEAST_SHARE = 0.995
@@ -70,7 +71,7 @@ def matrix_options(
         required = (always or {}).get(matrix.name)
         bases = candidates(matrix) if fixed is None else [from_spec(fixed)]
         for base in bases if required is None else [required, *bases]:
-            fmt = set_rank(base, rank) if matrix.kind == "block" and base is not required else base
+            fmt = LowRankPlus.replace_residual(base, rank) if matrix.kind == "block" and base is not required else base
             if (full := cached_size(fmt, matrix.shape)) is not None:
                 nbytes = min(full, round(full * share(matrix, fmt)) + _CODED_TABLES)
                 rows.append(Option(fmt, nbytes, loss(matrix, base)))

@@ -32,7 +32,7 @@ def sensitivity(matrix: MatrixInfo, fmt: WeightFormat, depth: int) -> float:
 
     `depth` is the number of decoder blocks.
     """
-    roles = load_table()["roles"][_code_family(fmt)]
+    roles = load_table()["roles"]["vector" if fmt.codes_vectors() else "scalar"]
     role = _SAME_SENSITIVITY.get(matrix.role, matrix.role)
     figure = roles.get(role, sum(roles.values()) / len(roles))
     if matrix.block == depth - 1:

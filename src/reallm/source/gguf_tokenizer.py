@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file, built by transformers and checked against the file's header."""
+"""The tokenizer of a GGUF file, as transformers builds it, checked against what the file says."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from reallm.source.gguf import fast_reader, open_reader
 from reallm.source.limits import error_line
 from reallm.source.transformers_logging import silence_transformers
 
-# Model type in the tokenizers library by `tokenizer.ggml.model`.
+# What the kinds of `tokenizer.ggml.model` are in the tokenizers library.
 _MODELS = {"gpt2": "BPE", "llama": "BPE", "gemma4": "BPE", "t5": "Unigram"}
-_CONTROL, _USER_DEFINED = 3, 4  # values of `tokenizer.ggml.token_type`
+_CONTROL, _USER_DEFINED = 3, 4  # of `tokenizer.ggml.token_type`
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-_LLAMA_3 = ("llama3", "llama-v3", "llama-bpe")  # llama.cpp prepends the BOS token for these, with or without the flag
+_LLAMA_3 = ("llama3", "llama-v3", "llama-bpe")  # llama.cpp puts the begin of text before these, flag or not
 
 _WORDS = "The small rivers see 2024 houses, déjà vu: Straße 漢字 привет 🙂 return x1+3.14 internationalization"
 _SAMPLE = f"{_WORDS}\n\tif  x == 12:\n    # end"
 
 
 @dataclass(frozen=True)
-class _TokenizerSpec:
-    """The tokenizer as the header of a file describes it."""
+class _Stated:
+    """What the header of a file says of its tokenizer."""
 
     kind: str
     tokens: list[str]
@@ -42,7 +42,7 @@ class _TokenizerSpec:
     rows: int | None  # of the embedding
 
     def spellings(self, token: str) -> tuple[str, ...]:
-        """Return how the tokenizers library may spell a token: bytes as letters, spaces as underscores."""
+        """Return how a token may be written in the tokenizers library: bytes as letters, spaces as underscores."""
         return (token, _byte_letters(token) if self.kind == "gpt2" else token.replace(" ", "▁"))
 
     def has(self, number: int, token: str) -> bool:
@@ -56,40 +56,41 @@ class _TokenizerSpec:
 
 
 def gguf_tokenizer(path: Path) -> Any:
-    """Return the tokenizer of a GGUF file, with exactly the tokens and special tokens of the file.
+    """Return the tokenizer of a GGUF file, with no tokens but the file's and the special tokens that it states.
 
-    Errors: SourceError with the remedy if the file has none, if transformers cannot build it, or if the result differs
-    from the file in type, vocabulary, merges or scores, splits special tokens, or is not reversible.
+    Errors: SourceError with the remedy if there is none, if transformers cannot build it, or builds another than the
+    file says: of another kind, vocabulary, merges or scores, with special tokens that are cut, or not reversible.
     """
     state = os.stat(path)
-    return copy.deepcopy(_load_verified(path, state.st_size, state.st_mtime_ns))
+    return copy.deepcopy(_checked(path, state.st_size, state.st_mtime_ns))
 
 
-@functools.lru_cache(maxsize=1)  # used before a run, for its text and for saving: 3 s each for 49,152 tokens
-def _load_verified(path: Path, size: int, changed: int) -> Any:
+@functools.lru_cache(maxsize=1)  # asked for before a run, for its text, and to be saved: 3 s each for 49,152 tokens
+def _checked(path: Path, size: int, changed: int) -> Any:
     import transformers
 
-    spec = _read(path)
+    stated = _read_stated(path)
     remedy = "give the Hugging Face folder of the model, or pip install -U transformers"
     try:
         with silence_transformers(), fast_reader():
             built = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            tokenizer = _rebuild(built, spec)
-    except Exception as problem:  # any file reaches the code of many families
+            tokenizer = _only_of_file(built, stated)
+        reason = next(_misfits(stated, tokenizer), None)
+    except Exception as problem:  # it is code of many families that meets any file
         raise SourceError(
-            f"{path}: transformers {transformers.__version__} cannot build its tokenizer of kind {spec.kind!r} "
+            f"{path}: transformers {transformers.__version__} cannot build its tokenizer of kind {stated.kind!r} "
             f"({error_line(problem)}); {remedy}"
         ) from problem
-    if (reason := next(_mismatches(spec, tokenizer), None)) is not None:
+    if reason is not None:
         raise SourceError(
-            f"{path}: its tokenizer as transformers {transformers.__version__} builds it differs from the file: "
-            f"{reason}; {remedy}"
+            f"{path}: its tokenizer as transformers {transformers.__version__} builds it is not the file's: {reason}; "
+            f"{remedy}"
         )
     return tokenizer
 
 
-def _read(path: Path) -> _TokenizerSpec:
-    """Read the tokenizer's header fields. Errors: SourceError if the file holds no tokenizer or an inconsistent one."""
+def _read_stated(path: Path) -> _Stated:
+    """Errors: SourceError if the file holds no tokenizer, or one whose parts do not belong together."""
     reader = open_reader(path)
     try:
         stated = _stated_in(reader, path)
@@ -115,195 +116,194 @@ def _stated_in(reader: Any, path: Path) -> _Stated:
         )
     kind, adds = str(value("model", "")), {}
     if (bos := value("add_bos_token", kind == "llama" or value("pre", "") in _LLAMA_3 or None)) is not None:
-        adds["add_bos_token"] = bool(bos) and kind != "gemma4"  # as published: its chat template writes the BOS token
+        adds["add_bos_token"] = bool(bos) and kind != "gemma4"  # as published: its chat template writes it
     if (eos := value("add_eos_token", None)) is not None:
         adds["add_eos_token"] = bool(eos)
     special = {name: value(f"{key}_token_id", None) for name, key in _SPECIAL.items()}
     rows = next((int(t.shape[-1]) for t in reader.tensors if t.name == "token_embd.weight"), None)
     lists = (value("token_type", []), value("scores", []), value("merges", []))
-    spec = _TokenizerSpec(kind, tokens, *lists, {n: int(i) for n, i in special.items() if i is not None}, adds, rows)
-    if (reason := _contradiction(spec)) is not None:
-        raise SourceError(f"{path}: its tokenizer is damaged: {reason}; give the Hugging Face folder of the model")
-    return spec
+    if not all(isinstance(one, list) for one in (tokens, *lists)) or not all(isinstance(t, str) for t in tokens):
+        raise ValueError("its tokens, types, scores or merges are no lists")
+    # llama.cpp writes its "no token", -1, as the largest number.
+    ids = {name: int(number) for name, number in special.items() if number not in (None, -1, 0xFFFFFFFF)}
+    return _Stated(kind, tokens, *lists, ids, adds, rows)
 
 
-def _contradiction(spec: _TokenizerSpec) -> str | None:
-    """Return an inconsistency within a file's header; None if there is none."""
-    count = len(spec.tokens)
-    if spec.rows is not None and count > spec.rows:
-        return f"it has {count:,} tokens, the embedding {spec.rows:,} rows"
-    for name, values in (("types", spec.types), ("scores", spec.scores)):
+def _contradiction(stated: _Stated) -> str | None:
+    """What in a file's own words cannot be."""
+    count = len(stated.tokens)
+    if stated.rows is not None and count > stated.rows:
+        return f"it has {count:,} tokens, the embedding {stated.rows:,} rows"
+    for name, values in (("types", stated.types), ("scores", stated.scores)):
         if values and len(values) != count:
             return f"it has {count:,} tokens and {len(values):,} {name}"
-    for name, token in spec.special.items():
+    for name, token in stated.special.items():
         if not 0 <= token < count:
             return f"{name} is {token}, of {count:,} tokens"
-    if spec.kind == "gpt2" and not spec.merges:
+    if stated.kind == "gpt2" and not stated.merges:
         return "it is byte-level BPE without merges (tokenizer.ggml.merges)"
-    if spec.kind == "t5" and not spec.scores:
+    if stated.kind == "t5" and not stated.scores:
         return "it is Unigram without scores (tokenizer.ggml.scores)"
-    if spec.kind == "llama" and not (spec.merges or spec.scores):
+    if stated.kind == "llama" and not (stated.merges or stated.scores):
         return "it has neither merges nor scores"
     return None
 
 
-def _rebuild(built: Any, spec: _TokenizerSpec) -> Any:
-    """Return a plain tokenizer: transformers' classes add their own tokens, with ids beyond the embedding."""
+def _only_of_file(built: Any, stated: _Stated) -> Any:
+    """A plain tokenizer: transformers' classes bring tokens of their own, with ids past the embedding."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     state = json.loads(built.backend_tokenizer.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < len(spec.tokens)]
-    _add_special_tokens(state, spec)
+    state["added_tokens"] = [t for t in state["added_tokens"] if stated.has(t["id"], t["content"])]
+    _spell_out(state, stated)
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
         chat_template=built.chat_template,
         clean_up_tokenization_spaces=False,
-        **{name: spec.tokens[token] for name, token in spec.special.items()},
-        **spec.adds,
+        **{name: stated.tokens[token] for name, token in stated.special.items()},
+        **stated.adds,
     )
 
 
-def _add_special_tokens(state: dict[str, Any], spec: _TokenizerSpec) -> None:
-    """Add special tokens such as <｜User｜>, which byte-level files store as text and transformers reads as bytes."""
-    if spec.kind != "gpt2":
+def _spell_out(state: dict[str, Any], stated: _Stated) -> None:
+    """Special tokens such as <｜User｜> lie in byte-level files as text; transformers takes them for bytes."""
+    if stated.kind != "gpt2":
         return
     vocab, known = state["model"]["vocab"], {token["id"] for token in state["added_tokens"]}
     places = {token: number for number, token in enumerate(stated.tokens)}
     made = {merge.replace(" ", "", 1) for merge in stated.merges}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    for number, (token, kind) in enumerate(zip(spec.tokens, spec.types, strict=False)):
-        if kind in (_CONTROL, _USER_DEFINED) and number not in known and token:
-            if vocab.get(spelled := _byte_letters(token)) == number:
-                vocab[token] = vocab.pop(spelled)
-            state["added_tokens"].append({"id": number, "content": token, "special": kind == _CONTROL, **flags})
+    for number, (token, kind) in enumerate(zip(stated.tokens, stated.types, strict=False)):
+        spelled = _byte_letters(token) if kind in (_CONTROL, _USER_DEFINED) else ""
+        if not spelled or number in known or (spelled != token and spelled in made and spelled not in places):
+            continue
+        if spelled != token and vocab.get(spelled) == number:
+            del vocab[spelled]
+            vocab |= {token: number} | ({spelled: places[spelled]} if spelled in places else {})
+        state["added_tokens"].append({"id": number, "content": token, "special": kind == _CONTROL, **flags})
     state["added_tokens"].sort(key=lambda token: token["id"])
 
 
-def _mismatches(spec: _TokenizerSpec, tokenizer: Any) -> Iterator[str]:
-    """Yield the differences between a tokenizer and the file, the most informative first."""
+def _misfits(stated: _Stated, tokenizer: Any) -> Iterator[str]:
+    """What of a tokenizer is not as the file says, the most telling first."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
-    expected = _MODELS.get(spec.kind, model["type"])
-    if model["type"] != expected:
-        yield f"it is {model['type']}, {spec.kind!r} is {expected}"
+    wanted = _MODELS.get(stated.kind, model["type"])
+    if model["type"] != wanted:
+        yield f"it is {model['type']}, {stated.kind!r} is {wanted}"
         return
-    yield from _token_mismatches(spec, tokenizer)
-    if expected == "BPE":
-        yield from _merge_mismatches(spec, state)
-    elif expected == "Unigram":
-        yield from _score_mismatches(spec, model)
-    yield from _split_special_tokens(spec, tokenizer)
-    yield from _round_trip_mismatches(spec, tokenizer)
+    yield from _other_tokens(stated, tokenizer)
+    if wanted == "BPE":
+        yield from _other_merges(stated, state)
+    elif wanted == "Unigram":
+        yield from _other_scores(stated, model)
+    yield from _cut_tokens(stated, tokenizer)
+    yield from _not_reversible(stated, tokenizer)
 
 
-def _token_mismatches(spec: _TokenizerSpec, tokenizer: Any) -> Iterator[str]:
+def _other_tokens(stated: _Stated, tokenizer: Any) -> Iterator[str]:
     vocab = tokenizer.get_vocab()
     by_id = {number: token for token, number in vocab.items()}
-    for number, token in enumerate(spec.tokens):
+    for number, token in enumerate(stated.tokens):
         if (found := by_id.get(number)) == token:
             continue
-        allowed = spec.spellings(token)
-        duplicate = found is None and any(spelling in vocab for spelling in allowed)
-        # T5's sentinel tokens are placeholders in the file.
-        blank = re.fullmatch(r"\[PAD\d+\]", token) and re.fullmatch(r"<extra_id_\d+>", found or "")
-        if found not in allowed and not duplicate and not blank:
+        twice = found is None and any(spelled in vocab for spelled in stated.spellings(token))
+        if not twice and (found is None or not stated.has(number, found)):
             yield f"token {number} is {found!r}, in the file {token!r}"
-    if more := sorted(number for number in by_id if number >= len(spec.tokens)):
-        yield f"it has token {more[0]} ({by_id[more[0]]!r}), the file {len(spec.tokens):,} tokens"
+    if more := sorted(number for number in by_id if number >= len(stated.tokens)):
+        yield f"it has token {more[0]} ({by_id[more[0]]!r}), the file {len(stated.tokens):,} tokens"
 
 
-def _merge_mismatches(spec: _TokenizerSpec, state: dict[str, Any]) -> Iterator[str]:
-    if spec.merges:
+def _other_merges(stated: _Stated, state: dict[str, Any]) -> Iterator[str]:
+    if stated.merges:
         found = [" ".join(merge) if isinstance(merge, list) else merge for merge in state["model"]["merges"]]
-        if found != spec.merges:
-            yield f"it has {len(found):,} merges, which are not the {len(spec.merges):,} of the file"
-    elif spec.kind == "llama" and not _follows_merge_order(spec, state):
-        yield "it merges a sample of text in another order than the file's scores"
+        if found != stated.merges:
+            yield f"it has {len(found):,} merges, which are not the {len(stated.merges):,} of the file"
+    elif stated.kind == "llama" and not _merges_as_stated(stated, state):
+        yield "it merges a sample of text in another order than the file's scores say"
 
 
-def _follows_merge_order(spec: _TokenizerSpec, state: dict[str, Any]) -> bool:
-    """Return whether a sample is merged by score, or by token order, which Gemma uses whatever its scores."""
+def _merges_as_stated(stated: _Stated, state: dict[str, Any]) -> bool:
+    """Whether a sample is merged by the scores, or by the order of the tokens, which is Gemma's whatever its scores."""
     from tokenizers import Tokenizer
 
     bare = Tokenizer.from_str(json.dumps(state | {"added_tokens": [], "post_processor": None}))
     vocab = bare.get_vocab()
-    spelled = [token if token in vocab else token.replace(" ", "▁") for token in spec.tokens]
-    by_position = {token: float(position) for position, token in enumerate(spelled)}
-    by_score = {token: -score for token, score in zip(spelled, spec.scores, strict=False)}
+    spelled = [token if token in vocab else token.replace(" ", "▁") for token in stated.tokens]
+    by_place = {token: float(place) for place, token in enumerate(spelled)}
+    by_score = {token: -score for token, score in zip(spelled, stated.scores, strict=False)}
     orders = (
-        [by_position, by_score]
-        if len({by_score[t] for t in spelled if len(t) > 1 and t[0] != "<"}) > 1
-        else [by_position]
+        [by_place, by_score] if len({by_score[t] for t in spelled if len(t) > 1 and t[0] != "<"}) > 1 else [by_place]
     )
-    sample = "".join(letter for letter in _WORDS if _can_encode(letter, spec.kind, vocab))
+    sample = "".join(letter for letter in _WORDS if _has(letter, stated.kind, vocab))
     found = bare.encode(sample, add_special_tokens=False).tokens
     text = sample if bare.normalizer is None else bare.normalizer.normalize_str(sample)
     words = [text] if bare.pre_tokenizer is None else [word for word, _ in bare.pre_tokenizer.pre_tokenize_str(text)]
 
-    def apply_merges(ranks: dict[str, float]) -> list[str]:
+    def merged(ranks: dict[str, float]) -> list[str]:
         pieces = [piece for word in words for piece in _merge(word, ranks)]
-        return [token for piece in pieces for token in _token_or_bytes(piece, vocab)]
+        return [token for piece in pieces for token in _or_bytes(piece, vocab)]
 
-    return found in map(apply_merges, orders)
+    return found in map(merged, orders)
 
 
 def _merge(word: str, ranks: dict[str, float]) -> list[str]:
-    """Return the pieces of a word: join the pair whose token has the lowest rank, until no pair is a token."""
+    """The pieces of a word: the pair that makes the token of the lowest rank is joined, until none makes one."""
     pieces = list(word)
     while True:
         pairs = [
-            (ranks[joined], position)
-            for position in range(len(pieces) - 1)
-            if (joined := pieces[position] + pieces[position + 1]) in ranks
+            (ranks[both], place)
+            for place in range(len(pieces) - 1)
+            if (both := pieces[place] + pieces[place + 1]) in ranks
         ]
         if not pairs:
             return pieces
-        _, position = min(pairs)
-        pieces[position : position + 2] = [pieces[position] + pieces[position + 1]]
+        _, place = min(pairs)
+        pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
 
 
-def _token_or_bytes(piece: str, vocab: dict[str, int]) -> Sequence[str]:
+def _or_bytes(piece: str, vocab: dict[str, int]) -> Sequence[str]:
     return [piece] if piece in vocab else [f"<0x{byte:02X}>" for byte in piece.encode()]
 
 
-def _score_mismatches(spec: _TokenizerSpec, model: dict[str, Any]) -> Iterator[str]:
-    for number, ((token, score), expected) in enumerate(zip(model["vocab"], spec.scores, strict=False)):
-        if abs(score - expected) > 1e-4 * max(1.0, abs(expected)):
-            yield f"token {number} ({token!r}) has score {score:.4f}, in the file {expected:.4f}"
+def _other_scores(stated: _Stated, model: dict[str, Any]) -> Iterator[str]:
+    for number, ((token, score), wanted) in enumerate(zip(model["vocab"], stated.scores, strict=False)):
+        if abs(score - wanted) > 1e-4 * max(1.0, abs(wanted)):
+            yield f"token {number} ({token!r}) has score {score:.4f}, in the file {wanted:.4f}"
 
 
-def _split_special_tokens(spec: _TokenizerSpec, tokenizer: Any) -> Iterator[str]:
-    """Yield special tokens that are split when they occur in text, as chat templates write them."""
+def _cut_tokens(stated: _Stated, tokenizer: Any) -> Iterator[str]:
+    """Special tokens that text cannot say: chats are made of them."""
     vocab = tokenizer.get_vocab()
-    rows = zip(range(len(spec.tokens)), spec.tokens, spec.types, strict=False)
-    special = [(n, token) for n, token, kind in rows if kind in (_CONTROL, _USER_DEFINED) and token.strip()]
-    encoded = tokenizer.backend_tokenizer.encode_batch([token for _, token in special], add_special_tokens=False)
-    for (number, token), found in zip(special, encoded, strict=True):
+    rows = zip(range(len(stated.tokens)), stated.tokens, stated.types, strict=False)
+    whole = [(n, token) for n, token, kind in rows if kind in (_CONTROL, _USER_DEFINED) and token.strip()]
+    encoded = tokenizer.backend_tokenizer.encode_batch([token for _, token in whole], add_special_tokens=False)
+    for (number, token), found in zip(whole, encoded, strict=True):
         if vocab.get(token, number) not in found.ids:
-            yield f"it splits special token {number} ({token!r}) into {len(found.ids)} pieces"
+            yield f"it cuts special token {number} ({token!r}) into {len(found.ids)} pieces"
 
 
-def _round_trip_mismatches(spec: _TokenizerSpec, tokenizer: Any) -> Iterator[str]:
+def _not_reversible(stated: _Stated, tokenizer: Any) -> Iterator[str]:
     vocab = tokenizer.get_vocab()
-    text = "".join(letter for letter in _SAMPLE if _can_encode(letter, spec.kind, vocab))
+    text = "".join(letter for letter in _SAMPLE if _has(letter, stated.kind, vocab))
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    if spec.kind == "t5":  # its normalisation is not reversible
+    if stated.kind == "t5":  # its normalisation is one way
         text, back = (" ".join(unicodedata.normalize("NFKC", one).split()) for one in (text, back))
     if back != text:
-        yield f"a sample of text decodes to {back[:60]!r}"
+        yield f"a sample of text comes back as {back[:60]!r}"
 
 
-def _can_encode(letter: str, kind: str, vocab: dict[str, int]) -> bool:
-    """Return whether a vocabulary can encode a letter."""
+def _has(letter: str, kind: str, vocab: dict[str, int]) -> bool:
+    """Whether a vocabulary has what a letter is written with."""
     if kind == "gpt2":
         return all(symbol in vocab for symbol in _byte_letters(letter))
-    return letter.replace(" ", "▁") in vocab or all(byte in vocab for byte in _token_or_bytes(letter, {}))
+    return letter.replace(" ", "▁") in vocab or all(byte in vocab for byte in _or_bytes(letter, {}))
 
 
 def _byte_letters(text: str) -> str:
-    """Return a text in byte-level BPE spelling: one letter per byte."""
+    """A text as byte-level BPE writes it: a letter a byte."""
     from tokenizers import pre_tokenizers
 
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
