@@ -208,7 +208,7 @@ def _requires_full_load(job: Job) -> bool:
 def _guidance_bytes(job: Job) -> int:
     """Return the bytes of the weights of tokens that guided fits keep: one float32 per token and matrix of a block."""
     in_blocks = sum(matrix.block is not None for matrix, _ in job.compressed_matrices)
-    return 4 * _calibration_tokens(job) * in_blocks if job.guided else 0
+    return 4 * _calibration_tokens(job) * in_blocks if job.is_guided else 0
 
 
 def _calibration_bytes(job: Job) -> int:

@@ -226,6 +226,6 @@ def _teacher_outputs(job: Job, work: Path, progress: Progress | None) -> tuple[T
         matrix.block is not None and not finished_file(work, matrix.name).is_file()
         for matrix, _ in job.compressed_matrices
     )
-    if not job.guided or not unfinished:
+    if not job.is_guided or not unfinished:
         return windows, _TeacherOutputs()
     return windows, _TeacherOutputs(guidance=load_guidance(job, work, windows, original, progress))
