@@ -171,7 +171,7 @@ def test_a_disk_without_room_is_named_with_what_to_do(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("loss", "the original's logits are NaN or infinite"),
+        ("loss", "the original model's logits are NaN or infinite"),
         ("outputs", "its error is not finite before the first step"),
     ],
 )

@@ -49,7 +49,7 @@ def stored_of(fitted):
 
 def trainable_of(fmt, stored, chosen=None, constant_dtype=torch.float32):
     names = list(trainable_roles(fmt, stored, SHAPE)) if chosen is None else chosen
-    return TrainableWeight(fmt, SHAPE, stored, names, True, constant_dtype)
+    return TrainableWeight(fmt, SHAPE, stored, names, constant_dtype)
 
 
 def perturb(trainable_weight, size=0.05):

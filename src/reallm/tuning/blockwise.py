@@ -218,7 +218,7 @@ class _BlockTargets:
     """Target outputs of a block, one tensor per batch, and the cost of an error."""
 
     block: int
-    targets: Sequence[Float[Tensor, "*states hidden"]]
+    targets: Sequence[Float[Tensor, "... hidden"]]  # one per batch; the last batch may have fewer windows
     sizes: Sequence[int]  # windows of each batch
     gradients: Gradients | None = None
 
