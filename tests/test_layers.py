@@ -8,7 +8,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "reallm"
 # A package may import from itself and from rows below it, never from a neighbour in its row.
 ROWS = [
     ["__main__"], ["cli"], ["integrations", "model"], ["analyze", "evaluate", "tuning"], ["pipeline"],
-    ["hf", "calibrate"], ["source"], ["checkpoint"], ["allocate", "fit"], ["formats"], ["decoders", "kernels"], ["errors"],
+    ["hf", "calibrate"], ["source"], ["checkpoint"], ["allocate", "fit"], ["formats"], ["decoders", "kernels"],
+    ["errors"],
 ]  # fmt: skip
 # Files of one name that stand in two packages: a format's own pair, and a command's name in cli/.
 PAIRS = {"formats", "fit"}
